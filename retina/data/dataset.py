@@ -1,0 +1,55 @@
+"""Annotated images as samples, each a pure function of (seed, epoch, image)."""
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from retina.data.coco import Annotations
+from retina.data.images import read_image
+from retina.data.transforms import Pipeline, Sample, stable_hash
+from retina.errors import DataError
+
+
+class DetectionDataset(Dataset[Sample]):
+    """Reads and augments one image at a time; its keys are (epoch, index into the annotations).
+
+    The augmentation's seed is a hash of (seed, epoch, image id): how many workers there are, in which order they
+    work and where a run was resumed change nothing. The key carries the epoch, so that worker processes that live
+    through several epochs need not be told of them.
+
+    Raises DataError if an image cannot be read or is not of the size that its annotations state.
+    """
+
+    def __init__(self, annotations: Annotations, pipeline: Pipeline, *, seed: int) -> None:
+        self.annotations = annotations
+        self.pipeline = pipeline
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        sample = self.read(index)
+        return self.pipeline(sample, stable_hash(self.seed, epoch, int(self.annotations.image_ids[index])))
+
+    def read(self, index: int) -> Sample:
+        """The image and its objects as they are on disk, before any transform."""
+        known = self.annotations
+        image = read_image(known.path(index))
+        height, width = image.shape[:2]
+        stated_height, stated_width = map(int, known.sizes[index])
+        if (height, width) != (stated_height, stated_width):
+            raise DataError(
+                f"{known.file}: image id {known.image_ids[index]} ({known.file_name(index)}): stated as"
+                f" {stated_width}x{stated_height}, but the file is {width}x{height} after EXIF rotation"
+                " - correct the image's width, height and boxes"
+            )
+        rows = slice(known.offsets[index], known.offsets[index + 1])
+        return Sample(
+            image=image,
+            boxes=known.boxes[rows].astype(np.float32),
+            labels=known.labels[rows],
+            crowd=known.crowd[rows],
+            index=index,
+            original_size=(height, width),
+        )

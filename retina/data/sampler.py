@@ -1,0 +1,150 @@
+"""Which images are seen when: the order of an epoch, and each process's share of it.
+
+An optimizer step consumes one global batch of `total_batch` images. Global batches are settled first, from the seed and
+the epoch alone, and only then cut for processes and accumulation, so 1 process x 16 images, 2 x 8 and
+2 x 4 x accumulate 2 train on the same images in the same steps.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Int64, Shaped
+from numpy import ndarray
+from torch.utils.data import Sampler
+
+
+class DetectionBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Yields micro-batches of this process for one epoch as lists of (epoch, index): `accumulate` lists per step.
+
+    Args:
+        sizes: (height, width) of every image; with `group_by_aspect`, landscape, portrait and square images meet in one
+            global batch only where leftovers of an epoch force them to, for less padding.
+        total_batch: images of an optimizer step, over all processes and micro-batches.
+        rank, world_size: which process this is, of how many.
+        accumulate: micro-batches per optimizer step.
+        seed: of the order.
+        shuffle: otherwise images come in the order of `sizes` (within each orientation).
+
+    The last global batch of an epoch is filled up with the epoch's first images, so that every epoch has the same
+    number of steps and shows every image at least once.
+
+    Raises ValueError if there are no images or `total_batch` cannot be cut evenly.
+    """
+
+    def __init__(
+        self,
+        sizes: Shaped[ndarray, "N 2"],
+        *,
+        total_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        group_by_aspect: bool = True,
+    ) -> None:
+        if len(sizes) == 0:
+            raise ValueError("there are no images to draw batches from")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in 0..{world_size - 1}, got {rank}")
+        parts = world_size * accumulate
+        if total_batch < 1 or accumulate < 1 or total_batch % parts:
+            below = total_batch // max(parts, 1) * parts
+            nearest = " or ".join(str(value) for value in (below, below + parts) if value > 0)
+            raise ValueError(
+                f"a total batch of {total_batch} images cannot be cut evenly for {world_size} processes x"
+                f" {accumulate} micro-batches: the nearest that can is {nearest}"
+            )
+        self.total_batch = total_batch
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.seed, self.shuffle = seed, shuffle
+        self._orientations = np.sign(sizes[:, 1] - sizes[:, 0]) if group_by_aspect else np.zeros(len(sizes), np.int64)
+        self.start(0, 0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of a whole epoch."""
+        return -(-len(self._orientations) // self.total_batch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration yields this epoch, from its beginning."""
+        self.start(epoch, 0)
+
+    def start(self, epoch: int, step: int) -> None:
+        """The next iteration yields this epoch from this step on; what was before is never loaded."""
+        if not 0 <= step <= self.steps_per_epoch:
+            raise ValueError(f"step must lie in 0..{self.steps_per_epoch}, got {step}")
+        self.epoch, self.step = epoch, step
+
+    def global_batches(self, epoch: int) -> Int64[ndarray, "steps total_batch"]:
+        """The images of every optimizer step of an epoch; it does not depend on processes or accumulation."""
+        if self.shuffle:
+            order = _permutation(len(self._orientations), self.seed, epoch)
+        else:
+            order = np.arange(len(self._orientations))
+        arranged = _group(order, self._orientations, self.total_batch)
+        return np.resize(arranged, (self.steps_per_epoch, self.total_batch))  # repeats from the start to fill up
+
+    def __len__(self) -> int:
+        """Micro-batches that the next iteration yields."""
+        return (self.steps_per_epoch - self.step) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch
+        batches = self.global_batches(epoch)[self.step :]
+        parts = self.world_size * self.accumulate
+        own = batches.reshape(len(batches) * self.accumulate, self.world_size, self.total_batch // parts)[:, self.rank]
+        return ([(epoch, index) for index in indices.tolist()] for indices in own)
+
+
+class EvalSampler(Sampler[list[tuple[int, int]]]):
+    """Yields this process's share of all images as lists of (0, index), each image once over all processes.
+
+    Images are sorted by aspect ratio, so that a batch needs little padding, and dealt out in turn: shares differ by one
+    image at most and the last batch may be small; nothing is repeated to make them even. A process may get none.
+    """
+
+    def __init__(self, sizes: Shaped[ndarray, "N 2"], *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size}")
+        by_aspect = np.argsort(sizes[:, 1] / sizes[:, 0], kind="stable")
+        self.indices = by_aspect[eval_shard(len(sizes), rank, world_size)]
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        keys = [(0, index) for index in self.indices.tolist()]
+        return (keys[first : first + self.batch_size] for first in range(0, len(keys), self.batch_size))
+
+
+def eval_shard(num: int, rank: int, world_size: int) -> Int64[ndarray, "share"]:
+    """Every `world_size`-th of `num` positions, from `rank` on: over all ranks each position once, none repeated."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must lie in 0..{world_size - 1}, got {rank}")
+    return np.arange(rank, num, world_size)
+
+
+def _permutation(num: int, seed: int, epoch: int) -> Int64[ndarray, "N"]:
+    """A random order, the same under every version of numpy.
+
+    numpy promises the raw stream of a bit generator forever, but not what `Generator.permutation` makes of it
+    (NEP 19); so we sort random keys ourselves. Equal keys (odds below 1e-5 for ten million images) keep their order.
+    """
+    keys = np.random.PCG64(np.random.SeedSequence((seed, epoch))).random_raw(num)
+    return np.argsort(keys, kind="stable")
+
+
+def _group(order: Int64[ndarray, "N"], groups: Shaped[ndarray, "N"], total_batch: int) -> Int64[ndarray, "N"]:
+    """Rearrange so that consecutive runs of `total_batch` are of one group, leftovers of all groups at the end.
+
+    Each group fills a batch of its own as the order goes by, and a batch is placed when it becomes full: the order of
+    batches is as random as that of images.
+    """
+    streams = [np.flatnonzero(groups[order] == group) for group in np.unique(groups)]
+    whole = [len(stream) // total_batch * total_batch for stream in streams]
+    full = np.concatenate([s[:n].reshape(-1, total_batch) for s, n in zip(streams, whole, strict=True)])
+    full = full[np.argsort(full[:, -1])]
+    left = [s[n:] for s, n in zip(streams, whole, strict=True)]
+    return order[np.concatenate([full.ravel(), *left])]

@@ -1,0 +1,213 @@
+"""From a decoded photograph and its boxes to a training or evaluation sample, by albumentations and two transforms of
+our own.
+
+Boxes stay in step with pixels: both move by the same ratio of whole-pixel sizes, so rounding a new image size never
+shifts a box against its object. Images stay uint8 from end to end; mean and std belong to the model.
+"""
+
+import os
+import random
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+# albumentations asks the network for its newest version while it is imported, unless told not to.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import albumentations as A
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int64, UInt8
+from numpy import ndarray
+
+from retina.errors import ConfigError
+
+
+class Sample(NamedTuple):
+    """One image with its objects, in numpy: what a dataset yields and a pipeline maps to another."""
+
+    image: UInt8[ndarray, "H W 3"]
+    boxes: Float32[ndarray, "M 4"]
+    labels: Int64[ndarray, "M"]
+    crowd: Bool[ndarray, "M"]
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs
+    """Which record of the annotations it is."""
+    original_size: tuple[int, int]
+    """(height, width) of the image file after EXIF rotation, before any transform."""
+
+
+class Pipeline:
+    """Named albumentations transforms, applied in order to an image and its boxes.
+
+    After each transform boxes are clipped to the image; one that is then narrower or lower than `min_size` pixels, or
+    has less than `min_visibility` of the area it had before that clip, is dropped with its label and crowd flag.
+    Boxes that come in outside the image are clipped to it, those that come in without area are dropped; none raises.
+    albumentations keeps coordinates as float32 fractions of the image, so a box that nothing moves comes out
+    within 0.001 px of what it was (images up to 8192 px).
+
+    Each transform draws from a random stream of its own, keyed by its name in the mapping, so that switching one off
+    leaves what the others do as it was. (`Compose.set_random_seed` of albumentations 2.0.8 gives every transform the
+    same stream: two flips of p=0.5 would then always happen together.)
+
+    Raises ValueError if `min_size` is not positive or `min_visibility` not in 0..1, and ConfigError, on use, if an image
+    comes out as anything but uint8 RGB.
+    """
+
+    def __init__(
+        self, transforms: Mapping[str, A.BasicTransform], *, min_size: float = 1.0, min_visibility: float = 0.1
+    ) -> None:
+        if not min_size > 0:
+            raise ValueError(f"min_size must be positive, got {min_size}")
+        if not 0 <= min_visibility <= 1:
+            raise ValueError(f"min_visibility must lie in 0..1, got {min_visibility}")
+        self.transforms = dict(transforms)
+        steps = list(self.transforms.values())
+        if not any("bboxes" in step.available_keys for step in steps):
+            steps.append(A.NoOp(p=0))  # without a transform that knows boxes, albumentations warns
+        self._compose = A.Compose(
+            steps,
+            bbox_params=A.BboxParams(
+                format="pascal_voc",
+                clip=True,
+                filter_invalid_bboxes=True,
+                # a box of exactly min_size must survive what float32 does to its sides
+                min_width=min_size * (1 - 1e-3),
+                min_height=min_size * (1 - 1e-3),
+                min_visibility=min_visibility,
+            ),
+        )
+
+    def __call__(self, sample: Sample, seed: int) -> Sample:
+        """The transformed sample: a pure function of the sample and the seed."""
+        for name, transform in self.transforms.items():
+            stream = stable_hash(seed, name)
+            transform.set_random_state(np.random.default_rng(stream), random.Random(stream))
+        # The row number travels as a fifth column: exact in float32, and cheaper than albumentations' label fields.
+        rows = np.arange(len(sample.boxes), dtype=np.float32)[:, None]
+        result = self._compose(image=sample.image, bboxes=np.hstack((sample.boxes, rows)))
+        image = result["image"]
+        if image.dtype != np.uint8 or image.shape[2:] != (3,):
+            raise ConfigError(
+                f"augment: {', '.join(self.transforms)}: the image came out as {image.dtype} of shape {image.shape}"
+                " - leave out normalisation and conversions, the model does them"
+            )
+        moved = result["bboxes"]
+        if len(moved) == 0:
+            moved = np.empty((0, 5))
+        height, width = image.shape[:2]
+        border = np.array([width, height, width, height], dtype=np.float32)
+        kept = moved[:, 4].round().astype(np.int64)
+        return sample._replace(
+            image=np.ascontiguousarray(image),
+            # float32 may round a coordinate up past the border that it was clipped to
+            boxes=np.clip(moved[:, :4].astype(np.float32), 0, border),
+            labels=sample.labels[kept],
+            crowd=sample.crowd[kept],
+        )
+
+
+class ResizeShortSide(A.DualTransform):
+    """Resize with the ratio kept: the short side becomes `short_side`, unless the long one would exceed `long_side`.
+
+    scale = min(short_side / min(h, w), long_side / max(h, w)), new sizes rounded to the nearest pixel. Of several
+    `short_side` one is drawn per image. Without `long_side` nothing is capped. The rule of Faster R-CNN (Ren et al.,
+    arXiv 1506.01497) as detectron2 and torchvision have it.
+    """
+
+    _targets = (A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES)
+
+    def __init__(self, short_side: int | Sequence[int], long_side: int | None = None) -> None:
+        super().__init__(p=1.0)
+        self.short_side = [int(short_side)] if isinstance(short_side, int) else [int(side) for side in short_side]
+        self.long_side = long_side
+        if not self.short_side or min(self.short_side) < 1 or (long_side is not None and long_side < 1):
+            raise ValueError(f"sides must be positive, got short_side={short_side}, long_side={long_side}")
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        height, width = params["shape"][:2]
+        scale = self.py_random.choice(self.short_side) / min(height, width)
+        if self.long_side is not None:
+            scale = min(scale, self.long_side / max(height, width))
+        return {"size": _scaled(height, width, scale)}
+
+    def apply(self, img: UInt8[ndarray, "H W C"], size: tuple[int, int], **params: Any) -> UInt8[ndarray, "h w C"]:
+        return _resize(img, *size)
+
+    def apply_to_bboxes(self, bboxes: Float[ndarray, "M c"], **params: Any) -> Float[ndarray, "M c"]:
+        return bboxes  # fractions of the image
+
+
+class LargeScaleJitter(A.DualTransform):
+    """Resize so that the image fits `height` x `width` times a random factor, then cut out what exceeds the target.
+
+    scale = u * min(height / h, width / w), u uniform in `scale`; the window lies anywhere in the resized image with
+    equal chance. An image that comes out smaller than the target stays smaller: the collate pads. Sources: Ghiasi et
+    al., Simple Copy-Paste, arXiv 2012.07177, section 3; RetinaNet trained with it: Du et al., arXiv 2107.00057.
+    """
+
+    _targets = (A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES)
+
+    def __init__(self, height: int, width: int, scale: Sequence[float] = (0.1, 2.0)) -> None:
+        super().__init__(p=1.0)
+        self.height, self.width = height, width
+        self.scale = [float(bound) for bound in scale]
+        if min(height, width) < 1:
+            raise ValueError(f"height and width must be positive, got {height} and {width}")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale must be [low, high] with 0 < low <= high, got {self.scale}")
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        height, width = params["shape"][:2]
+        fit = min(self.height / height, self.width / width)
+        resized = _scaled(height, width, fit * self.py_random.uniform(*self.scale))
+        window = min(self.height, resized[0]), min(self.width, resized[1])
+        corner = self.py_random.randint(0, resized[0] - window[0]), self.py_random.randint(0, resized[1] - window[1])
+        return {"resized": resized, "corner": corner, "window": window}
+
+    def apply(
+        self,
+        img: UInt8[ndarray, "H W C"],
+        resized: tuple[int, int],
+        corner: tuple[int, int],
+        window: tuple[int, int],
+        **params: Any,
+    ) -> UInt8[ndarray, "h w C"]:
+        (top, left), (height, width) = corner, window
+        return np.ascontiguousarray(_resize(img, *resized)[top : top + height, left : left + width])
+
+    def apply_to_bboxes(
+        self,
+        bboxes: Float[ndarray, "M c"],
+        resized: tuple[int, int],
+        corner: tuple[int, int],
+        window: tuple[int, int],
+        **params: Any,
+    ) -> Float[ndarray, "M c"]:
+        (top, left), (height, width) = corner, window
+        moved = bboxes.astype(np.float64)
+        moved[:, [0, 2]] = (moved[:, [0, 2]] * resized[1] - left) / width
+        moved[:, [1, 3]] = (moved[:, [1, 3]] * resized[0] - top) / height
+        return moved
+
+
+def eval_pipeline(short_side: int, long_side: int | None) -> Pipeline:
+    """The pipeline of evaluation and inference: nothing but the resize."""
+    return Pipeline({"resize": ResizeShortSide(short_side, long_side)})
+
+
+def stable_hash(*parts: int | str) -> int:
+    """A 64-bit number that depends on the parts and on nothing else: no process, machine, or library version."""
+    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
+
+
+def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def _resize(image: UInt8[ndarray, "H W C"], height: int, width: int) -> UInt8[ndarray, "h w C"]:
+    if image.shape[:2] == (height, width):
+        return image
+    # Bilinear looks at four pixels only, so going down it skips the others and aliases; area averages all of them.
+    # Going up, area would repeat whole pixels.
+    shrinks = height < image.shape[0] or width < image.shape[1]
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)

@@ -1,0 +1,167 @@
+"""Typed settings. Imports nothing heavy: a wrong key must be reported before torch is loaded or data is opened."""
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
+
+from retina.errors import ConfigError
+
+T = TypeVar("T")
+
+Length = int | float | str
+"""How long: an integer is optimizer steps, a fraction below 1 is a share of the run, `"3ep"` is three epochs."""
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The `train` section: one training run, apart from what is trained on what."""
+
+    length: Length = "12ep"
+    batch_size: int = 16
+    """Images per optimizer step, over all processes and accumulation."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step and process: the same update from less memory."""
+    lr_batch_size: int = 16
+    """The batch size that `optimizer.lr` is meant for; the real rate is scaled by batch_size / lr_batch_size."""
+    precision: str = "fp32"
+    clip_norm: float | None = None
+    """Largest norm of the whole gradient; null does not clip."""
+    ema: float | None = None
+    """Decay of the exponential moving average of weights; null keeps none."""
+    eval_every: Length | None = "1ep"
+    save_every: Length = "1ep"
+    keep_checkpoints: int = 2
+    log_every: int = 20
+    """Steps between logged lines."""
+    best_metric: str = "AP"
+    """The metric whose highest value names the best checkpoint."""
+    patience: int | None = None
+    """Stop after this many evaluations without a better value; null never does."""
+    device: str = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    deterministic: bool = False
+    """Deterministic algorithms only: the same bits again on the same device, at some cost in speed."""
+    seed: int = 0
+    pictures: int = 8
+    """Images drawn into TensorBoard per kind."""
+
+    def __post_init__(self) -> None:
+        _check(self.precision in PRECISIONS, "train.precision", self.precision, f"choose {', '.join(PRECISIONS)}")
+        for name in ("batch_size", "accumulate", "lr_batch_size", "keep_checkpoints", "log_every"):
+            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "give 1 or more")
+        _check(self.clip_norm is None or self.clip_norm > 0, "train.clip_norm", self.clip_norm, "give > 0, or null")
+        _check(self.ema is None or 0 <= self.ema < 1, "train.ema", self.ema, "give a decay in [0, 1), or null")
+        _check(self.patience is None or self.patience >= 1, "train.patience", self.patience, "give 1 or more, or null")
+        for name in ("length", "save_every", "eval_every"):
+            value = getattr(self, name)
+            if value is not None:
+                to_steps(value, steps_per_epoch=100, total=None if name == "length" else 1000, key=f"train.{name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """Where one split lies; null means the default place under `data.root`."""
+
+    annotations: str | None = None
+    images: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The `data` section."""
+
+    name: str
+    root: str | None = None
+    train: SplitConfig = field(default_factory=SplitConfig)
+    val: SplitConfig = field(default_factory=SplitConfig)
+    short_side: int = 800
+    long_side: int = 1333
+    pad_multiple: int | None = None
+    """Canvas sides are multiples of this many pixels; null takes the coarsest stride of the model."""
+    num_workers: int = 2
+    """Loader processes per training process."""
+    eval_batch_size: int | None = None
+    """Images per forward in evaluation and process; null takes the training micro-batch."""
+    group_by_aspect: bool = True
+    min_size: float = 1.0
+    """Objects narrower or lower than this many pixels after augmentation are dropped."""
+
+    def __post_init__(self) -> None:
+        for name in ("short_side", "long_side"):
+            _check(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "give pixels")
+        _check(self.short_side <= self.long_side, "data.short_side", self.short_side, "give at most data.long_side")
+        _check(self.num_workers >= 0, "data.num_workers", self.num_workers, "give 0 or more")
+
+
+def to_steps(value: Length, *, steps_per_epoch: int, total: int | None, key: str) -> int:
+    """A length in optimizer steps, at least 1. `total` is the run's length, None while that itself is being read.
+
+    Raises ConfigError naming `key`."""
+    fix = 'give steps (90000), epochs ("12ep")' + ("" if total is None else " or a share of the run (0.5)")
+    if isinstance(value, str):
+        try:
+            epochs = float(value.removesuffix("ep")) if value.endswith("ep") else math.nan
+        except ValueError:
+            epochs = math.nan
+        _check(math.isfinite(epochs) and epochs > 0, key, value, fix)
+        return max(1, round(epochs * steps_per_epoch))
+    if isinstance(value, float) and not value.is_integer():
+        _check(total is not None and 0 < value < 1, key, value, fix)
+        return max(1, round(value * (total or 0)))
+    _check(value >= 1, key, value, fix)
+    return int(value)
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
+    """Builds a settings dataclass. Raises ConfigError that names the first key which is unknown (with its nearest match),
+    missing or of a wrong type."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in names:
+            raise ConfigError(unknown_key(f"{prefix}.{key}", [f"{prefix}.{name}" for name in names]))
+    arguments: dict[str, Any] = {}
+    for f in fields(cls):  # type: ignore[arg-type]
+        if f.name not in values:
+            if f.default is MISSING and f.default_factory is MISSING:
+                raise ConfigError(f"{prefix}.{f.name}: missing - give {prefix}.{f.name}=...")
+            continue
+        arguments[f.name] = _typed(values[f.name], hints[f.name], f"{prefix}.{f.name}")
+    return cls(**arguments)
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """One line for a key that does not exist, naming the nearest that does: whole keys first, then last parts."""
+    known = list(known)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if not near:
+        last = key.rpartition(".")[2]
+        by_last = {k.rpartition(".")[2]: k for k in reversed(known)}
+        near = [by_last[m] for m in difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)]
+    hint = f"did you mean {near[0]}?" if near else "see configs/train.yaml for the keys there are"
+    return f"{key}: no such key - {hint}"
+
+
+def _typed(value: Any, hint: Any, key: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if is_dataclass(option) and isinstance(value, Mapping):
+            return from_mapping(typing.cast(type, option), value, key)
+        if option is float and isinstance(value, int) and not isinstance(value, bool) and int not in options:
+            return float(value)
+        if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            return value
+    wanted = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
+    raise ConfigError(f"{key}: {value!r} is of the wrong type - give {wanted}")
+
+
+def _check(ok: bool, key: str, value: object, fix: str) -> None:
+    if not ok:
+        raise ConfigError(f"{key}: {value!r} is not allowed - {fix}")

@@ -1,0 +1,28 @@
+"""Exponential moving average of weights, which evaluates better than the last step's (Polyak and Juditsky, 1992)."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class ExponentialMovingAverage:
+    """A second copy of a model whose floating-point state follows the first: e <- d e + (1 - d) w.
+
+    The decay d grows as (1 + t) / (10 + t) up to `decay`, so that the random start is soon forgotten. Buffers that are
+    integers (counters) are copied."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """`step` is the 0-based number of the update just made."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        ours, theirs = self.model.state_dict(), model.state_dict()
+        floating = [key for key, value in ours.items() if value.is_floating_point()]
+        torch._foreach_lerp_([ours[k] for k in floating], [theirs[k] for k in floating], 1 - decay)
+        for key, value in ours.items():
+            if not value.is_floating_point():
+                value.copy_(theirs[key])

@@ -1,0 +1,62 @@
+"""Averages between two logged lines, read from the device only when a line is logged."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Meter:
+    """Collects what each update reports; `read` gives the means since the last `read`.
+
+    The sums stay on the device, so a step never waits for the one before it. Time inside `paused` (evaluation,
+    checkpoints) does not count."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: Tensor | None = None
+        self._steps = 0
+        self._waited = self._paused = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, losses: Tensor, positives: Tensor, grad_norm: Tensor) -> None:
+        """`losses` [2]: classification and box."""
+        numbers = torch.cat([losses, positives.view(1), grad_norm.view(1)])
+        self._sums = numbers if self._sums is None else self._sums + numbers
+        self._steps += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around everything that waits for data."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - started
+
+    def read(self) -> dict[str, float]:
+        """Loss parts per positive anchor, positives per step, gradient norm, images/s of the whole run and the share of
+        time spent waiting for data."""
+        assert self._sums is not None, "read before any update"
+        classification, box, positives, norm = (self._sums / self._steps).tolist()
+        seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
+        values = {
+            "loss": classification + box,
+            "loss_classification": classification,
+            "loss_box": box,
+            "positives": positives,
+            "grad_norm": norm,
+            "images_per_second": self._steps * self.batch_size / seconds,
+            "data_wait": self._waited / seconds,
+        }
+        self._reset()
+        return values

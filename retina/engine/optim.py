@@ -1,0 +1,90 @@
+"""What the update needs beside the gradient: parameter groups, learning-rate schedules, gradient scaling."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from retina.engine.config import Length, to_steps
+from retina.errors import ConfigError
+
+
+class Schedule(Protocol):
+    """A learning-rate schedule is a pure function of the step, so that resume needs no state of it."""
+
+    def __call__(self, step: int, *, total: int, steps_per_epoch: int) -> float:
+        """Factor on the base learning rate for the update with this 0-based number."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiStep:
+    """Linear warm-up, then a constant rate multiplied by `gamma` at each milestone (arXiv 1708.02002, section 4.1)."""
+
+    warmup: Length = 500
+    warmup_factor: float = 0.001
+    milestones: Sequence[Length] = (8 / 12, 11 / 12)
+    gamma: float = 0.1
+
+    def __call__(self, step: int, *, total: int, steps_per_epoch: int) -> float:
+        to = {"steps_per_epoch": steps_per_epoch, "total": total}
+        passed = sum(step >= to_steps(m, key="schedule.milestones", **to) for m in self.milestones)
+        return _warmup(step, self.warmup, self.warmup_factor, **to) * self.gamma**passed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """Linear warm-up, then half a cosine down to `final_factor` (Loshchilov and Hutter, arXiv 1608.03983)."""
+
+    warmup: Length = 500
+    warmup_factor: float = 0.001
+    final_factor: float = 0.0
+
+    def __call__(self, step: int, *, total: int, steps_per_epoch: int) -> float:
+        to = {"steps_per_epoch": steps_per_epoch, "total": total}
+        start = to_steps(self.warmup, key="schedule.warmup", **to) if self.warmup else 0
+        progress = min(1.0, max(0.0, (step - start) / max(1, total - start)))
+        cosine = self.final_factor + (1 - self.final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
+        return _warmup(step, self.warmup, self.warmup_factor, **to) * cosine
+
+
+def _warmup(step: int, warmup: Length, start: float, *, total: int, steps_per_epoch: int) -> float:
+    steps = to_steps(warmup, steps_per_epoch=steps_per_epoch, total=total, key="schedule.warmup") if warmup else 0
+    return 1.0 if step >= steps else start + (1 - start) * (step + 1) / (steps + 1)
+
+
+def build_optimizer(factory: Callable[..., Optimizer], model: nn.Module, *, lr: float, **options: Any) -> Optimizer:
+    """`factory(groups, lr=lr, **options)` with weight decay on convolution and linear weights only: norms and biases,
+    which are all the one-dimensional parameters, go undecayed."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    undecayed = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    if not decayed:
+        raise ConfigError("model.frozen_stages: nothing is left to train - give a smaller number")
+    optimizer = factory([{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}], lr=lr, **options)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
+    """Multiplies every group's initial rate by `factor`; returns the first group's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    return float(optimizer.param_groups[0]["lr"])
+
+
+@torch.no_grad()
+def scale_and_clip(parameters: Iterable[nn.Parameter], factor: Tensor, clip_norm: float | None) -> Tensor:
+    """Multiplies all gradients by `factor` (a scalar on the device) and then clips their norm to `clip_norm`.
+
+    Returns the norm before clipping. Both are one pass over the gradients and never wait for the device."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients) * factor
+    if clip_norm is not None:
+        factor = factor * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, factor)
+    return norm

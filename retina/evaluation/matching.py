@@ -1,0 +1,131 @@
+"""Which detection takes which object, by COCO's rules, for all images, classes, thresholds and area ranges together.
+
+The rules are those of `COCOeval.evaluateImg` (cocodataset/cocoapi, PythonAPI/pycocotools/cocoeval.py): within one
+image and class the detections choose in descending order of score, each among the objects still free with IoU >=
+threshold. An object that counts is preferred to one that is ignored (a crowd region, or outside of the area range),
+then the higher IoU, then the object later in the file. A crowd region may be taken any number of times.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+"""[T] IoU thresholds, COCO's 0.50:0.05:0.95."""
+AREA_RANGES = np.array([[0, 1e5**2], [0, 32**2], [32**2, 96**2], [96**2, 1e5**2]], dtype=np.float64)
+"""[R 2] areas in square pixels, both ends inclusive: all, small, medium, large."""
+MAX_PAIRS = 1 << 19
+"""Detection-object pairs whose IoU is held at a time, to bound memory on data of one class and many objects."""
+
+
+class Boxes(NamedTuple):
+    """Boxes of detections or of objects, sorted by `groups`."""
+
+    boxes: Float64[np.ndarray, "N 4"]
+    groups: Int64[np.ndarray, "N"]
+    """One number per (image, class); only boxes of the same group meet."""
+
+
+class Matches(NamedTuple):
+    """One row per (detection, threshold, area range) that took an object; a combination without a row took none."""
+
+    detections: Int64[np.ndarray, "E"]
+    thresholds: Int64[np.ndarray, "E"]
+    ranges: Int64[np.ndarray, "E"]
+    ignored: Bool[np.ndarray, "E"]
+    """True where the object taken is an ignored one, so that the detection counts neither as right nor as wrong."""
+
+
+def extents(boxes: Float64[np.ndarray, "N 4"]) -> tuple[Float64[np.ndarray, "N"], Float64[np.ndarray, "N"]]:
+    """Widths and heights of `xyxy` boxes, as the file stated them before x1 + w was rounded.
+
+    fl(x1 + w) - x1 misses w by up to one unit in the last place of the corner, which is enough to move an area of
+    exactly 32 x 32 or an IoU of exactly 0.5 to the other side. Where a number of at most 9 decimals lies within that
+    error it is taken instead of the difference; the change is never larger than the rounding error itself. A side with
+    more decimals than that cannot be restored, which matters only to an IoU that equals a threshold to the last bit.
+    """
+    difference = boxes[:, 2:] - boxes[:, :2]
+    decimal = np.round(difference, 9)
+    error = np.spacing(np.maximum(np.abs(boxes[:, :2]), np.abs(boxes[:, 2:])))
+    sides = np.where(np.abs(decimal - difference) <= error, decimal, difference)
+    return sides[:, 0], sides[:, 1]
+
+
+def overlapping_pairs(
+    detections: Boxes, objects: Boxes, crowd: Bool[np.ndarray, "G"]
+) -> tuple[Int64[np.ndarray, "P"], Int64[np.ndarray, "P"], Float64[np.ndarray, "P"]]:
+    """Rows of the detections and objects of the same group with IoU >= 0.5, and that IoU; detection-major.
+
+    IoU with a crowd region is the intersection over the area of the detection alone. The arithmetic is, operation for
+    operation, that of `bbIou` in cocoapi's maskApi.c.
+    """
+    first = np.searchsorted(objects.groups, detections.groups, side="left")
+    counts = np.searchsorted(objects.groups, detections.groups, side="right") - first
+    detection_areas = np.multiply(*extents(detections.boxes))
+    object_areas = np.multiply(*extents(objects.boxes))
+    block = np.cumsum(counts) // MAX_PAIRS
+    edges = np.searchsorted(block, np.arange(block[-1] + 2 if len(block) else 1))
+
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for low, high in pairwise(edges):
+        count = counts[low:high]
+        rows = np.repeat(np.arange(low, high), count)
+        columns = np.arange(len(rows)) + np.repeat(first[low:high] - (np.cumsum(count) - count), count)
+        one, two = detections.boxes[rows], objects.boxes[columns]
+        sides = np.minimum(one[:, 2:], two[:, 2:]) - np.maximum(one[:, :2], two[:, :2])
+        touching = np.flatnonzero((sides > 0).all(axis=1))
+        rows, columns = rows[touching], columns[touching]
+        intersection = sides[touching, 0] * sides[touching, 1]
+        union = np.where(
+            crowd[columns], detection_areas[rows], detection_areas[rows] + object_areas[columns] - intersection
+        )
+        iou = intersection / union
+        kept = iou >= THRESHOLDS[0]
+        found.append((rows[kept], columns[kept], iou[kept]))
+    if not found:
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float64)
+    rows, columns, iou = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return rows, columns, iou
+
+
+def match(
+    detections: Boxes,
+    ranks: Int64[np.ndarray, "D"],
+    objects: Boxes,
+    crowd: Bool[np.ndarray, "G"],
+    counts: Bool[np.ndarray, "G R"],
+) -> Matches:
+    """Let detections take objects, greedily by score, for every threshold and area range at once.
+
+    `ranks` numbers the detections of a group from 0, best score first; objects of a group stand in the order of the
+    file; `counts[g, r]` is False where object g is ignored in area range r. Detections of one rank belong to different
+    groups and cannot compete, so one pass per rank over all groups is the same as COCO's loop over images.
+    """
+    rows, columns, iou = overlapping_pairs(detections, objects, crowd)
+    # Positions of pairs now grow with (rank, detection, IoU, place in the file): the later of two equals is preferred.
+    order = np.lexsort((iou, rows, ranks[rows]))
+    rows, columns, iou = rows[order], columns[order], iou[order]
+    num_pairs = len(rows)
+    edges = np.searchsorted(ranks[rows], np.arange(ranks[rows[-1]] + 2 if num_pairs else 1))
+
+    free = np.ones((len(crowd), len(THRESHOLDS), len(AREA_RANGES)), dtype=bool)
+    bonus = np.int32(num_pairs) * counts
+    taken: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+    for low, high in pairwise(edges):
+        if low == high:
+            continue
+        candidates = columns[low:high]
+        allowed = free[candidates] & (iou[low:high, None] >= THRESHOLDS)[:, :, None]
+        preference = np.arange(low, high, dtype=np.int32)[:, None] + bonus[candidates]
+        starts = np.flatnonzero(np.diff(rows[low:high], prepend=-1))
+        best = np.maximum.reduceat(np.where(allowed, preference[:, None, :], np.int32(-1)), starts, axis=0)
+        row, threshold, area = np.nonzero(best >= 0)
+        pairs = best[row, threshold, area] % np.int32(num_pairs)
+        free[columns[pairs], threshold, area] = crowd[columns[pairs]]
+        taken.append((rows[pairs], threshold, area, ~counts[columns[pairs], area]))
+    if not taken:
+        empty = np.empty(0, np.int64)
+        return Matches(empty, empty, empty, np.empty(0, np.bool_))
+    return Matches(*(np.concatenate(parts) for parts in zip(*taken, strict=True)))

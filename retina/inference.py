@@ -1,0 +1,135 @@
+"""A trained detector as a Python object: images in, detections in their own pixels out."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from retina.data.collate import collate
+from retina.data.images import read_image
+from retina.data.transforms import Sample, eval_pipeline
+from retina.distributed import choose_device
+from retina.errors import CheckpointError
+from retina.model.retinanet import RetinaNet
+from retina.model.weights import DetectorCard, load_detector
+from retina.postprocess import postprocess, to_original
+from retina.types import Detections, to_device
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+ImageLike = str | Path | UInt8[np.ndarray, "H W 3"] | Image.Image | UInt8[Tensor, "3 H W"]
+
+
+class Detector:
+    """Model, preprocessing and thresholds of one weights file.
+
+        detector = retina.load("runs/bccd")
+        for detections in detector.predict(["a.jpg", "b.jpg"]):
+            print(detections.boxes, detections.scores, [detector.classes[k] for k in detections.labels])
+    """
+
+    def __init__(self, model: RetinaNet, card: DetectorCard, *, device: torch.device) -> None:
+        self.model = model.to(device, memory_format=torch.channels_last).eval()
+        self.card = card
+        self.device = device
+        self.dtype = PRECISIONS[card.preprocessing["precision"]]
+        self._resize = eval_pipeline(card.preprocessing["short_side"], card.preprocessing["long_side"])
+        self._collate = partial(
+            collate, divisor=card.preprocessing["divisor"], pad_value=tuple(card.preprocessing["pad_value"])
+        )
+
+    @classmethod
+    def load(cls, checkpoint: str | Path, *, device: str = "auto") -> "Detector":
+        """From a run folder (its `best.safetensors`) or a `.safetensors` file.
+
+        Raises CheckpointError when there is none, it is damaged, or of another architecture or version."""
+        chosen = choose_device(device)
+        model, card = load_detector(find_weights(Path(checkpoint)), chosen)
+        return cls(model, card, device=chosen)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Label k is `classes[k]`."""
+        return tuple(self.card.classes)
+
+    def predict(
+        self, images: Sequence[ImageLike], *, score_threshold: float | None = None, batch_size: int = 8
+    ) -> list[Detections]:
+        """Detections of each image, on the CPU, best first, boxes xyxy in the image's own pixels.
+
+        images: paths, uint8 arrays [H W 3], PIL images or uint8 tensors [3 H W], all RGB; sizes may differ.
+        score_threshold: None takes the detector's own (0.05 unless it was trained with another).
+
+        Raises DataError for a file that cannot be read, TypeError for anything that is no image."""
+        return list(self.stream(map(as_array, images), score_threshold=score_threshold, batch_size=batch_size))
+
+    def stream(
+        self, images: Iterator[UInt8[np.ndarray, "H W 3"]], *, score_threshold: float | None = None, batch_size: int = 8
+    ) -> Iterator[Detections]:
+        """`predict` for images that need not be in memory at the same time."""
+        options: dict[str, Any] = dict(self.card.postprocess)
+        if score_threshold is not None:
+            options["score_threshold"] = score_threshold
+        waiting: list[Sample] = []
+        for image in images:
+            waiting.append(self._resize(_bare_sample(image), 0))
+            if len(waiting) == batch_size:
+                yield from self._detect(waiting, options)
+                waiting = []
+        if waiting:
+            yield from self._detect(waiting, options)
+
+    @torch.no_grad()
+    def _detect(self, samples: list[Sample], options: dict[str, Any]) -> list[Detections]:
+        batch = self._collate(samples)
+        on_device = to_device(batch, self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            predictions = self.model(on_device.images)
+        found = postprocess(predictions, on_device.sizes, **options)
+        shapes = zip(found, batch.sizes.tolist(), batch.original_sizes.tolist(), strict=True)
+        return [to_original(Detections(*(t.cpu() for t in one)), tuple(now), tuple(was)) for one, now, was in shapes]
+
+
+def find_weights(checkpoint: Path) -> Path:
+    """The weights file of a run folder, or the file itself."""
+    if not checkpoint.is_dir():
+        return checkpoint
+    file = checkpoint / "best.safetensors"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{checkpoint}: has no best.safetensors - give a run that has evaluated at least once, or a weights file"
+        )
+    return file
+
+
+def as_array(image: ImageLike) -> UInt8[np.ndarray, "H W 3"]:
+    """Any accepted kind of image as a uint8 RGB array."""
+    if isinstance(image, (str, Path)):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    array = image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) and image.ndim == 3 else image
+    if isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3:
+        return np.ascontiguousarray(array)
+    shape = f" {getattr(array, 'dtype', '')} {list(array.shape)}" if hasattr(array, "shape") else ""
+    raise TypeError(
+        f"{type(image).__name__}{shape} is no image: give a path, a uint8 array [H W 3], a PIL image or a uint8 tensor [3 H W]"
+    )
+
+
+def _bare_sample(image: UInt8[np.ndarray, "H W 3"]) -> Sample:
+    height, width = image.shape[:2]
+    return Sample(
+        image=image,
+        boxes=np.zeros((0, 4), np.float32),
+        labels=np.zeros(0, np.int64),
+        crowd=np.zeros(0, bool),
+        index=0,
+        original_size=(height, width),
+    )

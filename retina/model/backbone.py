@@ -1,0 +1,158 @@
+"""Bottom-up networks: torchvision's ResNets as a source of the maps C2..C5 with declared strides and channels."""
+
+from functools import partial
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torchvision
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from retina.errors import CheckpointError, ConfigError
+
+RESNETS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+)
+NORMS = ("batch", "frozen", "group")
+
+
+class ResNet(nn.Module):
+    """The stages of a torchvision ResNet. Returns C2, C3, C4, C5 at strides 4, 8, 16, 32, finest first."""
+
+    strides = (4, 8, 16, 32)
+
+    def __init__(self, name: str, *, norm: str, frozen_stages: int) -> None:
+        """`frozen_stages` counts from the input: 1 is the stem, 2 adds C2's stage, up to 5. Parameters of frozen stages
+        need no gradient and their BatchNorm keeps its statistics."""
+        super().__init__()
+        if name not in RESNETS:
+            raise ConfigError(f"model.backbone: {name!r} is not known - choose one of {', '.join(RESNETS)}")
+        if norm not in NORMS:
+            raise ConfigError(f"model.norm: {norm!r} is not known - choose one of {', '.join(NORMS)}")
+        if not 0 <= frozen_stages <= 5:
+            raise ConfigError(f"model.frozen_stages: {frozen_stages} is out of range - give 0 (none) to 5 (all)")
+        net = torchvision.models.get_model(name, weights=None, norm_layer=_norm_layer(norm))
+        self.stem = nn.Sequential()
+        for part in ("conv1", "bn1", "relu", "maxpool"):
+            self.stem.add_module(part, getattr(net, part))
+        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        self.channels = tuple(_out_channels(stage) for stage in self.stages[1:])
+        for stage in self.stages[:frozen_stages]:
+            _freeze(stage)
+
+    @property
+    def stages(self) -> tuple[nn.Module, ...]:
+        return (self.stem, self.layer1, self.layer2, self.layer3, self.layer4)
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, ...]:
+        c2 = self.layer1(self.stem(images))
+        c3 = self.layer2(c2)
+        c4 = self.layer3(c3)
+        return c2, c3, c4, self.layer4(c4)
+
+    def load_imagenet(self, name: str, weights: str) -> None:
+        """Loads classification weights: a torchvision weights name (`DEFAULT`, `IMAGENET1K_V1`, ...) or a local file.
+
+        Raises CheckpointError when the file is missing, unreadable or of another architecture, or the download fails."""
+        state = read_weights(Path(weights)) if _is_file_name(weights) else _download(name, weights)
+        state = {_renamed(key): value for key, value in state.items() if not key.startswith("fc.")}
+        own = self.state_dict()
+        missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+        wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
+        if missing or wrong:
+            key = (missing or wrong)[0]
+            raise CheckpointError(
+                f"{weights}: {key}: {'missing' if missing else 'of another shape'}, so these are not weights of {name} "
+                f"with this norm - give the file that belongs to model.backbone={name}"
+            )
+        self.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """State dict of a `.safetensors` file or of a `.pth` / `.pt` file read with `weights_only=True` (no code is run)."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file - give an existing .safetensors or .pth file")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError) as fault:
+        raise CheckpointError(f"{file}: cannot be read ({str(fault).splitlines()[0]}) - fetch it again") from None
+    except Exception as fault:  # torch.load raises many types on foreign bytes
+        reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+        raise CheckpointError(f"{file}: not a plain state dict ({reason[:120]}) - save it as safetensors") from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{file}: not a plain state dict - save only model.state_dict()")
+    return state
+
+
+def _download(name: str, weights: str) -> dict[str, Tensor]:
+    enum = torchvision.models.get_model_weights(name)
+    try:
+        entry = enum[weights]
+    except KeyError:
+        names = ", ".join(["DEFAULT", *(str(w.name) for w in enum)])
+        raise ConfigError(
+            f"model.weights: {weights!r} is not known for {name} - choose {names}, a file, or null"
+        ) from None
+    file = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rpartition("/")[2]
+    try:
+        return entry.get_state_dict(progress=False, check_hash=True)
+    except (URLError, OSError, RuntimeError) as fault:
+        raise CheckpointError(
+            f"model.weights: {weights} of {name} could not be downloaded ({fault}) - "
+            f"put {file.name} into {file.parent}, give model.weights=FILE, or train from scratch with model.weights=null"
+        ) from None
+
+
+def _is_file_name(weights: str) -> bool:
+    return Path(weights).suffix in {".safetensors", ".pth", ".pt"} or "/" in weights
+
+
+def _renamed(key: str) -> str:
+    return f"stem.{key}" if key.startswith(("conv1.", "bn1.")) else key
+
+
+def _norm_layer(norm: str) -> type[nn.Module] | partial[nn.Module]:
+    if norm == "batch":
+        return nn.BatchNorm2d
+    return FrozenBatchNorm2d if norm == "frozen" else partial(_group_norm)
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels)
+
+
+def _out_channels(stage: nn.Module) -> int:
+    last = list(stage.children())[-1]
+    return (last.conv3 if hasattr(last, "conv3") else last.conv2).out_channels
+
+
+def _freeze(module: nn.Module) -> None:
+    """No gradients, and BatchNorm turned into its frozen form, so that `train()` cannot thaw its statistics."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(child.num_features, eps=child.eps)
+            state = {key: value for key, value in child.state_dict().items() if key != "num_batches_tracked"}
+            frozen.load_state_dict(state)
+            setattr(module, name, frozen)
+        else:
+            _freeze(child)

@@ -1,0 +1,97 @@
+"""Anchor boxes of a feature pyramid."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AnchorGenerator:
+    """Anchors of every pyramid level: boxes of each ratio and scale around every cell.
+
+    On a level of size s, an anchor of scale c and ratio r has area (s c)^2 and height / width = r. It is centred on
+    (column x stride, row x stride), without an offset of half a cell, as in torchvision and detectron2.
+
+    Args:
+        sizes: side in pixels of the anchor of scale 1 and ratio 1, one per level, finest first.
+        scales: factors of the side; the default spans one octave in three steps.
+        ratios: height / width.
+        rounded: reproduce torchvision's `retinanet_resnet50_fpn`, for weights trained there: sides truncated to whole
+            pixels, then corners rounded (half to even).
+
+    Raises ValueError for values that are not finite and positive, and for none at all.
+    Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, section 4: sizes 32 to 512 on P3 to P7.
+    """
+
+    sizes: tuple[float, ...]
+    scales: tuple[float, ...] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    rounded: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("sizes", "scales", "ratios"):
+            values = tuple(float(value) for value in getattr(self, name))
+            if not values or not all(0 < value < math.inf for value in values):
+                raise ValueError(f"{name} must be positive numbers, at least one, got {values}")
+            object.__setattr__(self, name, values)  # a tuple even if a list came in: the generator is a cache key
+
+    @property
+    def num_per_cell(self) -> int:
+        """Anchors around one cell, the same on every level."""
+        return len(self.scales) * len(self.ratios)
+
+    def __call__(
+        self, shapes: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device | str
+    ) -> tuple[Float[Tensor, "_ 4"], ...]:
+        """Anchors [A_l 4] of each level, float32, in the order [H W ratio scale].
+
+        Args:
+            shapes: (height, width) of each level in cells.
+            strides: pixels from one cell to the next on each level.
+
+        The tensors are cached and shared between calls: do not write into them.
+        """
+        if not len(shapes) == len(strides) == len(self.sizes):
+            raise ValueError(
+                f"{len(self.sizes)} sizes, {len(shapes)} shapes and {len(strides)} strides: not one per level"
+            )
+        return _pyramid(self, tuple((h, w) for h, w in shapes), tuple(strides), torch.device(device))
+
+    def cell(self, size: float) -> Float[Tensor, "N 4"]:
+        """The anchors around (0, 0) on a level of this size, float64, in the order [ratio scale]."""
+        sides = [size * scale for scale in self.scales]
+        if self.rounded:
+            sides = [float(int(side)) for side in sides]
+        halves = [
+            (0.5 * side / math.sqrt(ratio), 0.5 * side * math.sqrt(ratio))
+            for ratio, side in product(self.ratios, sides)
+        ]
+        boxes = torch.tensor([(-x, -y, x, y) for x, y in halves], dtype=torch.float64)
+        return boxes.round() if self.rounded else boxes
+
+
+# Few enough that a multi-scale run keeps no more than some 100 MB of anchors; a miss costs a handful of small kernels.
+@lru_cache(maxsize=32)
+def _pyramid(
+    generator: AnchorGenerator, shapes: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device
+) -> tuple[Float[Tensor, "_ 4"], ...]:
+    # A first call from evaluation must not leave inference tensors in the cache: training could not save them for
+    # backward.
+    with torch.inference_mode(False):
+        return tuple(
+            _level(generator.cell(size).to(device, torch.float32), height, width, stride)
+            for size, (height, width), stride in zip(generator.sizes, shapes, strides, strict=True)
+        )
+
+
+def _level(cell: Float[Tensor, "N 4"], height: int, width: int, stride: int) -> Float[Tensor, "_ 4"]:
+    rows = torch.arange(height, device=cell.device, dtype=cell.dtype) * stride
+    columns = torch.arange(width, device=cell.device, dtype=cell.dtype) * stride
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    return (torch.stack((x, y, x, y), dim=-1)[..., None, :] + cell).reshape(-1, 4)

@@ -1,0 +1,66 @@
+"""Which object each anchor is responsible for, from nothing but their IoU."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+
+class Matches(NamedTuple):
+    """One entry per anchor. An anchor that is neither positive nor negative is ignored: it teaches nothing."""
+
+    index: Int64[Tensor, "*batch A"]  # type: ignore[assignment]  # the field's word; tuple.index is no loss
+    """The object of highest IoU, the first among equals. Meaningful where positive; in 0..M-1 everywhere if M > 0."""
+    positive: Bool[Tensor, "*batch A"]
+    negative: Bool[Tensor, "*batch A"]
+
+
+def match(
+    iou: Float[Tensor, "*batch A M"],
+    valid: Bool[Tensor, "*batch M"],
+    *,
+    positive_iou: float = 0.5,
+    negative_iou: float = 0.4,
+    low_quality: bool = True,
+) -> Matches:
+    """Assigns every anchor to its best object, to the background or to nobody.
+
+    With v the anchor's highest IoU over valid objects: positive if v >= `positive_iou`, negative if v < `negative_iou`,
+    ignored between. With `low_quality`, all anchors that tie for the best IoU of some valid object are positive too, as
+    long as that IoU is above 0; they keep their own best object, which need not be the one that made them positive.
+    Without valid objects (or with M = 0) every anchor is negative.
+
+    Equal to torchvision's and detectron2's Matcher, except for an object that overlaps no anchor at all: there, all
+    anchors "tie" at IoU 0 and would become positive; here that object matches none.
+
+    The layout of `iou` is free: a transposed [M A] matrix is the faster one. Shapes never depend on the data.
+    Raises ValueError for thresholds out of order, see `check_thresholds`.
+    Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, section 4; low-quality matches: Ren et al.,
+    Faster R-CNN, NeurIPS 2015, section 3.1.2, rule (i).
+    """
+    check_thresholds(positive_iou, negative_iou)
+    if iou.shape[-1] == 0:
+        nothing = torch.zeros(iou.shape[:-1], dtype=torch.bool, device=iou.device)
+        return Matches(nothing.long(), nothing, ~nothing)
+
+    iou = iou.masked_fill(~valid[..., None, :], -1.0)
+    best, index = iou.max(dim=-1)
+    positive = best >= positive_iou
+    negative = best < negative_iou
+    if low_quality and iou.shape[-2] > 0:
+        best_of_object = iou.amax(dim=-2, keepdim=True)
+        unreachable = best_of_object.masked_fill(best_of_object <= 0, torch.inf)
+        rescued = (iou == unreachable).any(dim=-1)
+        positive = positive | rescued
+        negative = negative & ~rescued
+    return Matches(index, positive, negative)
+
+
+def check_thresholds(positive_iou: float, negative_iou: float) -> None:
+    """Raises ValueError unless 0 <= negative_iou <= positive_iou <= 1 and positive_iou > 0."""
+    if not (0 <= negative_iou <= positive_iou <= 1 and positive_iou > 0):
+        raise ValueError(
+            "need 0 <= negative_iou <= positive_iou <= 1 and positive_iou > 0, "
+            f"got negative_iou {negative_iou} and positive_iou {positive_iou}"
+        )

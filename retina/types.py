@@ -1,0 +1,76 @@
+"""The tensors that flow through a detector, and the legend of their shapes.
+
+Legend, used in every signature of the library:
+
+    B  images of a batch                 K  classes, labels are 0..K-1
+    A  anchors over all levels           A_l  anchors of one pyramid level
+    M  objects of one image (padded)     D  detections of one image
+    C  channels                          H W  height and width in pixels or cells
+
+Boxes are `xyxy`, absolute pixels, float32, in the coordinates of the image tensor they stand beside. Whether something
+is positive, negative, ignored, a real object or padding is said by a bool mask, never by a magic integer.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor
+
+
+class Targets(NamedTuple):
+    """Objects of a batch, padded to the largest count M of any image (M may be 0)."""
+
+    boxes: Float[Tensor, "B M 4"]
+    labels: Int64[Tensor, "B M"]
+    valid: Bool[Tensor, "B M"]
+    """True for an object to detect; False for padding and for crowd regions."""
+    crowd: Bool[Tensor, "B M"]
+    """True for a region with uncounted objects (COCO's `iscrowd`): nothing is learned inside it."""
+
+
+class Batch(NamedTuple):
+    """What a loader yields: images on one canvas, their content at the top left."""
+
+    images: UInt8[Tensor, "B 3 H W"]
+    sizes: Int64[Tensor, "B 2"]
+    """(height, width) of the content inside the canvas; the rest is padding."""
+    targets: Targets
+    indices: Int64[Tensor, "B"]
+    """Which record of the annotations each image is."""
+    original_sizes: Int64[Tensor, "B 2"]
+    """(height, width) of the image file after EXIF rotation, before any resize."""
+
+
+class Predictions(NamedTuple):
+    """Raw outputs of a detector, one entry per pyramid level, finest first. The same in training and evaluation."""
+
+    logits: tuple[Float[Tensor, "B A_l K"], ...]
+    deltas: tuple[Float[Tensor, "B A_l 4"], ...]
+    anchors: tuple[Float[Tensor, "A_l 4"], ...]
+
+
+class Losses(NamedTuple):
+    """Sums over a batch. The caller divides by the positives of the whole optimizer step, over ranks and accumulation."""
+
+    classification: Float[Tensor, ""]
+    box: Float[Tensor, ""]
+    num_positives: Float[Tensor, ""]
+
+
+class Detections(NamedTuple):
+    """Detections of one image, best score first."""
+
+    boxes: Float[Tensor, "D 4"]
+    scores: Float[Tensor, "D"]
+    labels: Int64[Tensor, "D"]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with every tensor on `device`; copies from pinned memory do not wait."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    images, sizes, targets, indices, original_sizes = batch
+    return Batch(move(images), move(sizes), Targets(*map(move, targets)), move(indices), move(original_sizes))

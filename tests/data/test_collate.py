@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+import torch
+
+from retina.data.collate import collate
+from retina.data.transforms import Sample
+
+PAD = (124, 116, 104)
+
+
+def make_sample(height, width, num_objects, *, crowd=(), index=0):
+    rng = np.random.default_rng(height * 1000 + width)
+    flags = np.zeros(num_objects, dtype=bool)
+    flags[list(crowd)] = True
+    return Sample(
+        image=rng.integers(0, 255, (height, width, 3), dtype=np.uint8),
+        boxes=rng.uniform(0, 10, (num_objects, 4)).astype(np.float32),
+        labels=rng.integers(1, 9, num_objects),
+        crowd=flags,
+        index=index,
+        original_size=(height * 2, width * 2),
+    )
+
+
+def test_content_is_top_left_and_the_rest_padding():
+    samples = [make_sample(20, 30, 1, index=7), make_sample(33, 17, 1, index=4)]
+    batch = collate(samples, divisor=32, pad_value=PAD)
+    assert batch.images.shape == (2, 3, 64, 32)
+    assert batch.images.dtype == torch.uint8
+    for image, sample in zip(batch.images.permute(0, 2, 3, 1).numpy(), samples, strict=True):
+        height, width = sample.image.shape[:2]
+        np.testing.assert_array_equal(image[:height, :width], sample.image)
+        assert (image[height:] == PAD).all()
+        assert (image[:, width:] == PAD).all()
+    assert batch.sizes.tolist() == [[20, 30], [33, 17]]
+    assert batch.original_sizes.tolist() == [[40, 60], [66, 34]]
+    assert batch.indices.tolist() == [7, 4]
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_targets_are_padded_to_the_largest_count():
+    samples = [make_sample(8, 8, 3, crowd=[1]), make_sample(8, 9, 0), make_sample(9, 8, 1)]
+    targets = collate(samples, divisor=1, pad_value=PAD).targets
+    assert targets.valid.tolist() == [[True, False, True], [False] * 3, [True, False, False]]
+    assert targets.crowd.tolist() == [[False, True, False], [False] * 3, [False] * 3]
+    assert targets.boxes.dtype == torch.float32
+    assert targets.labels.dtype == torch.int64
+    np.testing.assert_array_equal(targets.boxes[0], samples[0].boxes)
+    np.testing.assert_array_equal(targets.labels[2, :1], samples[2].labels)
+    assert targets.boxes[1].abs().sum() == targets.boxes[2, 1:].abs().sum() == 0
+    assert targets.labels[1].sum() == targets.labels[2, 1:].sum() == 0
+
+
+def test_a_batch_without_objects_has_none():
+    targets = collate([make_sample(8, 8, 0), make_sample(8, 8, 0)], divisor=4, pad_value=PAD).targets
+    assert targets.boxes.shape == (2, 0, 4)
+    assert targets.labels.shape == targets.valid.shape == targets.crowd.shape == (2, 0)
+
+
+def test_only_crowd():
+    targets = collate([make_sample(8, 8, 2, crowd=[0, 1])], divisor=4, pad_value=PAD).targets
+    assert targets.valid.tolist() == [[False, False]]
+    assert targets.crowd.tolist() == [[True, True]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([(20, 30)], (32, 48)),
+        ([(32, 48)], (32, 48)),
+        ([(33, 30)], (48, 32)),
+        ([(20, 40), (40, 20)], (64, 64)),
+    ],
+)
+def test_smallest_canvas_that_fits(sizes, expected):
+    canvases = [(64, 64), (48, 32), (32, 48)]
+    batch = collate([make_sample(h, w, 0) for h, w in sizes], divisor=16, pad_value=PAD, canvases=canvases)
+    assert batch.images.shape[2:] == expected
+
+
+def test_faulty_calls_are_refused():
+    samples = [make_sample(70, 20, 0)]
+    with pytest.raises(ValueError, match=r"none of the canvases .* holds images of 70 x 20"):
+        collate(samples, divisor=16, pad_value=PAD, canvases=[(64, 64)])
+    with pytest.raises(ValueError, match="multiple of 32"):
+        collate(samples, divisor=32, pad_value=PAD, canvases=[(80, 80)])
+    with pytest.raises(ValueError, match="at least one"):
+        collate([], divisor=32, pad_value=PAD)

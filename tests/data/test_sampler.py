@@ -1,0 +1,156 @@
+import numpy as np
+import pytest
+
+from retina.data.sampler import DetectionBatchSampler, EvalSampler, eval_shard
+
+
+def make_sizes(num, seed=0):
+    """Landscape, portrait and square images, mixed."""
+    kinds = np.array([[480, 640], [640, 480], [500, 500], [427, 640]])
+    return kinds[np.random.default_rng(seed).integers(0, 4, num)]
+
+
+def images_of(batches):
+    return [index for batch in batches for _, index in batch]
+
+
+@pytest.mark.parametrize("num", [1, 7, 16, 100, 103])
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("group_by_aspect", [True, False])
+def test_every_image_is_seen_and_only_the_filling_twice(num, shuffle, group_by_aspect):
+    sampler = DetectionBatchSampler(
+        make_sizes(num), total_batch=16, shuffle=shuffle, group_by_aspect=group_by_aspect, seed=3
+    )
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert len(batches) == len(sampler) == sampler.steps_per_epoch == -(-num // 16)
+        assert {len(batch) for batch in batches} == {16}
+        assert {key[0] for batch in batches for key in batch} == {epoch}
+        images = images_of(batches)
+        assert set(images) == set(range(num))
+        assert len(set(images[:num])) == num
+        assert images[num:] == np.resize(images[:num], len(images))[num:].tolist()
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1), (1, 16), (16, 1)])
+def test_global_batches_do_not_depend_on_processes_or_accumulation(world_size, accumulate):
+    sizes = make_sizes(150)
+    expected = DetectionBatchSampler(sizes, total_batch=16, seed=5).global_batches(2)
+    micro = 16 // world_size // accumulate
+    steps = [[] for _ in expected]
+    for rank in range(world_size):
+        sampler = DetectionBatchSampler(
+            sizes, total_batch=16, rank=rank, world_size=world_size, accumulate=accumulate, seed=5
+        )
+        sampler.set_epoch(2)
+        batches = list(sampler)
+        assert len(batches) == len(expected) * accumulate
+        for number, batch in enumerate(batches):
+            assert len(batch) == micro
+            steps[number // accumulate] += [index for _, index in batch]
+    for step, batch in zip(steps, expected, strict=True):
+        assert sorted(step) == sorted(batch.tolist())
+
+
+def test_order_is_pinned_to_seed_and_epoch():
+    """The literal guards against a change of algorithm or of numpy, which would part a resumed run from its past."""
+    sampler = DetectionBatchSampler(np.ones((8, 2), dtype=np.int64), total_batch=4, seed=1)
+    assert sampler.global_batches(0).tolist() == PINNED
+    assert sampler.global_batches(1).tolist() != sampler.global_batches(0).tolist()
+    other = DetectionBatchSampler(np.ones((8, 2), dtype=np.int64), total_batch=4, seed=2)
+    assert other.global_batches(0).tolist() != sampler.global_batches(0).tolist()
+
+
+def test_order_does_not_touch_or_heed_the_global_state():
+    sampler = DetectionBatchSampler(make_sizes(64), total_batch=8)
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    first = list(sampler)
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+    np.random.seed(9)  # noqa: NPY002
+    assert list(sampler) == first
+
+
+def test_orientations_are_mixed_only_in_the_leftovers():
+    sizes = make_sizes(203)
+    orientations = np.sign(sizes[:, 1] - sizes[:, 0])
+    batches = DetectionBatchSampler(sizes, total_batch=8, seed=4).global_batches(0)
+    mixed = [len(set(orientations[batch].tolist())) > 1 for batch in batches]
+    full = sum(np.count_nonzero(orientations == kind) // 8 for kind in (-1, 0, 1))
+    assert not any(mixed[:full])
+    assert len(batches) - full <= 3
+    kinds = orientations[batches[:full, 0]]
+    assert (kinds[:-1] != kinds[1:]).sum() > 3  # and batches of different orientation take turns
+    ungrouped = DetectionBatchSampler(sizes, total_batch=8, seed=4, group_by_aspect=False).global_batches(0)
+    assert sum(len(set(orientations[batch].tolist())) > 1 for batch in ungrouped) > 15
+
+
+def test_without_shuffle_images_come_in_order():
+    sampler = DetectionBatchSampler(np.full((10, 2), 5), total_batch=4, shuffle=False)
+    assert [[index for _, index in batch] for batch in sampler] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
+
+
+@pytest.mark.parametrize("step", [0, 1, 5, 9, 10])
+def test_resume_yields_the_tail(step):
+    options = dict(total_batch=12, rank=1, world_size=2, accumulate=3, seed=8)
+    whole, resumed = (DetectionBatchSampler(make_sizes(117), **options) for _ in range(2))
+    whole.set_epoch(4)
+    resumed.start(4, step)
+    tail = list(whole)[step * 3 :]
+    assert len(resumed) == len(tail)
+    assert list(resumed) == tail
+    resumed.set_epoch(5)
+    whole.set_epoch(5)
+    assert list(resumed) == list(whole)
+
+
+def test_a_running_iteration_keeps_its_epoch():
+    sampler = DetectionBatchSampler(make_sizes(20), total_batch=4)
+    running = iter(sampler)
+    sampler.start(3, 2)
+    assert {epoch for batch in running for epoch, _ in batch} == {0}
+
+
+@pytest.mark.parametrize(
+    ("total_batch", "nearest"), [(10, "nearest that can is 8 or 12"), (3, "nearest that can is 4"), (0, "is 4")]
+)
+def test_uneven_batches_are_refused(total_batch, nearest):
+    with pytest.raises(ValueError, match=nearest):
+        DetectionBatchSampler(make_sizes(20), total_batch=total_batch, world_size=2, accumulate=2)
+
+
+def test_senseless_settings_are_refused():
+    with pytest.raises(ValueError, match="no images"):
+        DetectionBatchSampler(np.zeros((0, 2)), total_batch=4)
+    with pytest.raises(ValueError, match="rank must"):
+        DetectionBatchSampler(make_sizes(4), total_batch=4, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="accumulate"):
+        DetectionBatchSampler(make_sizes(4), total_batch=4, accumulate=0)
+    with pytest.raises(ValueError, match="step must"):
+        DetectionBatchSampler(make_sizes(8), total_batch=4).start(0, 3)
+    with pytest.raises(ValueError, match="batch_size"):
+        EvalSampler(make_sizes(4), batch_size=0)
+    with pytest.raises(ValueError, match="rank must"):
+        eval_shard(4, 3, 3)
+
+
+@pytest.mark.parametrize("num", [0, 1, 5, 64, 101])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_evaluation_sees_each_image_exactly_once(num, world_size):
+    sizes = make_sizes(num)
+    shares = []
+    for rank in range(world_size):
+        sampler = EvalSampler(sizes, batch_size=4, rank=rank, world_size=world_size)
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        assert all(len(batch) == 4 for batch in batches[:-1])
+        shares.append(images_of(batches))
+    assert sorted(sum(shares, [])) == list(range(num))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_evaluation_batches_are_of_similar_aspect():
+    sizes = make_sizes(100)
+    ratios = sizes[:, 1] / sizes[:, 0]
+    batches = [[index for _, index in batch] for batch in EvalSampler(sizes, batch_size=5, rank=1, world_size=2)]
+    assert sum(len(set(ratios[batch])) > 1 for batch in batches) <= 3

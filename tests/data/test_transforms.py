@@ -1,0 +1,250 @@
+import random
+
+import albumentations as A
+import numpy as np
+import pytest
+
+from retina.data.transforms import LargeScaleJitter, Pipeline, ResizeShortSide, Sample, eval_pipeline, stable_hash
+from retina.errors import ConfigError
+
+RED = (255, 0, 0)
+
+
+def make_sample(height, width, boxes=(), crowd=None):
+    """A grey image with every box painted red."""
+    image = np.full((height, width, 3), 90, dtype=np.uint8)
+    boxes = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+    for x1, y1, x2, y2 in boxes.round().astype(int):
+        image[max(y1, 0) : y2, max(x1, 0) : x2] = RED
+    crowd = np.zeros(len(boxes), dtype=bool) if crowd is None else np.array(crowd)
+    return Sample(image, boxes, np.arange(len(boxes)) + 5, crowd, index=3, original_size=(height, width))
+
+
+def find_red(image):
+    """Box around the pixels that are more red than grey."""
+    red = image[:, :, 0].astype(int) - image[:, :, 1] > 82
+    ys, xs = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
+    return np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1])
+
+
+@pytest.mark.parametrize(
+    ("size", "short_side", "long_side", "expected"),
+    [
+        ((480, 640), 800, 1333, (800, 1067)),
+        ((640, 480), 800, 1333, (1067, 800)),
+        ((500, 1000), 800, 1333, (667, 1333)),  # the cap decides
+        ((500, 1000), 800, None, (800, 1600)),
+        ((512, 512), 512, 512, (512, 512)),
+        ((1000, 1500), 400, 1333, (400, 600)),
+        ((3, 3000), 100, 1000, (1, 1000)),
+    ],
+)
+def test_resize_keeps_the_ratio_and_caps_the_long_side(size, short_side, long_side, expected):
+    sample = eval_pipeline(short_side, long_side)(make_sample(*size), seed=0)
+    assert sample.image.shape == (*expected, 3)
+    assert sample.original_size == size
+    assert sample.index == 3
+
+
+def test_one_of_several_short_sides_is_drawn():
+    pipeline = Pipeline({"resize": ResizeShortSide(short_side=[20, 30, 40], long_side=1000)})
+    heights = [pipeline(make_sample(50, 60), seed).image.shape[0] for seed in range(30)]
+    assert set(heights) == {20, 30, 40}
+
+
+def test_shrinking_averages_and_enlarging_interpolates():
+    stripes = make_sample(64, 64)
+    stripes.image[:, ::2] = 0
+    stripes.image[:, 1::2] = 200
+    small = eval_pipeline(16, None)(stripes, 0).image
+    assert small.min() == small.max() == 100  # bilinear would keep two columns of four, area sees all
+    edge = make_sample(4, 4)
+    edge.image[:, :2], edge.image[:, 2:] = 0, 200
+    large = eval_pipeline(16, None)(edge, 0).image[0, :, 0]
+    assert len(set(large.tolist())) > 2
+
+
+def test_jitter_never_exceeds_its_target_and_covers_its_range():
+    pipeline = Pipeline({"jitter": LargeScaleJitter(height=96, width=128, scale=[0.1, 2.0])})
+    shapes = np.array([pipeline(make_sample(60, 80), seed).image.shape[:2] for seed in range(200)])
+    assert shapes.max(0).tolist() == [96, 128]
+    full = (shapes == [96, 128]).all(1).mean()
+    assert 0.4 < full < 0.65  # half of the factors are above 1
+    assert shapes.min(0)[0] < 20
+    small = shapes[(shapes < [96, 128]).all(1)]
+    np.testing.assert_allclose(small[:, 0], 0.75 * small[:, 1], atol=0.9)
+
+
+def test_jitter_with_a_fixed_factor():
+    pipeline = Pipeline({"jitter": LargeScaleJitter(height=100, width=100, scale=[0.5, 0.5])})
+    assert pipeline(make_sample(300, 200), 1).image.shape == (50, 33, 3)
+    # factor 2 of a fit to 100x67: 200x133 is cut to 100x100
+    pipeline = Pipeline({"jitter": LargeScaleJitter(height=100, width=100, scale=[2.0, 2.0])})
+    assert pipeline(make_sample(300, 200), 1).image.shape == (100, 100, 3)
+
+
+@pytest.mark.parametrize(
+    "transforms",
+    [
+        {"resize": ResizeShortSide(300)},
+        {"resize": ResizeShortSide(67)},
+        {"flip": A.HorizontalFlip(p=1)},
+        {"flip": A.VerticalFlip(p=1), "resize": ResizeShortSide(333, 400)},
+        {"jitter": LargeScaleJitter(150, 170, scale=[0.5, 2.0])},
+        {"jitter": LargeScaleJitter(170, 120, scale=[1.5, 2.0]), "flip": A.HorizontalFlip(p=0.5)},
+        {"turn": A.RandomRotate90(p=1), "resize": ResizeShortSide([200, 250])},
+        {"shift": A.Affine(translate_percent=0.2, scale=1.2, p=1)},
+    ],
+    ids=lambda transforms: "-".join(transforms),
+)
+def test_boxes_stay_on_their_pixels(transforms):
+    pipeline = Pipeline(transforms, min_visibility=0.0)
+    seen = 0
+    for seed in range(12):
+        result = pipeline(make_sample(140, 190, [[60, 40, 125, 87]]), seed)
+        if len(result.boxes):
+            seen += 1
+            np.testing.assert_allclose(result.boxes[0], find_red(result.image), atol=1)
+    assert seen > 6
+
+
+def test_unmoved_boxes_keep_their_digits():
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 4000, (200, 2))
+    boxes = np.hstack((corner, corner + rng.uniform(2, 90, (200, 2)))).astype(np.float32)
+    sample = make_sample(4096, 4096)._replace(
+        boxes=boxes, labels=np.arange(200), crowd=np.zeros(200, dtype=bool), image=np.zeros((4096, 8192, 3), np.uint8)
+    )
+    result = Pipeline({})(sample, 0)
+    np.testing.assert_allclose(result.boxes, boxes, atol=1e-3)
+    assert result.boxes.dtype == np.float32
+    np.testing.assert_array_equal(result.labels, sample.labels)
+
+
+def test_boxes_outside_are_clipped_and_degenerate_ones_dropped():
+    boxes = [
+        [-5, -5, 20, 20],
+        [90, 40, 100.00001, 50.00001],
+        [10, 10, 10, 30],
+        [30, 30, 20, 20],
+        [120, 10, 140, 30],
+        [50, 20, 50.5, 40],
+        [0, 0, 100, 50],
+    ]
+    sample = make_sample(50, 100)._replace(
+        boxes=np.array(boxes, np.float32), labels=np.arange(7), crowd=np.array([0, 1, 0, 0, 0, 0, 1], dtype=bool)
+    )
+    for transforms in ({}, {"flip": A.HorizontalFlip(p=0)}, {"blur": A.Blur(p=0)}):
+        result = Pipeline(transforms)(sample, 0)
+        np.testing.assert_allclose(result.boxes, [[0, 0, 20, 20], [90, 40, 100, 50], [0, 0, 100, 50]], atol=1e-4)
+        assert result.labels.tolist() == [0, 1, 6]
+        assert result.crowd.tolist() == [False, True, True]
+
+
+def test_boxes_never_leave_the_image_by_rounding():
+    pipeline = Pipeline({"resize": ResizeShortSide([77, 91, 133], 180), "flip": A.HorizontalFlip(p=0.5)})
+    for seed in range(40):
+        result = pipeline(make_sample(101, 147, [[0, 0, 147, 101], [100.3, 50.7, 147, 101]]), seed)
+        height, width = result.image.shape[:2]
+        assert len(result.boxes) == 2
+        assert (result.boxes >= 0).all()
+        assert (result.boxes <= np.array([width, height, width, height])).all()
+
+
+def test_min_size_counts_pixels_after_the_transform():
+    sample = make_sample(100, 100, [[10, 10, 13, 60], [10, 10, 15, 60]])
+    halved = {"resize": ResizeShortSide(50)}
+    assert Pipeline(halved, min_size=2.0)(sample, 0).labels.tolist() == [6]
+    assert Pipeline(halved, min_size=1.0)(sample, 0).labels.tolist() == [5, 6]
+
+
+def test_min_visibility_counts_the_area_that_a_crop_leaves():
+    sample = make_sample(100, 100, [[40, 0, 60, 20], [45, 0, 65, 20], [49, 0, 69, 20]])
+    left = {"crop": A.Crop(0, 0, 50, 100)}  # leaves 10, 5 and 1 of 20 columns
+    assert Pipeline(left)(sample, 0).labels.tolist() == [5, 6]
+    assert Pipeline(left, min_visibility=0.4)(sample, 0).labels.tolist() == [5]
+    assert Pipeline(left, min_visibility=0.0)(sample, 0).labels.tolist() == [5, 6, 7]
+
+
+def test_images_without_objects_pass():
+    result = Pipeline({"jitter": LargeScaleJitter(64, 64), "flip": A.HorizontalFlip()})(make_sample(50, 70), 9)
+    assert result.boxes.shape == (0, 4)
+    assert result.boxes.dtype == np.float32
+    assert result.labels.shape == result.crowd.shape == (0,)
+    assert result.labels.dtype == np.int64
+    assert result.crowd.dtype == bool
+
+
+def test_result_is_contiguous_and_its_input_untouched():
+    sample = make_sample(40, 60, [[5, 5, 20, 20]])
+    before = sample.image.copy()
+    result = Pipeline({"flip": A.HorizontalFlip(p=1), "jitter": LargeScaleJitter(30, 30, [2.0, 2.0])})(sample, 0)
+    assert result.image.flags.c_contiguous
+    assert result.image.dtype == np.uint8
+    np.testing.assert_array_equal(sample.image, before)
+    np.testing.assert_array_equal(sample.boxes, [[5, 5, 20, 20]])
+
+
+def test_the_seed_decides_everything():
+    transforms = {
+        "jitter": LargeScaleJitter(64, 64),
+        "flip": A.HorizontalFlip(),
+        "colour": A.ColorJitter(p=0.8),
+        "one": A.OneOf([A.GaussNoise(p=1), A.Blur(p=1)], p=0.5),
+    }
+    pipeline, sample = Pipeline(transforms), make_sample(50, 60, [[5, 5, 40, 40]])
+    first = [pipeline(sample, seed) for seed in range(8)]
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    for seed in reversed(range(8)):
+        again = pipeline(sample, seed)
+        np.testing.assert_array_equal(again.image, first[seed].image)
+        np.testing.assert_array_equal(again.boxes, first[seed].boxes)
+    assert len({result.image.tobytes() for result in first}) == 8
+
+
+def test_transforms_draw_independently_and_by_name():
+    both = {"across": A.HorizontalFlip(p=0.5), "down": A.VerticalFlip(p=0.5)}
+    sample = make_sample(20, 20, [[0, 0, 5, 5]])
+
+    def corners(transforms):
+        boxes = [Pipeline(transforms)(sample, seed).boxes[0] for seed in range(80)]
+        return [(box[0] > 10, box[1] > 10) for box in boxes]
+
+    moved = corners(both)
+    counts = [moved.count(pair) for pair in ((False, False), (False, True), (True, False), (True, True))]
+    assert min(counts) > 8  # one shared stream would never flip once only
+    alone = corners({"down": both["down"]})
+    assert [down for _, down in alone] == [down for _, down in moved]
+
+
+def test_stable_hash_is_pinned():
+    assert stable_hash(0, 1, 2) == 3545498880833913751
+    assert stable_hash(0, 12) != stable_hash(0, 1, 2)
+    assert stable_hash(-1, 3) != stable_hash(1, 3)
+
+
+@pytest.mark.parametrize("transform", [A.Normalize(), A.ToFloat(), A.ToGray(num_output_channels=1, p=1)])
+def test_images_that_are_not_uint8_rgb_are_refused(transform):
+    pipeline = Pipeline({"resize": ResizeShortSide(20), "odd": transform})
+    with pytest.raises(ConfigError, match="augment: resize, odd: the image came out as"):
+        pipeline(make_sample(30, 30), 0)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ResizeShortSide(0),
+        lambda: ResizeShortSide([]),
+        lambda: ResizeShortSide(10, 0),
+        lambda: LargeScaleJitter(0, 10),
+        lambda: LargeScaleJitter(10, 10, [0.0, 1.0]),
+        lambda: LargeScaleJitter(10, 10, [2.0, 1.0]),
+        lambda: LargeScaleJitter(10, 10, [1.0]),
+        lambda: Pipeline({}, min_size=0.0),
+        lambda: Pipeline({}, min_visibility=1.5),
+    ],
+)
+def test_senseless_settings_are_refused(build):
+    with pytest.raises(ValueError, match="must"):
+        build()
