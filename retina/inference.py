@@ -1,6 +1,7 @@
 """A trained detector as a Python object: images in, detections in their own pixels out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from retina.data.collate import collate
 from retina.data.images import read_image
 from retina.data.transforms import Sample, eval_pipeline
 from retina.distributed import choose_device
-from retina.errors import CheckpointError
+from retina.errors import CheckpointError, ConfigError
 from retina.model.retinanet import RetinaNet
 from retina.model.weights import DetectorCard, load_detector
 from retina.postprocess import postprocess, to_original
@@ -29,28 +30,35 @@ ImageLike = str | Path | UInt8[np.ndarray, "H W 3"] | Image.Image | UInt8[Tensor
 class Detector:
     """Model, preprocessing and thresholds of one weights file.
 
-        detector = retina.load("runs/bccd")
-        for detections in detector.predict(["a.jpg", "b.jpg"]):
-            print(detections.boxes, detections.scores, [detector.classes[k] for k in detections.labels])
+    detector = retina.load("runs/bccd")
+    for detections in detector.predict(["a.jpg", "b.jpg"]):
+        print(detections.boxes, detections.scores, [detector.classes[k] for k in detections.labels])
     """
 
     def __init__(self, model: RetinaNet, card: DetectorCard, *, device: torch.device) -> None:
         self.model = model.to(device, memory_format=torch.channels_last).eval()
         self.card = card
         self.device = device
-        self.dtype = PRECISIONS[card.preprocessing["precision"]]
+        precision = card.preprocessing["precision"]
+        if precision not in PRECISIONS:
+            raise ConfigError(f"precision: {precision!r} is not known - choose {', '.join(PRECISIONS)}")
+        self.dtype = PRECISIONS[precision]
         self._resize = eval_pipeline(card.preprocessing["short_side"], card.preprocessing["long_side"])
         self._collate = partial(
             collate, divisor=card.preprocessing["divisor"], pad_value=tuple(card.preprocessing["pad_value"])
         )
 
     @classmethod
-    def load(cls, checkpoint: str | Path, *, device: str = "auto") -> "Detector":
+    def load(cls, checkpoint: str | Path, *, device: str = "auto", precision: str | None = None) -> "Detector":
         """From a run folder (its `best.safetensors`) or a `.safetensors` file.
+
+        precision: `fp32`, `bf16` or `fp16`; None is what it was trained and evaluated with.
 
         Raises CheckpointError when there is none, it is damaged, or of another architecture or version."""
         chosen = choose_device(device)
         model, card = load_detector(find_weights(Path(checkpoint)), chosen)
+        if precision is not None:
+            card = replace(card, preprocessing=card.preprocessing | {"precision": precision})
         return cls(model, card, device=chosen)
 
     @property
@@ -67,23 +75,14 @@ class Detector:
         score_threshold: None takes the detector's own (0.05 unless it was trained with another).
 
         Raises DataError for a file that cannot be read, TypeError for anything that is no image."""
-        return list(self.stream(map(as_array, images), score_threshold=score_threshold, batch_size=batch_size))
-
-    def stream(
-        self, images: Iterator[UInt8[np.ndarray, "H W 3"]], *, score_threshold: float | None = None, batch_size: int = 8
-    ) -> Iterator[Detections]:
-        """`predict` for images that need not be in memory at the same time."""
         options: dict[str, Any] = dict(self.card.postprocess)
         if score_threshold is not None:
             options["score_threshold"] = score_threshold
-        waiting: list[Sample] = []
-        for image in images:
-            waiting.append(self._resize(_bare_sample(image), 0))
-            if len(waiting) == batch_size:
-                yield from self._detect(waiting, options)
-                waiting = []
-        if waiting:
-            yield from self._detect(waiting, options)
+        found: list[Detections] = []
+        for first in range(0, len(images), batch_size):
+            batch = [as_array(image) for image in images[first : first + batch_size]]  # only these are in memory
+            found += self._detect([self._resize(_bare_sample(image), 0) for image in batch], options)
+        return found
 
     @torch.no_grad()
     def _detect(self, samples: list[Sample], options: dict[str, Any]) -> list[Detections]:
@@ -92,8 +91,8 @@ class Detector:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             predictions = self.model(on_device.images)
         found = postprocess(predictions, on_device.sizes, **options)
-        shapes = zip(found, batch.sizes.tolist(), batch.original_sizes.tolist(), strict=True)
-        return [to_original(Detections(*(t.cpu() for t in one)), tuple(now), tuple(was)) for one, now, was in shapes]
+        shapes = zip(found, batch.sizes, batch.original_sizes, strict=True)
+        return [to_original(Detections(*(t.cpu() for t in one)), size, original) for one, size, original in shapes]
 
 
 def find_weights(checkpoint: Path) -> Path:

@@ -35,14 +35,13 @@ def smooth_l1(
     torchvision and detectron2 train RetinaNet. Choose beta with `functools.partial(smooth_l1, beta=0.1)`.
     Source: Girshick, Fast R-CNN, ICCV 2015, equations 2 and 3.
     """
-    expected = encode(boxes, anchors)
-    return F.smooth_l1_loss(deltas.to(expected.dtype), expected, beta=beta, reduction="none").sum(dim=-1)
+    return F.smooth_l1_loss(deltas, encode(boxes, anchors), beta=beta, reduction="none").sum(dim=-1)
 
 
 def giou(
     deltas: Float[Tensor, "*batch A 4"], anchors: Float[Tensor, "A 4"], boxes: Float[Tensor, "*batch A 4"]
 ) -> Float[Tensor, "*batch A"]:
-    """1 - generalized IoU of the decoded box with the object's box, in [0, 2]. Goes well with a `box_weight` of 2."""
+    """1 - generalized IoU of the decoded box with the object's box, in [0, 2]."""
     return 1 - generalized_iou(decode(deltas, anchors), boxes)
 
 

@@ -30,8 +30,8 @@ def postprocess(
     the padded canvas. Of the candidates of one class that overlap by more than `nms_iou`, the best stays; then the best
     `max_detections` of the image.
 
-    Ties of score go to the finer level, then the lower anchor, then the lower class. Boxes that are NaN or without area
-    after clipping, and anchors with a NaN logit, never survive. float32 inside; boxes and scores are float32.
+    Ties of score go to the finer level, then the lower anchor, then the lower class. Boxes that are NaN, and anchors with
+    a NaN logit, never survive. float32 inside; boxes and scores are float32.
 
     Args:
         class_agnostic: suppress overlapping candidates whatever their class.
@@ -52,7 +52,7 @@ def postprocess(
     ]
     boxes, scores, labels, image = (torch.cat(parts) for parts in zip(*levels, strict=True))
     boxes = clip_boxes(boxes, sizes.to(boxes.device)[image])
-    keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).nonzero().squeeze(1)  # False for NaN
+    keep = (boxes[:, 2:] >= boxes[:, :2]).all(dim=1).nonzero().squeeze(1)  # False for NaN
     keep = keep[_best_first(scores[keep], image[keep])]
     counts = image[keep].bincount(minlength=num_images).tolist()
 
@@ -86,6 +86,8 @@ def grouped_nms(
     """
     if len(boxes) == 0:
         return groups
+    if boxes.device.type == "mps":  # knows no float64
+        return grouped_nms(boxes.cpu(), scores.cpu(), groups.cpu(), iou).to(boxes.device)
     boxes = boxes.double()
     place = groups * (boxes.max() - boxes.min() + 1)
     return nms(boxes + place[:, None], scores.double(), iou)

@@ -121,9 +121,7 @@ def call(factory: Callable[..., Any], key: str, **arguments: Any) -> Any:
         raise ConfigError(f"{key}: {reason} - correct these values") from None
 
 
-def check_arguments(
-    factory: Callable[..., Any], arguments: Iterable[str], key: str, *, partial: bool = False
-) -> None:
+def check_arguments(factory: Callable[..., Any], arguments: Iterable[str], key: str, *, partial: bool = False) -> None:
     """Raises ConfigError listing every argument that `factory` does not take, and (unless `partial`) every one it lacks."""
     parameters = inspect.signature(factory).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -169,7 +167,9 @@ def _plain(config: DictConfig) -> Settings:
 
 def _explain(fault: HydraException, config_name: str, overrides: list[str]) -> str:
     text = str(fault).splitlines()[0]
-    named = re.search(r"(?:Could not override|Could not append to config\. An item is already at|Could not delete) '([^']+)'", text)
+    named = re.search(
+        r"(?:Could not override|Could not append to config\. An item is already at|Could not delete) '([^']+)'", text
+    )
     if not named:
         return f"{text} - see configs/{config_name}.yaml"
     key = named.group(1).split("@")[0]

@@ -83,8 +83,9 @@ def parse(arguments: Sequence[str]) -> Options:
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1, cutoff=0.0)[0]
-            raise ConfigError(f"command line: {key}: no such option - did you mean {near}=? (--help lists all)")
+            near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+            hint = f"did you mean {near[0]}=?" if near else f"there are {', '.join(known)}"
+            raise ConfigError(f"command line: {key}: no such option - {hint} (--help explains all)")
         if not equals or not text:
             raise ConfigError(f"command line: {key}: no value - write {key}=...")
         if key in values:
@@ -92,7 +93,7 @@ def parse(arguments: Sequence[str]) -> Options:
         values[key] = _value(key, text)
     for key in ("format", "source", "output"):
         if key not in values:
-            raise ConfigError(f"command line: {key}: missing - add {key}=... (--help lists all)")
+            raise ConfigError(f"command line: {key}: missing - add {key}=... (--help explains all)")
     options = Options(**values)
     if options.format == "yolo" and (options.one_based or options.difficult != "keep"):
         raise ConfigError("command line: one_based, difficult: only for format=voc - leave them out")

@@ -8,7 +8,6 @@ Format: https://cocodataset.org/#format-data and #format-results.
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, Int64
 
-from retina.data.coco_checks import RecordsError, check_categories, check_images, listing, load_document
+from retina.data.coco_checks import (
+    RecordsError,
+    check_annotations,
+    check_categories,
+    check_images,
+    listing,
+    load_document,
+)
 from retina.errors import DataError
 
 
@@ -110,19 +116,7 @@ def read_coco(file: Path, image_root: Path, *, classes: Sequence[str] | None = N
     label_of = {id_of[name]: label for label, name in enumerate(classes) if name in id_of}
 
     annotations = document["annotations"]
-    outside: Counter[int] = Counter()
-    for position, annotation in enumerate(annotations):
-        problem = _annotation_problem(annotation, row_of, name_of)
-        if problem:
-            faults.append(f"{file}: {_describe(annotation, position, row_of, file_names)}: {problem}")
-        elif name_of[annotation["category_id"]] not in classes:
-            outside[annotation["category_id"]] += 1
-    for category_id, count in outside.items():
-        name = name_of[category_id]
-        faults.append(
-            f"{file}: category {category_id} ({name}): used by {count} annotation{'s' * (count > 1)} but not among the "
-            f"classes {some(classes)} - {_nearest(name, classes)}"
-        )
+    check_annotations(file, annotations, row_of, file_names, name_of, classes, faults)
     if faults:
         raise RecordsError(faults)
 
@@ -161,7 +155,8 @@ def locate_split(root: Path, split: str) -> tuple[Path, Path]:
     if file is not None and folder is not None:
         return file, folder
     if file is None:
-        problem = f"expected {files[0]} or {files[1]}{listing(files[0].parent if files[0].parent.is_dir() else root)}"
+        where = listing(files[0].parent if files[0].parent.is_dir() else root)
+        problem = f"expected {files[0]} or {files[1]} (with images in {split}/ or {split}2017/){where}"
     else:
         problem = f"expected the images in {folders[0]}/ or {folders[1]}/{listing(root)}"
     raise DataError(

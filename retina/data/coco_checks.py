@@ -26,13 +26,13 @@ class RecordsError(DataError):
 
     def __init__(self, faults: Sequence[str]) -> None:
         super().__init__(faults)
-        self.faults = list(faults)
+        self.faults = [fault.replace("\n", " ") for fault in faults]
 
     def __str__(self) -> str:
         return self.faults[0] + (f" (and {len(self.faults) - 1} more)" if len(self.faults) > 1 else "")
 
 
-def load_document(file: Path) -> dict[str, list[Any]]:
+def load_document(file: Path) -> dict[str, Any]:
     """Parse the file and check what holds the records, not the records."""
     if not file.is_file():
         raise DataError(f"{file}: no such annotation file{listing(file.parent)} - give the path of a COCO JSON file")
@@ -106,7 +106,7 @@ def check_images(
             problem = f"id is already that of {names[row_of[image_id]]} - give every image its own id"
         elif not isinstance(name, str) or not name:
             problem = f"file_name {name!r} is no text - give the image's path inside the image folder"
-        elif not all(_is_number(side) and side == int(side) and side > 0 for side in (height, width)):
+        elif not all(_is_number(side) and 0 < side < 2**31 and side == int(side) for side in (height, width)):
             problem = f"width {width!r} and height {height!r} are not whole numbers above 0 - give the image's pixels"
         if problem:
             faults.append(f"{file}: image {image_id} ({name}): {problem}")
@@ -154,9 +154,9 @@ def _annotation_problem(record: Any, row_of: Mapping[int, int], name_of: Mapping
     if not _is_id(category_id) or category_id not in name_of:
         return f"category_id {category_id!r} is not in `categories` - add the category, or correct the id"
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        return f"bbox {box!r} is not four finite numbers - write [x, y, width, height] in pixels"
-    if box[2] <= 0 or box[3] <= 0:
-        return f"bbox {box!r} has no area (width {box[2]}, height {box[3]}) - correct or remove it"
+        return f"bbox {box!r:.80} is not four finite numbers - write [x, y, width, height] in pixels"
+    if box[2] < 0 or box[3] < 0:
+        return f"bbox {box!r} has a negative side (width {box[2]}, height {box[3]}) - correct or remove it"
     if area is not None and not (_is_number(area) and area >= 0):
         return f"area {area!r} is not a number from 0 up - correct it, or leave it out"
     if record.get("iscrowd") not in (None, 0, 1):
@@ -194,6 +194,7 @@ def _is_number(value: Any) -> bool:
 
 
 def some(names: Sequence[str]) -> str:
+    """The first few names, for a message."""
     return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "") if names else "nothing"
 
 

@@ -20,9 +20,9 @@ def collate(
     """Put images at the top left of a common canvas filled with `pad_value`, and pad their targets to a common count.
 
     The canvas is the greatest height by the greatest width, each rounded up to a multiple of `divisor`; with
-    `canvases` it is instead the one of least area among them (height, width) that holds every image. Images are
-    [B 3 H W] in channels_last memory, which is the order in which they are decoded, so that collating copies each pixel
-    once. Boxes and labels of padding are zero; without any object M is 0.
+    `canvases` it is instead the one of least area among them (height, width) that holds every image, the first of equal
+    ones. Images are [B 3 H W] in channels_last memory, which is the order in which they are decoded, so that collating
+    copies each pixel once. Boxes and labels of padding are zero; without any object M is 0.
 
     Raises ValueError if there are no samples, if no canvas is large enough or if one is not a multiple of `divisor`.
     """

@@ -47,10 +47,12 @@ class DetectionBatchSampler(Sampler[list[tuple[int, int]]]):
             raise ValueError("there are no images to draw batches from")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in 0..{world_size - 1}, got {rank}")
+        if min(total_batch, accumulate) < 1:
+            raise ValueError(f"total_batch and accumulate must be positive, got {total_batch} and {accumulate}")
         parts = world_size * accumulate
-        if total_batch < 1 or accumulate < 1 or total_batch % parts:
-            below = total_batch // max(parts, 1) * parts
-            nearest = " or ".join(str(value) for value in (below, below + parts) if value > 0)
+        if total_batch % parts:
+            below = total_batch // parts * parts
+            nearest = f"{below} or {below + parts}" if below else f"{parts}"
             raise ValueError(
                 f"a total batch of {total_batch} images cannot be cut evenly for {world_size} processes x"
                 f" {accumulate} micro-batches: the nearest that can is {nearest}"
@@ -60,6 +62,11 @@ class DetectionBatchSampler(Sampler[list[tuple[int, int]]]):
         self.seed, self.shuffle = seed, shuffle
         self._orientations = np.sign(sizes[:, 1] - sizes[:, 0]) if group_by_aspect else np.zeros(len(sizes), np.int64)
         self.start(0, 0)
+
+    @property
+    def micro_batch(self) -> int:
+        """Images of one micro-batch of this process."""
+        return self.total_batch // (self.world_size * self.accumulate)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -92,8 +99,7 @@ class DetectionBatchSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
         batches = self.global_batches(epoch)[self.step :]
-        parts = self.world_size * self.accumulate
-        own = batches.reshape(len(batches) * self.accumulate, self.world_size, self.total_batch // parts)[:, self.rank]
+        own = batches.reshape(len(batches) * self.accumulate, self.world_size, self.micro_batch)[:, self.rank]
         return ([(epoch, index) for index in indices.tolist()] for indices in own)
 
 

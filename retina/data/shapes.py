@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ _SUPERSAMPLING = 4  # masks are drawn four times as large: smooth edges, and box
 _MIN_VISIBLE = 0.5  # share of a shape left by the frame and by later shapes; below it a class is hard to tell
 _MIN_SIDE = 10.0  # of a box inside the frame, in pixels
 _EMPTY = 0.08  # share of images without objects
+_CROPPED = 0.35  # share of shapes that may stick out of the frame
 _MAX_OBJECTS = 9
 
 
 def write_shapes(
-    root: Path, *, num_train: int = 1000, num_val: int = 200, image_size: tuple[int, int] = (256, 320), seed: int = 0
+    root: Path, *, num_train: int = 1000, num_val: int = 200, image_size: Sequence[int] = (256, 320), seed: int = 0
 ) -> None:
     """Write the shapes data set in COCO's layout: `{train,val}/*.jpg`, `annotations/instances_{train,val}.json`.
 
@@ -48,9 +49,12 @@ def write_shapes(
     """
     if num_train < 1 or num_val < 1:
         raise ConfigError(f"shapes: num_train {num_train}, num_val {num_val}: no images - give at least 1 of each")
+    if len(image_size) != 2 or not 64 <= image_size[0] <= image_size[1]:
+        sides = ", ".join(map(str, image_size))
+        raise ConfigError(
+            f"shapes: image_size [{sides}]: not a short and a long side from 64 up - give [256, 320], say"
+        )
     short, long = image_size
-    if not 64 <= short <= long:
-        raise ConfigError(f"shapes: image_size {short}, {long}: not a short and a long side - give (256, 320), say")
     stamp = {
         "version": _VERSION,
         "num_train": num_train,
@@ -132,14 +136,14 @@ def _draw_image(
     seen: list[int] = []
     views = []  # the part of `owner` around every shape, and where that begins
     num_objects = 0 if rng.random() < _EMPTY else int(rng.integers(1, _MAX_OBJECTS + 1))
-    for label in rng.choice(len(_CLASSES), size=num_objects, p=_SHARES):
+    for label in rng.choice(len(_CLASSES), size=num_objects, p=_SHARES).tolist():
         for _ in range(20):  # places until one fits; a crowded image ends up with fewer shapes
             mask, top, left = _draw_mask(rng, label, short, height, width)
             y, x = max(top, 0), max(left, 0)
             inside = mask[y - top : max(owner.shape[0] - top, 0), x - left : max(owner.shape[1] - left, 0)]
             under = owner[y : y + inside.shape[0], x : x + inside.shape[1]]
             hidden = np.bincount(under[inside], minlength=len(seen) + 1)[1:]
-            area, area_inside = np.count_nonzero(mask), np.count_nonzero(inside)
+            area, area_inside = int(np.count_nonzero(mask)), int(np.count_nonzero(inside))
             y1, x1, y2, x2 = _extent(inside)
             if (
                 area_inside >= _MIN_VISIBLE * area
@@ -149,7 +153,7 @@ def _draw_image(
                 seen = [s - int(h) for s, h in zip(seen, hidden, strict=True)] + [area_inside]
                 full.append(area)
                 views.append((under, y, x))
-                labels.append(int(label))
+                labels.append(label)
                 under[inside] = len(seen)
                 _paint(rng, image, inside, y // _SUPERSAMPLING, x // _SUPERSAMPLING)
                 break
@@ -189,7 +193,8 @@ def _draw_mask(
     outlines = _OUTLINES[label](rng)
     angle = rng.uniform(0, 2 * math.pi)
     rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    centre = rng.uniform([-0.2 * size, -0.2 * size], [width + 0.2 * size, height + 0.2 * size])
+    reach = size * (0.2 if rng.random() < _CROPPED else -0.5)
+    centre = rng.uniform([-reach, -reach], [width + reach, height + reach])
     outlines = [outline @ rotation * (size / 2) + centre for outline in outlines]
     left, top = np.floor(outlines[0].min(axis=0)).astype(int)
     right, bottom = np.ceil(outlines[0].max(axis=0)).astype(int)

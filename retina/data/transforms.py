@@ -49,12 +49,16 @@ class Pipeline:
     leaves what the others do as it was. (`Compose.set_random_seed` of albumentations 2.0.8 gives every transform the
     same stream: two flips of p=0.5 would then always happen together.)
 
-    Raises ValueError if `min_size` is not positive or `min_visibility` not in 0..1, and ConfigError, on use, if an image
+    Raises ValueError if `min_size` is not positive or `min_visibility` not in 0..1; on use, ConfigError if an image
     comes out as anything but uint8 RGB.
     """
 
     def __init__(
-        self, transforms: Mapping[str, A.BasicTransform], *, min_size: float = 1.0, min_visibility: float = 0.1
+        self,
+        transforms: Mapping[str, A.BasicTransform | A.BaseCompose],
+        *,
+        min_size: float = 1.0,
+        min_visibility: float = 0.1,
     ) -> None:
         if not min_size > 0:
             raise ValueError(f"min_size must be positive, got {min_size}")
@@ -94,13 +98,10 @@ class Pipeline:
         moved = result["bboxes"]
         if len(moved) == 0:
             moved = np.empty((0, 5))
-        height, width = image.shape[:2]
-        border = np.array([width, height, width, height], dtype=np.float32)
         kept = moved[:, 4].round().astype(np.int64)
         return sample._replace(
             image=np.ascontiguousarray(image),
-            # float32 may round a coordinate up past the border that it was clipped to
-            boxes=np.clip(moved[:, :4].astype(np.float32), 0, border),
+            boxes=moved[:, :4].astype(np.float32),
             labels=sample.labels[kept],
             crowd=sample.crowd[kept],
         )

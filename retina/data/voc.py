@@ -54,7 +54,7 @@ def read_voc(
     def read(listed: Listed) -> Record | None:
         name, file, line = listed
         xml = source / "Annotations" / f"{name}.xml"
-        if False and name.startswith("/"):
+        if ".." in PurePosixPath(name).parts or name.startswith("/"):
             faults.append(
                 Fault(file, line, f"image id {shown(name)} leaves the data set", "use ids such as 'sub/0001'")
             )

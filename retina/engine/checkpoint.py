@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -87,13 +86,12 @@ def save_checkpoint(
 def find_fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None when its manifest verifies."""
     try:
-        lines = (checkpoint / MANIFEST).read_text().splitlines()
+        text = (checkpoint / MANIFEST).read_text()
     except (OSError, UnicodeDecodeError):
         return f"{MANIFEST} is missing or unreadable"
-    entries = [line.split("  ", 1) for line in lines]
-    if any(len(entry) != 2 or "/" in entry[1] for entry in entries) or not {"model.safetensors", "state.json"} <= {
-        entry[-1] for entry in entries
-    }:
+    entries = [line.split("  ", 1) for line in text.splitlines()]
+    well_formed = text.endswith("\n") and all(len(entry) == 2 and "/" not in entry[1] for entry in entries)
+    if not well_formed or not {"model.safetensors", "state.json"} <= {entry[-1] for entry in entries}:
         return f"{MANIFEST} is damaged"
     for digest, name in entries:
         try:
@@ -156,7 +154,9 @@ def _restore_optimizer(
             if index >= len(parameters) or (
                 isinstance(value, Tensor) and value.ndim and value.shape != parameters[index].shape
             ):
-                raise CheckpointError(f"{checkpoint}: optimizer state {name} fits no parameter - use the run's own model")
+                raise CheckpointError(
+                    f"{checkpoint}: optimizer state {name} fits no parameter - use the run's own model"
+                )
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -175,4 +175,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-

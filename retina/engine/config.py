@@ -79,6 +79,8 @@ class DataConfig:
 
     name: str
     root: str | None = None
+    prepare: dict[str, Any] | None = None
+    """A section with `_target_` that is called with `root` and makes the data set where it is not there yet."""
     train: SplitConfig = field(default_factory=SplitConfig)
     val: SplitConfig = field(default_factory=SplitConfig)
     short_side: int = 800
@@ -156,6 +158,8 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
             return from_mapping(typing.cast(type, option), value, key)
         if option is float and isinstance(value, int) and not isinstance(value, bool) and int not in options:
             return float(value)
+        if typing.get_origin(option) is dict and isinstance(value, dict):
+            return value
         if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
             return value
     wanted = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)

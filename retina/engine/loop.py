@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +25,12 @@ from retina.engine.meter import Meter
 from retina.engine.optim import Schedule, scale_and_clip, set_learning_rate
 from retina.errors import ConfigError
 from retina.evaluation.evaluate import Criterion, Evaluation
+from retina.evaluation.metrics import DetectionArrays
+from retina.model.weights import DetectorCard, save_detector
 from retina.types import Batch, to_device
+from retina.visualize import batch_pictures, grid
 
+BEST = "best.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -64,7 +69,9 @@ def train_step(
     distributed.all_reduce_sum(sums)
     positives = sums[2].clamp(min=1)
     scaler.unscale_(optimizer)
-    averaged = distributed.world_size() if isinstance(model, DistributedDataParallel) else 1  # DDP takes means over ranks
+    averaged = (
+        distributed.world_size() if isinstance(model, DistributedDataParallel) else 1
+    )  # DDP takes means over ranks
     norm = scale_and_clip(model.parameters(), averaged * len(micro_batches[0].images) / positives, clip_norm)
     scaler.step(optimizer)
     scaler.update()
@@ -83,17 +90,17 @@ def fit(
     loader: BatchLoader,
     sampler: DetectionBatchSampler,
     evaluate: Callable[[nn.Module], Evaluation],
-    keep_best: Callable[[nn.Module, Progress, Evaluation | None], None],
-    draw_batch: Callable[[Batch], np.ndarray],
-    draw_evaluation: Callable[[Evaluation], np.ndarray],
+    draw: Callable[[DetectionArrays], np.ndarray],
+    card: DetectorCard,
     logger: RunLogger,
     device: torch.device,
     fingerprint: str,
 ) -> Progress:
     """Trains until `config.length`, resuming from the newest valid checkpoint in `folder`.
 
-    evaluate: scores a model on all ranks. keep_best: called on rank 0 when the best metric improved (and once at the end
-    of a run without evaluations) with the weights to keep. fingerprint: of the training annotations.
+    evaluate: scores a model on all ranks. draw: a picture of some of its detections. card: goes into `best.safetensors`,
+    which is written whenever the best metric improves, and at the end of a run without evaluations. fingerprint: of the
+    training annotations.
 
     Raises ConfigError when the settings contradict the data or the checkpoint."""
     per_epoch = sampler.steps_per_epoch
@@ -133,14 +140,14 @@ def fit(
 
         last = progress.step == total
         if step == 0 and config.pictures and logger.active:
-            logger.picture(0, "train/batch", draw_batch(micro_batches[0]))
+            logger.picture(0, "train/batch", grid(batch_pictures(micro_batches[0], card.classes, config.pictures)))
         if progress.step % config.log_every == 0 or last:
             values = {"epoch": progress.step / per_epoch, "lr": lr, **meter.read()}
             logger.scalars(progress.step, "train", values)
             logger.progress(progress.step, total, values)
         if eval_every and (progress.step % eval_every == 0 or last):
             with meter.paused():
-                _evaluate(config, progress, ema.model if ema else model, evaluate, keep_best, draw_evaluation, logger)
+                _evaluate(folder, config, progress, ema.model if ema else model, evaluate, draw, card, logger)
         if progress.step % save_every == 0 or last or progress.stopped_early:
             with meter.paused():
                 progress.scaler = scaler.state_dict()
@@ -154,17 +161,18 @@ def fit(
                         keep=config.keep_checkpoints,
                     )
     if not eval_every and distributed.is_main():
-        keep_best(ema.model if ema else model, progress, None)
+        save_detector(folder / BEST, (ema.model if ema else model).state_dict(), replace(card, step=progress.step))
     return progress
 
 
 def _evaluate(
+    folder: Path,
     config: TrainConfig,
     progress: Progress,
     model: nn.Module,
     evaluate: Callable[[nn.Module], Evaluation],
-    keep_best: Callable[[nn.Module, Progress, Evaluation | None], None],
-    draw_evaluation: Callable[[Evaluation], np.ndarray],
+    draw: Callable[[DetectionArrays], np.ndarray],
+    card: DetectorCard,
     logger: RunLogger,
 ) -> None:
     """Scores the model, keeps it if it is the best so far, and decides whether the run has stopped gaining."""
@@ -181,12 +189,13 @@ def _evaluate(
     else:
         progress.evaluations_without_gain += 1
     if (better or progress.best is None) and distributed.is_main():
-        keep_best(model, progress, evaluation)
+        numbers = {key: number for key, number in evaluation.metrics.items() if key != "per_class"}
+        save_detector(folder / BEST, model.state_dict(), replace(card, step=progress.step, metrics=numbers))
     if config.patience is not None and progress.evaluations_without_gain >= config.patience:
         progress.stopped_early = True
     logger.evaluation(progress.step, evaluation.metrics, evaluation.losses, seconds, better=better)
     if config.pictures and logger.active:
-        logger.picture(progress.step, "val/detections", draw_evaluation(evaluation))
+        logger.picture(progress.step, "val/detections", draw(evaluation.detections))
 
 
 def _resume(

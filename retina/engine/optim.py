@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,16 +57,21 @@ def _warmup(step: int, warmup: Length, start: float, *, total: int, steps_per_ep
     return 1.0 if step >= steps else start + (1 - start) * (step + 1) / (steps + 1)
 
 
-def build_optimizer(factory: Callable[..., Optimizer], model: nn.Module, *, lr: float, **options: Any) -> Optimizer:
-    """`factory(groups, lr=lr, **options)` with weight decay on convolution and linear weights only: norms and biases,
-    which are all the one-dimensional parameters, go undecayed."""
+def build_optimizer(factory: Callable[..., Optimizer], model: nn.Module, *, scale: float = 1.0) -> Optimizer:
+    """`factory(groups)` with its learning rate multiplied by `scale`, and weight decay on convolution and linear weights
+    only: norms and biases, which are all the one-dimensional parameters, go undecayed.
+
+    Raises ConfigError when nothing is left to train or the factory refuses its values."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     undecayed = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     if not decayed:
         raise ConfigError("model.frozen_stages: nothing is left to train - give a smaller number")
-    optimizer = factory([{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}], lr=lr, **options)
+    try:
+        optimizer = factory([{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}])
+    except (TypeError, ValueError) as fault:
+        raise ConfigError(f"optimizer: {fault} - correct this value") from None
     for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+        group["lr"] = group["initial_lr"] = group["lr"] * scale
     return optimizer
 
 

@@ -53,8 +53,8 @@ def evaluate(
             if criterion is not None:
                 sums += torch.stack(criterion(predictions, on_device.targets))
         found = postprocess(predictions, on_device.sizes)
-        shapes = zip(found, batch.sizes.tolist(), batch.original_sizes.tolist(), strict=True)
-        collector.add(batch.indices, [to_original(one, tuple(size), tuple(original)) for one, size, original in shapes])
+        shapes = zip(found, batch.sizes, batch.original_sizes, strict=True)
+        collector.add(batch.indices, [to_original(one, size, original) for one, size, original in shapes])
         on_batch(len(found))
     model.train(was_training)
     detections = collector.gather()

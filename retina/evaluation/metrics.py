@@ -88,7 +88,7 @@ def check_detections(annotations: Annotations, detections: DetectionArrays) -> N
 def _rank(
     detections: DetectionArrays, image_order: Int64[np.ndarray, "N"]
 ) -> tuple[DetectionArrays, Int64[np.ndarray, "D"], Int64[np.ndarray, "D"]]:
-    """The best 100 detections of each image and class, sorted by (class, image, -score); their groups; their ranks from 0."""
+    """The best 100 detections of each image and class, sorted by (class, image, -score), with group and rank."""
     groups = detections.labels * len(image_order) + image_order[detections.indices]
     order = np.lexsort((-detections.scores, groups))
     positions = np.arange(len(order))

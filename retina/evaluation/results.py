@@ -1,8 +1,8 @@
 """Results on disk and on screen: COCO results files in, metrics out as JSON or as a table."""
 
 import json
-import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,9 @@ def _known(record: object, key: str, known: Mapping[int, int]) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise _RecordError(f"{key} is {value!r:.40} instead of an integer - use the ids of the annotation file")
     if value not in known:
-        raise _RecordError(f"{key} {value} is not in the annotations - use the ids of the file these results are for")
+        raise _RecordError(
+            f"{key} {value!r:.40} is not in the annotations - use the ids of the file these results are for"
+        )
     return known[value]
 
 
@@ -92,8 +94,8 @@ def _bbox(record: Mapping[str, object]) -> list[float]:
 def _number(value: object, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _RecordError(f"{key} holds {value!r:.40} instead of a number - write a finite number")
-    if not math.isfinite(value):
-        raise _RecordError(f"{key} holds {value} - write a finite number")
+    if not abs(value) <= sys.float_info.max:
+        raise _RecordError(f"{key} holds {value!r:.40} - write a finite number")
     return float(value)
 
 

@@ -48,6 +48,12 @@ class RetinaNet(nn.Module):
         """Pixels per cell of each level, finest first."""
         return self.fpn.strides
 
+    @property
+    def pad_value(self) -> tuple[int, int, int]:
+        """The colour that is (nearly) zero after normalisation, for the padding around images."""
+        r, g, b = (round(value) for value in self.mean.flatten().tolist())
+        return r, g, b
+
     def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> Predictions:
         pyramid = self.fpn(self.backbone(self.normalize(images)))
         logits, deltas = self.head(pyramid)

@@ -88,10 +88,12 @@ def load_detector(file: Path, device: torch.device) -> tuple[RetinaNet, Detector
 def load_state(model: torch.nn.Module, state: dict[str, Tensor], file: Path) -> None:
     """Strict `load_state_dict` whose failure is one line naming the first key that does not fit."""
     own = model.state_dict()
-    for key in own.keys() | state.keys():
+    for key in (*own, *(key for key in state if key not in own)):
         if key not in state or key not in own:
             where = "lacks" if key not in state else "has an unknown"
-            raise CheckpointError(f"{file}: {where} {key}: weights of another architecture - use its own model settings")
+            raise CheckpointError(
+                f"{file}: {where} {key}: weights of another architecture - use its own model settings"
+            )
         if own[key].shape != state[key].shape:
             raise CheckpointError(
                 f"{file}: {key} is {list(state[key].shape)}, the model needs {list(own[key].shape)}: weights of another "

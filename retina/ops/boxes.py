@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-# px^2. Far below any real box, far above what float32 can divide by. Only boxes without area ever meet it.
+# px^2. Far below any real box, and large enough that the gradient of a division by it stays finite.
 _SMALLEST_AREA = 1e-7
 
 
@@ -35,7 +35,7 @@ def intersection_over_union(
 ) -> Float[Tensor, "*batch N M"]:
     """IoU from known intersections: `intersection / (area1 + area2 - intersection)`, 0 without area."""
     union = (area1[..., :, None] + area2[..., None, :]).sub_(intersection)
-    return intersection / union.clamp_(min=_SMALLEST_AREA)
+    return intersection / union.clamp_(min=torch.finfo(union.dtype).tiny)
 
 
 def pairwise_iou(

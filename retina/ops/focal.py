@@ -112,9 +112,9 @@ def _sum_over_chunks(
     *,
     grad: Float[Tensor, "N K"] | None,
 ) -> Float[Tensor, ""]:
-    """The loss; its gradient is written into `grad`. On a GPU there is one chunk."""
+    """The loss; its gradient is written into `grad`. On a GPU there is one chunk, and a compiler fuses by itself."""
     rows = max(1, logits.shape[0])
-    if logits.device.type == "cpu":
+    if not torch.compiler.is_compiling() and logits.device.type == "cpu":
         rows = max(1, _CHUNK * torch.get_num_threads() // logits.shape[1])
     losses = []
     for start in range(0, max(1, logits.shape[0]), rows):

@@ -66,7 +66,7 @@ def test_only_crowd():
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        ([(20, 30)], (32, 48)),
+        ([(20, 30)], (48, 32)),  # both fit: the first
         ([(32, 48)], (32, 48)),
         ([(33, 30)], (48, 32)),
         ([(20, 40), (40, 20)], (64, 64)),

@@ -48,7 +48,7 @@ def make_pipeline():
     return Pipeline({"jitter": LargeScaleJitter(48, 64, scale=[0.5, 1.5]), "flip": A.HorizontalFlip(p=0.5)})
 
 
-def train_batches(annotations, *, num_workers, epochs, start=0, seed=11, persistent_use=True):
+def train_batches(annotations, *, num_workers, epochs, start=0, seed=11):
     dataset = DetectionDataset(annotations, make_pipeline(), seed=seed)
     sampler = DetectionBatchSampler(annotations.sizes, total_batch=2, seed=seed)
     loader = train_loader(dataset, sampler, num_workers=num_workers, divisor=16, pad_value=PAD)
@@ -119,10 +119,10 @@ def test_resume_in_the_middle_of_an_epoch_yields_the_tail(annotations):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_loading_leaves_the_global_random_states_alone(annotations, num_workers):
     torch.manual_seed(5)
-    states = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
     train_batches(annotations, num_workers=num_workers, epochs=[0, 1])
     assert torch.equal(torch.get_rng_state(), states[0])
-    np.testing.assert_array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
+    np.testing.assert_array_equal(np.random.get_state()[1], states[1])
 
 
 def test_images_stay_channels_last_on_their_way_from_a_worker(annotations):

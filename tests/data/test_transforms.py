@@ -54,10 +54,10 @@ def test_one_of_several_short_sides_is_drawn():
 
 def test_shrinking_averages_and_enlarging_interpolates():
     stripes = make_sample(64, 64)
-    stripes.image[:, ::2] = 0
-    stripes.image[:, 1::2] = 200
+    stripes.image[:] = 0
+    stripes.image[:, ::4] = 200
     small = eval_pipeline(16, None)(stripes, 0).image
-    assert small.min() == small.max() == 100  # bilinear would keep two columns of four, area sees all
+    assert small.min() == small.max() == 50  # bilinear looks at the middle two of four columns and finds them black
     edge = make_sample(4, 4)
     edge.image[:, :2], edge.image[:, 2:] = 0, 200
     large = eval_pipeline(16, None)(edge, 0).image[0, :, 0]
@@ -121,7 +121,7 @@ def test_unmoved_boxes_keep_their_digits():
     np.testing.assert_array_equal(result.labels, sample.labels)
 
 
-def test_boxes_outside_are_clipped_and_degenerate_ones_dropped():
+def test_boxes_outside_are_clipped_and_degenerate_ones_dropped(recwarn):
     boxes = [
         [-5, -5, 20, 20],
         [90, 40, 100.00001, 50.00001],
@@ -139,6 +139,7 @@ def test_boxes_outside_are_clipped_and_degenerate_ones_dropped():
         np.testing.assert_allclose(result.boxes, [[0, 0, 20, 20], [90, 40, 100, 50], [0, 0, 100, 50]], atol=1e-4)
         assert result.labels.tolist() == [0, 1, 6]
         assert result.crowd.tolist() == [False, True, True]
+    assert not recwarn.list
 
 
 def test_boxes_never_leave_the_image_by_rounding():
@@ -195,7 +196,7 @@ def test_the_seed_decides_everything():
     pipeline, sample = Pipeline(transforms), make_sample(50, 60, [[5, 5, 40, 40]])
     first = [pipeline(sample, seed) for seed in range(8)]
     random.seed(1)
-    np.random.seed(1)  # noqa: NPY002
+    np.random.seed(1)
     for seed in reversed(range(8)):
         again = pipeline(sample, seed)
         np.testing.assert_array_equal(again.image, first[seed].image)

@@ -150,6 +150,13 @@ def test_data_yaml(tmp_path: Path, table: str) -> None:
     assert [record.objects[0].name for record in reading.train + reading.val] == ["no", "dog"]
 
 
+def test_data_yaml_of_roboflow(tmp_path: Path) -> None:
+    add(tmp_path / "set" / "train" / "images" / "a.png", "0 0.5 0.5 0.1 0.1")
+    add(tmp_path / "set" / "valid" / "images" / "b.png", "0 0.5 0.5 0.1 0.1")
+    (tmp_path / "set" / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnames: [cat]\n")
+    assert names(read_yolo(tmp_path / "set")) == (["a.png"], ["b.png"])
+
+
 def test_data_yaml_with_a_list_file(tmp_path: Path) -> None:
     for name in "abc":
         add(tmp_path / "images" / f"{name}.png", "0 0.5 0.5 0.1 0.1")

@@ -61,7 +61,7 @@ def box(rng: np.random.Generator, decimals: int | None) -> list[float]:
 
 
 def random_set(seed: int) -> tuple[Ground, Results]:
-    """Sparse category ids, images out of order, crowds, score ties, equal and shifted boxes, empty images and classes."""
+    """Sparse category ids, images out of order, crowds, score ties, shifted boxes, empty images and classes."""
     rng = np.random.default_rng(seed)
     decimals = [None, 2, 0, 1][seed % 4]
     categories = [int(c) for c in rng.choice(np.arange(1, 90), rng.integers(1, 6), replace=False)]
@@ -88,9 +88,9 @@ def random_set(seed: int) -> tuple[Ground, Results]:
             if here and rng.random() < 0.7:
                 near = here[int(rng.integers(len(here)))]
                 category = near["category_id"]
-                # With all digits in use xyxy cannot give back w to the last bit, so no IoU is put on a threshold there.
-                step = rng.normal(0, 4) if decimals is None else near["bbox"][2] / 3
-                shift = rng.choice([0, 1, 3, step, rng.normal(0, 4)], 4) * rng.choice([-1, 0, 1], 4)
+                # With all digits in use xyxy cannot give back w to the last bit: put no IoU on a threshold there.
+                step = rng.normal(0, 4, 4) if decimals is None else rng.choice([0, 1, 3, near["bbox"][2] / 3], 4)
+                shift = step * rng.choice([-1, 0, 1], 4)
                 bbox = [float(value) for value in np.array(near["bbox"]) + shift]
                 bbox = bbox if decimals is None else [round(value, decimals) for value in bbox]
                 bbox[2:] = [max(value, 1.0) for value in bbox[2:]]
@@ -148,3 +148,150 @@ def test_random_sets_equal_pycocotools(seed: int, tmp_path: Path) -> None:
         assert ours["AP"] == pytest.approx(per_class[category_id], abs=1e-12)
         real = [a for a in ground["annotations"] if a["category_id"] == category_id and not a["iscrowd"]]
         assert ours["num_objects"] == len(real)
+
+
+def small_set() -> tuple[Ground, Results]:
+    """A set without equal scores in one class."""
+    ground, results = random_set(3)
+    for position, record in enumerate(results):
+        record["score"] = (position * 37 % 101 + 1) / 103 + position * 1e-6
+    return ground, results
+
+
+def test_order_of_detections_does_not_matter_without_ties(tmp_path: Path) -> None:
+    ground, results = small_set()
+    annotations, detections = read(tmp_path, ground, results)
+    metrics = coco_metrics(annotations, detections)
+    assert 0 < metrics["AP"] < 1
+    order = np.random.default_rng(0).permutation(len(results))
+    assert coco_metrics(annotations, DetectionArrays(*(values[order] for values in detections))) == metrics
+
+
+def test_order_of_images_and_ids_do_not_matter_without_ties(tmp_path: Path) -> None:
+    ground, results = small_set()
+    metrics = coco_metrics(*read(tmp_path, ground, results))
+    renumbered = {image["id"]: 50 + 7 * i for i, image in enumerate(reversed(ground["images"]))}
+    other = {
+        "images": [image | {"id": renumbered[image["id"]]} for image in ground["images"][::-1]],
+        "categories": ground["categories"],
+        "annotations": [
+            record | {"image_id": renumbered[record["image_id"]], "id": position}
+            for position, record in enumerate(ground["annotations"])
+        ],
+    }
+    moved = [record | {"image_id": renumbered[record["image_id"]]} for record in results]
+    assert coco_metrics(*read(tmp_path, other, moved)) == metrics
+
+
+def test_equal_scores_rank_by_image_id_and_then_by_order(tmp_path: Path) -> None:
+    ground, results = random_set(3)
+    for record in results:
+        record["score"] = 0.5
+    metrics = coco_metrics(*read(tmp_path, ground, results))
+    assert_equal(metrics, oracle(ground, results)[0])
+    backwards = coco_metrics(*read(tmp_path, ground, results[::-1]))
+    assert_equal(backwards, oracle(ground, results[::-1])[0])
+    assert backwards["AP"] != metrics["AP"]
+
+
+def one_image(boxes: list[list[float]], **extra: Any) -> Ground:
+    return {
+        "images": [{"id": 1, "file_name": "1.jpg", "width": 640, "height": 480}],
+        "categories": [{"id": 3, "name": "cell"}],
+        "annotations": [
+            {"id": i, "image_id": 1, "category_id": 3, "bbox": bbox, "area": bbox[2] * bbox[3], "iscrowd": 0} | extra
+            for i, bbox in enumerate(boxes)
+        ],
+    }
+
+
+def results_of(boxes: list[list[float]], scores: list[float]) -> Results:
+    return [
+        {"image_id": 1, "category_id": 3, "bbox": bbox, "score": score}
+        for bbox, score in zip(boxes, scores, strict=True)
+    ]
+
+
+def test_annotation_id_zero_is_an_object_like_any_other(tmp_path: Path) -> None:
+    boxes = [[10.0, 10.0, 50.0, 50.0], [200.0, 200.0, 50.0, 50.0]]
+    ground, results = one_image(boxes), results_of(boxes, [0.9, 0.8])
+    metrics = coco_metrics(*read(tmp_path, ground, results))
+    assert metrics["AP"] == pytest.approx(1.0, abs=1e-12)
+    assert metrics["per_class"]["cell"]["num_objects"] == 2
+    assert oracle(ground, results)[0]["AP"] < 0.5
+
+
+def test_area_and_iou_exactly_on_the_limit_survive_the_rounding_of_corners(tmp_path: Path) -> None:
+    x = 32.4
+    assert (x + 32.0) - x > 32.0
+    ground = one_image([[x, x, 32.0, 32.0], [2.2, 300.0, 13.4, 20.0]])
+    results = results_of([[x, 0.3, 32.0, 32.0], [x, x, 32.0, 32.0], [2.2, 300.0, 6.7, 20.0]], [0.9, 0.8, 0.7])
+    metrics = coco_metrics(*read(tmp_path, ground, results))
+    ground["annotations"][0]["id"] = 9
+    assert_equal(metrics, oracle(ground, results)[0])
+
+
+def test_only_the_best_hundred_of_an_image_and_class_count(tmp_path: Path) -> None:
+    target = [100.0, 100.0, 50.0, 50.0]
+    ground = one_image([target])
+    clutter = [[300.0 + i, 300.0, 20.0, 20.0] for i in range(100)]
+    scores = [0.9 - i * 1e-3 for i in range(100)]
+    late = coco_metrics(*read(tmp_path, ground, results_of([*clutter, target], [*scores, 0.1])))
+    assert late["AP"] == late["AR100"] == 0.0
+    early = coco_metrics(*read(tmp_path, ground, results_of([*clutter, target], [*scores, 0.99])))
+    assert early["AP"] == pytest.approx(1.0, abs=1e-12)
+    assert early["AR1"] == pytest.approx(1.0, abs=1e-12)
+
+
+def test_a_crowd_region_takes_any_number_of_detections(tmp_path: Path) -> None:
+    ground = one_image([[0.0, 0.0, 20.0, 20.0], [100.0, 100.0, 300.0, 300.0]])
+    ground["annotations"][1]["iscrowd"] = 1
+    inside = [[150.0, 150.0, 40.0, 40.0], [200.0, 200.0, 40.0, 40.0]]
+    results = results_of([*inside, [0.0, 0.0, 20.0, 20.0]], [0.9, 0.8, 0.7])
+    assert coco_metrics(*read(tmp_path, ground, results))["AP"] == pytest.approx(1.0, abs=1e-12)
+    ground["annotations"].pop()
+    assert coco_metrics(*read(tmp_path, ground, results))["AP"] == pytest.approx(1 / 3, abs=1e-12)
+
+
+def test_no_detections_give_zero_and_no_objects_give_none(tmp_path: Path) -> None:
+    ground = one_image([[10.0, 10.0, 20.0, 20.0]])
+    ground["categories"].append({"id": 4, "name": "nothing"})
+    metrics = coco_metrics(*read(tmp_path, ground, []))
+    for values in (metrics, metrics["per_class"]["cell"]):
+        assert values["AP"] == values["APs"] == values["AR1"] == 0.0
+        assert values["APl"] is None
+    assert {metrics["per_class"]["nothing"][key] for key in KEYS} == {None}
+    assert metrics["per_class"]["nothing"]["num_objects"] == 0
+    ground["annotations"] = []
+    metrics = coco_metrics(*read(tmp_path, ground, results_of([[10.0, 10.0, 20.0, 20.0]], [0.5])))
+    assert {metrics[key] for key in KEYS} == {None}
+
+
+def test_order_of_given_classes_only_renames_labels(tmp_path: Path) -> None:
+    ground, results = small_set()
+    annotations, _ = read(tmp_path, ground, results)
+    classes = [*annotations.classes[::-1], "unknown to the file"]
+    other = read_coco(tmp_path / "gt.json", tmp_path, classes=classes)
+    metrics, expected = (coco_metrics(one, read_results(tmp_path / "dt.json", one)) for one in (other, annotations))
+    assert_equal(metrics, expected)
+    assert metrics["per_class"].pop("unknown to the file")["AP"] is None
+    assert metrics["per_class"] == expected["per_class"]
+
+
+@pytest.mark.parametrize(("field", "value"), [("scores", np.nan), ("scores", np.inf), ("boxes", np.nan)])
+def test_detections_that_are_not_numbers_are_counted(tmp_path: Path, field: str, value: float) -> None:
+    boxes = [[10.0, 10.0, 20.0, 20.0]] * 3
+    annotations, detections = read(tmp_path, one_image(boxes), results_of(boxes, [0.1, 0.2, 0.3]))
+    getattr(detections, field)[1:] = value
+    with pytest.raises(DataError, match=r"gt.json: detections: 2 of 3 have") as error:
+        coco_metrics(annotations, detections)
+    assert "\n" not in str(error.value)
+
+
+def test_rows_of_no_image_or_class_are_a_programming_error(tmp_path: Path) -> None:
+    boxes = [[10.0, 10.0, 20.0, 20.0]]
+    annotations, detections = read(tmp_path, one_image(boxes), results_of(boxes, [0.5]))
+    with pytest.raises(ValueError, match="indices"):
+        coco_metrics(annotations, detections._replace(indices=np.array([1])))
+    with pytest.raises(ValueError, match="labels"):
+        coco_metrics(annotations, detections._replace(labels=np.array([-1])))

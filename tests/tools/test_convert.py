@@ -241,9 +241,16 @@ def test_output_is_never_overwritten(convert: ModuleType, tmp_path: Path, capsys
     output = tmp_path / "out"
     output.mkdir()
     (output / "precious").write_text("mine")
-    for target in (output, output / "precious", yolo / "inside", yolo):
+    for target, problem in (
+        (output, "exists already"),
+        (output / "precious", "exists already"),
+        (yolo / "inside", "output inside source"),
+        (yolo, "output inside source"),
+    ):
         assert convert.main(["format=yolo", f"source={yolo}", f"output={target}"]) == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"{target}: ")
+        assert problem in line
     assert digest(output) == {"precious": hashlib.sha256(b"mine").hexdigest()}
     (output / "precious").unlink()
     assert convert.main(["format=yolo", f"source={yolo}", f"output={output}"]) == 0
@@ -289,6 +296,7 @@ def test_crowd_and_class_file(convert: ModuleType, tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["sorce=x"], ["sorce", "did you mean source=?"]),
+        (["zzz=x"], ["zzz", "there are format, source"]),
         (["format=coco"], ["format", "voc or yolo"]),
         (["format"], ["format=..."]),
         (["format=voc", "source=x"], ["output: missing"]),

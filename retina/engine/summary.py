@@ -1,0 +1,51 @@
+"""The first lines of a run: what will be trained on what."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from retina import distributed
+from retina.data.coco import Annotations
+from retina.data.sampler import DetectionBatchSampler
+from retina.engine.config import TrainConfig, to_steps
+
+
+def describe_run(
+    folder: Path,
+    config: TrainConfig,
+    device: torch.device,
+    train: Annotations,
+    val: Annotations,
+    model: nn.Module,
+    optimizer: Optimizer,
+    sampler: DetectionBatchSampler,
+) -> list[str]:
+    """One line each for folder, device, data, classes, model, batch and schedule."""
+    counts = sorted(zip(train.class_counts().tolist(), train.classes, strict=True), reverse=True)
+    shown = ", ".join(f"{name} {count}" for count, name in counts[:20])
+    more = f", and {len(counts) - 20} more" if len(counts) > 20 else ""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    world = distributed.world_size()
+    parts = f"{world} process{'es' if world > 1 else ''} x {config.accumulate} x {sampler.micro_batch}"
+    steps = to_steps(config.length, steps_per_epoch=sampler.steps_per_epoch, total=None, key="train.length")
+    scale = config.batch_size / config.lr_batch_size
+    lr = optimizer.param_groups[0]["initial_lr"]
+    return [
+        f"run      {folder}",
+        f"device   {describe_device(device)}, {config.precision}" + (f", {world} processes" if world > 1 else ""),
+        f"data     {len(train)} images, {train.num_objects} objects to train on; {len(val)} images, {val.num_objects} objects to evaluate on",
+        f"classes  {len(train.classes)}: {shown}{more}",
+        f"model    {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained",
+        f"batch    {config.batch_size} images per step ({parts}), {sampler.steps_per_epoch} steps per epoch, {steps} in all",
+        f"lr       {lr:.3g} ({lr / scale:.3g} for {config.lr_batch_size} images x {scale:g})",
+    ]
+
+
+def describe_device(device: torch.device) -> str:
+    """`cuda:0 (NVIDIA H100)`, `cpu (2 threads)`."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)

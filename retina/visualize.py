@@ -1,0 +1,226 @@
+"""Pictures of targets and detections: boxes in one colour per class, labels that stay readable at any image size."""
+
+import colorsys
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from retina.types import Batch, Detections
+
+LONG_SIDE = 768
+"""Pixels. Smaller images are enlarged to this before anything is drawn, so that text does not hide the objects."""
+BACKGROUND = (32, 33, 36)
+CROWD_COLOUR = (230, 230, 230)
+
+Colour = tuple[int, int, int]
+Rectangle = tuple[int, int, int, int]
+"""x1 y1 x2 y2 in whole pixels, both corners inside."""
+
+
+def class_colour(label: int) -> Colour:
+    """RGB of a class: the same in every picture; neighbouring labels lie far apart (hue turns by the golden angle)."""
+    hue = (0.58 + label * 0.61803398875) % 1.0
+    saturation, value = ((0.85, 1.0), (0.6, 1.0), (0.9, 0.8))[label // 8 % 3]
+    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw_boxes(
+    image: UInt8[np.ndarray, "H W 3"],
+    boxes: Float[np.ndarray, "M 4"],
+    labels: Int[np.ndarray, "M"],
+    classes: Sequence[str],
+    *,
+    scores: Float[np.ndarray, "M"] | None = None,
+    crowd: Bool[np.ndarray, "M"] | None = None,
+) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """A copy of the image with boxes (xyxy in its pixels) and their class names, and scores as "0.87" where given.
+
+    Crowd regions are dashed and light grey. An image whose longer side is under 768 px is enlarged to that; larger ones
+    keep their size, and lines and text grow with them. Higher scores are drawn over lower ones.
+    """
+    return _draw(image, max(1.0, LONG_SIDE / max(image.shape[:2])), boxes, labels, classes, scores, crowd)
+
+
+def draw_detections(
+    image: UInt8[np.ndarray, "H W 3"], detections: Detections, classes: Sequence[str], *, score_threshold: float = 0.3
+) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """`draw_boxes` of the detections with score >= threshold; their boxes are in pixels of this image."""
+    boxes, scores, labels = (values.detach().cpu().numpy() for values in detections)
+    shown = scores >= score_threshold
+    return draw_boxes(image, boxes[shown], labels[shown], classes, scores=scores[shown])
+
+
+def side_by_side(
+    image: UInt8[np.ndarray, "H W 3"],
+    boxes: Float[np.ndarray, "M 4"],
+    labels: Int[np.ndarray, "M"],
+    detections: Detections,
+    classes: Sequence[str],
+    *,
+    crowd: Bool[np.ndarray, "M"] | None = None,
+    score_threshold: float = 0.3,
+) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """The ground truth (boxes, labels, crowd) on the left and the detections on the right, each under its caption."""
+    truth = draw_boxes(image, boxes, labels, classes, crowd=crowd)
+    found = draw_detections(image, detections, classes, score_threshold=score_threshold)
+    num_found = int((detections.scores >= score_threshold).sum())
+    left = _captioned(truth, f"ground truth: {len(boxes)}")
+    right = _captioned(found, f"detections with score ≥ {score_threshold:g}: {num_found}")
+    gap = np.full((left.shape[0], max(4, left.shape[1] // 100), 3), BACKGROUND, dtype=np.uint8)
+    return np.concatenate([left, gap, right], axis=1)
+
+
+def grid(images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> UInt8[np.ndarray, "H W 3"]:
+    """Pictures of any sizes, row by row, centred in the cells of a near-square grid. Raises ValueError for none."""
+    if not images:
+        raise ValueError("a grid needs at least one image")
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    gap = max(2, max(height, width) // 128)
+    canvas = np.empty((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), dtype=np.uint8)
+    canvas[:] = BACKGROUND
+    for position, image in enumerate(images):
+        top = (position // columns) * (height + gap) + (height - image.shape[0]) // 2
+        left = (position % columns) * (width + gap) + (width - image.shape[1]) // 2
+        canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return canvas
+
+
+def batch_pictures(batch: Batch, classes: Sequence[str], max_images: int) -> list[UInt8[np.ndarray, "_ _ 3"]]:
+    """The first images of a batch as the model sees them, without padding, with their targets; 768 px long."""
+    pictures = []
+    for position in range(min(max_images, len(batch.images))):
+        height, width = batch.sizes[position].tolist()
+        image = batch.images[position, :, :height, :width].permute(1, 2, 0).cpu().numpy()
+        boxes, labels, valid, crowd = (values[position].cpu().numpy() for values in batch.targets)
+        real = valid | crowd
+        scale = LONG_SIDE / max(height, width)
+        pictures.append(_draw(image, scale, boxes[real], labels[real], classes, None, crowd[real]))
+    return pictures
+
+
+def _draw(
+    image: UInt8[np.ndarray, "H W 3"],
+    scale: float,
+    boxes: Float[np.ndarray, "M 4"],
+    labels: Int[np.ndarray, "M"],
+    classes: Sequence[str],
+    scores: Float[np.ndarray, "M"] | None,
+    crowd: Bool[np.ndarray, "M"] | None,
+) -> UInt8[np.ndarray, "H2 W2 3"]:
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    if scale != 1:
+        size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(picture)
+    thickness = max(3, round(max(picture.size) / 300))
+    font = _font(max(13, round(max(picture.size) / 58)))
+
+    # Best first for placing labels (they get the free places), best last for drawing (they lie on top).
+    order = np.argsort(-scores, kind="stable") if scores is not None else np.arange(len(boxes))
+    rectangles: list[Rectangle] = []
+    tags: list[Rectangle] = []
+    texts: list[str] = []
+    for row in order:
+        rectangles.append(_inside(boxes[row] * scale, picture.size))
+        name = classes[int(labels[row])] + (" (crowd)" if crowd is not None and crowd[row] else "")
+        texts.append(name if scores is None else f"{name} {scores[row]:.2f}")
+        tags.append(_place(rectangles[-1], _tag_size(texts[-1], font), picture.size, thickness, tags))
+    colours = [CROWD_COLOUR if crowd is not None and crowd[row] else class_colour(int(labels[row])) for row in order]
+    for row, rectangle, colour in reversed(list(zip(order, rectangles, colours, strict=True))):
+        if crowd is not None and crowd[row]:
+            _dashed(draw, rectangle, colour, thickness)
+        else:
+            # A dark edge keeps bright colours visible on bright ground.
+            x1, y1, x2, y2 = rectangle
+            draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=BACKGROUND, width=thickness + 2)
+            draw.rectangle(rectangle, outline=colour, width=thickness)
+    for tag, text, colour in reversed(list(zip(tags, texts, colours, strict=True))):
+        draw.rectangle(tag, fill=colour)
+        middle = ((tag[0] + tag[2]) / 2, (tag[1] + tag[3]) / 2)
+        draw.text(middle, text, fill=_contrast(colour), font=font, anchor="mm")
+    return np.asarray(picture).copy()
+
+
+@lru_cache(maxsize=16)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    # DejaVu Sans comes with matplotlib and has Cyrillic, Greek and Vietnamese letters, unlike Pillow's own font.
+    # Imported here because it takes half a second, which only those who draw should pay.
+    import matplotlib
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+
+
+def _tag_size(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
+    return math.ceil(font.getlength(text) + font.size * 0.5), math.ceil(font.size * 1.3)
+
+
+def _inside(box: Float[np.ndarray, "4"], size: tuple[int, int]) -> Rectangle:
+    """Clip whole edges into the picture, so that a box that leaves it shows as one that ends at its border."""
+    width, height = size
+    x1, x2 = (min(max(round(value), 0), width - 1) for value in box[0::2].tolist())
+    y1, y2 = (min(max(round(value), 0), height - 1) for value in box[1::2].tolist())
+    return x1, y1, max(x2, x1), max(y2, y1)
+
+
+def _place(
+    box: Rectangle, tag: tuple[int, int], size: tuple[int, int], thickness: int, taken: Sequence[Rectangle]
+) -> Rectangle:
+    """The place at a box where its label hides least of the labels placed before: above left if nothing is there."""
+    width, height = tag
+    x1, y1, x2, y2 = box
+    left, right = x1, x2 - width + 1
+    above, below, top, bottom = y1 - height - 1, y2 + 1, y1 + thickness, y2 - height - thickness
+    best: tuple[int, Rectangle] | None = None
+    for x, y in ((left, above), (left, below), (right, above), (right, below), (left, top), (left, bottom)):
+        x = min(max(x, 0), max(size[0] - 1 - width, 0))
+        if not 0 <= y <= size[1] - 1 - height and best is not None:
+            continue
+        y = min(max(y, 0), max(size[1] - 1 - height, 0))
+        place = (x, y, x + width, y + height)
+        hidden = sum(_overlap(place, other) for other in taken)
+        if best is None or hidden < best[0]:
+            best = (hidden, place)
+        if best[0] == 0:
+            break
+    assert best is not None
+    return best[1]
+
+
+def _overlap(one: Rectangle, two: Rectangle) -> int:
+    width = min(one[2], two[2]) - max(one[0], two[0])
+    height = min(one[3], two[3]) - max(one[1], two[1])
+    return max(width, 0) * max(height, 0)
+
+
+def _dashed(draw: ImageDraw.ImageDraw, rectangle: Rectangle, colour: Colour, thickness: int) -> None:
+    x1, y1, x2, y2 = rectangle
+    dash, step = 4 * thickness, 7 * thickness
+    draw.rectangle(rectangle, outline=BACKGROUND, width=thickness)
+    for x in range(x1, x2, step):
+        for y in (y1, y2 - thickness + 1):
+            draw.rectangle((x, y, min(x + dash, x2), max(y, y + thickness - 1)), fill=colour)
+    for y in range(y1, y2, step):
+        for x in (x1, x2 - thickness + 1):
+            draw.rectangle((x, y, max(x, x + thickness - 1), min(y + dash, y2)), fill=colour)
+
+
+def _contrast(colour: Colour) -> Colour:
+    """Black or white, whichever is easier to read on the colour (relative luminance of WCAG 2, without its gamma)."""
+    red, green, blue = colour
+    return (0, 0, 0) if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 120 else (255, 255, 255)
+
+
+def _captioned(picture: UInt8[np.ndarray, "H W 3"], caption: str) -> UInt8[np.ndarray, "H2 W 3"]:
+    size = max(14, round(max(picture.shape) / 45))
+    while size > 6 and _font(size).getlength(caption) > picture.shape[1]:
+        size -= 1
+    bar = Image.new("RGB", (picture.shape[1], round(1.8 * size)), BACKGROUND)
+    ImageDraw.Draw(bar).text((size // 2, bar.height / 2), caption, fill=(255, 255, 255), font=_font(size), anchor="lm")
+    return np.concatenate([np.asarray(bar), picture])

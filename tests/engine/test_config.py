@@ -1,0 +1,68 @@
+import pytest
+
+from retina.engine.config import DataConfig, SplitConfig, TrainConfig, from_mapping, to_steps, unknown_key
+from retina.errors import ConfigError
+
+
+def test_defaults_and_given_values() -> None:
+    config = from_mapping(TrainConfig, {"batch_size": 8, "clip_norm": 1, "length": "3ep"}, "train")
+    assert config == TrainConfig(batch_size=8, clip_norm=1.0, length="3ep")
+    assert isinstance(config.clip_norm, float)
+
+
+def test_nested_sections() -> None:
+    data = from_mapping(DataConfig, {"name": "x", "val": {"images": "v"}, "prepare": {"_target_": "f"}}, "data")
+    assert data.val == SplitConfig(images="v")
+    assert data.train == SplitConfig()
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"lenght": 3}, "train.lenght: no such key - did you mean train.length?"),
+        ({"zzz": 3}, "train.zzz: no such key - see configs/train.yaml for the keys there are"),
+        ({"batch_size": "many"}, "train.batch_size: 'many' is of the wrong type - give int"),
+        ({"batch_size": True}, "train.batch_size: True is of the wrong type - give int"),
+        ({"ema": "x"}, "train.ema: 'x' is of the wrong type - give float or null"),
+        ({"compile": 1}, "train.compile: 1 is of the wrong type - give bool"),
+        ({"batch_size": 0}, "train.batch_size: 0 is not allowed - give 1 or more"),
+        ({"precision": "fp8"}, "train.precision: 'fp8' is not allowed - choose fp32, bf16, fp16"),
+        ({"ema": 1.0}, "train.ema: 1.0 is not allowed - give a decay in [0, 1), or null"),
+        ({"length": 0.5}, "train.length: 0.5 is not allowed"),
+        ({"length": "3 epochs"}, "train.length: '3 epochs' is not allowed"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(values: dict[str, object], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(TrainConfig, values, "train")
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"data\.name: missing - give data\.name="):
+        from_mapping(DataConfig, {}, "data")
+
+
+def test_sides_must_fit() -> None:
+    with pytest.raises(ConfigError, match="short_side"):
+        DataConfig(name="x", short_side=100, long_side=50)
+
+
+@pytest.mark.parametrize(
+    ("value", "steps"), [(90, 90), (90.0, 90), ("2ep", 20), ("0.5ep", 5), (0.25, 250), ("0.001ep", 1), (0.0001, 1)]
+)
+def test_lengths(value: int | float | str, steps: int) -> None:
+    assert to_steps(value, steps_per_epoch=10, total=1000, key="k") == steps
+
+
+@pytest.mark.parametrize("value", [0, -1, -0.5, 1.5, "ep", "-1ep", "nanep", "infep", "12", float("nan"), float("inf")])
+def test_lengths_that_mean_nothing(value: int | float | str) -> None:
+    with pytest.raises(ConfigError, match=r"^k: "):
+        to_steps(value, steps_per_epoch=10, total=1000, key="k")
+
+
+def test_nearest_key_by_whole_name_then_by_last_part() -> None:
+    known = ["optimizer.lr", "train.length", "data.root"]
+    assert unknown_key("optimzer.lr", known).endswith("did you mean optimizer.lr?")
+    assert unknown_key("root", known).endswith("did you mean data.root?")

@@ -1,0 +1,61 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from retina.engine.optim import Cosine, MultiStep, build_optimizer, scale_and_clip, set_learning_rate
+from retina.errors import ConfigError
+
+RUN = {"total": 1000, "steps_per_epoch": 100}
+
+
+def test_multistep_warms_up_linearly_and_drops_at_milestones() -> None:
+    schedule = MultiStep(warmup=10, warmup_factor=0.0, milestones=(500, "8ep", 0.9), gamma=0.1)
+    assert [schedule(step, **RUN) for step in (0, 4, 9, 10)] == pytest.approx([1 / 11, 5 / 11, 10 / 11, 1])
+    assert [schedule(step, **RUN) for step in (499, 500, 799, 800, 900, 999)] == pytest.approx(
+        [1, 0.1, 0.1, 0.01, 0.001, 0.001]
+    )
+
+
+def test_cosine_falls_from_one_to_its_final_factor() -> None:
+    schedule = Cosine(warmup=0, final_factor=0.1)
+    assert schedule(0, **RUN) == pytest.approx(1)
+    assert schedule(500, **RUN) == pytest.approx(0.55)
+    assert schedule(1000, **RUN) == pytest.approx(0.1)
+    values = [Cosine(warmup="1ep")(step, **RUN) for step in range(1000)]
+    assert values.index(max(values)) == 100
+    assert values[550] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))
+
+
+def test_norms_and_biases_are_not_decayed_and_the_rate_is_scaled() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.Linear(4, 2))
+    optimizer = build_optimizer(lambda groups: torch.optim.SGD(groups, lr=0.1, weight_decay=0.5), model, scale=0.5)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name for name, p in model.named_parameters() if decay[id(p)] == 0.5} == {"0.weight", "3.weight"}
+    assert {name for name, p in model.named_parameters() if decay[id(p)] == 0.0} == {
+        "0.bias", "1.weight", "1.bias", "2.weight", "2.bias", "3.bias"
+    }  # fmt: skip
+    assert set_learning_rate(optimizer, 0.5) == pytest.approx(0.025)
+    assert set_learning_rate(optimizer, 1.0) == pytest.approx(0.05)
+
+
+def test_frozen_parameters_are_left_out_and_wrong_values_are_one_line() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"^optimizer: Invalid learning rate"):
+        build_optimizer(lambda groups: torch.optim.SGD(groups, lr=-1.0), model)
+    model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="nothing is left to train"):
+        build_optimizer(lambda groups: torch.optim.SGD(groups, lr=1.0), model)
+
+
+def test_scale_and_clip() -> None:
+    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+    unused = nn.Parameter(torch.zeros(1))
+    a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    assert scale_and_clip([a, b, unused], torch.tensor(2.0), None).item() == pytest.approx(10)
+    assert a.grad.tolist() == [6, 0]
+    assert scale_and_clip([a, b, unused], torch.tensor(0.5), 1.0).item() == pytest.approx(5)
+    assert torch.stack([*a.grad, *b.grad]).norm().item() == pytest.approx(1, abs=1e-5)
+    assert scale_and_clip([a, b, unused], torch.tensor(1.0), 10.0).item() == pytest.approx(1, abs=1e-5)
+    assert b.grad.item() == pytest.approx(0.8, abs=1e-5)

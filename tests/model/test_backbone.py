@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torchvision.ops import FrozenBatchNorm2d
+
+from retina.errors import CheckpointError, ConfigError
+from retina.model.backbone import RESNETS, ResNet, read_weights
+from retina.model.retinanet import retinanet
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_every_backbone_declares_its_channels_and_strides(name: str) -> None:
+    with torch.device("meta"):
+        body = ResNet(name, norm="batch", frozen_stages=0)
+        features = body(torch.zeros(1, 3, 64, 96))
+    assert [f.shape[1] for f in features] == list(body.channels)
+    assert [(64 // f.shape[2], 96 // f.shape[3]) for f in features] == [(s, s) for s in body.strides]
+
+
+def test_maps_equal_torchvisions_body(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18(weights=None).eval()
+    file = tmp_path / "imagenet.pth"
+    torch.save(theirs.state_dict(), file)
+    ours = ResNet("resnet18", norm="frozen", frozen_stages=0)
+    ours.load_imagenet("resnet18", str(file))
+    x = torch.randn(1, 3, 64, 64)
+    body = torchvision.models._utils.IntermediateLayerGetter(theirs, {f"layer{i}": str(i) for i in range(1, 5)})
+    for mine, expected in zip(ours(x), body(x).values(), strict=True):
+        assert torch.allclose(mine, expected, atol=1e-5)
+
+
+def test_from_scratch_nothing_is_frozen() -> None:
+    model = retinanet(num_classes=2, backbone="resnet18", fpn_channels=16)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(isinstance(m, FrozenBatchNorm2d) for m in model.modules())
+
+
+def test_with_weights_stem_and_first_stage_and_all_statistics_are_frozen(tmp_path: Path) -> None:
+    file = tmp_path / "imagenet.safetensors"
+    save_file(torchvision.models.resnet18(weights=None).state_dict(), file)
+    model = retinanet(num_classes=2, backbone="resnet18", fpn_channels=16, weights=str(file))
+    frozen = {name.split(".")[1] for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"stem", "layer1"}
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+
+
+def test_frozen_stages_keep_their_statistics_in_training() -> None:
+    body = ResNet("resnet18", norm="batch", frozen_stages=2).train()
+    before = {k: v.clone() for k, v in body.state_dict().items()}
+    body(torch.randn(2, 3, 64, 64))
+    changed = {k.split(".")[0] for k, v in body.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"layer2", "layer3", "layer4"}
+
+
+def test_weights_of_another_architecture_are_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "r34.safetensors"
+    save_file(torchvision.models.resnet34(weights=None).state_dict(), file)
+    with pytest.raises(CheckpointError, match=r"^[^\n]*layer1\.0\.[^\n]* - [^\n]*resnet50[^\n]*$"):
+        ResNet("resnet50", norm="batch", frozen_stages=0).load_imagenet("resnet50", str(file))
+
+
+def test_unknown_weights_name_lists_the_known() -> None:
+    with pytest.raises(ConfigError, match="IMAGENET1K_V1"):
+        ResNet("resnet18", norm="batch", frozen_stages=0).load_imagenet("resnet18", "IMAGENET22K")
+
+
+def test_failed_download_says_which_file_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    with pytest.raises(CheckpointError) as caught:
+        ResNet("resnet18", norm="batch", frozen_stages=0).load_imagenet("resnet18", "IMAGENET1K_V1")
+    line = str(caught.value)
+    assert "\n" not in line
+    assert "resnet18-f37072fd.pth" in line
+    assert str(tmp_path / "checkpoints") in line
+
+
+def test_only_plain_tensors_are_read(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "canary",))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "text.safetensors").write_text("no tensors here")
+    for name in ("evil.pth", "list.pth", "text.safetensors", "missing.pth"):
+        with pytest.raises(CheckpointError, match=name):
+            read_weights(tmp_path / name)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_wrapped_state_dicts_are_unwrapped(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(2)}, "epoch": 3}, tmp_path / "wrapped.pth")
+    assert torch.equal(read_weights(tmp_path / "wrapped.pth")["w"], torch.ones(2))

@@ -1,0 +1,66 @@
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder
+
+from retina.ops.coding import LARGEST_LOG_SCALE, decode, encode
+
+TORCHVISION = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
+
+
+def random_boxes(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(count, 2, generator=generator) * 500
+    return torch.cat((corner, corner + 1 + torch.rand(count, 2, generator=generator) * 300), dim=-1)
+
+
+def test_a_box_equal_to_its_anchor_has_zero_deltas():
+    boxes = random_boxes(5, 0)
+    assert encode(boxes, boxes).abs().max() == 0
+    assert torch.allclose(decode(torch.zeros(5, 4), boxes), boxes)
+
+
+def test_encode_of_a_literal():
+    anchors = torch.tensor([[0.0, 0, 10, 20]])
+    boxes = torch.tensor([[5.0, 10, 25, 20]])  # centre (15, 15) against (5, 10), sides (20, 10) against (10, 20)
+    torch.testing.assert_close(encode(boxes, anchors), torch.tensor([[1.0, 0.25, 2.0, 0.5]]).log().where(
+        torch.tensor([False, False, True, True]), torch.tensor([1.0, 0.25, 0.0, 0.0])
+    ))  # fmt: skip
+
+
+def test_encode_equals_torchvision():
+    boxes, anchors = random_boxes(200, 0), random_boxes(200, 1)
+    torch.testing.assert_close(encode(boxes, anchors), TORCHVISION.encode_single(boxes, anchors), rtol=0, atol=0)
+
+
+def test_decode_equals_torchvision_beyond_the_clamp():
+    anchors = random_boxes(200, 1)
+    deltas = torch.randn(200, 4, generator=torch.Generator().manual_seed(2)) * 4
+    assert (deltas > LARGEST_LOG_SCALE).any()
+    torch.testing.assert_close(decode(deltas, anchors), TORCHVISION.decode_single(deltas, anchors), rtol=0, atol=0)
+
+
+def test_decode_inverts_encode_in_a_batch():
+    boxes, anchors = random_boxes(60, 0).reshape(3, 20, 4).double(), random_boxes(20, 1).double()
+    torch.testing.assert_close(decode(encode(boxes, anchors), anchors), boxes)
+
+
+def test_a_wild_prediction_decodes_to_a_finite_box():
+    anchors = torch.tensor([[0.0, 0, 16, 16]])
+    deltas = torch.tensor([[0.0, 0, 1e4, 1e4]], requires_grad=True)
+    box = decode(deltas, anchors)
+    torch.testing.assert_close(box, torch.tensor([[-492.0, -492, 508, 508]]))  # 1000 pixels wide
+    box.sum().backward()
+    assert deltas.grad.isfinite().all()
+
+
+def test_encode_is_finite_for_padding():
+    anchors = torch.tensor([[0.0, 0, 32, 32], [300, 300, 812, 812]])
+    assert encode(torch.zeros(2, 4), anchors).isfinite().all()
+
+
+def test_bfloat16_deltas_give_float32_boxes():
+    anchors = random_boxes(4, 0)
+    deltas = torch.full((4, 4), 0.3, dtype=torch.bfloat16)
+    boxes = decode(deltas, anchors)
+    assert boxes.dtype == torch.float32
+    assert torch.equal(boxes, decode(deltas.float(), anchors))

@@ -1,0 +1,102 @@
+"""The house plan, enforced: what may import what, and what importing costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# a module may import from its own room and from rooms of a higher number
+ROOMS = {
+    "engine": 1,
+    "evaluation": 2,
+    "inference": 2,
+    "model": 3,
+    "data": 3,
+    "losses": 3,
+    "postprocess": 3,
+    "visualize": 3,
+    "ops": 4,
+    "distributed": 4,
+    "types": 5,
+    "errors": 5,
+}
+
+
+def imports_of(file: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def library() -> list[Path]:
+    files = sorted((ROOT / "retina").rglob("*.py"))
+    assert len(files) > 20
+    return files
+
+
+def room_of(dotted: str) -> str | None:
+    parts = dotted.split(".")
+    return parts[1] if parts[0] == "retina" and len(parts) > 1 and parts[1] in ROOMS else None
+
+
+def test_every_module_has_a_room() -> None:
+    names = {file.relative_to(ROOT / "retina").parts[0].removesuffix(".py") for file in library()}
+    assert names - {"__init__"} == set(ROOMS)
+
+
+def test_imports_point_one_way() -> None:
+    wrong = []
+    for file in library():
+        own = file.relative_to(ROOT / "retina").parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for other in sorted({room_of(name) for name in imports_of(file)} - {None, own}):
+            if ROOMS[other] <= ROOMS[own]:  # type: ignore[index]
+                wrong.append(f"{file.relative_to(ROOT)} imports retina.{other}")
+    assert wrong == []
+
+
+def test_hydra_is_known_under_tools_only() -> None:
+    wrong = [str(f) for f in library() if {n.split(".")[0] for n in imports_of(f)} & {"hydra", "omegaconf"}]
+    assert wrong == []
+
+
+def test_packages_do_nothing_on_import() -> None:
+    for file in (ROOT / "retina").rglob("__init__.py"):
+        assert file.parent.name == "retina" or file.read_text() == "", file
+
+
+def test_settings_and_the_package_are_light() -> None:
+    code = "import sys, retina, retina.engine.config, retina.engine.run_folder; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+
+
+def test_tests_mirror_the_tree() -> None:
+    modules = {f.relative_to(ROOT / "retina").with_suffix("") for f in library() if f.name != "__init__.py"}
+    modules |= {Path("tools") / f.stem for f in (ROOT / "tools").glob("*.py")}
+    missing = []
+    for module in sorted(modules):
+        name = f"test_{module.name.lstrip('_')}.py"
+        if not (ROOT / "tests" / module.parent / name).is_file():
+            missing.append(str(module.parent / name))
+    assert missing == []
+
+
+def test_no_machine_and_no_package_index_is_named() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    hosts = ["py" + "pi.org", "python" + "hosted", "/wo" + "rk/", "/ro" + "ot/", "/ho" + "me/"]
+    wrong = []
+    for name in tracked:
+        file = ROOT / name
+        if file.suffix in {".py", ".md", ".toml", ".yaml", ""} and file.is_file():
+            text = file.read_text(encoding="utf-8", errors="ignore")
+            wrong += [f"{name}: {host}" for host in hosts if host in text]
+    assert wrong == []

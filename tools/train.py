@@ -1,0 +1,147 @@
+"""Trains a detector. The same command again resumes; a finished run says so.
+
+python tools/train.py                                          # the built-in shapes
+python tools/train.py data=coco data.root=DIR name=mine        # your own data in COCO's layout
+torchrun --nproc_per_node=8 tools/train.py experiment=coco_r50_1x
+"""
+
+from functools import partial
+from pathlib import Path
+
+from _compose import Settings, build, call, check_arguments, entry
+
+from retina.engine.config import DataConfig, TrainConfig, from_mapping
+from retina.engine.run_folder import open_run
+from retina.errors import ConfigError
+
+
+def shapes_by_default(typed: list[str]) -> list[str]:
+    chosen = any(word.startswith(("data=", "experiment=")) for word in typed)
+    return [] if chosen else ["experiment=shapes"]
+
+
+@entry("train", default=shapes_by_default)
+def main(settings: Settings) -> None:
+    config = from_mapping(TrainConfig, settings["train"], "train")
+    data = from_mapping(DataConfig, settings["data"], "data")
+    folder = Path(settings["runs"]) / settings["name"]
+
+    # torch takes seconds to load, and a wrong setting should not wait for it
+    import torch
+    from retina.evaluation.pictures import evaluation_pictures
+
+    from retina import distributed
+    from retina.data.transforms import Pipeline
+    from retina.engine.data import build_eval_loader, build_train_loader, load_split
+    from retina.engine.logging import RunLogger
+    from retina.engine.loop import DTYPES, fit
+    from retina.engine.optim import build_optimizer
+    from retina.engine.summary import describe_run
+    from retina.evaluation.evaluate import evaluate
+    from retina.model.retinanet import retinanet
+    from retina.model.weights import DetectorCard
+
+    device = call(distributed.choose_device, "train.device", name=config.device)
+    check_arguments(retinanet, [*settings["model"], "num_classes"], "model")
+    refuse_frozen_noise(settings["model"])
+    criterion = build(settings["loss"], "loss")
+    postprocess = build(settings["postprocess"], "postprocess")
+    schedule = build(settings["schedule"], "schedule")
+    optimizer_factory = build(settings["optimizer"], "optimizer")
+    pipeline = Pipeline(
+        {name: build(section, f"augment.{name}") for name, section in settings["augment"].items()},
+        min_size=data.min_size,
+    )
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+
+    with distributed.process_group(device):
+        if distributed.is_main():
+            open_run(folder, settings, overwrite=settings["overwrite"])
+        if data.prepare and data.root:
+            build(data.prepare, "data.prepare", root=Path(data.root))
+        distributed.barrier()
+        annotations = load_split(data, "train")
+        val_annotations = load_split(data, "val", classes=annotations.classes) if config.eval_every else annotations
+
+        torch.manual_seed(config.seed)
+        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        model = call(retinanet, "model", **settings["model"], num_classes=len(annotations.classes))
+        model = model.to(device, memory_format=memory_format)
+        optimizer = build_optimizer(optimizer_factory, model, scale=config.batch_size / config.lr_batch_size)
+
+        images = {
+            "divisor": data.pad_multiple or max(model.strides),
+            "pad_value": model.pad_value,
+            "pin_memory": device.type == "cuda",
+        }
+        loader, sampler = build_train_loader(annotations, pipeline, data, config, **images)
+        val_loader = build_eval_loader(
+            val_annotations,
+            short_side=data.short_side,
+            long_side=data.long_side,
+            batch_size=data.eval_batch_size or sampler.micro_batch,
+            num_workers=data.num_workers,
+            **images,
+        )
+        card = DetectorCard(
+            model=model.arguments,
+            classes=list(annotations.classes),
+            category_ids=list(annotations.category_ids),
+            preprocessing={
+                "short_side": data.short_side,
+                "long_side": data.long_side,
+                "divisor": images["divisor"],
+                "pad_value": list(images["pad_value"]),
+                "precision": config.precision,
+            },
+            postprocess={key: value for key, value in settings["postprocess"].items() if not key.startswith("_")},
+        )
+        logger = RunLogger(folder, active=distributed.is_main())
+        for line in describe_run(folder, config, device, annotations, val_annotations, model, optimizer, sampler):
+            logger.info(line)
+        progress = fit(
+            folder,
+            config,
+            model=model,
+            criterion=criterion,
+            optimizer=optimizer,
+            schedule=schedule,
+            loader=loader,
+            sampler=sampler,
+            evaluate=partial(
+                evaluate,
+                loader=val_loader,
+                annotations=val_annotations,
+                postprocess=postprocess,
+                criterion=criterion,
+                device=device,
+                dtype=DTYPES[config.precision],
+            ),
+            draw=partial(evaluation_pictures, val_annotations, max_images=config.pictures),
+            card=card,
+            logger=logger,
+            device=device,
+            fingerprint=annotations.fingerprint(),
+        )
+        best = (
+            ""
+            if progress.best is None
+            else f", best {config.best_metric} {progress.best:.3f} at step {progress.best_step}"
+        )
+        logger.info(f"finished at step {progress.step}{best}: {folder / 'best.safetensors'}")
+        logger.info(f"next: python tools/eval.py checkpoint={folder}   |   tensorboard --logdir {folder}")
+        logger.close()
+
+
+def refuse_frozen_noise(model: Settings) -> None:
+    """Raises ConfigError for settings that would freeze randomly initialised layers."""
+    if model["weights"] is None and (model["frozen_stages"] or model["norm"] == "frozen"):
+        key = "frozen_stages" if model["frozen_stages"] else "norm"
+        raise ConfigError(
+            f"model.{key}: {model[key]} without model.weights freezes random layers - give null, or weights"
+        )
+
+
+if __name__ == "__main__":
+    main()
