@@ -49,7 +49,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device, *, timeout_minutes: float = 30) -> Iterator[None]:
-    """Joins the processes that torchrun started: NCCL for CUDA, gloo otherwise. Leaves the group however the block ends.
+    """Joins the processes that torchrun started, by NCCL for CUDA, else gloo; leaves the group however the block ends.
 
     `timeout_minutes` is long enough for rank 0 to score a large validation set while the others wait."""
     if device.type == "cuda":
@@ -98,7 +98,7 @@ def gather_objects(obj: T) -> list[T]:
 def average_buffers(model: nn.Module) -> None:
     """Mean over ranks of floating-point buffers (BatchNorm's running statistics), in one message.
 
-    Each rank sees its own images, so its statistics drift from the others'; evaluation and checkpoints need one truth."""
+    Each rank sees its own images, so its statistics drift from the others'; evaluation needs one truth."""
     if world_size() == 1:
         return
     buffers = [b for name, b in model.named_buffers() if b.is_floating_point() and name.rpartition(".")[2] in _RUNNING]

@@ -1,8 +1,7 @@
 """A trained detector as a Python object: images in, detections in their own pixels out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,12 @@ from retina.errors import CheckpointError, ConfigError
 from retina.model.retinanet import RetinaNet
 from retina.model.weights import DetectorCard, load_detector
 from retina.postprocess import postprocess, to_original
-from retina.types import Detections, to_device
+from retina.types import Detections, Predictions, to_device
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-ImageLike = str | Path | UInt8[np.ndarray, "H W 3"] | Image.Image | UInt8[Tensor, "3 H W"]
+ImageLike = str | Path | np.ndarray | Image.Image | Tensor
+"""A path, a uint8 array [H W 3], a PIL image or a uint8 tensor [3 H W]."""
 
 
 class Detector:
@@ -36,30 +36,34 @@ class Detector:
     """
 
     def __init__(self, model: RetinaNet, card: DetectorCard, *, device: torch.device) -> None:
-        self.model = model.to(device, memory_format=torch.channels_last).eval()
-        self.card = card
-        self.device = device
+        """Raises ConfigError for an unknown precision in `card.preprocessing`."""
         precision = card.preprocessing["precision"]
         if precision not in PRECISIONS:
             raise ConfigError(f"precision: {precision!r} is not known - choose {', '.join(PRECISIONS)}")
+        self.model = model.to(device, memory_format=torch.channels_last).eval()
+        self.card = card
+        self.device = device
         self.dtype = PRECISIONS[precision]
+        self.divisor: int = card.preprocessing["divisor"]
+        self.pad_value: tuple[int, int, int] = tuple(card.preprocessing["pad_value"])
         self._resize = eval_pipeline(card.preprocessing["short_side"], card.preprocessing["long_side"])
-        self._collate = partial(
-            collate, divisor=card.preprocessing["divisor"], pad_value=tuple(card.preprocessing["pad_value"])
-        )
 
     @classmethod
     def load(cls, checkpoint: str | Path, *, device: str = "auto", precision: str | None = None) -> "Detector":
-        """From a run folder (its `best.safetensors`) or a `.safetensors` file.
+        """From a run folder (its `best.safetensors`) or a `.safetensors` file, which needs nothing beside it.
 
         precision: `fp32`, `bf16` or `fp16`; None is what it was trained and evaluated with.
 
         Raises CheckpointError when there is none, it is damaged, or of another architecture or version."""
         chosen = choose_device(device)
-        model, card = load_detector(find_weights(Path(checkpoint)), chosen)
+        file = find_weights(Path(checkpoint))
+        model, card = load_detector(file, chosen)
         if precision is not None:
             card = replace(card, preprocessing=card.preprocessing | {"precision": precision})
-        return cls(model, card, device=chosen)
+        try:
+            return cls(model, card, device=chosen)
+        except KeyError as fault:
+            raise CheckpointError(f"{file}: header: preprocessing lacks {fault} - restore it from a copy") from None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -71,13 +75,19 @@ class Detector:
     ) -> list[Detections]:
         """Detections of each image, on the CPU, best first, boxes xyxy in the image's own pixels.
 
-        images: paths, uint8 arrays [H W 3], PIL images or uint8 tensors [3 H W], all RGB; sizes may differ.
+        images: paths, uint8 arrays [H W 3], PIL images or uint8 tensors [3 H W], all RGB; kinds and sizes may differ.
+            A file's EXIF rotation is applied, and its boxes are in pixels of the upright image; a PIL image is taken
+            as it is.
         score_threshold: None takes the detector's own (0.05 unless it was trained with another).
 
-        Raises DataError for a file that cannot be read, TypeError for anything that is no image."""
-        options: dict[str, Any] = dict(self.card.postprocess)
+        Raises DataError for a file that cannot be read, TypeError for anything that is no image, ValueError for a
+        threshold out of range."""
+        if isinstance(images, (str, Path, Image.Image)):
+            raise TypeError(f"{type(images).__name__} is no list: give a list of images, [image] for one")
+        options = dict(self.card.postprocess)
         if score_threshold is not None:
             options["score_threshold"] = score_threshold
+        check_postprocess(options)
         found: list[Detections] = []
         for first in range(0, len(images), batch_size):
             batch = [as_array(image) for image in images[first : first + batch_size]]  # only these are in memory
@@ -86,7 +96,7 @@ class Detector:
 
     @torch.no_grad()
     def _detect(self, samples: list[Sample], options: dict[str, Any]) -> list[Detections]:
-        batch = self._collate(samples)
+        batch = collate(samples, divisor=self.divisor, pad_value=self.pad_value)
         on_device = to_device(batch, self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             predictions = self.model(on_device.images)
@@ -107,18 +117,25 @@ def find_weights(checkpoint: Path) -> Path:
     return file
 
 
-def as_array(image: ImageLike) -> UInt8[np.ndarray, "H W 3"]:
-    """Any accepted kind of image as a uint8 RGB array."""
+def check_postprocess(options: Mapping[str, Any]) -> None:
+    """Raises ValueError or TypeError for options that `postprocess` does not take, before any image is read."""
+    nothing = Predictions((torch.zeros(1, 0, 1),), (torch.zeros(1, 0, 4),), (torch.zeros(0, 4),))
+    postprocess(nothing, torch.ones(1, 2, dtype=torch.int64), **options)
+
+
+def as_array(image: object) -> UInt8[np.ndarray, "H W 3"]:
+    """Any `ImageLike` as a uint8 RGB array. Raises DataError for an unreadable file, TypeError for another thing."""
     if isinstance(image, (str, Path)):
         return read_image(Path(image))
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+    if isinstance(image, Image.Image) and image.mode[0] not in "IF":  # 16 and 32 bits: PIL's conversion would saturate
+        return np.array(image.convert("RGB"))
     array = image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) and image.ndim == 3 else image
-    if isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3:
+    if isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.shape[2:] == (3,) and array.size:
         return np.ascontiguousarray(array)
-    shape = f" {getattr(array, 'dtype', '')} {list(array.shape)}" if hasattr(array, "shape") else ""
+    known = f" {image.dtype} {list(image.shape)}" if isinstance(image, (np.ndarray, Tensor)) else ""
     raise TypeError(
-        f"{type(image).__name__}{shape} is no image: give a path, a uint8 array [H W 3], a PIL image or a uint8 tensor [3 H W]"
+        f"{type(image).__name__}{known} is no image: give a path, a uint8 array [H W 3], an 8-bit PIL image or a uint8 "
+        "tensor [3 H W], in RGB"
     )
 
 

@@ -30,8 +30,8 @@ def postprocess(
     the padded canvas. Of the candidates of one class that overlap by more than `nms_iou`, the best stays; then the best
     `max_detections` of the image.
 
-    Ties of score go to the finer level, then the lower anchor, then the lower class. Boxes that are NaN, and anchors with
-    a NaN logit, never survive. float32 inside; boxes and scores are float32.
+    Ties of score go to the finer level, then the lower anchor, then the lower class. Boxes that are NaN, and
+    anchors with a NaN logit, never survive. float32 inside; boxes and scores are float32.
 
     Args:
         class_agnostic: suppress overlapping candidates whatever their class.

@@ -51,7 +51,7 @@ class Predictions(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Sums over a batch. The caller divides by the positives of the whole optimizer step, over ranks and accumulation."""
+    """Sums over a batch. The caller divides by the positives of the whole step, over ranks and accumulation."""
 
     classification: Float[Tensor, ""]
     box: Float[Tensor, ""]

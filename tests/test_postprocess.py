@@ -76,7 +76,7 @@ def test_best_first_above_the_threshold_and_inside_the_content():
         assert (boxes >= 0).all()
         assert boxes[:, 2].max() == width  # some box reached beyond: the content, not the canvas of 128 x 192, cuts it
         assert boxes[:, 3].max() == height
-        assert (boxes[:, 2:] > boxes[:, :2]).all()
+        assert (boxes[:, 2:] >= boxes[:, :2]).all()
         assert boxes.dtype == scores.dtype == torch.float32
         assert labels.dtype == torch.int64
 

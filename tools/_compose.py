@@ -1,117 +1,129 @@
 """From the command line to settings: the only place that knows Hydra.
 
-`entry` turns a function of plain settings into a program with Hydra's overrides, `--cfg job`, `--help` and `-m`. Faults
-a user can mend end in one line on stderr and exit code 2; `traceback=true` shows the traceback as well.
-`build` makes objects from sections with a `_target_`. Both check everything before torch is loaded or data is opened.
+`entry` turns a function of plain settings into a program with Hydra's overrides, `--cfg job` and `-m`. Faults a user
+can mend end in one line on stderr and exit code 2; `traceback=true` shows the traceback as well.
+`build` makes objects from sections with a `_target_`, after it has checked all their arguments at once.
+
+Hydra composes; it neither starts the jobs nor writes a file, so run folders and exit codes are the tools' own.
 """
 
+import argparse
+import difflib
 import functools
 import importlib
 import inspect
+import itertools
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import hydra
-from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from retina.engine.config import unknown_key
+from retina.data.coco_checks import RecordsError
+from retina.engine.config import from_mapping, unknown_key
 from retina.errors import ConfigError, RetinaError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALLOWED_TARGETS = ("retina.", "torch.optim.", "albumentations.")
 
 Settings = dict[str, Any]
+T = TypeVar("T")
 
 
-def entry(config_name: str, *, default: Callable[[list[str]], list[str]] = lambda typed: []) -> Any:
+def entry(
+    config_name: str, *, default: Callable[[list[str]], list[str]] = lambda typed: []
+) -> Callable[[Callable[[Settings], int | None]], Callable[..., NoReturn]]:
     """Decorator: runs `task(settings)` under `configs/<config_name>.yaml` and the command line's overrides.
 
-    `default` gives overrides to add to those typed. Under `-m` every job gets its own `name`: the run's, then what was swept."""
+    `default` gives overrides to add to those typed. With `-m` every combination of the listed values runs, one after
+    another and all checked first; each gets a `name` of its own, the run's and then what was swept."""
 
-    def decorate(task: Callable[[Settings], int | None]) -> Callable[[], None]:
+    def decorate(task: Callable[[Settings], int | None]) -> Callable[..., NoReturn]:
         @functools.wraps(task)
-        def main() -> None:
-            arguments = get_args_parser().parse_args()
-            sys.argv += default(arguments.overrides)
-            overrides = arguments.overrides + default(arguments.overrides)
+        def main(argv: Sequence[str] | None = None) -> NoReturn:
+            arguments = _parser(task, config_name).parse_intermixed_args(argv)
+            words = [*default(arguments.overrides), *arguments.overrides]
+            settings: Settings = {}
             try:
-                if not (arguments.help or arguments.hydra_help or arguments.cfg or arguments.info):
-                    compose(config_name, [o for o in overrides if not _is_sweep(o)])
+                if arguments.cfg:
+                    print(OmegaConf.to_yaml(_config(config_name, words), resolve=arguments.resolve), end="")
+                    sys.exit(0)
+                for settings in sweep(config_name, words) if arguments.multirun else [compose(config_name, words)]:
+                    if code := task(settings):
+                        sys.exit(code)
             except RetinaError as fault:
-                sys.exit(_report(fault))
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(run)()
-
-        def run(config: DictConfig) -> None:
-            job = HydraConfig.get()
-            if job.mode == RunMode.MULTIRUN and "name" in config:
-                config.name = f"{config.name}/{job.job.override_dirname or job.job.num}"
-            try:
-                code = task(_plain(config)) or 0
-            except RetinaError as fault:
-                if config.traceback:
+                if settings.get("traceback"):
                     traceback.print_exc()
-                code = _report(fault)
+                _report(fault)
+                sys.exit(2)
             except KeyboardInterrupt:
-                code = 130
-            if code or job.mode != RunMode.MULTIRUN:
-                sys.exit(code)
+                sys.exit(130)
+            sys.exit(0)
 
         return main
 
     return decorate
 
 
-def compose(config_name: str, overrides: list[str]) -> Settings:
-    """Resolved settings as plain dicts. Raises ConfigError, one line naming the key at fault and the nearest that exists."""
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        try:
-            return _plain(hydra.compose(config_name, overrides))
-        except MissingConfigException as fault:
-            choice = str(fault.missing_cfg_file or "").replace("\\", "/")
-            group, _, option = choice.rpartition("/")
-            options = ", ".join(o for o in fault.options or [] if not o.startswith("_"))
-            raise ConfigError(f"{group}={option}: no such option - choose one of {options}") from None
-        except OverrideParseException as fault:
-            raise ConfigError(f"{fault.override}: cannot be understood - write key=value, quoting spaces") from None
-        except HydraException as fault:
-            raise ConfigError(_explain(fault, config_name, overrides)) from None
-        except OmegaConfBaseException as fault:
-            key = getattr(fault, "full_key", None) or "settings"
-            raise ConfigError(f"{key}: {str(fault).splitlines()[0]} - correct this setting") from None
+def compose(config_name: str, overrides: Sequence[str]) -> Settings:
+    """Resolved settings as plain dicts. Raises ConfigError naming the key at fault and the nearest that exists."""
+    config = _config(config_name, overrides)
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        values = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as fault:
+        raise _wrong_value(fault) from None
+    if missing:
+        raise ConfigError("; ".join(f"{key}: missing - give {key}=..." for key in missing))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
-def build(section: Mapping[str, Any], key: str, **extra: Any) -> Any:
+def sweep(config_name: str, overrides: Sequence[str]) -> list[Settings]:
+    """One `compose` for every combination of the values listed in overrides such as `optimizer.lr=0.1,0.2`."""
+    choices = [_choices(word) for word in overrides]
+    swept = [position for position, words in enumerate(choices) if len(words) > 1]
+    jobs = []
+    for words in itertools.product(*choices):
+        settings = compose(config_name, words)
+        told = ",".join(words[i].lstrip("+") for i in swept if not words[i].startswith(("name=", "runs=")))
+        if told and "name" in settings:
+            settings["name"] = f"{settings['name']}/{re.sub(r'[^a-zA-Z0-9.,=+_-]+', '_', told)}"
+        jobs.append(settings)
+    return jobs
+
+
+def typed(cls: type[T], settings: Mapping[str, Any]) -> T:
+    """The settings of a whole command as a dataclass. Raises ConfigError for a wrong type."""
+    try:
+        return from_mapping(cls, settings, "")
+    except ConfigError as fault:
+        raise ConfigError(str(fault).removeprefix(".")) from None
+
+
+def build(section: Any, key: str, **extra: Any) -> Any:
     """The object that a section's `_target_` describes, or with `_partial_: true` a callable that makes it.
 
-    Nested sections are built first. `extra` arguments win. Raises ConfigError for a target outside ALLOWED_TARGETS and,
-    all at once, for arguments it does not take or lacks."""
+    Nested sections are built first, also those in lists. `extra` arguments win. Raises ConfigError for a target outside
+    ALLOWED_TARGETS and, all at once, for arguments it does not take or lacks."""
+    if not isinstance(section, Mapping) or not isinstance(section.get("_target_"), str):
+        raise ConfigError(f"{key}: {section!r:.80} makes nothing - give {key}._target_=, the dotted name of a class")
     values = dict(section)
-    target = values.pop("_target_", None)
+    factory = _find(values.pop("_target_"), f"{key}._target_")
     partial = values.pop("_partial_", False)
-    if not isinstance(target, str):
-        raise ConfigError(f"{key}._target_: {target!r} - give the dotted name of a class or function")
-    factory = _find(target, f"{key}._target_")
-    arguments = {
-        name: build(value, f"{key}.{name}") if isinstance(value, Mapping) and "_target_" in value else value
-        for name, value in values.items()
-    }
-    check_arguments(factory, arguments | extra, key, partial=partial)
-    if partial:
-        return functools.partial(factory, **arguments, **extra)
-    return call(factory, key, **(arguments | extra))
+    check_arguments(factory, values | extra, key, partial=partial)
+    arguments = {name: _build_nested(value, f"{key}.{name}") for name, value in values.items()} | extra
+    return functools.partial(factory, **arguments) if partial else call(factory, key, **arguments)
 
 
-def call(factory: Callable[..., Any], key: str, **arguments: Any) -> Any:
+def call(factory: Callable[..., T], key: str, **arguments: Any) -> T:
     """`factory(**arguments)`, with whatever it has to say against the values as one line that names the section."""
     check_arguments(factory, arguments, key)
     try:
@@ -122,67 +134,127 @@ def call(factory: Callable[..., Any], key: str, **arguments: Any) -> Any:
 
 
 def check_arguments(factory: Callable[..., Any], arguments: Iterable[str], key: str, *, partial: bool = False) -> None:
-    """Raises ConfigError listing every argument that `factory` does not take, and (unless `partial`) every one it lacks."""
+    """Raises ConfigError listing all arguments that `factory` does not take and, unless `partial`, all that it lacks."""
     parameters = inspect.signature(factory).parameters.values()
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    required = [
-        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     faults = []
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        faults += [unknown_key(f"{key}.{a}", [f"{key}.{n}" for n in names]) for a in arguments if a not in names]
+        faults += [unknown_key(f"{key}.{a}", [f"{key}.{n}" for n in named]) for a in arguments if a not in named]
     if not partial:
-        faults += [f"{key}.{name}: missing - give {key}.{name}=..." for name in required if name not in arguments]
+        lacking = [name for name, p in named.items() if p.default is p.empty and name not in arguments]
+        faults += [f"{key}.{name}: missing - give {key}.{name}=..." for name in lacking]
     if faults:
         raise ConfigError("; ".join(faults))
 
 
+def _build_nested(value: Any, key: str) -> Any:
+    if isinstance(value, list):
+        return [_build_nested(item, f"{key}.{i}") for i, item in enumerate(value)]
+    return build(value, key) if isinstance(value, Mapping) and "_target_" in value else value
+
+
 def _find(target: str, key: str) -> Callable[..., Any]:
-    allowed = f"choose something under {', '.join(prefix + '*' for prefix in ALLOWED_TARGETS)}"
+    refusal = ConfigError(f"{key}: {target} is not allowed - choose something under {', '.join(ALLOWED_TARGETS)}")
     if not target.startswith(ALLOWED_TARGETS):
-        raise ConfigError(f"{key}: {target} is not allowed - {allowed}")
+        raise refusal
     module, _, name = target.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        owner = importlib.import_module(module)
+        found = getattr(owner, name)
     except (ImportError, AttributeError):
-        raise ConfigError(f"{key}: {target} does not exist - check its spelling") from None
-    # a package also holds what it imported itself: only what it defines is its own
+        near = difflib.get_close_matches(name, dir(owner), n=1) if "owner" in locals() else []
+        fix = f"did you mean {module}.{near[0]}?" if near else "check its spelling"
+        raise ConfigError(f"{key}: {target} does not exist - {fix}") from None
+    # a module also holds what it imported itself: only what it defines is its own
     if not callable(found) or not f"{getattr(found, '__module__', '')}.".startswith(ALLOWED_TARGETS):
-        raise ConfigError(f"{key}: {target} is not allowed - {allowed}")
+        raise refusal
     return found
 
 
-def _plain(config: DictConfig) -> Settings:
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ConfigError("; ".join(f"{key}: missing - give {key}=..." for key in missing))
-    try:
-        values = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as fault:
-        key = getattr(fault, "full_key", None) or "settings"
-        raise ConfigError(f"{key}: {str(fault).splitlines()[0]} - correct this setting") from None
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+def _report(fault: RetinaError, limit: int = 20) -> None:
+    """One line on stderr; of many faulty records, the first of them on stdout too."""
+    faults = fault.faults if isinstance(fault, RecordsError) else []
+    if len(faults) > 1:
+        print("\n".join(faults[:limit]))
+        print(f"and {len(faults) - limit} more" if len(faults) > limit else f"{len(faults)} faulty records")
+    print(f"error: {fault}", file=sys.stderr)
 
 
-def _explain(fault: HydraException, config_name: str, overrides: list[str]) -> str:
-    text = str(fault).splitlines()[0]
-    named = re.search(
-        r"(?:Could not override|Could not append to config\. An item is already at|Could not delete) '([^']+)'", text
+def _parser(task: Callable[..., Any], config_name: str) -> argparse.ArgumentParser:
+    class OneLineParser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            self.exit(2, f"error: {message} - see --help\n")
+
+    parser = OneLineParser(
+        description=sys.modules[task.__module__].__doc__,
+        epilog=f"Settings and what they mean: configs/{config_name}.yaml and the folders beside it.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    if not named:
-        return f"{text} - see configs/{config_name}.yaml"
-    key = named.group(1).split("@")[0]
-    groups = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
-    choices = [o for o in overrides if o.partition("=")[0].split("@")[0] in groups and o.partition("=")[0] != key]
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, in Hydra's syntax")
+    parser.add_argument("--cfg", choices=["job"], help="print the settings and do nothing")
+    parser.add_argument("--resolve", action="store_true", help="with --cfg: follow ${references}")
+    parser.add_argument("-m", "--multirun", action="store_true", help="run once for each of key=value1,value2")
+    return parser
+
+
+def _config(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    for word in overrides:
+        if word.lstrip("+~").startswith(("hydra.", "hydra/")) and not word.startswith("hydra.searchpath="):
+            raise ConfigError(f"{word}: has no effect here - leave it out: Hydra only composes the settings")
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        try:
+            return hydra.compose(config_name, list(overrides))
+        except MissingConfigException as fault:
+            group, _, option = str(fault.missing_cfg_file or "").replace("\\", "/").rpartition("/")
+            options = sorted(path.stem for path in (CONFIGS / group).glob("[!_]*.yaml"))
+            raise ConfigError(f"{group}={option}: no such option - choose one of {', '.join(options)}") from None
+        except OverrideParseException as fault:
+            raise _unreadable(fault) from None
+        except HydraException as fault:
+            raise ConfigError(_explain(str(fault), config_name, overrides)) from None
+        except OmegaConfBaseException as fault:
+            raise _wrong_value(fault) from None
+
+
+def _choices(word: str) -> list[str]:
     try:
-        values = OmegaConf.create(dict(hydra.compose(config_name, choices)))
+        override = OverridesParser.create().parse_override(word)
+        if not override.is_sweep_override():
+            return [word]
+        return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    except OverrideParseException as fault:
+        raise _unreadable(fault) from None
+    except HydraException as fault:
+        raise ConfigError(f"{word}: {str(fault).splitlines()[0]} - list the values, as in key=1,2,3") from None
+
+
+def _unreadable(fault: OverrideParseException) -> ConfigError:
+    return ConfigError(f"{fault.override}: cannot be understood - write key=value, with quotes as in 'key=\"a, b\"'")
+
+
+def _wrong_value(fault: OmegaConfBaseException) -> ConfigError:
+    return ConfigError(f"{fault.full_key or 'settings'}: {str(fault).splitlines()[0]} - correct this setting")
+
+
+def _explain(text: str, config_name: str, overrides: Sequence[str]) -> str:
+    """Hydra's complaint as one line; of an unknown key, with the nearest that exists under the groups chosen."""
+    if ambiguous := re.search(r"Ambiguous value for argument '(.+)'", text):
+        return f"{ambiguous[1]}: several values - add -m to run them all, or write key=[1,2] or 'key=\"a,b\"'"
+    if present := re.search(r"An item is already at '([^']+)'", text):
+        return f"{present[1]}: exists already - leave out the +"
+    named = re.search(r"(?:Could not override|Could not delete from config\.|Could not delete) '([^']+)'", text)
+    if not named:
+        return f"{text.splitlines()[0]} - see configs/{config_name}.yaml"
+    key = named[1].split("@")[0]
+    groups = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
+    chosen = [word for word in overrides if word.partition("=")[0] in groups and word.partition("=")[0] != key]
+    try:
+        values = OmegaConf.to_container(hydra.compose(config_name, chosen), resolve=False)
     except (HydraException, OmegaConfBaseException):
-        values = OmegaConf.create({})
-    known = _keys(OmegaConf.to_container(values, resolve=False))
-    if key in known:
-        return f"{key}: {text} - correct this setting"
-    return unknown_key(key, [*known, *groups])
+        values = {}
+    known = [*_keys(values), *groups]
+    return unknown_key(key, known).replace("configs/train.yaml", f"configs/{config_name}.yaml")
 
 
 def _keys(values: Any, prefix: str = "") -> list[str]:
@@ -190,15 +262,3 @@ def _keys(values: Any, prefix: str = "") -> list[str]:
     for key, value in values.items() if isinstance(values, dict) else ():
         found += [f"{prefix}{key}", *_keys(value, f"{prefix}{key}.")]
     return found
-
-
-def _is_sweep(override: str) -> bool:
-    try:
-        return OverridesParser.create().parse_override(override).is_sweep_override()
-    except HydraException:
-        return False
-
-
-def _report(fault: RetinaError) -> int:
-    print(f"error: {fault}", file=sys.stderr)
-    return 2

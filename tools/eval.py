@@ -1,138 +1,204 @@
 """Scores a trained detector on a data set, or a COCO results file without any model.
 
 python tools/eval.py checkpoint=runs/mine
-python tools/eval.py checkpoint=runs/mine data.root=/data/other output=eval_other
+python tools/eval.py checkpoint=runs/mine data=coco data.root=/data/other output=eval_other
+torchrun --nproc_per_node=8 tools/eval.py checkpoint=runs/mine
 python tools/eval.py detections=RESULTS.json data=coco data.val.annotations=GT.json output=DIR
 """
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from _compose import Settings, build, call, compose, entry
+from _compose import Settings, build, call, entry, typed
 
 from retina.engine.config import DataConfig, from_mapping
 from retina.engine.run_folder import read_settings
 from retina.errors import ConfigError
 
+if TYPE_CHECKING:
+    from retina.data.coco import Annotations
+    from retina.evaluation.metrics import DetectionArrays
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """configs/eval.yaml says what each is."""
+
+    checkpoint: str | None
+    detections: str | None
+    output: str | None
+    split: str
+    batch_size: int | None
+    device: str
+    precision: str | None
+    pictures: int
+    score_threshold: float
+    data: dict[str, Any]
+    postprocess: dict[str, Any]
+    traceback: bool
+
+    def __post_init__(self) -> None:
+        if (self.checkpoint is None) == (self.detections is None):
+            raise ConfigError("checkpoint: give checkpoint=RUN_OR_FILE, or detections=RESULTS.json, and not both")
+        if self.split not in ("train", "val"):
+            raise ConfigError(f"split: {self.split} is not known - choose train, or val for any other file")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(f"batch_size: {self.batch_size} is not allowed - give 1 or more, or null")
+        if self.pictures < 0:
+            raise ConfigError(f"pictures: {self.pictures} is not allowed - give 0 or more")
+
 
 @entry("eval")
 def main(settings: Settings) -> None:
-    if (settings["checkpoint"] is None) == (settings["detections"] is None):
-        raise ConfigError("checkpoint: give checkpoint=RUN_OR_FILE, or detections=RESULTS.json, and not both")
-    if settings["detections"]:
-        score_file(settings)
-    else:
-        score_detector(settings)
+    config = typed(EvalConfig, settings)
+    if config.detections:
+        score_file(config, Path(config.detections))
+    elif config.checkpoint:
+        score_detector(config, Path(config.checkpoint))
 
 
-def score_file(settings: Settings) -> None:
+def score_file(config: EvalConfig, results: Path) -> None:
+    if config.output is None:
+        raise ConfigError("output: missing - give output=DIR for metrics.json")
+    data = data_of({}, config.data, {})
+
     from retina.engine.data import load_split
     from retina.evaluation.metrics import coco_metrics
     from retina.evaluation.results import format_metrics, read_results, write_metrics
 
-    if settings["output"] is None:
-        raise ConfigError("output: missing - give output=DIR for metrics.json")
-    data = from_mapping(DataConfig, settings["data"], "data")
-    annotations = load_split(data, settings["split"], images_needed=False)
-    metrics = coco_metrics(annotations, read_results(Path(settings["detections"]), annotations))
-    output = open_output(Path(settings["output"]))
+    annotations = load_split(data, config.split, images_needed=False)
+    metrics = coco_metrics(annotations, read_results(results, annotations))
+    output = open_output(Path(config.output))
     write_metrics(output / "metrics.json", metrics)
-    print(format_metrics(metrics))
-    print(f"\nwritten: {output / 'metrics.json'}")
+    print(f"{format_metrics(metrics)}\n\nwritten: {output / 'metrics.json'}")
 
 
-def score_detector(settings: Settings) -> None:
-    checkpoint = Path(settings["checkpoint"])
+def score_detector(config: EvalConfig, checkpoint: Path) -> None:
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    trained = read_settings(folder / "config.yaml").get("data", {}) if (folder / "config.yaml").is_file() else {}
 
     # torch takes seconds to load, and a wrong setting should not wait for it
     from functools import partial
+
+    from rich.console import Console
+    from rich.progress import track
 
     from retina import distributed
     from retina.data.coco import write_results
     from retina.engine.data import build_eval_loader, load_split
     from retina.evaluation.evaluate import evaluate
+    from retina.evaluation.pictures import write_evaluation_pictures
     from retina.evaluation.results import format_metrics, write_metrics
-    from retina.inference import Detector
+    from retina.inference import Detector, check_postprocess
     from retina.postprocess import postprocess
-    from retina.visualize import write_evaluation_pictures
 
-    device = call(distributed.choose_device, "device", name=settings["device"])
+    device = call(distributed.choose_device, "device", name=config.device)
     with distributed.process_group(device):
-        detector = Detector.load(checkpoint, device=str(device), precision=settings["precision"])
-        preprocessing = detector.card.preprocessing
-        data = data_of(checkpoint, settings["data"], preprocessing)
+        detector = Detector.load(checkpoint, device=str(device), precision=config.precision)
+        options = detector.card.postprocess | drop_nulls(config.postprocess)
+        call(check_postprocess, "postprocess", options=options)
+        data = data_of(trained, config.data, detector.card.preprocessing)
         if data.prepare and data.root:
             build(data.prepare, "data.prepare", root=Path(data.root))
-        annotations = load_split(data, settings["split"], classes=detector.classes)
-        output = Path(settings["output"] or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "eval")
+        annotations = load_split(data, config.split, classes=detector.classes)
+        output = Path(config.output) if config.output else folder / "eval"
         if distributed.is_main():
             open_output(output)
         loader = build_eval_loader(
             annotations,
             short_side=data.short_side,
             long_side=data.long_side,
-            batch_size=settings["batch_size"],
-            num_workers=settings["num_workers"],
-            divisor=data.pad_multiple or preprocessing["divisor"],
-            pad_value=tuple(preprocessing["pad_value"]),
+            batch_size=config.batch_size or data.eval_batch_size or 8,
+            num_workers=data.num_workers,
+            divisor=data.pad_multiple or detector.divisor,
+            pad_value=detector.pad_value,
             pin_memory=device.type == "cuda",
         )
-        options = detector.card.postprocess | settings["postprocess"]
+        console = Console(stderr=True)
         evaluation = evaluate(
             detector.model,
-            loader,
+            track(
+                loader,
+                "evaluating",
+                console=console,
+                transient=True,
+                disable=not (distributed.is_main() and console.is_terminal),
+            ),
             annotations,
-            postprocess=call(partial, "postprocess", func=postprocess, **options),
+            postprocess=partial(postprocess, **options),
             device=device,
             dtype=detector.dtype,
         )
         if distributed.is_main():
+            found = keep_known(annotations, evaluation.detections)
             write_metrics(output / "metrics.json", evaluation.metrics)
-            write_results(output / "detections.json", annotations, *evaluation.detections)
+            write_results(output / "detections.json", annotations, *found)
             write_evaluation_pictures(
                 output / "pictures",
                 annotations,
-                evaluation.detections,
-                max_images=settings["pictures"],
-                score_threshold=settings["score_threshold"],
+                found,
+                max_images=config.pictures,
+                score_threshold=config.score_threshold,
             )
-            print(format_metrics(evaluation.metrics))
-            print(f"\nwritten: {output}/metrics.json, detections.json, pictures/")
+            print(f"{format_metrics(evaluation.metrics)}\n\nwritten: {output}/metrics.json, detections.json, pictures/")
 
 
-def data_of(checkpoint: Path, given: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> DataConfig:
-    """The run's own data section, changed by what was given on the command line (whatever differs from plain `data=coco`)."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    plain = compose("eval", [])["data"]
-    settings = folder / "config.yaml"
-    base = (
-        read_settings(settings)["data"]
-        if settings.is_file()
-        else plain | {key: preprocessing[key] for key in ("short_side", "long_side")}
-    )
-    return from_mapping(DataConfig, overlay(base, given, plain), "data")
+def keep_known(annotations: "Annotations", found: "DetectionArrays") -> "DetectionArrays":
+    """Without detections of classes that the annotation file has no category for: they have no id to be written under,
+    and no metric."""
+    import numpy as np
+
+    known = np.array([category is not None for category in annotations.category_ids])[found.labels]
+    if not known.all():
+        print(f"{np.count_nonzero(~known)} detections are of classes that {annotations.file} does not have: left out")
+    return type(found)(*(values[known] for values in found))
 
 
-def overlay(base: Mapping[str, Any], given: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
+def data_of(trained: Mapping[str, Any], given: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> DataConfig:
+    """The run's own data at the detector's image size, changed by what was given.
+
+    With `data=...` nothing but the image size is the run's; another `data.root` leaves the run's places behind."""
+    given = drop_nulls(given)
+    sizes = {key: preprocessing[key] for key in ("short_side", "long_side") if key in preprocessing}
+    places = ("prepare", "train", "val") if "root" in given else ()
+    own = {} if "name" in given else {key: value for key, value in trained.items() if key not in places}
+    return from_mapping(DataConfig, merge({"name": "given"} | own | sizes, given), "data")
+
+
+def merge(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `given` over it, section by section."""
     merged = dict(base)
     for key, value in given.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), Mapping):
-            merged[key] = overlay(base[key], value, plain.get(key) or {})
-        elif value != plain.get(key):
-            merged[key] = value
+        merged[key] = merge(base.get(key) or {}, value) if isinstance(value, Mapping) else value
     return merged
 
 
+def drop_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left after removing null, also in inner sections, and sections of nothing else."""
+    inner = {key: drop_nulls(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    return {key: value for key, value in inner.items() if value is not None and value != {}}
+
+
 def open_output(output: Path) -> Path:
-    """Raises ConfigError for a folder that holds anything but an earlier evaluation."""
-    if output.is_dir() and any(output.iterdir()) and not (output / "metrics.json").is_file():
-        raise ConfigError(f"output: {output} holds other files - choose another folder")
+    """The folder, made if need be. Raises ConfigError for one that holds anything but an earlier evaluation."""
     try:
         output.mkdir(parents=True, exist_ok=True)
+        strangers = any(output.iterdir()) and not is_evaluation(output / "metrics.json")
     except OSError as fault:
-        raise ConfigError(f"output: {output} cannot be made ({fault.strerror}) - choose another folder") from None
+        raise ConfigError(f"output: {output} cannot be written ({fault.strerror}) - choose another folder") from None
+    if strangers:
+        raise ConfigError(f"output: {output} holds other files - choose another folder")
     return output
+
+
+def is_evaluation(metrics: Path) -> bool:
+    try:
+        return "per_class" in json.loads(metrics.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 if __name__ == "__main__":

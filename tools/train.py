@@ -67,32 +67,33 @@ def main(settings: Settings) -> None:
         torch.manual_seed(config.seed)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         model = call(retinanet, "model", **settings["model"], num_classes=len(annotations.classes))
-        model = model.to(device, memory_format=memory_format)
+        model = model.to(memory_format=memory_format).to(device)
         optimizer = build_optimizer(optimizer_factory, model, scale=config.batch_size / config.lr_batch_size)
 
-        images = {
-            "divisor": data.pad_multiple or max(model.strides),
-            "pad_value": model.pad_value,
-            "pin_memory": device.type == "cuda",
-        }
-        loader, sampler = build_train_loader(annotations, pipeline, data, config, **images)
+        divisor = data.pad_multiple or max(model.strides)
+        pin_memory = device.type == "cuda"
+        loader, sampler = build_train_loader(
+            annotations, pipeline, data, config, divisor=divisor, pad_value=model.pad_value, pin_memory=pin_memory
+        )
         val_loader = build_eval_loader(
             val_annotations,
             short_side=data.short_side,
             long_side=data.long_side,
             batch_size=data.eval_batch_size or sampler.micro_batch,
             num_workers=data.num_workers,
-            **images,
+            divisor=divisor,
+            pad_value=model.pad_value,
+            pin_memory=pin_memory,
         )
         card = DetectorCard(
             model=model.arguments,
             classes=list(annotations.classes),
-            category_ids=list(annotations.category_ids),
+            category_ids=[i for i in annotations.category_ids if i is not None],
             preprocessing={
                 "short_side": data.short_side,
                 "long_side": data.long_side,
-                "divisor": images["divisor"],
-                "pad_value": list(images["pad_value"]),
+                "divisor": divisor,
+                "pad_value": list(model.pad_value),
                 "precision": config.precision,
             },
             postprocess={key: value for key, value in settings["postprocess"].items() if not key.startswith("_")},

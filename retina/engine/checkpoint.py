@@ -149,10 +149,10 @@ def _restore_optimizer(
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, values in state.items():
+    for position, values in state.items():
         for name, value in values.items():
-            if index >= len(parameters) or (
-                isinstance(value, Tensor) and value.ndim and value.shape != parameters[index].shape
+            if position >= len(parameters) or (
+                isinstance(value, Tensor) and value.ndim and value.shape != parameters[position].shape
             ):
                 raise CheckpointError(
                     f"{checkpoint}: optimizer state {name} fits no parameter - use the run's own model"

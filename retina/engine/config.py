@@ -122,8 +122,9 @@ def to_steps(value: Length, *, steps_per_epoch: int, total: int | None, key: str
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
-    """Builds a settings dataclass. Raises ConfigError that names the first key which is unknown (with its nearest match),
-    missing or of a wrong type."""
+    """Builds a settings dataclass.
+
+    Raises ConfigError naming the first key that is unknown (with its nearest match), missing or of a wrong type."""
     hints = typing.get_type_hints(cls)
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     for key in values:

@@ -29,7 +29,7 @@ def load_split(
         file, images = Path(places.annotations or file), Path(places.images or images)
     else:
         raise ConfigError(
-            f"data.root: missing - give data.root=DIR, or both data.{split}.annotations=FILE and data.{split}.images=DIR"
+            f"data.root: missing - give data.root=DIR, or data.{split}.annotations=FILE and data.{split}.images=DIR"
         )
     if images_needed and not images.is_dir():
         raise DataError(f"{images}: no such folder of images - correct data.{split}.images or data.root")

@@ -54,13 +54,15 @@ def train_step(
     dtype: torch.dtype,
     clip_norm: float | None,
 ) -> StepResult:
-    """One optimizer update. Losses are divided by the positive anchors of all micro-batches of all ranks, which are known
-    only at the end: gradients of sums are accumulated and scaled once. Without positives the divisor is 1."""
+    """One optimizer update.
+
+    Losses are divided by the positive anchors of all micro-batches of all ranks. Their number is known only at the
+    end, so gradients of sums are accumulated and scaled once. Without positives the divisor is 1."""
     device = micro_batches[0].images.device
     sums = torch.zeros(3, device=device)
     for i, batch in enumerate(micro_batches):
         waits = isinstance(model, DistributedDataParallel) and i + 1 < len(micro_batches)
-        with model.no_sync() if waits else nullcontext():
+        with model.no_sync() if waits else nullcontext():  # type: ignore[operator]
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 losses = criterion(model(batch.images), batch.targets)
             # a constant divisor keeps fp16 gradients in range; the true one replaces it below
@@ -69,10 +71,8 @@ def train_step(
     distributed.all_reduce_sum(sums)
     positives = sums[2].clamp(min=1)
     scaler.unscale_(optimizer)
-    averaged = (
-        distributed.world_size() if isinstance(model, DistributedDataParallel) else 1
-    )  # DDP takes means over ranks
-    norm = scale_and_clip(model.parameters(), averaged * len(micro_batches[0].images) / positives, clip_norm)
+    factor = len(micro_batches[0].images) * distributed.world_size() / positives  # DDP takes means over ranks
+    norm = scale_and_clip(model.parameters(), factor, clip_norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -98,9 +98,11 @@ def fit(
 ) -> Progress:
     """Trains until `config.length`, resuming from the newest valid checkpoint in `folder`.
 
-    evaluate: scores a model on all ranks. draw: a picture of some of its detections. card: goes into `best.safetensors`,
-    which is written whenever the best metric improves, and at the end of a run without evaluations. fingerprint: of the
-    training annotations.
+    evaluate: scores a model on all ranks.
+    draw: a picture of some of its detections.
+    card: goes into `best.safetensors`, which is written whenever the best metric improves, and at the end of a run
+        without evaluations.
+    fingerprint: of the training annotations.
 
     Raises ConfigError when the settings contradict the data or the checkpoint."""
     per_epoch = sampler.steps_per_epoch
@@ -112,7 +114,9 @@ def fit(
     ema = ExponentialMovingAverage(model, config.ema) if config.ema is not None else None
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     progress = _resume(folder, model, optimizer, ema, scaler, logger, fingerprint)
-    net = _parallel(torch.compile(model) if config.compile else model, device)
+    if config.compile:
+        model.compile()
+    net = _parallel(model, device)
     model.train()
     meter = Meter(config.batch_size)
     batches = _endless(loader, sampler, progress.step)
@@ -218,7 +222,7 @@ def _resume(
     progress = load_checkpoint(checkpoint, model=model, optimizer=optimizer, ema=ema)
     if progress.annotations != fingerprint:
         raise ConfigError(
-            f"{checkpoint}: was trained on other annotations than data.train.annotations now holds - restore that file, "
+            f"{checkpoint}: was trained on other annotations than data.train now has - restore them, "
             "or choose another name=..."
         )
     if progress.scaler:

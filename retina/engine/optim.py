@@ -58,8 +58,9 @@ def _warmup(step: int, warmup: Length, start: float, *, total: int, steps_per_ep
 
 
 def build_optimizer(factory: Callable[..., Optimizer], model: nn.Module, *, scale: float = 1.0) -> Optimizer:
-    """`factory(groups)` with its learning rate multiplied by `scale`, and weight decay on convolution and linear weights
-    only: norms and biases, which are all the one-dimensional parameters, go undecayed.
+    """`factory(groups)` with its learning rate multiplied by `scale`.
+
+    Only convolution and linear weights are decayed: norms and biases, all the one-dimensional parameters, are not.
 
     Raises ConfigError when nothing is left to train or the factory refuses its values."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]

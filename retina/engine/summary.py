@@ -36,10 +36,10 @@ def describe_run(
     return [
         f"run      {folder}",
         f"device   {describe_device(device)}, {config.precision}" + (f", {world} processes" if world > 1 else ""),
-        f"data     {len(train)} images, {train.num_objects} objects to train on; {len(val)} images, {val.num_objects} objects to evaluate on",
+        f"data     {len(train)} images with {train.num_objects} objects; to evaluate {len(val)} with {val.num_objects}",
         f"classes  {len(train.classes)}: {shown}{more}",
         f"model    {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained",
-        f"batch    {config.batch_size} images per step ({parts}), {sampler.steps_per_epoch} steps per epoch, {steps} in all",
+        f"batch    {config.batch_size} images ({parts}), {sampler.steps_per_epoch} steps per epoch, {steps} in all",
         f"lr       {lr:.3g} ({lr / scale:.3g} for {config.lr_batch_size} images x {scale:g})",
     ]
 

@@ -1,5 +1,6 @@
 """Bottom-up networks: torchvision's ResNets as a source of the maps C2..C5 with declared strides and channels."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from urllib.error import URLError
@@ -66,7 +67,7 @@ class ResNet(nn.Module):
     def load_imagenet(self, name: str, weights: str) -> None:
         """Loads classification weights: a torchvision weights name (`DEFAULT`, `IMAGENET1K_V1`, ...) or a local file.
 
-        Raises CheckpointError when the file is missing, unreadable or of another architecture, or the download fails."""
+        Raises CheckpointError for a file that is missing, unreadable or of another architecture, or cannot be fetched."""
         state = read_weights(Path(weights)) if _is_file_name(weights) else _download(name, weights)
         state = {_renamed(key): value for key, value in state.items() if not key.startswith("fc.")}
         own = self.state_dict()
@@ -82,7 +83,7 @@ class ResNet(nn.Module):
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """State dict of a `.safetensors` file or of a `.pth` / `.pt` file read with `weights_only=True` (no code is run)."""
+    """State dict of a `.safetensors` file, or of a `.pth` / `.pt` file by `weights_only=True`: no code is run."""
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file - give an existing .safetensors or .pth file")
     try:
@@ -117,7 +118,7 @@ def _download(name: str, weights: str) -> dict[str, Tensor]:
     except (URLError, OSError, RuntimeError) as fault:
         raise CheckpointError(
             f"model.weights: {weights} of {name} could not be downloaded ({fault}) - "
-            f"put {file.name} into {file.parent}, give model.weights=FILE, or train from scratch with model.weights=null"
+            f"put {file.name} into {file.parent}, or give model.weights=FILE, or null to train from scratch"
         ) from None
 
 
@@ -129,19 +130,15 @@ def _renamed(key: str) -> str:
     return f"stem.{key}" if key.startswith(("conv1.", "bn1.")) else key
 
 
-def _norm_layer(norm: str) -> type[nn.Module] | partial[nn.Module]:
+def _norm_layer(norm: str) -> Callable[[int], nn.Module]:
     if norm == "batch":
         return nn.BatchNorm2d
-    return FrozenBatchNorm2d if norm == "frozen" else partial(_group_norm)
-
-
-def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels)
+    return FrozenBatchNorm2d if norm == "frozen" else partial(nn.GroupNorm, 32)
 
 
 def _out_channels(stage: nn.Module) -> int:
-    last = list(stage.children())[-1]
-    return (last.conv3 if hasattr(last, "conv3") else last.conv2).out_channels
+    convs = [module for name, module in stage.named_modules() if name.endswith(("conv2", "conv3"))]
+    return int(convs[-1].out_channels)
 
 
 def _freeze(module: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -63,8 +62,8 @@ class Head(nn.Module):
         tower = {"channels": channels, "num_convs": num_convs, "num_anchors": num_anchors}
         self.classification = Tower(in_channels, norm=norm, num_outputs=num_classes, **tower)
         self.box = Tower(in_channels, norm=norm, num_outputs=4, **tower)
-        with torch.no_grad():
-            self.classification.predict.bias.fill_(-math.log((1 - prior) / prior))
+        assert self.classification.predict.bias is not None
+        nn.init.constant_(self.classification.predict.bias, -math.log((1 - prior) / prior))
 
     def forward(
         self, features: tuple[Float[Tensor, "B C _ _"], ...]

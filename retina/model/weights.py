@@ -96,7 +96,7 @@ def load_state(model: torch.nn.Module, state: dict[str, Tensor], file: Path) -> 
             )
         if own[key].shape != state[key].shape:
             raise CheckpointError(
-                f"{file}: {key} is {list(state[key].shape)}, the model needs {list(own[key].shape)}: weights of another "
-                "architecture - use its own model settings"
+                f"{file}: {key} is {list(state[key].shape)}, the model needs {list(own[key].shape)}: "
+                "weights of another architecture - use its own model settings"
             )
     model.load_state_dict(state)
