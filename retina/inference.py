@@ -40,7 +40,7 @@ class Detector:
         precision = card.preprocessing["precision"]
         if precision not in PRECISIONS:
             raise ConfigError(f"precision: {precision!r} is not known - choose {', '.join(PRECISIONS)}")
-        self.model = model.to(device, memory_format=torch.channels_last).eval()
+        self.model = model.to(device).to(memory_format=torch.channels_last).eval()
         self.card = card
         self.device = device
         self.dtype = PRECISIONS[precision]

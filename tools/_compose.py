@@ -134,7 +134,7 @@ def call(factory: Callable[..., T], key: str, **arguments: Any) -> T:
 
 
 def check_arguments(factory: Callable[..., Any], arguments: Iterable[str], key: str, *, partial: bool = False) -> None:
-    """Raises ConfigError listing all arguments that `factory` does not take and, unless `partial`, all that it lacks."""
+    """Raises ConfigError listing all arguments that `factory` does not take and, unless `partial`, those it lacks."""
     parameters = inspect.signature(factory).parameters.values()
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     faults = []
@@ -254,7 +254,9 @@ def _explain(text: str, config_name: str, overrides: Sequence[str]) -> str:
     except (HydraException, OmegaConfBaseException):
         values = {}
     known = [*_keys(values), *groups]
-    return unknown_key(key, known).replace("configs/train.yaml", f"configs/{config_name}.yaml")
+    fault_and_fix = unknown_key(key, known).replace("configs/train.yaml", f"configs/{config_name}.yaml")
+    takes_more = f"{key.rpartition('.')[0]}._target_" in known
+    return f"{fault_and_fix} An argument that is not listed: +{key}=..." if takes_more else fault_and_fix
 
 
 def _keys(values: Any, prefix: str = "") -> list[str]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from retina.engine.config import Length, to_steps
 from retina.errors import ConfigError
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """A learning-rate schedule is a pure function of the step, so that resume needs no state of it."""
 

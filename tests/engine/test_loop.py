@@ -1,0 +1,141 @@
+"""One update, on one process and on several."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from retina import distributed
+from retina.engine.loop import _parallel, train_step
+from retina.engine.optim import build_optimizer
+from retina.losses import DetectionLoss
+from retina.model.retinanet import RetinaNet, retinanet
+from retina.types import Batch, Targets
+
+STEPS, IMAGES, SIDE = 10, 8, 64
+
+
+def tiny_model() -> RetinaNet:
+    torch.manual_seed(0)
+    return retinanet(
+        num_classes=3, backbone="resnet18", norm="group", fpn_channels=16, head_convs=1, levels=(3, 4, 5)
+    ).train()
+
+
+def images_of_step(step: int, picked: slice) -> Batch:
+    """The last half of the images has no objects."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randint(0, 256, (IMAGES, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+    corner = torch.rand(IMAGES, 2, 2, generator=generator) * 30
+    boxes = torch.cat([corner, corner + 10 + 20 * torch.rand(IMAGES, 2, 2, generator=generator)], dim=-1)
+    labels = torch.randint(0, 3, (IMAGES, 2), generator=generator)
+    valid = torch.zeros(IMAGES, 2, dtype=torch.bool)
+    valid[: IMAGES // 2] = True
+    sizes = torch.full((IMAGES, 2), SIDE)
+    targets = Targets(boxes[picked], labels[picked], valid[picked], torch.zeros_like(valid)[picked])
+    return Batch(images[picked], sizes[picked], targets, torch.arange(IMAGES)[picked], sizes[picked])
+
+
+def run_steps(accumulate: int, dtype: torch.dtype = torch.float32, clip_norm: float | None = 1.0) -> torch.Tensor:
+    """Losses and gradient norms [STEPS 3] of this process group."""
+    model = tiny_model()
+    optimizer = build_optimizer(lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9), model)
+    net = _parallel(model, torch.device("cpu"))
+    size = IMAGES // (distributed.world_size() * accumulate)
+    rows = []
+    for step in range(STEPS):
+        starts = [distributed.rank() * size * accumulate + i * size for i in range(accumulate)]
+        result = train_step(
+            net,
+            DetectionLoss(),
+            [images_of_step(step, slice(start, start + size)) for start in starts],
+            optimizer=optimizer,
+            scaler=torch.amp.GradScaler("cpu", enabled=dtype == torch.float16),
+            dtype=dtype,
+            clip_norm=clip_norm,
+        )
+        rows.append(torch.stack([*result.losses, result.grad_norm]))
+    return torch.stack(rows)
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    with distributed.process_group(torch.device("cpu")):
+        for accumulate in (1, 2):
+            losses = run_steps(accumulate)
+            if distributed.is_main():
+                torch.save(losses, Path(folder, f"{accumulate}.pt"))
+
+
+@pytest.fixture(scope="module")
+def on_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the losses of two processes for each accumulation."""
+    folder = tmp_path_factory.mktemp("losses")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, (port, str(folder)), nprocs=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone() -> torch.Tensor:
+    return run_steps(accumulate=1)
+
+
+def test_classification_loss_falls(alone: torch.Tensor) -> None:
+    assert alone.isfinite().all()
+    assert alone[-3:, 0].max() < alone[:3, 0].min()
+
+
+def test_accumulation_changes_nothing(alone: torch.Tensor) -> None:
+    torch.testing.assert_close(run_steps(accumulate=4), alone, rtol=1e-5, atol=1e-5)
+
+
+# rank 1 sees only images without objects
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_equal_one(alone: torch.Tensor, on_two_processes: Path, accumulate: int) -> None:
+    losses = torch.load(on_two_processes / f"{accumulate}.pt", weights_only=True)
+    torch.testing.assert_close(losses, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_divisor_is_the_positives_of_the_whole_step() -> None:
+    model, criterion = tiny_model(), DetectionLoss()
+    batch = images_of_step(0, slice(None))
+    sums = criterion(model(batch.images), batch.targets)
+    parameters = dict(model.named_parameters())
+    expected = torch.autograd.grad((sums.classification + sums.box) / sums.num_positives, list(parameters.values()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    micro = [images_of_step(0, slice(i, i + 2)) for i in range(0, IMAGES, 2)]
+    result = train_step(
+        model, criterion, micro, optimizer=optimizer, scaler=scaler, dtype=torch.float32, clip_norm=None
+    )
+    for (name, p), gradient in zip(parameters.items(), expected, strict=True):
+        torch.testing.assert_close(before[name] - p, gradient, rtol=1e-4, atol=1e-6, msg=name)
+    norm = torch.stack([g.norm() for g in expected]).norm()
+    torch.testing.assert_close(result.grad_norm, norm, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_without_any_object_trains() -> None:
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    empty = images_of_step(0, slice(IMAGES // 2, None))
+    result = train_step(
+        model, DetectionLoss(), [empty], optimizer=optimizer, scaler=scaler, dtype=torch.float32, clip_norm=None
+    )
+    assert result.positives.item() == 0
+    assert result.losses[0] > 0
+    assert result.losses[1] == 0
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_bfloat16_stays_near_float32(alone: torch.Tensor) -> None:
+    half = run_steps(accumulate=1, dtype=torch.bfloat16)
+    torch.testing.assert_close(half[:3, :2], alone[:3, :2], rtol=0.02, atol=0.0)

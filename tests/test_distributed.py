@@ -1,0 +1,58 @@
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from retina import distributed
+
+
+def test_one_process_needs_no_group() -> None:
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert distributed.gather_objects("x") == ["x"]
+    assert distributed.broadcast_object("x") == "x"
+    tensor = torch.ones(2)
+    assert distributed.all_reduce_sum(tensor) is tensor
+    distributed.barrier()
+    with distributed.process_group(torch.device("cpu")):
+        assert not torch.distributed.is_initialized()
+
+
+def test_devices() -> None:
+    assert distributed.choose_device("cpu") == torch.device("cpu")
+    assert distributed.choose_device().type in {"cpu", "cuda", "mps"}
+    with pytest.raises(ValueError, match=r"does not exist - use auto"):
+        distributed.choose_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"not available here - use device=cpu"):
+            distributed.choose_device("cuda:0")
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with distributed.process_group(torch.device("cpu")):
+        assert distributed.all_reduce_sum(torch.tensor([1.0 + rank])).item() == 3
+        assert distributed.gather_objects(f"rank {rank}") == ["rank 0", "rank 1"]
+        assert distributed.broadcast_object(rank) == 0
+        norm = nn.BatchNorm2d(2)
+        norm.running_mean.fill_(float(rank))
+        norm.running_var.fill_(2.0 + 2 * rank)
+        norm.weight.data.fill_(float(rank))
+        distributed.average_buffers(norm)
+        assert norm.running_mean.tolist() == [0.5, 0.5]
+        assert norm.running_var.tolist() == [3.0, 3.0]
+        assert norm.weight.tolist() == [float(rank)] * 2
+        distributed.barrier()
+    assert not torch.distributed.is_initialized()
+    Path(folder, f"done{rank}").touch()
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["done0", "done1"]

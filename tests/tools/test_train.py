@@ -1,0 +1,176 @@
+"""The training program as a user runs it, on a tiny data set."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from retina.data.shapes import write_shapes
+
+ROOT = Path(__file__).parents[2]
+WALL_CLOCK = {"images_per_second", "data_wait", "seconds"}
+
+
+def run(*arguments: str, processes: int = 1, folder: Path) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [*launcher, str(ROOT / "tools/train.py"), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    write_shapes(folder / "shapes", num_train=10, num_val=4, image_size=(64, 96))
+    return folder
+
+
+def tiny(name: str, **changes: object) -> list[str]:
+    settings = {
+        "name": name,
+        "data.root": "shapes",
+        "data.prepare": "null",
+        "data.short_side": 64,
+        "data.long_side": 96,
+        "data.pad_multiple": 32,
+        "data.num_workers": 0,
+        "model.norm": "group",
+        "model.fpn_channels": 32,
+        "model.head_convs": 1,
+        "train.length": 6,
+        "train.batch_size": 4,
+        "train.lr_batch_size": 8,
+        "train.precision": "fp32",
+        "train.eval_every": 3,
+        "train.save_every": 3,
+        "train.log_every": 2,
+        "train.pictures": 2,
+        "schedule.warmup": 2,
+    }
+    return ["experiment=shapes", *(f"{key}={value}" for key, value in (settings | changes).items())]
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> subprocess.CompletedProcess[str]:
+    done = run(*tiny("whole"), folder=place)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def records(folder: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in lines]
+
+
+def test_first_lines_say_what_will_happen(finished: subprocess.CompletedProcess[str]) -> None:
+    lines = finished.stdout.splitlines()
+    assert lines[0].split() == ["run", "runs/whole"]
+    assert lines[1].startswith("device   cpu (1 threads), fp32")
+    assert lines[2].startswith("data     10 images with ")
+    assert lines[3].startswith("classes  6: circle ")
+    assert lines[4].endswith("M trained")
+    assert lines[5] == "batch    4 images (1 process x 1 x 4), 3 steps per epoch, 6 in all"
+    assert lines[6] == "lr       0.0005 (0.001 for 8 images x 0.5)"
+
+
+def test_run_folder_holds_what_the_plan_says(place: Path, finished: subprocess.CompletedProcess[str]) -> None:
+    folder = place / "runs" / "whole"
+    assert {path.name for path in folder.iterdir()} == {
+        "best.safetensors", "checkpoints", "config.yaml", "log.txt", "metrics.jsonl", "tensorboard"
+    }  # fmt: skip
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
+    steps = [(r["step"], r["kind"]) for r in records(folder)]
+    assert steps == [(2, "train"), (3, "val"), (4, "train"), (6, "train"), (6, "val")]
+    validation = records(folder)[-1]
+    assert {"AP", "AP50", "loss", "loss_box", "per_class"} <= validation.keys()
+    assert (folder / "log.txt").read_text().count("evaluation at step") == 2
+
+
+def test_pictures_and_numbers_are_in_tensorboard(place: Path, finished: subprocess.CompletedProcess[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(place / "runs" / "whole" / "tensorboard"))
+    board.Reload()
+    assert {"train/batch", "val/detections"} == set(board.Tags()["images"])
+    wanted = {"train/loss", "train/lr", "train/grad_norm", "train/images_per_second", "val/AP", "val/per_class/circle/AP"}
+    assert wanted <= set(board.Tags()["scalars"])
+
+
+def test_the_same_command_again_says_it_is_finished(place: Path, finished: subprocess.CompletedProcess[str]) -> None:
+    before = (place / "runs/whole/best.safetensors").stat().st_mtime_ns
+    again = run(*tiny("whole"), folder=place)
+    assert again.returncode == 0, again.stderr
+    assert "finished at step 6" in again.stdout
+    assert "step 2/6" not in again.stdout
+    assert (place / "runs/whole/best.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_run_cut_off_goes_on_bit_for_bit(place: Path, finished: subprocess.CompletedProcess[str]) -> None:
+    whole, half = place / "runs" / "whole", place / "runs" / "half"
+    assert run(*tiny("half"), folder=place).returncode == 0
+    for file in (half / "checkpoints" / "step_00000006").iterdir():
+        file.unlink()  # as if the machine had died after step 3, leaving later records behind
+    (half / "checkpoints" / "step_00000006").rmdir()
+    again = run(*tiny("half", **{"data.num_workers": 1}), folder=place)
+    assert again.returncode == 0, again.stderr
+    assert "resumed at step 3" in again.stdout
+    assert records(half) == records(whole)
+    for name in ("model", "ema", "optimizer"):
+        one = load_file(whole / f"checkpoints/step_00000006/{name}.safetensors")
+        two = load_file(half / f"checkpoints/step_00000006/{name}.safetensors")
+        assert one.keys() == two.keys()
+        assert all(one[key].equal(two[key]) for key in one), name
+
+
+def test_two_processes_train_the_same_run(place: Path, finished: subprocess.CompletedProcess[str]) -> None:
+    done = run(*tiny("pair"), processes=2, folder=place)
+    assert done.returncode == 0, done.stderr
+    assert "batch    4 images (2 processes x 1 x 2)" in done.stdout
+    one, two = records(place / "runs" / "whole"), records(place / "runs" / "pair")
+    assert [(r["step"], r["kind"]) for r in one] == [(r["step"], r["kind"]) for r in two]
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"train.lenght": 3}, "train.lenght: no such key - did you mean train.length?"),
+        ({"train.batch_size": "many"}, "train.batch_size: 'many' is of the wrong type - give int"),
+        ({"data.root": "nowhere"}, "nowhere"),
+        ({"name": "whole", "train.batch_size": 2}, "runs/whole: holds another run: train.batch_size: 4 there, 2 now"),
+        ({"model.frozen_stages": 2}, "model.frozen_stages: 2 without model.weights freezes random layers"),
+        ({"model.weights": "none.pth"}, "none.pth: no such file"),
+        ({"model.weights": "IMAGENET22K"}, "model.weights: 'IMAGENET22K' is not known for resnet18"),
+        ({"optimizer.lr": -1}, "optimizer: Invalid learning rate"),
+        ({"+optimizer.speed": 1, "+optimizer.momentun": 1}, "optimizer.speed: no such key"),
+        ({"train.batch_size": 3, "train.accumulate": 2}, "train.batch_size: a total batch of 3 images cannot be cut"),
+        ({"+augment.flip.side": 1}, "augment.flip.side: no such key"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    place: Path, finished: subprocess.CompletedProcess[str], changes: dict[str, object], line: str
+) -> None:
+    done = run(*tiny("bad", **changes), folder=place)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert line in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_annotations_with_unknown_classes_are_one_line(place: Path, tmp_path: Path) -> None:
+    source = json.loads((place / "shapes/annotations/instances_val.json").read_text())
+    for category in source["categories"]:
+        category["name"] += " of another kind"
+    (tmp_path / "val.json").write_text(json.dumps(source))
+    changes = {"data.val.annotations": tmp_path / "val.json"}
+    done = run(*tiny("other", **changes), folder=place)
+    assert done.returncode == 2
+    assert "of another kind" in done.stderr
+    assert done.stderr.count("\n") == 1
