@@ -1,0 +1,119 @@
+"""Every YAML composes and makes what it describes, and every command in a header can be typed."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from _compose import CONFIGS, build, check_arguments, compose
+
+from retina.data.transforms import Pipeline, Sample
+from retina.engine.config import DataConfig, TrainConfig, from_mapping
+from retina.engine.optim import build_optimizer
+from retina.inference import check_postprocess
+from retina.losses import DetectionLoss
+from retina.model.retinanet import RetinaNet, retinanet
+
+FILES = sorted(file.relative_to(CONFIGS) for file in CONFIGS.rglob("*.yaml"))
+GROUPS = ("augment", "data", "debug", "experiment", "model", "optimizer", "schedule")
+OPTIONS = [f"{file.parent}={file.stem}" for file in FILES if len(file.parts) == 2 and not file.stem.startswith("_")]
+
+
+def header(file: Path) -> str:
+    lines = (CONFIGS / file).read_text().splitlines()
+    return "\n".join(line for line in lines if line.startswith("#"))
+
+
+def commands(text: str) -> list[list[str]]:
+    """Tool and overrides of every command line in a text."""
+    found = re.findall(r"(?:python|torchrun [^\n]*?) tools/(\w+)\.py([^\n]*)", text)
+    return [[tool, *shlex.split(words.partition("  #")[0])] for tool, words in found]
+
+
+def test_folders_are_the_groups() -> None:
+    assert {file.parts[0] for file in FILES if len(file.parts) == 2} == set(GROUPS)
+    assert [file.stem for file in FILES if len(file.parts) == 1] == ["eval", "infer", "train"]
+    assert len(OPTIONS) > 15
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_everything_is_built(option: str) -> None:
+    settings = compose("train", [option])
+    check_settings(settings)
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    train = from_mapping(TrainConfig, settings["train"], "train")
+    data = from_mapping(DataConfig, settings["data"], "data")
+    assert train.batch_size >= 1
+    assert isinstance(build(settings["loss"], "loss"), DetectionLoss)
+    check_postprocess({key: value for key, value in settings["postprocess"].items() if not key.startswith("_")})
+    assert build(settings["postprocess"], "postprocess").func.__name__ == "postprocess"
+
+    schedule = build(settings["schedule"], "schedule")
+    factors = [schedule(step, total=3000, steps_per_epoch=100) for step in (0, 1500, 2999)]
+    assert all(0 <= factor <= 1 for factor in factors)
+    assert factors[1] > max(factors[0], factors[2])
+
+    optimizer = build_optimizer(build(settings["optimizer"], "optimizer"), torch.nn.Conv2d(1, 1, 1))
+    assert optimizer.param_groups[0]["lr"] == settings["optimizer"]["lr"]
+
+    transforms = {name: build(section, f"augment.{name}") for name, section in settings["augment"].items()}
+    image = np.arange(60 * 90 * 3, dtype=np.uint8).reshape(60, 90, 3)
+    box = np.array([[10, 10, 70, 50]], np.float32)
+    sample = Sample(image, box, np.array([1]), np.array([False]), 0, (60, 90))
+    out = Pipeline(transforms, min_size=data.min_size)(sample, 7)
+    assert out.image.shape[0] <= data.long_side
+    assert out.image.dtype == np.uint8
+
+    check_arguments(retinanet, [*settings["model"], "num_classes"], "model")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [*(option for option in OPTIONS if option.startswith(("model=", "experiment="))), "debug=smoke", "debug=overfit"],
+)
+def test_models_are_built(option: str) -> None:
+    """Without memory or weights: the shapes alone."""
+    settings = compose("train", ["experiment=shapes", option] if option.startswith("debug") else [option])
+    with torch.device("meta"):
+        model = retinanet(**settings["model"] | {"weights": None}, num_classes=3)
+    assert isinstance(model, RetinaNet)
+    assert len(model.strides) == len(settings["model"]["levels"])
+
+
+@pytest.mark.parametrize("tool", ["eval", "infer"])
+def test_other_tools_compose(tool: str) -> None:
+    settings = compose(tool, ["checkpoint=x", *(["source=y"] if tool == "infer" else [])])
+    assert settings["checkpoint"] == "x"
+    assert "experiment" not in settings
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("data=")])
+def test_eval_takes_every_data_set_at_the_size_of_the_detector(option: str) -> None:
+    data = compose("eval", [option])["data"]
+    assert data["name"] == option.removeprefix("data=")
+    assert (data["short_side"], data["long_side"], data["pad_multiple"]) == (None, None, None)
+    assert compose("eval", [option, "data.short_side=64"])["data"]["short_side"] == 64
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_commands_in_headers_compose(file: Path) -> None:
+    typed = commands(header(file))
+    for tool, *words in typed:
+        compose(tool, [word for word in words if not word.startswith("-")])
+    if file.parts[0] in ("experiment", "debug"):
+        choice = f"{file.parts[0]}={file.stem}"
+        assert any(choice in words for words in typed) or file.stem == "shapes", "a header states the exact command"
+
+
+@pytest.mark.parametrize("tool", ["train", "eval", "infer"])
+def test_commands_in_help_compose(tool: str) -> None:
+    text = (CONFIGS.parent / "tools" / f"{tool}.py").read_text().split('"""')[1]
+    assert commands(text)
+    for name, *words in commands(text):
+        assert name == tool
+        compose(name, words)
