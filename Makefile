@@ -21,7 +21,7 @@ demo: .venv/installed
 	@echo "curves      $(BIN)/tensorboard --logdir runs/shapes"
 
 test: .venv/installed
-	$(THREADS) $(BIN)/python -m pytest -n 2 -m "not slow"
+	$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: .venv/installed
 	$(THREADS) $(BIN)/python -m pytest -m slow

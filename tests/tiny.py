@@ -31,7 +31,7 @@ def write_tiny_run(folder: Path, data: Path) -> Path:
         fpn_channels=16,
         head_convs=1,
         prior=0.1,
-        anchor_sizes=[16, 32, 64],
+        anchor_sizes=[16.0, 32.0, 64.0],
         anchor_ratios=[1.0],
         anchor_scales=[1.0],
     )

@@ -1,8 +1,10 @@
-"""What tests of the command-line tools share. Most call a tool's `main` in this process, for a new one takes seconds to
+"""What tests of the command-line tools share. Most call a tool's `main` in this process, for a new one needs seconds to
 load torch."""
 
+import functools
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,26 +18,30 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 
-def load_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"retina_tools_{name}", ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="session")
+def load() -> Callable[[str], ModuleType]:
+    """`load(name)`: tools/<name>.py as a module."""
+
+    @functools.cache
+    def load_tool(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"retina_tools_{name}", ROOT / "tools" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return load_tool
 
 
 @pytest.fixture(scope="session")
-def tool() -> Callable[..., int]:
+def tool(load: Callable[[str], ModuleType]) -> Callable[..., int]:
     """`tool(name, *words)`: exit code of a tool called in this process."""
-    tools: dict[str, ModuleType] = {}
 
     def run(name: str, *words: object) -> int:
-        if name not in tools:
-            tools[name] = load_tool(name)
         with pytest.raises(SystemExit) as ended:
-            tools[name].main([str(word) for word in words])
+            load(name).main([str(word) for word in words])
         assert isinstance(ended.value.code, int)
         return ended.value.code
 
@@ -69,3 +75,34 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained_run(tiny_data: Path) -> Path:
     """A run folder that no test writes into."""
     return write_tiny_run(tiny_data.parent / "runs" / "tiny", tiny_data)
+
+
+@pytest.fixture(scope="session")
+def two_processes(start: Callable[..., subprocess.Popen[str]], trained_run: Path, tiny_data: Path) -> Path:
+    """A folder with `eval/` and `infer/` as two processes together wrote them, with the environment torchrun sets."""
+    folder = tiny_data.parent / "two"
+    folder.mkdir()
+    script = f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT / "tools")!r})
+common = ["checkpoint={trained_run}", "batch_size=1", "device=cpu"]
+for name, words in {{
+    "eval": ["output=eval", *common],
+    "infer": ["output=infer", "source={tiny_data / "val"}", *common],
+}}.items():
+    sys.argv = [name, *words]
+    try:
+        runpy.run_path(f"{ROOT}/tools/{{name}}.py", run_name="__main__")
+    except SystemExit as ended:
+        assert ended.code == 0, (name, ended.code)
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [start("-c", script, cwd=folder, RANK=rank, LOCAL_RANK=rank, **group) for rank in range(2)]
+    outputs = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    (folder / "rank0.txt").write_text(outputs[0][0])
+    assert outputs[1][0] == "", "only rank 0 speaks"
+    return folder

@@ -143,9 +143,7 @@ def test_targets_outside_the_allowed_are_refused(target: str) -> None:
 
 def test_a_misspelt_target_names_the_nearest() -> None:
     fault = fault_of(build, {"_target_": "albumentations.Blurr"}, "augment.blur")
-    assert fault == (
-        "augment.blur._target_: albumentations.Blurr does not exist - did you mean albumentations.Blur?"
-    )
+    assert fault == ("augment.blur._target_: albumentations.Blurr does not exist - did you mean albumentations.Blur?")
     assert "check its spelling" in fault_of(build, {"_target_": "retina.nowhere.Blur"}, "augment.blur")
 
 
@@ -234,7 +232,9 @@ def test_many_faulty_records_are_listed_beside_the_one_line(capsys: pytest.Captu
 
 def test_defaults_are_added_to_what_is_typed() -> None:
     seen: list[dict[str, Any]] = []
-    task = entry("train", default=lambda typed: [] if typed else ["experiment=shapes"])(lambda settings: seen.append(settings))
+    task = entry("train", default=lambda typed: [] if typed else ["experiment=shapes"])(
+        lambda settings: seen.append(settings)
+    )
     for words in ([], ["data=coco"]):
         with pytest.raises(SystemExit):
             task(words)

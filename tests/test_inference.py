@@ -1,0 +1,242 @@
+"""A detector in Python: every kind of image gives the same detections, in the image's own pixels."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import PREPROCESSING, write_tiny_data, write_tiny_run
+
+import retina
+from retina.data.images import read_image
+from retina.errors import CheckpointError, ConfigError, DataError
+from retina.inference import Detector, as_array, check_postprocess
+from retina.model.weights import read_card
+from retina.types import Detections
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("inference")
+    return write_tiny_run(root / "run", write_tiny_data(root / "data"))
+
+
+@pytest.fixture(scope="module")
+def detector(run: Path) -> Detector:
+    return retina.load(run)
+
+
+@pytest.fixture(scope="module")
+def files(run: Path) -> list[Path]:
+    return sorted((run.parent / "data" / "val").glob("*.jpg"))
+
+
+def assert_equal(one: list[Detections], two: list[Detections], tolerance: float = 0) -> None:
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert a.labels.tolist() == b.labels.tolist()
+        torch.testing.assert_close(a.boxes, b.boxes, rtol=0, atol=tolerance)
+        torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=tolerance)
+
+
+def test_every_kind_of_image_gives_the_same(detector: Detector, files: list[Path]) -> None:
+    arrays = [read_image(file) for file in files]
+    expected = detector.predict(files)
+    assert sum(len(found.scores) for found in expected) > 20
+    kinds: list[list[Any]] = [
+        [str(file) for file in files],
+        arrays,
+        [Image.fromarray(array) for array in arrays],
+        [torch.from_numpy(array).permute(2, 0, 1) for array in arrays],
+        [torch.from_numpy(array).permute(2, 0, 1).contiguous() for array in arrays],
+        [array[::-1][::-1] for array in arrays],
+    ]
+    for images in kinds:
+        assert_equal(detector.predict(images), expected)
+    mixed = [kind[i] for i, kind in enumerate(kinds[: len(files)])]
+    assert_equal(detector.predict(mixed), expected)
+
+
+def test_detections_are_valid_and_best_first(detector: Detector, files: list[Path]) -> None:
+    for file, found in zip(files, detector.predict(files, score_threshold=0.2), strict=True):
+        height, width, _ = read_image(file).shape
+        assert found.boxes.device.type == "cpu"
+        assert (found.boxes >= 0).all()
+        assert (found.boxes <= torch.tensor([width, height, width, height])).all()
+        assert (found.boxes[:, 2:] > found.boxes[:, :2]).all()
+        assert (found.scores > 0.2).all()
+        assert (found.scores.diff() <= 0).all()
+        assert (found.labels < len(detector.classes)).all()
+
+
+def test_boxes_are_in_pixels_of_the_original(detector: Detector, files: list[Path]) -> None:
+    """An image four times as large is resized to the same input, so its boxes are four times as large."""
+    small = read_image(files[0])
+    large = small.repeat(4, axis=0).repeat(4, axis=1)
+    one, two = detector.predict([small, large], batch_size=1)
+    assert len(one.scores) > 3
+    assert one.labels.tolist() == two.labels.tolist()
+    torch.testing.assert_close(4 * one.boxes, two.boxes, rtol=0, atol=1e-3)
+
+
+def test_exif_rotation_of_files(detector: Detector, files: list[Path], tmp_path: Path) -> None:
+    image = Image.fromarray(read_image(files[0]))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    image.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    assert_equal(detector.predict([tmp_path / "turned.png"]), detector.predict([image]))
+
+
+def test_batches_do_not_mix_images(detector: Detector, files: list[Path]) -> None:
+    images = [image for image in map(read_image, files) if image.shape == read_image(files[0]).shape]
+    images.append(images[0])
+    together = detector.predict(images, batch_size=8)
+    assert_equal(together, detector.predict(images, batch_size=1), tolerance=1e-3)
+    assert_equal(together[:1], together[-1:], tolerance=1e-3)
+
+
+def test_thresholds(detector: Detector, files: list[Path]) -> None:
+    low, high = (detector.predict(files, score_threshold=threshold) for threshold in (0.05, 0.9))
+    assert_equal(low, detector.predict(files))
+    assert sum(len(found.scores) for found in high) < sum(len(found.scores) for found in low)
+    assert all((found.scores > 0.9).all() for found in high)
+    with pytest.raises(ValueError, match="score_threshold"):
+        detector.predict(files, score_threshold=2.0)
+
+
+def test_nothing_in_nothing_out(detector: Detector) -> None:
+    assert detector.predict([]) == []
+    (found,) = detector.predict([np.zeros((64, 64, 3), np.uint8)], score_threshold=0.999)
+    assert (found.boxes.shape[1], found.labels.dtype) == (4, torch.int64)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((8, 8, 3), np.float32),
+        np.zeros((8, 8), np.uint8),
+        np.zeros((8, 8, 4), np.uint8),
+        np.zeros((3, 8, 8), np.uint8),
+        np.zeros((0, 8, 3), np.uint8),
+        torch.zeros(3, 8, 8),
+        torch.zeros(8, 8, 3, dtype=torch.uint8),
+        torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+        Image.new("I;16", (8, 8)),
+        Image.new("F", (8, 8)),
+        None,
+        7,
+        [[1]],
+    ],
+    ids=lambda image: f"{type(image).__name__} {getattr(image, 'shape', '')}",
+)
+def test_what_is_no_image_is_a_type_error(image: Any) -> None:
+    with pytest.raises(TypeError, match=r"is no image: give a path, a uint8 array \[H W 3\]"):
+        as_array(image)
+
+
+def test_a_single_image_is_no_list(detector: Detector, files: list[Path]) -> None:
+    images: list[Any] = [str(files[0]), files[0], Image.fromarray(read_image(files[0]))]
+    for image in images:
+        with pytest.raises(TypeError):
+            detector.predict(image)
+
+
+def test_grey_and_transparent_pil_images() -> None:
+    assert as_array(Image.new("L", (4, 2), 9)).tolist() == [[[9, 9, 9]] * 4] * 2
+    assert as_array(Image.new("RGBA", (1, 1), (1, 2, 3, 0))).tolist() == [[[1, 2, 3]]]
+    assert as_array(Image.new("1", (1, 1), 1)).tolist() == [[[255, 255, 255]]]
+
+
+def test_unreadable_file(detector: Detector, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"a\.jpg"):
+        detector.predict([tmp_path / "a.jpg"])
+
+
+def test_weights_alone_are_enough(run: Path, files: list[Path], detector: Detector, tmp_path: Path) -> None:
+    shutil.copy(run / "best.safetensors", tmp_path / "mine.safetensors")
+    alone = retina.load(str(tmp_path / "mine.safetensors"), device="cpu")
+    assert alone.classes == detector.classes == ("circle", "rectangle", "triangle", "star", "ring", "cross")
+    assert_equal(alone.predict(files), detector.predict(files))
+
+
+def test_precision(run: Path, files: list[Path]) -> None:
+    coarse = Detector.load(run, precision="bf16")
+    assert coarse.dtype == torch.bfloat16
+    assert len(coarse.predict(files[:1])) == 1
+    with pytest.raises(ConfigError, match="precision: 'int8' is not known"):
+        Detector.load(run, precision="int8")
+
+
+def fault_of(file: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        retina.load(file)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{file}: ")
+    return str(caught.value)
+
+
+def with_card(source: Path, target: Path, change: dict[str, Any]) -> Path:
+    """A copy of a weights file whose description says something else."""
+    data = source.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"]["retina"] = json.dumps(json.loads(header["__metadata__"]["retina"]) | change)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    target.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    return target
+
+
+def test_missing_and_damaged_weights(run: Path, tmp_path: Path) -> None:
+    best = run / "best.safetensors"
+    assert "no such file" in fault_of(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "has no best.safetensors" in fault_of(tmp_path / "empty")
+    (tmp_path / "cut.safetensors").write_bytes(best.read_bytes()[:-100])
+    assert "cannot be read" in fault_of(tmp_path / "cut.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    assert "cannot be read" in fault_of(tmp_path / "text.safetensors")
+
+
+def test_weights_of_another_architecture(run: Path, tmp_path: Path) -> None:
+    best, target = run / "best.safetensors", tmp_path / "other.safetensors"
+    model = read_card(best).model
+    assert "another architecture" in fault_of(with_card(best, target, {"model": model | {"fpn_channels": 32}}))
+    assert "another architecture" in fault_of(with_card(best, target, {"model": model | {"head_convs": 2}}))
+    assert "header" in fault_of(with_card(best, target, {"model": model | {"depth": 3}}))
+    assert "header" in fault_of(with_card(best, target, {"model": model | {"backbone": "resnet7"}}))
+    assert "schema version 99" in fault_of(with_card(best, target, {"schema_version": 99}))
+    without = {key: value for key, value in PREPROCESSING.items() if key != "divisor"}
+    assert "header: preprocessing lacks 'divisor'" in fault_of(with_card(best, target, {"preprocessing": without}))
+
+
+def test_check_postprocess() -> None:
+    check_postprocess({"score_threshold": 0.1, "nms_iou": 0.6})
+    for options in ({"nms_iou": 7.0}, {"max_detections": 0}, {"score_threshold": -1.0}):
+        with pytest.raises(ValueError, match="got"):
+            check_postprocess(options)
+
+
+def test_importing_retina_loads_nothing_heavy(tmp_path: Path) -> None:
+    script = """
+import sys, retina
+assert callable(retina.load)
+print([name for name in ("torch", "numpy", "hydra", "omegaconf") if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
