@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 install_import_hook("retina", "beartype.beartype")
+torch.set_num_threads(1)  # tests run side by side
 
 SHARED = Path(__file__).parents[2] / "shared"
 

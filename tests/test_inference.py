@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from retina.errors import CheckpointError, ConfigError, DataError
 from retina.inference import Detector, as_array, check_postprocess
 from retina.model.weights import read_card
 from retina.types import Detections
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine cost more than such small images do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +173,7 @@ def test_unreadable_file(detector: Detector, tmp_path: Path) -> None:
 def test_weights_alone_are_enough(run: Path, files: list[Path], detector: Detector, tmp_path: Path) -> None:
     shutil.copy(run / "best.safetensors", tmp_path / "mine.safetensors")
     alone = retina.load(str(tmp_path / "mine.safetensors"), device="cpu")
-    assert alone.classes == detector.classes == ("circle", "rectangle", "triangle", "star", "ring", "cross")
+    assert alone.classes == detector.classes == ("circle", "rectangle", "triangle", "star", "ring")
     assert_equal(alone.predict(files), detector.predict(files))
 
 

@@ -13,6 +13,7 @@ import functools
 import importlib
 import inspect
 import itertools
+import os
 import re
 import sys
 import traceback
@@ -88,6 +89,8 @@ def compose(config_name: str, overrides: Sequence[str]) -> Settings:
 
 def sweep(config_name: str, overrides: Sequence[str]) -> list[Settings]:
     """One `compose` for every combination of the values listed in overrides such as `optimizer.lr=0.1,0.2`."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # the second job would wait for its processes to meet for ever
+        raise ConfigError("-m: not under torchrun - start the runs one by one")
     choices = [_choices(word) for word in overrides]
     swept = [position for position, words in enumerate(choices) if len(words) > 1]
     jobs = []

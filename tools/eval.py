@@ -111,7 +111,7 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> None:
             annotations,
             short_side=data.short_side,
             long_side=data.long_side,
-            batch_size=config.batch_size or data.eval_batch_size or 8,
+            batch_size=config.batch_size or detector.card.preprocessing["batch_size"],
             num_workers=data.num_workers,
             divisor=data.pad_multiple or detector.divisor,
             pad_value=detector.pad_value,
@@ -136,14 +136,15 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> None:
             found = keep_known(annotations, evaluation.detections)
             write_metrics(output / "metrics.json", evaluation.metrics)
             write_results(output / "detections.json", annotations, *found)
-            write_evaluation_pictures(
+            drawn = write_evaluation_pictures(
                 output / "pictures",
                 annotations,
                 found,
                 max_images=config.pictures,
                 score_threshold=config.score_threshold,
             )
-            print(f"{format_metrics(evaluation.metrics)}\n\nwritten: {output}/metrics.json, detections.json, pictures/")
+            names = ["metrics.json", "detections.json", *(["pictures/"] if drawn else [])]
+            print(f"{format_metrics(evaluation.metrics)}\n\nwritten: {output}/{', '.join(names)}")
 
 
 def keep_known(annotations: "Annotations", found: "DetectionArrays") -> "DetectionArrays":

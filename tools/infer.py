@@ -109,7 +109,7 @@ def detect(
 def find_images(source: str, output: Path) -> tuple[Path, list[Path]]:
     """The folder that names are relative to, and the images of a folder with its sub-folders, a glob or a single path.
 
-    What lies under `output` does not count. Raises DataError when there is nothing."""
+    What lies under an `output` inside that folder does not count. Raises DataError when there is nothing."""
     from retina.data.images import list_images
 
     path = Path(source)
@@ -121,7 +121,7 @@ def find_images(source: str, output: Path) -> tuple[Path, list[Path]]:
         files = sorted(Path(name) for name in glob.glob(source, recursive=True) if os.path.isfile(name))
         root = Path(os.path.commonpath([file.parent for file in files])) if files else path
     inside = output.resolve()
-    if root.resolve() != inside:  # else every image lies in the way of its own picture, which open_output says
+    if root.resolve() in inside.parents:
         files = [file for file in files if not file.resolve().is_relative_to(inside)]
     if not files:
         raise DataError(f"{source}: no images there - give a folder, an image or a glob such as 'photos/*.jpg'")

@@ -24,11 +24,10 @@ def shapes_by_default(typed: list[str]) -> list[str]:
 def main(settings: Settings) -> None:
     config = from_mapping(TrainConfig, settings["train"], "train")
     data = from_mapping(DataConfig, settings["data"], "data")
-    folder = Path(settings["runs"]) / settings["name"]
+    folder = Path(str(settings["runs"])) / str(settings["name"])
 
     # torch takes seconds to load, and a wrong setting should not wait for it
     import torch
-    from retina.evaluation.pictures import evaluation_pictures
 
     from retina import distributed
     from retina.data.transforms import Pipeline
@@ -38,6 +37,8 @@ def main(settings: Settings) -> None:
     from retina.engine.optim import build_optimizer
     from retina.engine.summary import describe_run
     from retina.evaluation.evaluate import evaluate
+    from retina.evaluation.pictures import evaluation_pictures
+    from retina.inference import check_postprocess
     from retina.model.retinanet import retinanet
     from retina.model.weights import DetectorCard
 
@@ -45,6 +46,7 @@ def main(settings: Settings) -> None:
     check_arguments(retinanet, [*settings["model"], "num_classes"], "model")
     refuse_frozen_noise(settings["model"])
     criterion = build(settings["loss"], "loss")
+    call(check_postprocess, "postprocess", options=without_target(settings["postprocess"]))
     postprocess = build(settings["postprocess"], "postprocess")
     schedule = build(settings["schedule"], "schedule")
     optimizer_factory = build(settings["optimizer"], "optimizer")
@@ -95,8 +97,9 @@ def main(settings: Settings) -> None:
                 "divisor": divisor,
                 "pad_value": list(model.pad_value),
                 "precision": config.precision,
+                "batch_size": data.eval_batch_size or sampler.micro_batch,
             },
-            postprocess={key: value for key, value in settings["postprocess"].items() if not key.startswith("_")},
+            postprocess=without_target(settings["postprocess"]),
         )
         logger = RunLogger(folder, active=distributed.is_main())
         for line in describe_run(folder, config, device, annotations, val_annotations, model, optimizer, sampler):
@@ -133,6 +136,10 @@ def main(settings: Settings) -> None:
         logger.info(f"finished at step {progress.step}{best}: {folder / 'best.safetensors'}")
         logger.info(f"next: python tools/eval.py checkpoint={folder}   |   tensorboard --logdir {folder}")
         logger.close()
+
+
+def without_target(section: Settings) -> Settings:
+    return {key: value for key, value in section.items() if not key.startswith("_")}
 
 
 def refuse_frozen_noise(model: Settings) -> None:

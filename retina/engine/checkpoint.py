@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retina.engine.ema import ExponentialMovingAverage
 from retina.errors import CheckpointError
-from retina.model.weights import load_state
+from retina.model.weights import load_state, serialize
 
 SCHEMA_VERSION = 1
 MANIFEST = "MANIFEST.sha256"
@@ -62,10 +62,10 @@ def save_checkpoint(
         shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
     tensors, numbers = _flatten_optimizer(optimizer)
-    _save_tensors(temporary / "model.safetensors", model.state_dict())
-    _save_tensors(temporary / "optimizer.safetensors", tensors)
+    (temporary / "model.safetensors").write_bytes(serialize(model.state_dict()))
+    (temporary / "optimizer.safetensors").write_bytes(serialize(tensors))
     if ema is not None:
-        _save_tensors(temporary / "ema.safetensors", ema.model.state_dict())
+        (temporary / "ema.safetensors").write_bytes(serialize(ema.model.state_dict()))
     (temporary / "state.json").write_text(json.dumps({"progress": asdict(progress), "optimizer": numbers}, indent=1))
     names = sorted(path.name for path in temporary.iterdir())
     (temporary / MANIFEST).write_text("".join(f"{_sha256(temporary / name)}  {name}\n" for name in names))
@@ -158,10 +158,6 @@ def _restore_optimizer(
                     f"{checkpoint}: optimizer state {name} fits no parameter - use the run's own model"
                 )
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _save_tensors(file: Path, state: dict[str, Tensor]) -> None:
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, file)
 
 
 def _sha256(file: Path) -> str:

@@ -125,6 +125,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
     """Builds a settings dataclass.
 
     Raises ConfigError naming the first key that is unknown (with its nearest match), missing or of a wrong type."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix}: {values!r} is no section - give {prefix}.key=value")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     for key in values:
@@ -148,7 +150,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
         last = key.rpartition(".")[2]
         by_last = {k.rpartition(".")[2]: k for k in reversed(known)}
         near = [by_last[m] for m in difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)]
-    hint = f"did you mean {near[0]}?" if near else "see configs/train.yaml for the keys there are"
+    hint = f"did you mean {near[0]}?" if near else "--cfg job prints the keys there are"
     return f"{key}: no such key - {hint}"
 
 

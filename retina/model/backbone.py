@@ -31,11 +31,13 @@ NORMS = ("batch", "frozen", "group")
 
 
 class ResNet(nn.Module):
-    """The stages of a torchvision ResNet. Returns C2, C3, C4, C5 at strides 4, 8, 16, 32, finest first."""
+    """The stages of a torchvision ResNet. Returns C2, C3, C4, C5 at strides 4, 8, 16, 32, finest first.
+
+    With `last_level` below 5 the stages that nothing would use are left out."""
 
     strides = (4, 8, 16, 32)
 
-    def __init__(self, name: str, *, norm: str, frozen_stages: int) -> None:
+    def __init__(self, name: str, *, norm: str, frozen_stages: int, last_level: int = 5) -> None:
         """`frozen_stages` counts from the input: 1 is the stem, 2 adds C2's stage, up to 5. Parameters of frozen stages
         need no gradient and their BatchNorm keeps its statistics."""
         super().__init__()
@@ -49,20 +51,22 @@ class ResNet(nn.Module):
         self.stem = nn.Sequential()
         for part in ("conv1", "bn1", "relu", "maxpool"):
             self.stem.add_module(part, getattr(net, part))
-        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        for i in range(1, last_level):
+            self.add_module(f"layer{i}", getattr(net, f"layer{i}"))
         self.channels = tuple(_out_channels(stage) for stage in self.stages[1:])
+        self.strides = self.strides[: len(self.channels)]
         for stage in self.stages[:frozen_stages]:
             _freeze(stage)
 
     @property
     def stages(self) -> tuple[nn.Module, ...]:
-        return (self.stem, self.layer1, self.layer2, self.layer3, self.layer4)
+        return tuple(self.children())
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, ...]:
-        c2 = self.layer1(self.stem(images))
-        c3 = self.layer2(c2)
-        c4 = self.layer3(c3)
-        return c2, c3, c4, self.layer4(c4)
+        features = [self.stem(images)]
+        for stage in self.stages[1:]:
+            features.append(stage(features[-1]))
+        return tuple(features[1:])
 
     def load_imagenet(self, name: str, weights: str) -> None:
         """Loads classification weights: a torchvision weights name (`DEFAULT`, `IMAGENET1K_V1`, ...) or a local file.

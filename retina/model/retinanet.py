@@ -102,7 +102,8 @@ def retinanet(
     frozen_stages = (2 if weights else 0) if frozen_stages is None else frozen_stages
     if num_classes < 1:
         raise ConfigError(f"num_classes: {num_classes} - annotations must name at least one category")
-    body = ResNet(backbone, norm=norm, frozen_stages=frozen_stages)
+    last_level = min(5, max(levels, default=5))
+    body = ResNet(backbone, norm=norm, frozen_stages=frozen_stages, last_level=last_level)
     if weights:
         body.load_imagenet(backbone, weights)
     fpn = FPN(body.channels, channels=fpn_channels, levels=tuple(levels), p6_from=p6_from)

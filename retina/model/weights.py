@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from retina.errors import CheckpointError, RetinaError
@@ -29,7 +29,7 @@ class DetectorCard:
     classes: list[str]
     category_ids: list[int]
     preprocessing: dict[str, Any]
-    """short_side, long_side, pad_value, divisor."""
+    """short_side, long_side, pad_value, divisor, precision, batch_size."""
     postprocess: dict[str, Any]
     """Keyword arguments of `postprocess`."""
     step: int = 0
@@ -40,11 +40,16 @@ class DetectorCard:
 def save_detector(file: Path, state: dict[str, Tensor], card: DetectorCard) -> None:
     """Writes beside `file` and renames once, so a reader sees the old file or the new one, never a half."""
     temporary = file.with_name(f".{file.name}.tmp")
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    save_file(tensors, temporary, metadata={"retina": json.dumps(asdict(card))})
-    with temporary.open("rb") as handle:
+    with temporary.open("wb") as handle:
+        handle.write(serialize(state, {"retina": json.dumps(asdict(card))}))
+        handle.flush()
         os.fsync(handle.fileno())
     temporary.replace(file)
+
+
+def serialize(state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """A state dict as the bytes of a safetensors file (`save_file` would give the file to its owner alone)."""
+    return save({key: value.detach().cpu().contiguous() for key, value in state.items()}, metadata)
 
 
 def read_card(file: Path) -> DetectorCard:

@@ -20,7 +20,7 @@ def test_nested_sections() -> None:
     ("values", "line"),
     [
         ({"lenght": 3}, "train.lenght: no such key - did you mean train.length?"),
-        ({"zzz": 3}, "train.zzz: no such key - see configs/train.yaml for the keys there are"),
+        ({"zzz": 3}, "train.zzz: no such key - --cfg job prints the keys there are"),
         ({"batch_size": "many"}, "train.batch_size: 'many' is of the wrong type - give int"),
         ({"batch_size": True}, "train.batch_size: True is of the wrong type - give int"),
         ({"ema": "x"}, "train.ema: 'x' is of the wrong type - give float or null"),

@@ -1,6 +1,5 @@
 """Evaluation of a model that is known to be right, so that the answer is known too."""
 
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,7 +88,9 @@ def test_a_perfect_model_scores_one(annotations: Annotations) -> None:
 def test_losses_are_per_positive(annotations: Annotations) -> None:
     def criterion(predictions: Predictions, targets: Targets) -> object:
         losses = DetectionLoss()(predictions, targets)
-        return losses._replace(classification=2 * targets.valid.sum().float(), num_positives=targets.valid.sum().float())
+        return losses._replace(
+            classification=2 * targets.valid.sum().float(), num_positives=targets.valid.sum().float()
+        )
 
     losses = run(annotations, criterion=criterion).losses
     assert losses["loss_classification"] == pytest.approx(2.0)

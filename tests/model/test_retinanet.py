@@ -119,7 +119,7 @@ def test_forward_is_the_same_in_training_and_evaluation() -> None:
             assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("levels", [(3, 4, 5), (2, 3, 4, 5, 6), (4, 5, 6, 7, 8)])
+@pytest.mark.parametrize("levels", [(3, 4, 5), (2, 3, 4, 5, 6), (4, 5, 6, 7, 8), (3, 4), (2,)])
 def test_any_set_of_levels(levels: tuple[int, ...]) -> None:
     model = retinanet(**TINY, levels=levels, anchor_ratios=(1.0,))
     assert model.strides == tuple(2**level for level in levels)
@@ -152,7 +152,8 @@ def test_arguments_rebuild_the_model() -> None:
         ({"norm": "layer"}, "model.norm"),
         ({"frozen_stages": 6}, "model.frozen_stages"),
         ({"levels": (3, 5)}, "model.levels"),
-        ({"levels": (3, 4)}, "model.levels"),
+        ({"levels": (1, 2)}, "model.levels"),
+        ({"levels": (6, 7)}, "model.levels"),
         ({"levels": ()}, "model.levels"),
         ({"p6_from": "c4"}, "model.p6_from"),
         ({"head_norm": "batch"}, "model.head_norm"),

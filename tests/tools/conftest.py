@@ -4,18 +4,29 @@ load torch."""
 import functools
 import importlib.util
 import os
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from tiny import write_tiny_data, write_tiny_run
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine cost more than such small images do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -79,30 +90,40 @@ def trained_run(tiny_data: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def two_processes(start: Callable[..., subprocess.Popen[str]], trained_run: Path, tiny_data: Path) -> Path:
-    """A folder with `eval/` and `infer/` as two processes together wrote them, with the environment torchrun sets."""
+    """A folder with `eval/` and `infer/` as two processes together wrote them, with the environment torchrun sets.
+
+    One of the six images in `photos/` is broken. `out.txt` and `err.txt` hold what rank 0 said."""
     folder = tiny_data.parent / "two"
-    folder.mkdir()
+    shutil.copytree(tiny_data / "val", folder / "photos")
+    (folder / "photos" / "broken.jpg").write_bytes(b"")
     script = f"""
-import runpy, sys
+import os, runpy, sys
 sys.path.insert(0, {str(ROOT / "tools")!r})
 common = ["checkpoint={trained_run}", "batch_size=1", "device=cpu"]
-for name, words in {{
-    "eval": ["output=eval", *common],
-    "infer": ["output=infer", "source={tiny_data / "val"}", *common],
-}}.items():
+for name, code, *words in [
+    ("eval", 0, "output=eval", *common),
+    ("infer", 3, "output=infer", "source=photos", *common),
+]:
     sys.argv = [name, *words]
+    os.environ["MASTER_PORT"] = os.environ[f"PORT_{{name}}"]  # a group of its own for each tool
     try:
         runpy.run_path(f"{ROOT}/tools/{{name}}.py", run_name="__main__")
     except SystemExit as ended:
-        assert ended.code == 0, (name, ended.code)
+        assert ended.code == code, (name, ended.code)
 """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        ports = {"PORT_eval": one.getsockname()[1], "PORT_infer": two.getsockname()[1]}
+    group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", **ports}
     processes = [start("-c", script, cwd=folder, RANK=rank, LOCAL_RANK=rank, **group) for rank in range(2)]
-    outputs = [process.communicate(timeout=200) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
-    (folder / "rank0.txt").write_text(outputs[0][0])
+    for file, text in zip(("out.txt", "err.txt"), outputs[0], strict=True):
+        (folder / file).write_text(text)
     assert outputs[1][0] == "", "only rank 0 speaks"
     return folder

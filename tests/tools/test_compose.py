@@ -197,6 +197,11 @@ def test_a_sweep_is_checked_before_its_first_job() -> None:
     assert "list the values" in fault_of(sweep, "train", ["optimizer.lr=interval(0,1)"])
 
 
+def test_no_sweep_over_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "-m: not under torchrun" in fault_of(sweep, "train", ["optimizer.lr=0.1,0.2"])
+
+
 def ending(task: Callable[[dict[str, Any]], int | None], *words: str) -> Any:
     with pytest.raises(SystemExit) as ended:
         entry("eval")(task)(list(words))

@@ -73,7 +73,7 @@ def test_first_lines_say_what_will_happen(finished: subprocess.CompletedProcess[
     assert lines[0].split() == ["run", "runs/whole"]
     assert lines[1].startswith("device   cpu (1 threads), fp32")
     assert lines[2].startswith("data     10 images with ")
-    assert lines[3].startswith("classes  6: circle ")
+    assert lines[3].startswith("classes  5: circle ")
     assert lines[4].endswith("M trained")
     assert lines[5] == "batch    4 images (1 process x 1 x 4), 3 steps per epoch, 6 in all"
     assert lines[6] == "lr       0.0005 (0.001 for 8 images x 0.5)"
@@ -98,7 +98,14 @@ def test_pictures_and_numbers_are_in_tensorboard(place: Path, finished: subproce
     board = EventAccumulator(str(place / "runs" / "whole" / "tensorboard"))
     board.Reload()
     assert {"train/batch", "val/detections"} == set(board.Tags()["images"])
-    wanted = {"train/loss", "train/lr", "train/grad_norm", "train/images_per_second", "val/AP", "val/per_class/circle/AP"}
+    wanted = {
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "train/images_per_second",
+        "val/AP",
+        "val/per_class/circle/AP",
+    }
     assert wanted <= set(board.Tags()["scalars"])
 
 
