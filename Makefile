@@ -1,30 +1,36 @@
 # Two commands on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
-THREADS := OMP_NUM_THREADS=1
+SOURCES := pyproject.toml Makefile $(shell find retina tools tests configs -name '*.py' -o -name '*.yaml')
 
 .PHONY: demo test test-slow lint types
 
-# .venv is made again only when the list of dependencies changes
+# made again only when the list of dependencies changes
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
+# a finished training says so and is not repeated
 demo: .venv/installed
 	$(BIN)/python tools/train.py
-	$(BIN)/python tools/eval.py checkpoint=runs/shapes
 	$(BIN)/python tools/infer.py checkpoint=runs/shapes source=data/shapes/val output=out/shapes
+	$(BIN)/python tools/eval.py checkpoint=runs/shapes
 	@echo
-	@echo "metrics     runs/shapes/eval/metrics.json"
-	@echo "pictures    runs/shapes/eval/pictures/ (beside ground truth), out/shapes/ (detections)"
-	@echo "curves      $(BIN)/tensorboard --logdir runs/shapes"
+	@echo "metrics   runs/shapes/eval/metrics.json"
+	@echo "pictures  runs/shapes/eval/pictures/ (beside ground truth), out/shapes/ (detections)"
+	@echo "curves    $(BIN)/tensorboard --logdir runs/shapes"
 
-test: .venv/installed
-	$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+# green tests are not repeated until something changes (make -B test repeats them)
+test: .venv/tested
+	@echo "tests: green, nothing changed since $$(date -r .venv/tested '+%Y-%m-%d %H:%M')"
+
+.venv/tested: .venv/installed $(SOURCES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	touch $@
 
 test-slow: .venv/installed
-	$(THREADS) $(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ TESTED_WITH = {
     "types": "test_layout",
     "errors": "test_layout",
     "data/coco_checks": "data/test_coco",
+    "data/dataset": "data/test_loader",
     "data/records": "tools/test_convert",
     "evaluation/matching": "evaluation/test_metrics",
     "model/fpn": "model/test_retinanet",

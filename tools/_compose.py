@@ -257,7 +257,7 @@ def _explain(text: str, config_name: str, overrides: Sequence[str]) -> str:
     except (HydraException, OmegaConfBaseException):
         values = {}
     known = [*_keys(values), *groups]
-    fault_and_fix = unknown_key(key, known).replace("configs/train.yaml", f"configs/{config_name}.yaml")
+    fault_and_fix = unknown_key(key, known)
     takes_more = f"{key.rpartition('.')[0]}._target_" in known
     return f"{fault_and_fix} An argument that is not listed: +{key}=..." if takes_more else fault_and_fix
 

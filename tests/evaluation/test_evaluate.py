@@ -1,6 +1,5 @@
 """Evaluation of a model that is known to be right, so that the answer is known too."""
 
-
 import numpy as np
 import pytest
 import torch

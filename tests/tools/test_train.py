@@ -181,3 +181,22 @@ def test_annotations_with_unknown_classes_are_one_line(place: Path, tmp_path: Pa
     assert done.returncode == 2
     assert "of another kind" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_blood_cells_are_learned(place: Path, bccd: Path) -> None:
+    """A short run on real photographs: far too short for a good detector, long enough to find most white cells."""
+    changes = {
+        "name": "bccd",
+        "data.short_side": 96,
+        "data.long_side": 128,
+        "model.anchor_sizes": "[8,16,32]",
+        "train.length": 120,
+        "train.eval_every": 120,
+        "train.pictures": 0,
+    }
+    settings = [f"{key}={value}" for key, value in changes.items()]
+    done = run("experiment=bccd", f"data.root={bccd}", *settings, folder=place)
+    assert done.returncode == 0, done.stderr
+    assert "classes  3: RBC 2381, WBC 214, Platelets 209" in done.stdout
+    validation = records(place / "runs" / "bccd")[-1]
+    assert validation["per_class"]["WBC"]["AP50"] > 0.3
