@@ -41,6 +41,8 @@ class Progress:
     stopped_early: bool = False
     scaler: dict[str, Any] = field(default_factory=dict)
     """State of the fp16 gradient scaler."""
+    meter: list[float] = field(default_factory=list)
+    """Sums since the last logged line."""
     annotations: str = ""
     """Fingerprint of the training annotations."""
     schema_version: int = SCHEMA_VERSION

@@ -16,6 +16,7 @@ Length = int | float | str
 """How long: an integer is optimizer steps, a fraction below 1 is a share of the run, `"3ep"` is three epochs."""
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check(self.precision in PRECISIONS, "train.precision", self.precision, f"choose {', '.join(PRECISIONS)}")
+        _check(self.best_metric in METRICS, "train.best_metric", self.best_metric, f"choose {', '.join(METRICS)}")
         for name in ("batch_size", "accumulate", "lr_batch_size", "keep_checkpoints", "log_every"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "give 1 or more")
         _check(self.clip_norm is None or self.clip_norm > 0, "train.clip_norm", self.clip_norm, "give > 0, or null")

@@ -119,6 +119,7 @@ def fit(
     net = _parallel(model, device)
     model.train()
     meter = Meter(config.batch_size)
+    meter.load_state(progress.meter, device)
     batches = _endless(loader, sampler, progress.step)
     while progress.step < total and not progress.stopped_early:
         step = progress.step
@@ -154,7 +155,7 @@ def fit(
                 _evaluate(folder, config, progress, ema.model if ema else model, evaluate, draw, card, logger)
         if progress.step % save_every == 0 or last or progress.stopped_early:
             with meter.paused():
-                progress.scaler = scaler.state_dict()
+                progress.scaler, progress.meter = scaler.state_dict(), meter.state()
                 if distributed.is_main():
                     save_checkpoint(
                         folder / "checkpoints",
@@ -183,9 +184,6 @@ def _evaluate(
     started = time.perf_counter()
     evaluation = evaluate(model)
     seconds = time.perf_counter() - started
-    if config.best_metric not in evaluation.metrics:
-        known = ", ".join(key for key in evaluation.metrics if key != "per_class")
-        raise ConfigError(f"train.best_metric: {config.best_metric!r} is no metric - choose one of {known}")
     value = evaluation.metrics[config.best_metric]
     better = value is not None and (progress.best is None or value > progress.best)
     if better:

@@ -43,6 +43,14 @@ class Meter:
         yield
         self._paused += time.perf_counter() - started
 
+    def state(self) -> list[float]:
+        """Steps and sums so far, for a checkpoint: a resumed run then logs what the whole one would have."""
+        return [] if self._sums is None else [float(self._steps), *self._sums.tolist()]
+
+    def load_state(self, state: list[float], device: torch.device) -> None:
+        if state:
+            self._steps, self._sums = int(state[0]), torch.tensor(state[1:], device=device)
+
     def read(self) -> dict[str, float]:
         """Loss parts per positive anchor, positives per step, gradient norm, images/s of the whole run and the share of
         time spent waiting for data."""

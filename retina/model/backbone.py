@@ -71,7 +71,7 @@ class ResNet(nn.Module):
     def load_imagenet(self, name: str, weights: str) -> None:
         """Loads classification weights: a torchvision weights name (`DEFAULT`, `IMAGENET1K_V1`, ...) or a local file.
 
-        Raises CheckpointError for a file that is missing, unreadable or of another architecture, or cannot be fetched."""
+        Raises CheckpointError for a file that is missing, unreadable or of another architecture, or is not fetched."""
         state = read_weights(Path(weights)) if _is_file_name(weights) else _download(name, weights)
         state = {_renamed(key): value for key, value in state.items() if not key.startswith("fc.")}
         own = self.state_dict()

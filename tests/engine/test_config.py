@@ -26,6 +26,7 @@ def test_nested_sections() -> None:
         ({"ema": "x"}, "train.ema: 'x' is of the wrong type - give float or null"),
         ({"compile": 1}, "train.compile: 1 is of the wrong type - give bool"),
         ({"batch_size": 0}, "train.batch_size: 0 is not allowed - give 1 or more"),
+        ({"best_metric": "mAP"}, "train.best_metric: 'mAP' is not allowed - choose AP, AP50"),
         ({"precision": "fp8"}, "train.precision: 'fp8' is not allowed - choose fp32, bf16, fp16"),
         ({"ema": 1.0}, "train.ema: 1.0 is not allowed - give a decay in [0, 1), or null"),
         ({"length": 0.5}, "train.length: 0.5 is not allowed"),

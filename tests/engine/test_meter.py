@@ -18,6 +18,19 @@ def test_means_since_the_last_read() -> None:
     assert meter.read()["loss"] == pytest.approx(7)
 
 
+def test_a_restored_meter_goes_on() -> None:
+    whole, before, after = Meter(1), Meter(1), Meter(1)
+    for step in range(4):
+        numbers = torch.rand(2), torch.rand(()), torch.rand(())
+        whole.add(*numbers)
+        if step == 2:
+            after.load_state(before.state(), torch.device("cpu"))
+        (before if step < 2 else after).add(*numbers)
+    one, two = whole.read(), after.read()
+    assert all(one[key] == two[key] for key in ("loss", "positives", "grad_norm"))
+    assert Meter(1).state() == []
+
+
 def test_waiting_is_counted_and_pauses_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("retina.engine.meter.time.perf_counter", lambda: now[0])
