@@ -92,7 +92,8 @@ class RunLogger:
         self._metrics = self._metrics_file.open("a", encoding="utf-8")
         self._board.close()
         self._board = self._board_at(step)
-        self.info(f"resumed at step {step}")
+        if step:
+            self.info(f"resumed at step {step}")
 
     def close(self) -> None:
         if not self.active:

@@ -216,6 +216,7 @@ def _resume(
     for fault in faults:
         logger.info(f"warning: {fault}")
     if checkpoint is None:
+        logger.resume(0)
         return Progress(annotations=fingerprint)
     progress = load_checkpoint(checkpoint, model=model, optimizer=optimizer, ema=ema)
     if progress.annotations != fingerprint:

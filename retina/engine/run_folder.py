@@ -26,12 +26,13 @@ HARMLESS = (
 def open_run(folder: Path, config: Mapping[str, Any], *, overwrite: bool) -> bool:
     """Makes the folder and writes `config.yaml`; returns True when a run of the same settings is already there.
 
+    A run that failed before its first checkpoint holds nothing to lose, and other settings may take its place.
     Raises ConfigError when the folder holds another run (naming the first setting that differs) or something that is
     no run at all. `overwrite` removes an earlier run, never anything else."""
     settings = folder / "config.yaml"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: is a file - choose another name=...")
-    if settings.is_file():
+    if settings.is_file() and holds_work(folder):
         if not overwrite:
             differences = compare(read_settings(settings), config)
             if differences:
@@ -42,7 +43,7 @@ def open_run(folder: Path, config: Mapping[str, Any], *, overwrite: bool) -> boo
                 )
             return True
         shutil.rmtree(folder)
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(folder.iterdir()) and not settings.is_file():
         raise ConfigError(f"{folder}: holds files but no run - choose another name=...")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,6 +51,11 @@ def open_run(folder: Path, config: Mapping[str, Any], *, overwrite: bool) -> boo
     except OSError as fault:
         raise ConfigError(f"{folder}: cannot be written ({fault.strerror}) - choose another runs=FOLDER") from None
     return False
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether a run has got as far as a checkpoint or weights."""
+    return (folder / "best.safetensors").exists() or any((folder / "checkpoints").glob("step_*"))
 
 
 def read_settings(file: Path) -> dict[str, Any]:

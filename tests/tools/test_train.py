@@ -32,7 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tiny(name: str, **changes: object) -> list[str]:
+def tiny(name: str, /, **changes: object) -> list[str]:
     settings = {
         "name": name,
         "data.root": "shapes",
