@@ -5,7 +5,9 @@
 
 import datetime
 import os
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -36,14 +38,16 @@ def choose_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if name == "mps" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             name = "cpu"  # no collectives on MPS
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} does not exist - use auto, cpu, cuda, cuda:N or mps") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} is not available here - use device=cpu or device=auto")
-    if device.type == "cuda" and device.index is None:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"device {name!r} does not exist - use auto, cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
+    if name != "cpu" and name != "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"device {name!r} cannot be shared by several processes - use cuda, one for each")
+    if name == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    missing = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    if missing or (device.type == "mps" and not torch.backends.mps.is_available()):
+        raise ValueError(f"device {name!r} is not available here - use device=cpu or device=auto")
     return device
 
 
@@ -51,7 +55,7 @@ def choose_device(name: str = "auto") -> torch.device:
 def process_group(device: torch.device, *, timeout_minutes: float = 30) -> Iterator[None]:
     """Joins the processes that torchrun started, by NCCL for CUDA, else gloo; leaves the group however the block ends.
 
-    `timeout_minutes` is long enough for rank 0 to score a large validation set while the others wait."""
+    `timeout_minutes` bounds how long a process waits for the others."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -68,6 +72,21 @@ def process_group(device: torch.device, *, timeout_minutes: float = 30) -> Itera
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def on_main(task: Callable[[], object]) -> None:
+    """Runs `task` on rank 0 while the others wait. When it raises, they exit with code 2 and leave the word to it."""
+    fault: Exception | None = None
+    if is_main():
+        try:
+            task()
+        except Exception as caught:
+            fault = caught
+    failed = broadcast_object(fault is not None)
+    if fault is not None:
+        raise fault
+    if failed:
+        sys.exit(2)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -101,7 +120,8 @@ def average_buffers(model: nn.Module) -> None:
     Each rank sees its own images, so its statistics drift from the others'; evaluation needs one truth."""
     if world_size() == 1:
         return
-    buffers = [b for name, b in model.named_buffers() if b.is_floating_point() and name.rpartition(".")[2] in _RUNNING]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
     if not buffers:
         return
     flat = torch.cat([b.flatten() for b in buffers])
@@ -109,6 +129,3 @@ def average_buffers(model: nn.Module) -> None:
     flat /= world_size()
     for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))
-
-
-_RUNNING = frozenset({"running_mean", "running_var"})

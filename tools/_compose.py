@@ -64,6 +64,12 @@ def entry(
                     traceback.print_exc()
                 _report(fault)
                 sys.exit(2)
+            except OSError as fault:
+                if settings.get("traceback"):
+                    traceback.print_exc()
+                where = fault.filename or "file system"
+                print(f"error: {where}: {fault.strerror or fault} - make room or correct the path", file=sys.stderr)
+                sys.exit(2)
             except KeyboardInterrupt:
                 sys.exit(130)
             sys.exit(0)
@@ -98,7 +104,7 @@ def sweep(config_name: str, overrides: Sequence[str]) -> list[Settings]:
         settings = compose(config_name, words)
         told = ",".join(words[i].lstrip("+") for i in swept if not words[i].startswith(("name=", "runs=")))
         if told and "name" in settings:
-            settings["name"] = f"{settings['name']}/{re.sub(r'[^a-zA-Z0-9.,=+_-]+', '_', told)}"
+            settings["name"] = f"{settings['name']}__{re.sub(r'[^a-zA-Z0-9.,=+_-]+', '_', told)}"
         jobs.append(settings)
     return jobs
 

@@ -102,11 +102,11 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> None:
         call(check_postprocess, "postprocess", options=options)
         data = data_of(trained, config.data, detector.card.preprocessing)
         if data.prepare and data.root:
-            build(data.prepare, "data.prepare", root=Path(data.root))
+            prepare, root = data.prepare, Path(data.root)
+            distributed.on_main(lambda: build(prepare, "data.prepare", root=root))
         annotations = load_split(data, config.split, classes=detector.classes)
         output = Path(config.output) if config.output else folder / "eval"
-        if distributed.is_main():
-            open_output(output)
+        distributed.on_main(lambda: open_output(output))
         loader = build_eval_loader(
             annotations,
             short_side=data.short_side,

@@ -58,9 +58,8 @@ def main(settings: Settings) -> int:
     device = call(distributed.choose_device, "device", name=config.device)
     with distributed.process_group(device):
         detector = Detector.load(config.checkpoint, device=str(device), precision=config.precision)
-        if distributed.is_main():
-            open_output(output, [picture_name(file.relative_to(root)) for file in files] if config.pictures else [])
-        distributed.barrier()  # nobody writes before rank 0 has found that nothing is in the way
+        pictures = [picture_name(file.relative_to(root)) for file in files] if config.pictures else []
+        distributed.on_main(lambda: open_output(output, pictures))  # before anybody writes
         own = files[distributed.rank() :: distributed.world_size()]
         results = distributed.gather_objects(detect(detector, own, root, config, show=distributed.is_main()))
         records = sorted((record for part, _ in results for record in part), key=lambda record: record["file_name"])

@@ -53,16 +53,16 @@ def main(settings: Settings) -> None:
     pipeline = Pipeline(
         {name: build(section, f"augment.{name}") for name, section in settings["augment"].items()},
         min_size=data.min_size,
+        min_visibility=data.min_visibility,
     )
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
 
     with distributed.process_group(device):
-        if distributed.is_main():
-            open_run(folder, settings, overwrite=settings["overwrite"])
+        distributed.on_main(lambda: open_run(folder, settings, overwrite=settings["overwrite"]))
         if data.prepare and data.root:
-            build(data.prepare, "data.prepare", root=Path(data.root))
-        distributed.barrier()
+            prepare, root = data.prepare, Path(data.root)
+            distributed.on_main(lambda: build(prepare, "data.prepare", root=root))
         annotations = load_split(data, "train")
         val_annotations = load_split(data, "val", classes=annotations.classes) if config.eval_every else annotations
 
@@ -144,8 +144,8 @@ def without_target(section: Settings) -> Settings:
 
 def refuse_frozen_noise(model: Settings) -> None:
     """Raises ConfigError for settings that would freeze randomly initialised layers."""
-    if model["weights"] is None and (model["frozen_stages"] or model["norm"] == "frozen"):
-        key = "frozen_stages" if model["frozen_stages"] else "norm"
+    if model.get("weights") is None and (model.get("frozen_stages") or model.get("norm") == "frozen"):
+        key = "frozen_stages" if model.get("frozen_stages") else "norm"
         raise ConfigError(
             f"model.{key}: {model[key]} without model.weights freezes random layers - give null, or weights"
         )

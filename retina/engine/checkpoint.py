@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -80,7 +81,8 @@ def save_checkpoint(
         shutil.rmtree(final)
     temporary.rename(final)
     _fsync(folder)
-    for old in sorted(folder.glob("step_*"))[:-keep]:
+    older = sorted(path for path in folder.glob("step_*") if path.name < final.name)
+    for old in older[: max(0, len(older) - (keep - 1))]:
         shutil.rmtree(old)
     return final
 
@@ -130,10 +132,10 @@ def load_checkpoint(
     if ema is not None:
         file = checkpoint / "ema.safetensors"
         if not file.is_file():
-            raise CheckpointError(f"{file}: missing, the run kept no moving average - resume with train.ema=null")
+            raise CheckpointError(f"{file}: missing, the run kept no moving average - restore it from a copy")
         load_state(ema.model, load_file(file), file)
     _restore_optimizer(optimizer, load_file(checkpoint / "optimizer.safetensors"), state["optimizer"], checkpoint)
-    return Progress(**{f.name: values[f.name] for f in fields(Progress)})
+    return Progress(**{f.name: values[f.name] for f in fields(Progress) if f.name in values})
 
 
 def _flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -159,6 +161,8 @@ def _restore_optimizer(
                 raise CheckpointError(
                     f"{checkpoint}: optimizer state {name} fits no parameter - use the run's own model"
                 )
+            if isinstance(value, Tensor) and value.ndim:  # in the parameter's memory format, as fused kernels expect
+                values[name] = torch.empty_like(parameters[position]).copy_(value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -54,6 +54,8 @@ class TrainConfig:
     """Images drawn into TensorBoard per kind."""
 
     def __post_init__(self) -> None:
+        _check(0 <= self.seed < 2**32, "train.seed", self.seed, "give 0 or more, below 2^32")
+        _check(self.pictures >= 0, "train.pictures", self.pictures, "give 0 or more")
         _check(self.precision in PRECISIONS, "train.precision", self.precision, f"choose {', '.join(PRECISIONS)}")
         _check(self.best_metric in METRICS, "train.best_metric", self.best_metric, f"choose {', '.join(METRICS)}")
         for name in ("batch_size", "accumulate", "lr_batch_size", "keep_checkpoints", "log_every"):
@@ -94,14 +96,26 @@ class DataConfig:
     eval_batch_size: int | None = None
     """Images per forward in evaluation and process; null takes the training micro-batch."""
     group_by_aspect: bool = True
+    canvases: list[Any] | None = None
+    """[height, width] of the only canvases there may be, for a compiled model; null pads as little as can be."""
     min_size: float = 1.0
     """Objects narrower or lower than this many pixels after augmentation are dropped."""
+    min_visibility: float = 0.1
+    """Objects that keep less than this share of their area when cropped are dropped."""
 
     def __post_init__(self) -> None:
         for name in ("short_side", "long_side"):
             _check(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "give pixels")
         _check(self.short_side <= self.long_side, "data.short_side", self.short_side, "give at most data.long_side")
         _check(self.num_workers >= 0, "data.num_workers", self.num_workers, "give 0 or more")
+        for name in ("pad_multiple", "eval_batch_size"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"data.{name}", value, "give 1 or more, or null")
+        for canvas in self.canvases or []:
+            sides = isinstance(canvas, list) and len(canvas) == 2 and all(isinstance(s, int) and s > 0 for s in canvas)
+            _check(sides, "data.canvases", canvas, "give a list of [height, width]")
+        _check(self.min_size > 0, "data.min_size", self.min_size, "give pixels above 0")
+        _check(0 <= self.min_visibility <= 1, "data.min_visibility", self.min_visibility, "give a share from 0 to 1")
 
 
 def to_steps(value: Length, *, steps_per_epoch: int, total: int | None, key: str) -> int:
@@ -163,7 +177,7 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
             return from_mapping(typing.cast(type, option), value, key)
         if option is float and isinstance(value, int) and not isinstance(value, bool) and int not in options:
             return float(value)
-        if typing.get_origin(option) is dict and isinstance(value, dict):
+        if (origin := typing.get_origin(option)) in (dict, list) and isinstance(value, origin):
             return value
         if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
             return value

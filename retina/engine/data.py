@@ -65,6 +65,7 @@ def build_train_loader(
         num_workers=config.num_workers,
         divisor=divisor,
         pad_value=pad_value,
+        canvases=[(height, width) for height, width in config.canvases] if config.canvases else None,
         pin_memory=pin_memory,
     )
     return loader, sampler

@@ -1,14 +1,18 @@
 """What a run says: the screen, `log.txt`, `metrics.jsonl` and TensorBoard, written by rank 0 only."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class RunLogger:
@@ -20,12 +24,13 @@ class RunLogger:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only this rank needs it
 
-        self._board_at = lambda step: SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._new_board = lambda: SummaryWriter(str(folder / "tensorboard"), purge_step=self._step + 1)
         self._console = Console(highlight=False, soft_wrap=True)
         self._metrics_file = folder / "metrics.jsonl"
         self._log = (folder / "log.txt").open("a", encoding="utf-8")
         self._metrics = self._metrics_file.open("a", encoding="utf-8")
-        self._board = self._board_at(0)
+        self._step = 0
+        self._open_board: SummaryWriter | None = None
         self._progress: Progress | None = None
 
     def info(self, text: str) -> None:
@@ -40,7 +45,7 @@ class RunLogger:
         """One record of `metrics.jsonl`, and the same numbers in TensorBoard under `kind/`. Steps never go back."""
         if not self.active:
             return
-        self._metrics.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._metrics.write(json.dumps({"step": step, "kind": kind, **_finite(values)}) + "\n")
         self._metrics.flush()
         for name, value in _flatten(values, f"{kind}/"):
             self._board.add_scalar(name, value, step)
@@ -50,7 +55,7 @@ class RunLogger:
         if self.active:
             self._board.add_image(name, image, step, dataformats="HWC")
 
-    def progress(self, step: int, total: int, values: Mapping[str, float]) -> None:
+    def progress(self, step: int, total: int, values: Mapping[str, float], seconds_left: float) -> None:
         """Moves the bar to `step` of `total`; on a screen that is no terminal, prints a line instead."""
         if not self.active:
             return
@@ -59,7 +64,8 @@ class RunLogger:
             f"{values['images_per_second']:.1f} images/s  waiting for data {values['data_wait']:.0%}"
         )
         if not self._console.is_terminal:
-            self.info(f"step {step}/{total}  epoch {values['epoch']:.2f}  {text}  lr {values['lr']:.2g}")
+            eta = f"ETA {int(seconds_left // 60)}:{int(seconds_left % 60):02d}"
+            self.info(f"step {step}/{total}  epoch {values['epoch']:.2f}  {text}  lr {values['lr']:.2g}  {eta}")
             return
         if self._progress is None:
             columns = (
@@ -90,17 +96,24 @@ class RunLogger:
         self._metrics.close()
         _drop_records_after(self._metrics_file, step)
         self._metrics = self._metrics_file.open("a", encoding="utf-8")
-        self._board.close()
-        self._board = self._board_at(step)
+        self._step = step
         if step:
             self.info(f"resumed at step {step}")
+
+    @property
+    def _board(self) -> "SummaryWriter":
+        """Opened at the first use, for it purges what lies after the step that the run goes on from."""
+        if self._open_board is None:
+            self._open_board = self._new_board()
+        return self._open_board
 
     def close(self) -> None:
         if not self.active:
             return
         if self._progress is not None:
             self._progress.stop()
-        self._board.close()
+        if self._open_board is not None:
+            self._open_board.close()
         self._metrics.close()
         self._log.close()
 
@@ -113,6 +126,11 @@ def _flatten(values: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             flat.append((f"{prefix}{key}", float(value)))
     return flat
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows no infinity and no NaN: null instead."""
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 def _shown(value: float | None) -> str:

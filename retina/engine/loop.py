@@ -23,7 +23,7 @@ from retina.engine.ema import ExponentialMovingAverage
 from retina.engine.logging import RunLogger
 from retina.engine.meter import Meter
 from retina.engine.optim import Schedule, scale_and_clip, set_learning_rate
-from retina.errors import ConfigError
+from retina.errors import CheckpointError, ConfigError
 from retina.evaluation.evaluate import Criterion, Evaluation
 from retina.evaluation.metrics import DetectionArrays
 from retina.model.weights import DetectorCard, save_detector
@@ -118,13 +118,14 @@ def fit(
         model.compile()
     net = _parallel(model, device)
     model.train()
+    progress.stopped_early = config.patience is not None and progress.evaluations_without_gain >= config.patience
     meter = Meter(config.batch_size)
     meter.load_state(progress.meter, device)
     batches = _endless(loader, sampler, progress.step)
     while progress.step < total and not progress.stopped_early:
         step = progress.step
         # the random state is a function of seed, step and rank: resume needs nothing stored
-        torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + distributed.rank())
+        torch.manual_seed(((config.seed * 1_000_003 + step) * 4099 + distributed.rank()) % 2**63)
         with meter.waiting():
             micro_batches = [to_device(next(batches), device) for _ in range(config.accumulate)]
         lr = set_learning_rate(optimizer, schedule(step, **every))
@@ -144,13 +145,16 @@ def fit(
         meter.add(result.losses, result.positives, result.grad_norm)
 
         last = progress.step == total
-        if step == 0 and config.pictures and logger.active:
-            logger.picture(0, "train/batch", grid(batch_pictures(micro_batches[0], card.classes, config.pictures)))
+        evaluates = eval_every and (progress.step % eval_every == 0 or last)
+        if (step == 0 or evaluates) and config.pictures and logger.active:
+            pictures = batch_pictures(micro_batches[0], card.classes, config.pictures)
+            logger.picture(progress.step, "train/batch", grid(pictures))
         if progress.step % config.log_every == 0 or last:
             values = {"epoch": progress.step / per_epoch, "lr": lr, **meter.read()}
             logger.scalars(progress.step, "train", values)
-            logger.progress(progress.step, total, values)
-        if eval_every and (progress.step % eval_every == 0 or last):
+            left = (total - progress.step) * config.batch_size / values["images_per_second"]
+            logger.progress(progress.step, total, values, left)
+        if evaluates:
             with meter.paused():
                 _evaluate(folder, config, progress, ema.model if ema else model, evaluate, draw, card, logger)
         if progress.step % save_every == 0 or last or progress.stopped_early:
@@ -215,6 +219,8 @@ def _resume(
     )
     for fault in faults:
         logger.info(f"warning: {fault}")
+    if checkpoint is None and faults:
+        raise CheckpointError(f"{folder / 'checkpoints'}: no checkpoint is whole - restore one, or give overwrite=true")
     if checkpoint is None:
         logger.resume(0)
         return Progress(annotations=fingerprint)

@@ -31,6 +31,11 @@ class MultiStep:
     milestones: Sequence[Length] = (8 / 12, 11 / 12)
     gamma: float = 0.1
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.milestones, Sequence) or isinstance(self.milestones, str):
+            raise ConfigError(f"schedule.milestones: {self.milestones!r} is no list - give one, e.g. [0.667, 0.917]")
+        _check_numbers(warmup_factor=self.warmup_factor, gamma=self.gamma)
+
     def __call__(self, step: int, *, total: int, steps_per_epoch: int) -> float:
         to = {"steps_per_epoch": steps_per_epoch, "total": total}
         passed = sum(step >= to_steps(m, key="schedule.milestones", **to) for m in self.milestones)
@@ -45,12 +50,21 @@ class Cosine:
     warmup_factor: float = 0.001
     final_factor: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check_numbers(warmup_factor=self.warmup_factor, final_factor=self.final_factor)
+
     def __call__(self, step: int, *, total: int, steps_per_epoch: int) -> float:
         to = {"steps_per_epoch": steps_per_epoch, "total": total}
         start = to_steps(self.warmup, key="schedule.warmup", **to) if self.warmup else 0
         progress = min(1.0, max(0.0, (step - start) / max(1, total - start)))
         cosine = self.final_factor + (1 - self.final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
         return _warmup(step, self.warmup, self.warmup_factor, **to) * cosine
+
+
+def _check_numbers(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or value < 0:
+            raise ConfigError(f"schedule.{name}: {value!r} is not allowed - give a number of 0 or more")
 
 
 def _warmup(step: int, warmup: Length, start: float, *, total: int, steps_per_epoch: int) -> float:

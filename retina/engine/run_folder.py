@@ -9,8 +9,18 @@ import yaml
 
 from retina.errors import ConfigError
 
+OWN = ("config.yaml", "log.txt", "metrics.jsonl", "best.safetensors", "checkpoints", "tensorboard", "eval")
+"""What a run writes, and all that `overwrite` removes."""
+
 HARMLESS = (
     "overwrite",
+    "traceback",
+    "runs",
+    "data.root",  # the fingerprint of the annotations is compared instead
+    "data.train.annotations",
+    "data.train.images",
+    "data.val.annotations",
+    "data.val.images",
     "data.num_workers",
     "data.eval_batch_size",
     "train.log_every",
@@ -28,7 +38,7 @@ def open_run(folder: Path, config: Mapping[str, Any], *, overwrite: bool) -> boo
 
     A run that failed before its first checkpoint holds nothing to lose, and other settings may take its place.
     Raises ConfigError when the folder holds another run (naming the first setting that differs) or something that is
-    no run at all. `overwrite` removes an earlier run, never anything else."""
+    no run at all. `overwrite` removes what an earlier run wrote, never anything else."""
     settings = folder / "config.yaml"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: is a file - choose another name=...")
@@ -42,7 +52,9 @@ def open_run(folder: Path, config: Mapping[str, Any], *, overwrite: bool) -> boo
                     "settings to resume it, or give overwrite=true to discard it"
                 )
             return True
-        shutil.rmtree(folder)
+        for name in OWN:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif folder.is_dir() and any(folder.iterdir()) and not settings.is_file():
         raise ConfigError(f"{folder}: holds files but no run - choose another name=...")
     try:

@@ -34,8 +34,8 @@ class DetectionCollector:
         boxes, scores, labels = (torch.cat(parts) for parts in zip(*detections, strict=True))
         self._images.append(indices.cpu().numpy().astype(np.int64))
         self._counts.append(np.array([len(one.scores) for one in detections], dtype=np.int64))
-        self._boxes.append(boxes.double().cpu().numpy())
-        self._scores.append(scores.double().cpu().numpy())
+        self._boxes.append(boxes.cpu().double().numpy())
+        self._scores.append(scores.cpu().double().numpy())
         self._labels.append(labels.cpu().numpy().astype(np.int64))
 
     def gather(self) -> DetectionArrays:

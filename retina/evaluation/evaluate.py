@@ -37,11 +37,10 @@ def evaluate(
     device: torch.device,
     criterion: Criterion | None = None,
     dtype: torch.dtype = torch.float32,
-    on_batch: Callable[[int], None] = lambda num_images: None,
 ) -> Evaluation:
     """Detections of this rank's share of images, gathered from all ranks and scored against `annotations`.
 
-    `on_batch` hears how many images are done. The model is left in the mode it came in."""
+    The model is left in the mode it came in."""
     was_training = model.training
     model.eval()
     collector = DetectionCollector()
@@ -55,7 +54,6 @@ def evaluate(
         found = postprocess(predictions, on_device.sizes)
         shapes = zip(found, batch.sizes, batch.original_sizes, strict=True)
         collector.add(batch.indices, [to_original(one, size, original) for one, size, original in shapes])
-        on_batch(len(found))
     model.train(was_training)
     detections = collector.gather()
     losses = {}

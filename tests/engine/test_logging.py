@@ -49,7 +49,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     logger = RunLogger(tmp_path / "nowhere", active=False)
     logger.info("x")
     logger.scalars(1, "train", {"loss": 1.0})
-    logger.progress(1, 2, {})
+    logger.progress(1, 2, {}, 0.0)
     logger.resume(1)
     logger.close()
     assert not (tmp_path / "nowhere").exists()

@@ -21,12 +21,14 @@ def test_another_run_is_never_overwritten_unasked(tmp_path: Path) -> None:
     weights = tmp_path / "x" / "checkpoints" / "step_00000001" / "weights"
     weights.parent.mkdir(parents=True)
     weights.write_text("precious")
+    (tmp_path / "x" / "notes.txt").write_text("mine")
     changed = CONFIG | {"optimizer": {"lr": 0.2}, "levels": [3]}
     with pytest.raises(ConfigError, match=r"optimizer\.lr: 0\.1 there, 0\.2 now \(and 1 more\)"):
         open_run(tmp_path / "x", changed, overwrite=False)
     assert weights.read_text() == "precious"
     assert open_run(tmp_path / "x", changed, overwrite=True) is False
     assert not weights.exists()
+    assert (tmp_path / "x" / "notes.txt").read_text() == "mine"
 
 
 def test_a_run_that_never_got_going_may_be_corrected(tmp_path: Path) -> None:

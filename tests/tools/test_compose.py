@@ -175,7 +175,7 @@ def test_a_refused_value_is_one_line() -> None:
 
 def test_sweep_names_every_job() -> None:
     jobs = sweep("train", ["name=lr", "optimizer.lr=0.1,0.2", "model.backbone=resnet18"])
-    assert [job["name"] for job in jobs] == ["lr/optimizer.lr=0.1", "lr/optimizer.lr=0.2"]
+    assert [job["name"] for job in jobs] == ["lr__optimizer.lr=0.1", "lr__optimizer.lr=0.2"]
     assert [job["optimizer"]["lr"] for job in jobs] == [0.1, 0.2]
     jobs = sweep("train", ["data=shapes,coco", "train.seed=range(2)", "data.root='/x/y z'"])
     assert [job["name"] for job in jobs][:2] == ["shapes/data=shapes,train.seed=0", "shapes/data=shapes,train.seed=1"]
@@ -193,7 +193,7 @@ def test_a_sweep_is_checked_before_its_first_job() -> None:
     assert (ended.value.code, ran) == (2, [])
     with pytest.raises(SystemExit) as ended:
         task(["-m", "optimizer.lr=0.1,0.2"])
-    assert (ended.value.code, ran) == (0, ["shapes/optimizer.lr=0.1", "shapes/optimizer.lr=0.2"])
+    assert (ended.value.code, ran) == (0, ["shapes__optimizer.lr=0.1", "shapes__optimizer.lr=0.2"])
     assert "list the values" in fault_of(sweep, "train", ["optimizer.lr=interval(0,1)"])
 
 
