@@ -80,7 +80,7 @@ def test_detections_are_valid_and_best_first(detector: Detector, files: list[Pat
         assert found.boxes.device.type == "cpu"
         assert (found.boxes >= 0).all()
         assert (found.boxes <= torch.tensor([width, height, width, height])).all()
-        assert (found.boxes[:, 2:] > found.boxes[:, :2]).all()
+        assert (found.boxes[:, 2:] >= found.boxes[:, :2]).all()
         assert (found.scores > 0.2).all()
         assert (found.scores.diff() <= 0).all()
         assert (found.labels < len(detector.classes)).all()

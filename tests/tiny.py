@@ -11,7 +11,14 @@ from retina.data.shapes import write_shapes
 from retina.model.retinanet import retinanet
 from retina.model.weights import DetectorCard, save_detector
 
-PREPROCESSING = {"short_side": 64, "long_side": 96, "divisor": 32, "pad_value": [124, 116, 104], "precision": "fp32"}
+PREPROCESSING = {
+    "short_side": 64,
+    "long_side": 96,
+    "divisor": 32,
+    "pad_value": [124, 116, 104],
+    "precision": "fp32",
+    "batch_size": 8,
+}
 
 
 def write_tiny_data(root: Path) -> Path:

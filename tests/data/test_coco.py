@@ -163,8 +163,12 @@ def test_fingerprint_changes_with_the_data_and_not_with_the_place(file, tmp_path
             "annotation 0 of image 50 (sub/b.jpg): bbox [1, 2, 3, na",
         ),
         ("annotations", 1, {"bbox": [1, 2, 3, 10**400]}, "annotation 0 of image 50 (sub/b.jpg): bbox [1, 2, 3, 1000"),
-        ("annotations", 1, {"bbox": [1, 2, 0, 4]}, "annotation 0 of image 50 (sub/b.jpg): bbox [1, 2, 0, 4] has no a"),
-        ("annotations", 1, {"bbox": [1, 2, 3, -4]}, "annotation 0 of image 50 (sub/b.jpg): bbox [1, 2, 3, -4] has no"),
+        (
+            "annotations",
+            1,
+            {"bbox": [1, 2, 3, -4]},
+            "annotation 0 of image 50 (sub/b.jpg): bbox [1, 2, 3, -4] has a neg",
+        ),
         ("annotations", 1, {"area": "9"}, "annotation 0 of image 50 (sub/b.jpg): area '9' is not a number"),
         ("annotations", 1, {"iscrowd": "0"}, "annotation 0 of image 50 (sub/b.jpg): iscrowd '0' is neither 0 nor 1"),
     ],
@@ -187,9 +191,15 @@ def test_record_that_is_no_object(tmp_path):
     assert faults_of(tmp_path, document) == [expected]
 
 
+def test_boxes_without_area_are_read_as_coco_itself_has_them(tmp_path):
+    document = a_document()
+    document["annotations"][0]["bbox"] = [5, 6, 0, 4]
+    assert [5, 6, 5, 10] in read(save(tmp_path / "thin.json", document)).boxes.tolist()
+
+
 def test_all_faults_are_listed_and_the_line_counts_them(tmp_path):
     document = a_document()
-    document["annotations"][0]["bbox"] = [0, 0, 0, 1]
+    document["annotations"][0]["bbox"] = [0, 0, -1, 1]
     document["annotations"][2]["bbox"] = None
     document["images"][2]["width"] = -1
     file = save(tmp_path / "faulty.json", document)

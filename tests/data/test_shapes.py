@@ -62,7 +62,7 @@ def test_boxes_are_inside_and_of_many_sizes(many):
     assert (many.boxes[:, 2:] <= sizes[:, ::-1]).all()
     sides = many.boxes[:, 2:] - many.boxes[:, :2]
     assert sides.min() >= 5
-    assert np.percentile(sides.max(axis=1), 95) > 40
+    assert np.percentile(sides.max(axis=1), 95) > 30
     np.testing.assert_allclose(many.areas, sides.prod(axis=1))
     touches = (many.boxes == 0).any(axis=1) | (many.boxes[:, 2:] == sizes[:, ::-1]).any(axis=1)
     assert 0.05 < touches.mean() < 0.35
@@ -198,7 +198,7 @@ def test_pictures_are_jpeg_with_sparse_categories(small):
     with Image.open(small / "train" / "000000.jpg") as image:
         assert image.format == "JPEG"
     document = json.loads((small / "annotations" / "instances_train.json").read_text())
-    assert [c["id"] for c in document["categories"]] == [3, 7, 11, 20, 31, 42]
+    assert [c["id"] for c in document["categories"]] == [3, 7, 11, 20, 42]
     ids = [a["id"] for a in document["annotations"]]
     assert len(ids) == len(set(ids)) > 0
     assert min(ids) == 1

@@ -178,11 +178,11 @@ def test_sweep_names_every_job() -> None:
     assert [job["name"] for job in jobs] == ["lr__optimizer.lr=0.1", "lr__optimizer.lr=0.2"]
     assert [job["optimizer"]["lr"] for job in jobs] == [0.1, 0.2]
     jobs = sweep("train", ["data=shapes,coco", "train.seed=range(2)", "data.root='/x/y z'"])
-    assert [job["name"] for job in jobs][:2] == ["shapes/data=shapes,train.seed=0", "shapes/data=shapes,train.seed=1"]
+    assert [job["name"] for job in jobs][:2] == ["shapes__data=shapes,train.seed=0", "shapes__data=shapes,train.seed=1"]
     assert len({job["name"] for job in jobs}) == 4
     assert [job["name"] for job in sweep("train", ["name=a,b"])] == ["a", "b"]
     (job,) = sweep("train", ["data=coco", "data.root='/a/b','/c d'"])[1:]
-    assert job["name"] == "coco/data.root=_c_d_"
+    assert job["name"] == "coco__data.root=_c_d_"
 
 
 def test_a_sweep_is_checked_before_its_first_job() -> None:

@@ -43,10 +43,10 @@ def test_a_run_needs_nothing_retyped(tool: Tool, run: Path, capsys: Capture) -> 
     metrics = strict(run / "eval" / "metrics.json")
     assert list(metrics) == [*KEYS, "per_class"]
     assert metrics["APl"] is None
-    assert 0 < metrics["AP50"] < 1
+    assert 0 <= metrics["AP50"] < 1
     lines = out.splitlines()
     assert lines[0] == f"AP     {100 * metrics['AP']:>5.1f}  IoU 0.50:0.95"
-    assert [line.split()[0] for line in lines[14:20]] == list(metrics["per_class"])
+    assert [line.split()[0] for line in lines[14:19]] == list(metrics["per_class"])
     assert lines[-1] == f"written: {run}/eval/metrics.json, detections.json, pictures/"
 
     results = strict(run / "eval" / "detections.json")
