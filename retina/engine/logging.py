@@ -24,12 +24,12 @@ class RunLogger:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only this rank needs it
 
+        self._step = 0
         self._new_board = lambda: SummaryWriter(str(folder / "tensorboard"), purge_step=self._step + 1)
         self._console = Console(highlight=False, soft_wrap=True)
         self._metrics_file = folder / "metrics.jsonl"
         self._log = (folder / "log.txt").open("a", encoding="utf-8")
         self._metrics = self._metrics_file.open("a", encoding="utf-8")
-        self._step = 0
         self._open_board: SummaryWriter | None = None
         self._progress: Progress | None = None
 

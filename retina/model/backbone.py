@@ -35,7 +35,7 @@ class ResNet(nn.Module):
 
     With `last_level` below 5 the stages that nothing would use are left out."""
 
-    strides = (4, 8, 16, 32)
+    strides: tuple[int, ...] = (4, 8, 16, 32)
 
     def __init__(self, name: str, *, norm: str, frozen_stages: int, last_level: int = 5) -> None:
         """`frozen_stages` counts from the input: 1 is the stem, 2 adds C2's stage, up to 5. Parameters of frozen stages
