@@ -9,7 +9,13 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from retina.errors import DataError
 
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+MAX_PIXELS = 100_000_000
+"""Images of more pixels than this are refused before they are decoded, unless a caller allows more."""
+
+_EXIF_ORIENTATION = 0x0112
+_QUARTER_TURNS = (5, 6, 7, 8)
+"""Values of the EXIF orientation that swap width and height (Exif 2.32, tag 0x0112)."""
 _SHORT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # "I" too: before Pillow 11.3 a 16-bit grey PNG opened as that
 
 
@@ -46,6 +52,20 @@ def read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
         raise _fault(path, f"cannot be decoded ({error})", "copy or download it again, or remove it") from error
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) from the file's header, after EXIF rotation; the pixels are not decoded.
+
+    Raises DataError when the file is missing or its header is not that of an image.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(_EXIF_ORIENTATION) in _QUARTER_TURNS
+    except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error and others
+        raise DataError(f"{path}: cannot be read as an image ({error}) - replace the file or remove it") from error
+    return (width, height) if turned else (height, width)
+
+
 def list_images(folder: Path) -> list[Path]:
     """All image files under a folder and its sub-folders, by extension in any case, sorted; hidden files left out.
 
@@ -55,7 +75,7 @@ def list_images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise _fault(folder, "no such folder of images", "correct the path")
     found = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
-    return sorted(path for path in found if path.suffix.lower() in _EXTENSIONS and not path.name.startswith("."))
+    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
 
 
 def _fault(path: Path, problem: str, fix: str) -> DataError:

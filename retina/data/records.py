@@ -6,17 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from PIL import Image
-
 from retina.errors import DataError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_OVERHANG = 1.0
 """Pixels by which a box may leave its image: rounding in annotation tools, clipped. More is a fault."""
-
-EXIF_ORIENTATION = 0x0112
-QUARTER_TURNS = (5, 6, 7, 8)
-"""Values of the EXIF orientation that swap width and height (Exif 2.32, tag 0x0112)."""
 
 Xyxy = tuple[float, float, float, float]
 T = TypeVar("T")
@@ -63,20 +56,6 @@ class Reading(NamedTuple):
     val: tuple[Record, ...]
     classes: tuple[str, ...]
     faults: tuple[Fault, ...]
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) from the file's header, after EXIF rotation; the pixels are not decoded.
-
-    Raises DataError when the file is missing or its header is not that of an image.
-    """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(EXIF_ORIENTATION) in QUARTER_TURNS
-    except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error and others
-        raise DataError(f"{path}: cannot be read as an image ({error}) - replace the file or remove it") from error
-    return (width, height) if turned else (height, width)
 
 
 def check_box(box: Xyxy, size: tuple[int, int]) -> Xyxy | str:

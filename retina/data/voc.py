@@ -10,7 +10,8 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-from retina.data.records import IMAGE_SUFFIXES, Fault, Object, Reading, Record, check_box, divide, image_size, shown
+from retina.data.images import IMAGE_SUFFIXES, image_size
+from retina.data.records import Fault, Object, Reading, Record, check_box, divide, shown
 from retina.errors import DataError
 
 LINE = "line"

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from retina.data.images import IMAGE_SUFFIXES, image_size
 from retina.data.records import (
-    IMAGE_SUFFIXES,
     MAX_OVERHANG,
     Fault,
     Object,
@@ -21,7 +21,6 @@ from retina.data.records import (
     check_box,
     check_classes,
     divide,
-    image_size,
     shown,
 )
 from retina.errors import DataError

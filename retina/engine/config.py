@@ -52,13 +52,15 @@ class TrainConfig:
     seed: int = 0
     pictures: int = 8
     """Images drawn into TensorBoard per kind."""
+    max_bad_steps: int = 3
+    """Updates in a row that may be skipped because a number in them was not finite; then the run stops."""
 
     def __post_init__(self) -> None:
         _check(0 <= self.seed < 2**32, "train.seed", self.seed, "give 0 or more, below 2^32")
         _check(self.pictures >= 0, "train.pictures", self.pictures, "give 0 or more")
         _check(self.precision in PRECISIONS, "train.precision", self.precision, f"choose {', '.join(PRECISIONS)}")
         _check(self.best_metric in METRICS, "train.best_metric", self.best_metric, f"choose {', '.join(METRICS)}")
-        for name in ("batch_size", "accumulate", "lr_batch_size", "keep_checkpoints", "log_every"):
+        for name in ("batch_size", "accumulate", "lr_batch_size", "keep_checkpoints", "log_every", "max_bad_steps"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "give 1 or more")
         _check(self.clip_norm is None or self.clip_norm > 0, "train.clip_norm", self.clip_norm, "give > 0, or null")
         _check(self.ema is None or 0 <= self.ema < 1, "train.ema", self.ema, "give a decay in [0, 1), or null")
@@ -102,6 +104,14 @@ class DataConfig:
     """Objects narrower or lower than this many pixels after augmentation are dropped."""
     min_visibility: float = 0.1
     """Objects that keep less than this share of their area when cropped are dropped."""
+    on_error: str = "stop"
+    """Faulty records of annotation files: "stop" refuses the file, "skip" leaves them out."""
+    max_bad_fraction: float = 0.01
+    """Share of images that may turn out unreadable while training or evaluating; they are skipped and reported."""
+    max_pixels: int = 100_000_000
+    """Larger images are refused before they are decoded."""
+    allow_outside: bool = False
+    """Whether file names may lead out of the image folder."""
 
     def __post_init__(self) -> None:
         for name in ("short_side", "long_side"):
@@ -115,7 +125,10 @@ class DataConfig:
             sides = isinstance(canvas, list) and len(canvas) == 2 and all(isinstance(s, int) and s > 0 for s in canvas)
             _check(sides, "data.canvases", canvas, "give a list of [height, width]")
         _check(self.min_size > 0, "data.min_size", self.min_size, "give pixels above 0")
-        _check(0 <= self.min_visibility <= 1, "data.min_visibility", self.min_visibility, "give a share from 0 to 1")
+        _check(self.on_error in ("stop", "skip"), "data.on_error", self.on_error, "choose stop or skip")
+        _check(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "give pixels")
+        for name in ("min_visibility", "max_bad_fraction"):
+            _check(0 <= getattr(self, name) <= 1, f"data.{name}", getattr(self, name), "give a share from 0 to 1")
 
 
 def to_steps(value: Length, *, steps_per_epoch: int, total: int | None, key: str) -> int:
