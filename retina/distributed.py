@@ -6,10 +6,11 @@
 import datetime
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -87,6 +88,50 @@ def on_main(task: Callable[[], object]) -> None:
         raise fault
     if failed:
         sys.exit(2)
+
+
+def on_all(task: Callable[[], T]) -> T:
+    """Runs `task` on every rank. When it raises on any, that rank raises (the lowest, if several) and the others exit
+    with code 2 and leave the word to it."""
+    fault: Exception | None = None
+    try:
+        value = task()
+    except Exception as caught:
+        fault = caught
+    failed = gather_objects(fault is not None)
+    if fault is not None and not any(failed[: rank()]):
+        raise fault
+    if any(failed):
+        sys.exit(2)
+    return value
+
+
+class Verdict(NamedTuple):
+    """What any rank had to say; the same on all ranks."""
+
+    stop: int
+    """The signal that asks to stop (SIGTERM before SIGINT), 0 for none."""
+    non_finite: bool
+    error: bool
+
+
+_FIELDS = {"sigint": 0, "sigterm": 16, "non_finite": 32, "error": 48}
+"""Each is a counter of 16 bits in one integer, so that a sum over up to 32767 ranks is all the talk there is."""
+
+
+def agree(*, stop: int = 0, non_finite: bool = False, error: bool = False) -> Verdict:
+    """Makes known to all ranks, by one integer all-reduce, whether any was told to `stop` or met a fault.
+
+    Every rank must call it. `stop` is SIGINT, SIGTERM or 0."""
+    flags = {"sigint": stop == signal.SIGINT, "sigterm": stop == signal.SIGTERM}
+    flags |= {"non_finite": non_finite, "error": error}
+    word = sum(1 << shift for name, shift in _FIELDS.items() if flags[name])
+    if world_size() > 1:
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        word = int(all_reduce_sum(torch.tensor(word, dtype=torch.int64, device=device)))
+    told = {name: bool(word >> shift & 0xFFFF) for name, shift in _FIELDS.items()}
+    signal_told = signal.SIGTERM if told["sigterm"] else signal.SIGINT if told["sigint"] else 0
+    return Verdict(int(signal_told), told["non_finite"], told["error"])
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
