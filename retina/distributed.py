@@ -3,6 +3,7 @@
 `torchrun` starts the processes and sets RANK, WORLD_SIZE and LOCAL_RANK; nothing else is read from the environment.
 """
 
+import ctypes
 import datetime
 import os
 import re
@@ -15,6 +16,8 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from retina.errors import RetinaError
 
 T = TypeVar("T")
 
@@ -53,21 +56,47 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 @contextmanager
-def process_group(device: torch.device, *, timeout_minutes: float = 30) -> Iterator[None]:
+def process_group(device: torch.device, *, timeout_minutes: float = 10) -> Iterator[None]:
     """Joins the processes that torchrun started, by NCCL for CUDA, else gloo; leaves the group however the block ends.
 
-    `timeout_minutes` bounds how long a process waits for the others."""
+    `timeout_minutes` bounds how long a process waits for the others. A process whose torchrun is gone is told to stop,
+    and one that loses touch with the others raises RetinaError."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_parent()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+    try:
+        with losing_touch(lambda: "start or end of the run"):
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+            yield
+    finally:
+        # after a fault NCCL would wait for work that the others never finish; the process ends anyway
+        if dist.is_initialized() and (backend == "gloo" or sys.exception() is None):
+            dist.destroy_process_group()
+
+
+@contextmanager
+def losing_touch(where: Callable[[], str]) -> Iterator[None]:
+    """Raises RetinaError, naming rank and `where()`, when a collective fails because another process is gone."""
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as fault:
+        if not (isinstance(fault, dist.DistError) or re.search(r"gloo|nccl|TCPStore|rendezvous", str(fault), re.I)):
+            raise
+        reason = " ".join(str(fault).split())[:120]
+        who = f"rank {os.environ.get('RANK', 0)}: {where()}"
+        raise RetinaError(f"{who}: another process is gone ({reason}) - give the same command again") from fault
+
+
+def _end_with_parent() -> None:
+    """Has the kernel send SIGTERM when the parent dies: torchrun killed outright would leave its processes behind, and
+    they would keep the run folder locked. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def barrier() -> None:
@@ -75,19 +104,24 @@ def barrier() -> None:
         dist.barrier()
 
 
-def on_main(task: Callable[[], object]) -> None:
-    """Runs `task` on rank 0 while the others wait. When it raises, they exit with code 2 and leave the word to it."""
+def on_main(task: Callable[[], T]) -> T:
+    """What `task` returns on rank 0, on every rank. When it raises, the others exit with code 2 and leave the word to
+    it.
+
+    Small results only, as with `broadcast_object`."""
     fault: Exception | None = None
+    outcome: list[T] = []
     if is_main():
         try:
-            task()
+            outcome.append(task())
         except Exception as caught:
             fault = caught
-    failed = broadcast_object(fault is not None)
+    outcome = broadcast_object(outcome)
     if fault is not None:
         raise fault
-    if failed:
+    if not outcome:
         sys.exit(2)
+    return outcome[0]
 
 
 def on_all(task: Callable[[], T]) -> T:
@@ -111,27 +145,25 @@ class Verdict(NamedTuple):
 
     stop: int
     """The signal that asks to stop (SIGTERM before SIGINT), 0 for none."""
-    non_finite: bool
     error: bool
 
 
-_FIELDS = {"sigint": 0, "sigterm": 16, "non_finite": 32, "error": 48}
-"""Each is a counter of 16 bits in one integer, so that a sum over up to 32767 ranks is all the talk there is."""
+_FIELDS = {"interrupted": 0, "terminated": 20, "error": 40}
+"""Each is a counter of 20 bits in one integer, so that a sum over up to a million ranks is all the talk there is."""
 
 
-def agree(*, stop: int = 0, non_finite: bool = False, error: bool = False) -> Verdict:
+def agree(*, stop: int = 0, error: bool = False) -> Verdict:
     """Makes known to all ranks, by one integer all-reduce, whether any was told to `stop` or met a fault.
 
     Every rank must call it. `stop` is SIGINT, SIGTERM or 0."""
-    flags = {"sigint": stop == signal.SIGINT, "sigterm": stop == signal.SIGTERM}
-    flags |= {"non_finite": non_finite, "error": error}
+    flags = {"interrupted": stop == signal.SIGINT, "terminated": stop == signal.SIGTERM, "error": error}
     word = sum(1 << shift for name, shift in _FIELDS.items() if flags[name])
     if world_size() > 1:
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         word = int(all_reduce_sum(torch.tensor(word, dtype=torch.int64, device=device)))
-    told = {name: bool(word >> shift & 0xFFFF) for name, shift in _FIELDS.items()}
-    signal_told = signal.SIGTERM if told["sigterm"] else signal.SIGINT if told["sigint"] else 0
-    return Verdict(int(signal_told), told["non_finite"], told["error"])
+    told = {name for name, shift in _FIELDS.items() if word >> shift & 0xFFFFF}
+    number = signal.SIGTERM if "terminated" in told else signal.SIGINT if "interrupted" in told else 0
+    return Verdict(int(number), "error" in told)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -159,14 +191,19 @@ def gather_objects(obj: T) -> list[T]:
     return out
 
 
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Means and variances of every BatchNorm that learns them."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
+
+
 def average_buffers(model: nn.Module) -> None:
     """Mean over ranks of floating-point buffers (BatchNorm's running statistics), in one message.
 
     Each rank sees its own images, so its statistics drift from the others'; evaluation needs one truth."""
     if world_size() == 1:
         return
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
+    buffers = running_statistics(model)
     if not buffers:
         return
     flat = torch.cat([b.flatten() for b in buffers])

@@ -12,13 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from retina.data.collate import collate
-from retina.data.images import read_image
+from retina.data.images import MAX_PIXELS, read_image
 from retina.data.transforms import Sample, eval_pipeline
 from retina.distributed import choose_device
 from retina.errors import CheckpointError, ConfigError
 from retina.model.retinanet import RetinaNet
 from retina.model.weights import DetectorCard, load_detector
-from retina.postprocess import postprocess, to_original
+from retina.postprocess import count_non_finite, postprocess, refuse_non_finite, to_original
 from retina.types import Detections, Predictions, to_device
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,14 +35,15 @@ class Detector:
         print(detections.boxes, detections.scores, [detector.classes[k] for k in detections.labels])
     """
 
-    def __init__(self, model: RetinaNet, card: DetectorCard, *, device: torch.device) -> None:
-        """Raises ConfigError for an unknown precision in `card.preprocessing`."""
+    def __init__(self, model: RetinaNet, card: DetectorCard, *, device: torch.device, file: Path) -> None:
+        """Raises ConfigError for an unknown precision in `card.preprocessing`, KeyError for a setting it lacks."""
         precision = card.preprocessing["precision"]
         if precision not in PRECISIONS:
             raise ConfigError(f"precision: {precision!r} is not known - choose {', '.join(PRECISIONS)}")
         self.model = model.to(device).to(memory_format=torch.channels_last).eval()
         self.card = card
         self.device = device
+        self.file = file
         self.dtype = PRECISIONS[precision]
         self.divisor: int = card.preprocessing["divisor"]
         self.pad_value: tuple[int, int, int] = tuple(card.preprocessing["pad_value"])
@@ -54,14 +55,15 @@ class Detector:
 
         precision: `fp32`, `bf16` or `fp16`; None is what it was trained and evaluated with.
 
-        Raises CheckpointError when there is none, it is damaged, or of another architecture or version."""
+        Raises CheckpointError when there is none, it is damaged, or of another architecture or version, ConfigError for
+        an unknown precision, ValueError for a device that is not there."""
         chosen = choose_device(device)
         file = find_weights(Path(checkpoint))
         model, card = load_detector(file, chosen)
         if precision is not None:
             card = replace(card, preprocessing=card.preprocessing | {"precision": precision})
         try:
-            return cls(model, card, device=chosen)
+            return cls(model, card, device=chosen, file=file)
         except KeyError as fault:
             raise CheckpointError(f"{file}: header: preprocessing lacks {fault} - restore it from a copy") from None
 
@@ -71,7 +73,12 @@ class Detector:
         return tuple(self.card.classes)
 
     def predict(
-        self, images: Sequence[ImageLike], *, score_threshold: float | None = None, batch_size: int = 8
+        self,
+        images: Sequence[ImageLike],
+        *,
+        score_threshold: float | None = None,
+        batch_size: int = 8,
+        max_pixels: int = MAX_PIXELS,
     ) -> list[Detections]:
         """Detections of each image, on the CPU, best first, boxes xyxy in the image's own pixels.
 
@@ -79,18 +86,25 @@ class Detector:
             A file's EXIF rotation is applied, and its boxes are in pixels of the upright image; a PIL image is taken
             as it is.
         score_threshold: None takes the detector's own (0.05 unless it was trained with another).
+        batch_size: images per forward. They share a canvas as large as the largest needs, and numbers of an image
+            change a little with the padding around it.
+        max_pixels: files with more are refused before they are decoded.
 
-        Raises DataError for a file that cannot be read, TypeError for anything that is no image, ValueError for a
-        threshold out of range."""
+        Raises DataError for a file that cannot be read or when predicted numbers are not finite, TypeError for anything
+        that is no image, ValueError for a threshold or batch size out of range."""
         if isinstance(images, (str, Path, Image.Image)):
             raise TypeError(f"{type(images).__name__} is no list: give a list of images, [image] for one")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size}")
         options = dict(self.card.postprocess)
         if score_threshold is not None:
             options["score_threshold"] = score_threshold
         check_postprocess(options)
         found: list[Detections] = []
         for first in range(0, len(images), batch_size):
-            batch = [as_array(image) for image in images[first : first + batch_size]]  # only these are in memory
+            batch = [
+                as_array(image, max_pixels) for image in images[first : first + batch_size]
+            ]  # only these are in memory
             found += self._detect([self._resize(_bare_sample(image), 0) for image in batch], options)
         return found
 
@@ -100,6 +114,7 @@ class Detector:
         on_device = to_device(batch, self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             predictions = self.model(on_device.images)
+        refuse_non_finite(int(count_non_finite(predictions)), self.file)
         found = postprocess(predictions, on_device.sizes, **options)
         shapes = zip(found, batch.sizes, batch.original_sizes, strict=True)
         return [to_original(Detections(*(t.cpu() for t in one)), size, original) for one, size, original in shapes]
@@ -123,10 +138,10 @@ def check_postprocess(options: Mapping[str, Any]) -> None:
     postprocess(nothing, torch.ones(1, 2, dtype=torch.int64), **options)
 
 
-def as_array(image: object) -> UInt8[np.ndarray, "H W 3"]:
+def as_array(image: object, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
     """Any `ImageLike` as a uint8 RGB array. Raises DataError for an unreadable file, TypeError for another thing."""
     if isinstance(image, (str, Path)):
-        return read_image(Path(image))
+        return read_image(Path(image), max_pixels=max_pixels)
     if isinstance(image, Image.Image) and image.mode[0] not in "IF":  # 16 and 32 bits: PIL's conversion would saturate
         return np.array(image.convert("RGB"))
     array = image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) and image.ndim == 3 else image

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torchvision.ops import nms
 
+from retina.errors import DataError
 from retina.ops.boxes import clip_boxes
 from retina.ops.coding import decode
 from retina.types import Detections, Predictions
@@ -31,7 +32,8 @@ def postprocess(
     `max_detections` of the image.
 
     Ties of score go to the finer level, then the lower anchor, then the lower class. Boxes that are NaN, and
-    anchors with a NaN logit, never survive. float32 inside; boxes and scores are float32.
+    anchors with a NaN logit, never survive; `count_non_finite` tells of them. float32 inside; boxes and scores are
+    float32.
 
     Args:
         class_agnostic: suppress overlapping candidates whatever their class.
@@ -62,6 +64,24 @@ def postprocess(
         one = one[grouped_nms(boxes[one], scores[one], groups, nms_iou)[:max_detections]]
         detections.append(Detections(boxes[one], scores[one], labels[one]))
     return detections
+
+
+def count_non_finite(predictions: Predictions) -> Int64[Tensor, ""]:
+    """How many anchors, over all images, have a logit or delta that is NaN or infinite. Stays on the device."""
+    finite = [
+        logits.isfinite().all(dim=-1) & deltas.isfinite().all(dim=-1)
+        for logits, deltas in zip(predictions.logits, predictions.deltas, strict=True)
+    ]
+    return torch.stack([(~one).sum() for one in finite]).sum()
+
+
+def refuse_non_finite(count: int, where: object) -> None:
+    """Raises DataError if there are any, for what `postprocess` makes of the others is no result to be trusted."""
+    if count:
+        raise DataError(
+            f"{where}: {count} predicted boxes have a score or side that is not a finite number - the model has "
+            "diverged (take an earlier checkpoint or a lower learning rate) or needs precision=fp32"
+        )
 
 
 def to_original(detections: Detections, size: Int64[Tensor, "2"], original_size: Int64[Tensor, "2"]) -> Detections:

@@ -119,6 +119,8 @@ def test_thresholds(detector: Detector, files: list[Path]) -> None:
     assert all((found.scores > 0.9).all() for found in high)
     with pytest.raises(ValueError, match="score_threshold"):
         detector.predict(files, score_threshold=2.0)
+    with pytest.raises(ValueError, match="batch_size"):
+        detector.predict(files, batch_size=0)
 
 
 def test_nothing_in_nothing_out(detector: Detector) -> None:
@@ -170,6 +172,21 @@ def test_unreadable_file(detector: Detector, tmp_path: Path) -> None:
         detector.predict([tmp_path / "a.jpg"])
 
 
+def test_images_of_too_many_pixels_are_refused(detector: Detector, files: list[Path]) -> None:
+    height, width, _ = read_image(files[0]).shape
+    detector.predict(files[:1], max_pixels=height * width)
+    with pytest.raises(DataError, match=rf"{files[0].name}: .*{width}x{height} pixels"):
+        detector.predict(files[:1], max_pixels=height * width - 1)
+
+
+def test_a_model_that_has_diverged_is_refused(run: Path, files: list[Path]) -> None:
+    broken = retina.load(run, device="cpu")
+    with torch.no_grad():
+        broken.model.head.classification.predict.bias[0] = float("nan")
+    with pytest.raises(DataError, match=r"best\.safetensors: \d+ predicted boxes have .* not a finite number - the"):
+        broken.predict(files[:1])
+
+
 def test_weights_alone_are_enough(run: Path, files: list[Path], detector: Detector, tmp_path: Path) -> None:
     shutil.copy(run / "best.safetensors", tmp_path / "mine.safetensors")
     alone = retina.load(str(tmp_path / "mine.safetensors"), device="cpu")
@@ -198,7 +215,9 @@ def with_card(source: Path, target: Path, change: dict[str, Any]) -> Path:
     data = source.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
-    header["__metadata__"]["retina"] = json.dumps(json.loads(header["__metadata__"]["retina"]) | change)
+    described = json.loads(header["__metadata__"]["retina"]) | change
+    described.pop("sha256")  # as in files of earlier versions
+    header["__metadata__"]["retina"] = json.dumps(described)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     target.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])

@@ -3,9 +3,10 @@ import torch
 import torchvision.ops
 from torch import Tensor
 
+from retina.errors import DataError
 from retina.ops.anchors import AnchorGenerator
 from retina.ops.coding import decode
-from retina.postprocess import grouped_nms, postprocess, to_original
+from retina.postprocess import count_non_finite, grouped_nms, postprocess, refuse_non_finite, to_original
 from retina.types import Detections, Predictions
 
 ANCHORS = AnchorGenerator((32.0, 64.0))(((16, 24), (8, 12)), (8, 16), "cpu")
@@ -188,3 +189,17 @@ def test_to_original_scales_each_axis_and_clips():
 def test_settings_out_of_range_are_refused(settings: dict):
     with pytest.raises(ValueError, match=r"must be in|at least 1"):
         postprocess(nothing(), SIZES[:1], **settings)
+
+
+def test_what_is_not_finite_is_counted_by_anchor():
+    predictions = random_predictions(3, 4)
+    assert int(count_non_finite(predictions)) == 0
+    predictions.logits[0][0, 5, 1] = float("nan")
+    predictions.logits[0][0, 5, 2] = float("inf")
+    predictions.deltas[0][0, 5, 0] = float("nan")  # the same anchor
+    predictions.logits[1][2, 7, 0] = -float("inf")
+    predictions.deltas[1][1, 7, 3] = float("inf")
+    assert int(count_non_finite(predictions)) == 3
+    refuse_non_finite(0, "gt.json")
+    with pytest.raises(DataError, match=r"gt\.json: 3 predicted boxes have .* not a finite number - the model has"):
+        refuse_non_finite(3, "gt.json")

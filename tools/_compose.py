@@ -2,7 +2,8 @@
 
 `entry` turns a function of plain settings into a program with Hydra's overrides, `--cfg job` and `-m`. Faults a user
 can mend end in one line on stderr and exit code 2; `traceback=true` shows the traceback as well.
-`build` makes objects from sections with a `_target_`, after it has checked all their arguments at once.
+`build` makes objects from sections with a `_target_`, after it has checked all their arguments at once; only what
+ALLOWED_TARGETS names is made, and only from the settings of the command itself, never from a run's files.
 
 Hydra composes; it neither starts the jobs nor writes a file, so run folders and exit codes are the tools' own.
 """
@@ -15,13 +16,17 @@ import inspect
 import itertools
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import hydra
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -29,10 +34,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 from retina.data.coco_checks import RecordsError
 from retina.engine.config import from_mapping, unknown_key
-from retina.errors import ConfigError, RetinaError
+from retina.engine.signals import SIGNALS, quit_at_once
+from retina.errors import ConfigError, RetinaError, plain
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-ALLOWED_TARGETS = ("retina.", "torch.optim.", "albumentations.")
+ALLOWED_TARGETS = {
+    "augment": ("albumentations.", "retina.data.transforms."),
+    "data": ("retina.data.shapes.",),
+    "loss": ("retina.losses.",),
+    "optimizer": ("torch.optim.",),
+    "postprocess": ("retina.postprocess.",),
+    "schedule": ("retina.engine.optim.",),
+}
+"""Where the classes (and, of `retina`, functions) that each section names must be defined. Add your own module here,
+such as "mypackage.losses.", to use what it defines."""
 
 Settings = dict[str, Any]
 T = TypeVar("T")
@@ -49,34 +64,53 @@ def entry(
     def decorate(task: Callable[[Settings], int | None]) -> Callable[..., NoReturn]:
         @functools.wraps(task)
         def main(argv: Sequence[str] | None = None) -> NoReturn:
-            arguments = _parser(task, config_name).parse_intermixed_args(argv)
-            words = [*default(arguments.overrides), *arguments.overrides]
-            settings: Settings = {}
-            try:
-                if arguments.cfg:
-                    print(OmegaConf.to_yaml(_config(config_name, words), resolve=arguments.resolve), end="")
-                    sys.exit(0)
-                for settings in sweep(config_name, words) if arguments.multirun else [compose(config_name, words)]:
-                    if code := task(settings):
-                        sys.exit(code)
-            except RetinaError as fault:
-                if settings.get("traceback"):
-                    traceback.print_exc()
-                _report(fault)
-                sys.exit(2)
-            except OSError as fault:
-                if settings.get("traceback"):
-                    traceback.print_exc()
-                where = fault.filename or "file system"
-                print(f"error: {where}: {fault.strerror or fault} - make room or correct the path", file=sys.stderr)
-                sys.exit(2)
-            except KeyboardInterrupt:
-                sys.exit(130)
-            sys.exit(0)
+            with _quitting(for_good=task.__module__ == "__main__"):
+                sys.exit(_run(task, config_name, default, argv))
 
         return main
 
     return decorate
+
+
+def _run(
+    task: Callable[[Settings], int | None],
+    config_name: str,
+    default: Callable[[list[str]], list[str]],
+    argv: Sequence[str] | None,
+) -> int:
+    """The exit code."""
+    arguments = _parser(task, config_name).parse_intermixed_args(argv)
+    words = [*default(arguments.overrides), *arguments.overrides]
+    settings: Settings = {}
+    try:
+        if arguments.cfg:
+            _print(_config(config_name, words), resolve=arguments.resolve)
+            return 0
+        for settings in sweep(config_name, words) if arguments.multirun else [compose(config_name, words)]:
+            if code := task(settings):
+                return code
+    except (RetinaError, OSError) as fault:
+        if settings.get("traceback"):
+            traceback.print_exc()
+        _report(fault)
+        return 2
+    return 0
+
+
+@contextmanager
+def _quitting(*, for_good: bool) -> Iterator[None]:
+    """SIGINT and SIGTERM end the process at once, with status 128 + n; `for_good` also after the block, while Python
+    shuts down. Does nothing outside the main thread, which alone may set handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, lambda number, _: quit_at_once(number)) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        if not for_good:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> Settings:
@@ -91,6 +125,13 @@ def compose(config_name: str, overrides: Sequence[str]) -> Settings:
         raise ConfigError("; ".join(f"{key}: missing - give {key}=..." for key in missing))
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+def _print(config: DictConfig, *, resolve: bool) -> None:
+    try:
+        print(OmegaConf.to_yaml(config, resolve=resolve), end="")
+    except OmegaConfBaseException as fault:
+        raise _wrong_value(fault) from None
 
 
 def sweep(config_name: str, overrides: Sequence[str]) -> list[Settings]:
@@ -121,7 +162,7 @@ def build(section: Any, key: str, **extra: Any) -> Any:
     """The object that a section's `_target_` describes, or with `_partial_: true` a callable that makes it.
 
     Nested sections are built first, also those in lists. `extra` arguments win. Raises ConfigError for a target outside
-    ALLOWED_TARGETS and, all at once, for arguments it does not take or lacks."""
+    what ALLOWED_TARGETS has for the first part of `key` and, all at once, for arguments it does not take or lacks."""
     if not isinstance(section, Mapping) or not isinstance(section.get("_target_"), str):
         raise ConfigError(f"{key}: {section!r:.80} makes nothing - give {key}._target_=, the dotted name of a class")
     values = dict(section)
@@ -163,10 +204,13 @@ def _build_nested(value: Any, key: str) -> Any:
 
 
 def _find(target: str, key: str) -> Callable[..., Any]:
-    refusal = ConfigError(f"{key}: {target} is not allowed - choose something under {', '.join(ALLOWED_TARGETS)}")
-    if not target.startswith(ALLOWED_TARGETS):
-        raise refusal
+    """The class or function of that name. Importing a module runs it, so the name is checked first; the object is
+    checked as well, for a module also holds what it imported."""
+    allowed = ALLOWED_TARGETS[key.partition(".")[0]]
+    refusal = ConfigError(f"{key}: {target} is not allowed - choose something under {', '.join(allowed)}")
     module, _, name = target.rpartition(".")
+    if not target.startswith(allowed) or not all(part.isidentifier() for part in target.split(".")):
+        raise refusal
     try:
         owner = importlib.import_module(module)
         found = getattr(owner, name)
@@ -174,19 +218,38 @@ def _find(target: str, key: str) -> Callable[..., Any]:
         near = difflib.get_close_matches(name, dir(owner), n=1) if "owner" in locals() else []
         fix = f"did you mean {module}.{near[0]}?" if near else "check its spelling"
         raise ConfigError(f"{key}: {target} does not exist - {fix}") from None
-    # a module also holds what it imported itself: only what it defines is its own
-    if not callable(found) or not f"{getattr(found, '__module__', '')}.".startswith(ALLOWED_TARGETS):
+    if not _is_own(found, allowed):
         raise refusal
     return found
 
 
-def _report(fault: RetinaError, limit: int = 20) -> None:
+def _is_own(found: Any, allowed: tuple[str, ...]) -> bool:
+    """Whether `found` is a public class, or function of this library, that a module under `allowed` itself defines
+    under the name it bears: no method, partial, lambda, nested or borrowed object, and nothing that lies about its
+    home."""
+    if not inspect.isclass(found) and not inspect.isfunction(found):
+        return False
+    home, name = f"{found.__module__}.", found.__qualname__
+    if not home.startswith(allowed) or name.startswith("_"):
+        return False
+    if inspect.isfunction(found) and home.startswith(("albumentations.", "torch.")):  # reads files, say
+        return False
+    if inspect.isclass(found) and issubclass(found, type):  # makes classes, not objects
+        return False
+    return getattr(sys.modules.get(home[:-1]), name, None) is found
+
+
+def _report(fault: RetinaError | OSError, limit: int = 20) -> None:
     """One line on stderr; of many faulty records, the first of them on stdout too."""
+    if isinstance(fault, OSError):
+        where = fault.filename or "file system"
+        print(plain(f"error: {where}: {fault.strerror or fault} - make room or correct the path"), file=sys.stderr)
+        return
     faults = fault.faults if isinstance(fault, RecordsError) else []
     if len(faults) > 1:
-        print("\n".join(faults[:limit]))
+        print("\n".join(map(plain, faults[:limit])))
         print(f"and {len(faults) - limit} more" if len(faults) > limit else f"{len(faults)} faulty records")
-    print(f"error: {fault}", file=sys.stderr)
+    print(f"error: {plain(str(fault))}", file=sys.stderr)
 
 
 def _parser(task: Callable[..., Any], config_name: str) -> argparse.ArgumentParser:
@@ -221,9 +284,11 @@ def _config(config_name: str, overrides: Sequence[str]) -> DictConfig:
         except OverrideParseException as fault:
             raise _unreadable(fault) from None
         except HydraException as fault:
-            raise ConfigError(_explain(str(fault), config_name, overrides)) from None
+            raise ConfigError(_explain(fault, config_name, overrides)) from None
         except OmegaConfBaseException as fault:
             raise _wrong_value(fault) from None
+        except (yaml.YAMLError, ValueError, RecursionError) as fault:  # such as tags that would make objects
+            raise ConfigError(f"settings: {' '.join(str(fault).split())} - correct that override or YAML file") from None
 
 
 def _choices(word: str) -> list[str]:
@@ -246,8 +311,9 @@ def _wrong_value(fault: OmegaConfBaseException) -> ConfigError:
     return ConfigError(f"{fault.full_key or 'settings'}: {str(fault).splitlines()[0]} - correct this setting")
 
 
-def _explain(text: str, config_name: str, overrides: Sequence[str]) -> str:
+def _explain(fault: HydraException, config_name: str, overrides: Sequence[str]) -> str:
     """Hydra's complaint as one line; of an unknown key, with the nearest that exists under the groups chosen."""
+    text = str(fault)
     if ambiguous := re.search(r"Ambiguous value for argument '(.+)'", text):
         return f"{ambiguous[1]}: several values - add -m to run them all, or write key=[1,2] or 'key=\"a,b\"'"
     if present := re.search(r"An item is already at '([^']+)'", text):
@@ -263,6 +329,8 @@ def _explain(text: str, config_name: str, overrides: Sequence[str]) -> str:
     except (HydraException, OmegaConfBaseException):
         values = {}
     known = [*_keys(values), *groups]
+    if key in known and (inside := re.search(r"full_key: (\S+)", str(fault.__cause__))):  # as in train={lenght: 3}
+        key = inside[1]
     fault_and_fix = unknown_key(key, known)
     takes_more = f"{key.rpartition('.')[0]}._target_" in known
     return f"{fault_and_fix} An argument that is not listed: +{key}=..." if takes_more else fault_and_fix

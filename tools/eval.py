@@ -4,10 +4,14 @@ python tools/eval.py checkpoint=runs/mine
 python tools/eval.py checkpoint=runs/mine data=coco data.root=/data/other output=eval_other
 torchrun --nproc_per_node=8 tools/eval.py checkpoint=runs/mine
 python tools/eval.py detections=RESULTS.json data=coco data.val.annotations=GT.json output=DIR
+
+Images that cannot be read (up to data.max_bad_fraction) are listed on stderr and count as images in which nothing was
+found; the exit code is then 3.
 """
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,12 +56,12 @@ class EvalConfig:
 
 
 @entry("eval")
-def main(settings: Settings) -> None:
+def main(settings: Settings) -> int:
     config = typed(EvalConfig, settings)
-    if config.detections:
-        score_file(config, Path(config.detections))
-    elif config.checkpoint:
-        score_detector(config, Path(config.checkpoint))
+    if config.checkpoint:
+        return score_detector(config, Path(config.checkpoint))
+    score_file(config, Path(str(config.detections)))
+    return 0
 
 
 def score_file(config: EvalConfig, results: Path) -> None:
@@ -76,7 +80,7 @@ def score_file(config: EvalConfig, results: Path) -> None:
     print(f"{format_metrics(metrics)}\n\nwritten: {output / 'metrics.json'}")
 
 
-def score_detector(config: EvalConfig, checkpoint: Path) -> None:
+def score_detector(config: EvalConfig, checkpoint: Path) -> int:
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     trained = read_settings(folder / "config.yaml").get("data", {}) if (folder / "config.yaml").is_file() else {}
 
@@ -88,7 +92,7 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> None:
 
     from retina import distributed
     from retina.data.coco import write_results
-    from retina.engine.data import build_eval_loader, load_split
+    from retina.engine.data import build_eval_loader
     from retina.evaluation.evaluate import evaluate
     from retina.evaluation.pictures import write_evaluation_pictures
     from retina.evaluation.results import format_metrics, write_metrics
@@ -104,8 +108,8 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> None:
         if data.prepare and data.root:
             prepare, root = data.prepare, Path(data.root)
             distributed.on_main(lambda: build(prepare, "data.prepare", root=root))
-        annotations = load_split(data, config.split, classes=detector.classes)
         output = Path(config.output) if config.output else folder / "eval"
+        annotations = read_checked(data, config.split, detector.classes, output)
         distributed.on_main(lambda: open_output(output))
         loader = build_eval_loader(
             annotations,
@@ -116,6 +120,9 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> None:
             divisor=data.pad_multiple or detector.divisor,
             pad_value=detector.pad_value,
             pin_memory=device.type == "cuda",
+            canvases=data.canvases,
+            max_pixels=data.max_pixels,
+            max_bad_fraction=data.max_bad_fraction,
         )
         console = Console(stderr=True)
         evaluation = evaluate(
@@ -132,9 +139,11 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> None:
             device=device,
             dtype=detector.dtype,
         )
+        assert evaluation is not None  # a signal ends this program at once
+        skipped = {index: line for part in distributed.gather_objects(loader.faults) for index, line in part.items()}
         if distributed.is_main():
             found = keep_known(annotations, evaluation.detections)
-            write_metrics(output / "metrics.json", evaluation.metrics)
+            write_metrics(output / "metrics.json", evaluation.metrics | {"skipped_images": len(skipped)})
             write_results(output / "detections.json", annotations, *found)
             drawn = write_evaluation_pictures(
                 output / "pictures",
@@ -142,9 +151,39 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> None:
                 found,
                 max_images=config.pictures,
                 score_threshold=config.score_threshold,
+                max_pixels=data.max_pixels,
             )
             names = ["metrics.json", "detections.json", *(["pictures/"] if drawn else [])]
             print(f"{format_metrics(evaluation.metrics)}\n\nwritten: {output}/{', '.join(names)}")
+            for _, line in sorted(skipped.items()):
+                print(f"skipped: {line}", file=sys.stderr)
+    return 3 if skipped else 0
+
+
+def read_checked(data: DataConfig, split: str, classes: Sequence[str], output: Path) -> "Annotations":
+    """The annotations, after the checks of tools/doctor.py but for the pixels; what is found is told, and written to
+    `data_report.json`."""
+    from retina import distributed
+    from retina.data.coco_checks import RecordsError
+    from retina.data.report import DataReport
+    from retina.engine.data import check_data, load_split
+
+    report = DataReport()
+
+    def write() -> None:
+        if distributed.is_main() and (report.faults or report.warnings):
+            report.write(open_output(output) / "data_report.json")
+
+    try:
+        annotations = load_split(data, split, classes=classes, report=report)
+        distributed.on_main(lambda: check_data(data, {split: annotations}, report))
+    except RecordsError:
+        write()
+        raise
+    write()
+    for line in report.lines() if distributed.is_main() else []:
+        print(line, file=sys.stderr)
+    return annotations
 
 
 def keep_known(annotations: "Annotations", found: "DetectionArrays") -> "DetectionArrays":
@@ -187,7 +226,11 @@ def open_output(output: Path) -> Path:
     """The folder, made if need be. Raises ConfigError for one that holds anything but an earlier evaluation."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        strangers = any(output.iterdir()) and not is_evaluation(output / "metrics.json")
+        for pattern in (".metrics.json.tmp", ".detections.json.*tmp", ".data_report.json.*tmp"):  # what a kill left
+            for leftover in output.glob(pattern):
+                leftover.unlink()
+        others = [entry for entry in output.iterdir() if entry.name != "data_report.json"]
+        strangers = others and not is_evaluation(output / "metrics.json")
     except OSError as fault:
         raise ConfigError(f"output: {output} cannot be written ({fault.strerror}) - choose another folder") from None
     if strangers:

@@ -7,12 +7,17 @@ torchrun --nproc_per_node=8 tools/train.py experiment=coco_r50_1x
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from _compose import Settings, build, call, check_arguments, entry
 
 from retina.engine.config import DataConfig, TrainConfig, from_mapping
 from retina.engine.run_folder import open_run
 from retina.errors import ConfigError
+
+if TYPE_CHECKING:
+    from retina.data.loader import BatchLoader
+    from retina.engine.logging import RunLogger
 
 
 def shapes_by_default(typed: list[str]) -> list[str]:
@@ -21,7 +26,7 @@ def shapes_by_default(typed: list[str]) -> list[str]:
 
 
 @entry("train", default=shapes_by_default)
-def main(settings: Settings) -> None:
+def main(settings: Settings) -> int:
     config = from_mapping(TrainConfig, settings["train"], "train")
     data = from_mapping(DataConfig, settings["data"], "data")
     folder = Path(str(settings["runs"])) / str(settings["name"])
@@ -31,20 +36,21 @@ def main(settings: Settings) -> None:
 
     from retina import distributed
     from retina.data.transforms import Pipeline
-    from retina.engine.data import build_eval_loader, build_train_loader, load_split
+    from retina.engine.data import build_eval_loader, build_train_loader, load_checked
     from retina.engine.logging import RunLogger
     from retina.engine.loop import DTYPES, fit
     from retina.engine.optim import build_optimizer
+    from retina.engine.signals import StopRequest
     from retina.engine.summary import describe_run
     from retina.evaluation.evaluate import evaluate
     from retina.evaluation.pictures import evaluation_pictures
     from retina.inference import check_postprocess
     from retina.model.retinanet import retinanet
-    from retina.model.weights import DetectorCard
+    from retina.model.weights import DetectorCard, init_from
 
     device = call(distributed.choose_device, "train.device", name=config.device)
     check_arguments(retinanet, [*settings["model"], "num_classes"], "model")
-    refuse_frozen_noise(settings["model"])
+    refuse_frozen_noise(settings)
     criterion = build(settings["loss"], "loss")
     call(check_postprocess, "postprocess", options=without_target(settings["postprocess"]))
     postprocess = build(settings["postprocess"], "postprocess")
@@ -59,17 +65,24 @@ def main(settings: Settings) -> None:
         torch.use_deterministic_algorithms(True)
 
     with distributed.process_group(device):
-        distributed.on_main(lambda: open_run(folder, settings, overwrite=settings["overwrite"]))
+        run = distributed.on_main(lambda: open_run(folder, settings, overwrite=settings["overwrite"]))
         if data.prepare and data.root:
             prepare, root = data.prepare, Path(data.root)
             distributed.on_main(lambda: build(prepare, "data.prepare", root=root))
-        annotations = load_split(data, "train")
-        val_annotations = load_split(data, "val", classes=annotations.classes) if config.eval_every else annotations
+        logger = RunLogger(folder, active=distributed.is_main())
+        for line in run.told():
+            logger.info(line)
+        splits = ["train", "val"] if config.eval_every else ["train"]
+        loaded = load_checked(data, splits, folder, say=logger.info)
+        annotations, val_annotations = loaded[0], loaded[-1]
 
         torch.manual_seed(config.seed)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         model = call(retinanet, "model", **settings["model"], num_classes=len(annotations.classes))
         model = model.to(memory_format=memory_format).to(device)
+        if settings["init_from"] and not run.resumes:
+            for line in init_from(model, Path(settings["init_from"]), classes=annotations.classes):
+                logger.info(line)
         optimizer = build_optimizer(optimizer_factory, model, scale=config.batch_size / config.lr_batch_size)
 
         divisor = data.pad_multiple or max(model.strides)
@@ -86,6 +99,9 @@ def main(settings: Settings) -> None:
             divisor=divisor,
             pad_value=model.pad_value,
             pin_memory=pin_memory,
+            canvases=data.canvases,
+            max_pixels=data.max_pixels,
+            max_bad_fraction=data.max_bad_fraction,
         )
         card = DetectorCard(
             model=model.arguments,
@@ -101,50 +117,68 @@ def main(settings: Settings) -> None:
             },
             postprocess=without_target(settings["postprocess"]),
         )
-        logger = RunLogger(folder, active=distributed.is_main())
         for line in describe_run(folder, config, device, annotations, val_annotations, model, optimizer, sampler):
             logger.info(line)
-        progress = fit(
-            folder,
-            config,
-            model=model,
-            criterion=criterion,
-            optimizer=optimizer,
-            schedule=schedule,
-            loader=loader,
-            sampler=sampler,
-            evaluate=partial(
-                evaluate,
-                loader=val_loader,
-                annotations=val_annotations,
-                postprocess=postprocess,
+        with StopRequest() as request:
+            progress, stopped = fit(
+                folder,
+                config,
+                model=model,
                 criterion=criterion,
+                optimizer=optimizer,
+                schedule=schedule,
+                loader=loader,
+                sampler=sampler,
+                evaluate=partial(
+                    evaluate,
+                    loader=val_loader,
+                    annotations=val_annotations,
+                    postprocess=postprocess,
+                    criterion=criterion,
+                    device=device,
+                    dtype=DTYPES[config.precision],
+                ),
+                draw=partial(evaluation_pictures, val_annotations, max_images=config.pictures),
+                card=card,
+                logger=logger,
                 device=device,
-                dtype=DTYPES[config.precision],
-            ),
-            draw=partial(evaluation_pictures, val_annotations, max_images=config.pictures),
-            card=card,
-            logger=logger,
-            device=device,
-            fingerprint=annotations.fingerprint(),
-        )
-        best = (
-            ""
-            if progress.best is None
-            else f", best {config.best_metric} {progress.best:.3f} at step {progress.best_step}"
-        )
-        logger.info(f"finished at step {progress.step}{best}: {folder / 'best.safetensors'}")
-        logger.info(f"next: python tools/eval.py checkpoint={folder}   |   tensorboard --logdir {folder}")
+                annotations=annotations,
+                allow_data_change=settings["allow_data_change"],
+                stopping=request.signal,
+            )
+        report_skipped(logger, loader, val_loader)
+        if stopped:
+            logger.info(f"told to stop: saved at step {progress.step}, the same command goes on from there")
+        else:
+            best = (
+                f", best {config.best_metric} {progress.best:.3f} at step {progress.best_step}" if progress.best else ""
+            )
+            logger.info(f"finished at step {progress.step}{best}: {folder / 'best.safetensors'}")
+            logger.info(f"next: python tools/eval.py checkpoint={folder}   |   tensorboard --logdir {folder}")
         logger.close()
+    return 128 + stopped if stopped else 0
+
+
+def report_skipped(logger: "RunLogger", *loaders: "BatchLoader") -> None:
+    """Lists the images that no process could read."""
+    from retina import distributed
+
+    for loader in loaders:
+        faults = {index: line for part in distributed.gather_objects(loader.faults) for index, line in part.items()}
+        for line in sorted(faults.values()):
+            logger.info(f"skipped: {line}")
 
 
 def without_target(section: Settings) -> Settings:
     return {key: value for key, value in section.items() if not key.startswith("_")}
 
 
-def refuse_frozen_noise(model: Settings) -> None:
+def refuse_frozen_noise(settings: Settings) -> None:
     """Raises ConfigError for settings that would freeze randomly initialised layers."""
-    if model.get("weights") is None and (model.get("frozen_stages") or model.get("norm") == "frozen"):
+    model = settings["model"]
+    if not (model.get("weights") or settings["init_from"]) and (
+        model.get("frozen_stages") or model.get("norm") == "frozen"
+    ):
         key = "frozen_stages" if model.get("frozen_stages") else "norm"
         raise ConfigError(
             f"model.{key}: {model[key]} without model.weights freezes random layers - give null, or weights"

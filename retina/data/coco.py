@@ -7,23 +7,27 @@ Format: https://cocodataset.org/#format-data and #format-results.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, Int64
 
+from retina.data.box_checks import box_problems, convention_problem
 from retina.data.coco_checks import (
+    Images,
     RecordsError,
     check_annotations,
     check_categories,
     check_images,
-    listing,
-    load_document,
+    describe,
 )
+from retina.data.coco_document import listing, load_document
+from retina.data.report import DataReport
 from retina.errors import DataError
+from retina.files import write_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,55 +95,105 @@ class Annotations:
         return digest.hexdigest()
 
 
-def read_coco(file: Path, image_root: Path, *, classes: Sequence[str] | None = None) -> Annotations:
+def read_coco(
+    file: Path,
+    image_root: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    report: DataReport | None = None,
+    skip_faulty: bool = False,
+    allow_outside: bool = False,
+) -> Annotations:
     """Read and check a COCO annotation file.
 
     Without `classes`, labels follow ascending category id. With `classes` (of a training set or a checkpoint) they
     follow that order and categories are matched by name: a category outside `classes` that some annotation uses is a
     fault, an unused one is left out, and a class that the file does not know gets None in `category_ids`.
-    Missing (or null) `iscrowd` reads as 0 and `area` as width * height. Whether the images exist is not checked here.
+    Missing (or null) `iscrowd` reads as 0 and `area` as width * height. Whether the images exist is not checked here,
+    only that no name, by its spelling or by a symbolic link, leads out of `image_root`, unless `allow_outside`.
+
+    With `skip_faulty`, faulty annotations are left out, and faulty images together with their annotations; `report`
+    lists them. Warnings go to `report` in any case.
 
     Raises:
-        DataError: the file is missing, not JSON, or not built like an annotation file.
-        RecordsError: single records are wrong; all of them are listed.
+        DataError: the file is missing, not JSON, not built like an annotation file, or has all its boxes in another
+            convention.
+        RecordsError: single records are wrong; all of them are listed. With `skip_faulty` only for categories, or if
+            no image is left.
     """
-    document = load_document(file)
     faults: list[str] = []
+    warnings = report.warnings if report is not None else []
+    document = load_document(file, warnings)
     name_of = check_categories(file, document["categories"], faults)
-    row_of, file_names, sizes = check_images(file, document["images"], faults)
+    unclear = bool(faults)
+    images = check_images(file, document["images"], image_root, faults, warnings, allow_outside=allow_outside)
+    if unclear:  # nearly every annotation would be at fault for its category
+        raise RecordsError(faults)
 
     if classes is None:
         classes = [name_of[category_id] for category_id in sorted(name_of)]
     elif len(set(classes)) != len(classes):
         raise ValueError(f"classes are not unique: {list(classes)}")
+
+    records = document["annotations"]
+    positions = check_annotations(file, records, images, name_of, classes, faults, warnings)
+    objects = _objects(file, records, positions, images, faults, warnings)
+    if faults and not (skip_faulty and images.sound):
+        raise RecordsError(faults)
+    if report is not None:
+        report.faults += faults
+
     id_of = {name: category_id for category_id, name in name_of.items()}
     label_of = {id_of[name]: label for label, name in enumerate(classes) if name in id_of}
-
-    annotations = document["annotations"]
-    check_annotations(file, annotations, row_of, file_names, name_of, classes, faults)
-    if faults:
-        raise RecordsError(faults)
-
-    rows = np.array([row_of[a["image_id"]] for a in annotations], dtype=np.int64)
+    records, rows, xywh = objects
+    areas = np.array([a.get("area") for a in records], dtype=np.float64)  # None becomes nan
+    encoded = [_encode(image.name) for image in images.sound]
     order = np.argsort(rows, kind="stable")
-    xywh = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)[order]
-    areas = np.array([a.get("area") for a in annotations], dtype=np.float64)[order]  # None becomes nan
-    encoded = [_encode(name) for name in file_names]
+    xywh = xywh[order]
     return Annotations(
         file=file,
         image_root=image_root,
         classes=tuple(classes),
         category_ids=tuple(id_of.get(name) for name in classes),
-        image_ids=np.array(list(row_of), dtype=np.int64),
-        sizes=np.array(sizes, dtype=np.int64),
-        offsets=_offsets(np.bincount(rows, minlength=len(sizes))),
+        image_ids=np.array([image.id for image in images.sound], dtype=np.int64),
+        sizes=np.array([image.size for image in images.sound], dtype=np.int64),
+        offsets=_offsets(np.bincount(rows, minlength=len(images.sound))),
         boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
-        labels=np.array([label_of[a["category_id"]] for a in annotations], dtype=np.int64)[order],
-        crowd=np.array([bool(a.get("iscrowd")) for a in annotations], dtype=np.bool_)[order],
-        areas=np.where(np.isnan(areas), xywh[:, 2] * xywh[:, 3], areas),
+        labels=np.array([label_of[a["category_id"]] for a in records], dtype=np.int64)[order],
+        crowd=np.array([bool(a.get("iscrowd")) for a in records], dtype=np.bool_)[order],
+        areas=np.where(np.isnan(areas[order]), xywh[:, 2] * xywh[:, 3], areas[order]),
         names=b"".join(encoded),
         name_offsets=_offsets(np.array([len(name) for name in encoded])),
     )
+
+
+class _Objects(NamedTuple):
+    """Sound annotations, in the file's order."""
+
+    records: list[dict[str, Any]]
+    rows: Int64[np.ndarray, "T"]
+    """Which image each is of."""
+    xywh: Float64[np.ndarray, "T 4"]
+
+
+def _objects(
+    file: Path, records: list[Any], positions: list[int], images: Images, faults: list[str], warnings: list[str]
+) -> _Objects:
+    """The annotations at `positions` whose boxes fit. Raises DataError if all boxes are in another convention."""
+    row_of = {image.id: row for row, image in enumerate(images.sound)}
+    sound = [records[position] for position in positions]
+    rows = np.array([row_of[a["image_id"]] for a in sound], dtype=np.int64)
+    xywh = np.array([a["bbox"] for a in sound], dtype=np.float64).reshape(-1, 4)
+    sizes = np.array([image.size for image in images.sound], dtype=np.int64).reshape(-1, 2)[rows]
+    if problem := convention_problem(xywh, sizes):
+        raise DataError(f"{file}: annotations: {problem}")
+    names = {image.id: image.name for image in images.sound}
+    kept = np.ones(len(rows), dtype=np.bool_)
+    for found in box_problems(xywh, sizes):
+        line = f"{file}: {describe(sound[found.row], positions[found.row], names)}: {found.text}"
+        (faults if found.is_fault else warnings).append(line)
+        kept[found.row] = not found.is_fault
+    return _Objects([a for a, keep in zip(sound, kept.tolist(), strict=True) if keep], rows[kept], xywh[kept])
 
 
 def locate_split(root: Path, split: str) -> tuple[Path, Path]:
@@ -190,11 +244,9 @@ def write_results(
         {"image_id": image_id, "category_id": annotations.category_ids[label], "bbox": box, "score": score}
         for image_id, label, box, score in zip(*(column.tolist() for column in columns), strict=True)
     ]
-    text = json.dumps(results, allow_nan=False)
+    data = json.dumps(results, allow_nan=False).encode()
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    write_whole(file, data)
 
 
 def _offsets(counts: Int[np.ndarray, "N"]) -> Int64[np.ndarray, "N+1"]:

@@ -7,6 +7,7 @@ import torch
 from numpy import ndarray
 
 from retina.data.transforms import Sample
+from retina.errors import ConfigError
 from retina.types import Batch, Targets
 
 
@@ -24,7 +25,8 @@ def collate(
     ones. Images are [B 3 H W] in channels_last memory, which is the order in which they are decoded, so that collating
     copies each pixel once. Boxes and labels of padding are zero; without any object M is 0.
 
-    Raises ValueError if there are no samples, if no canvas is large enough or if one is not a multiple of `divisor`.
+    Raises ValueError if there are no samples, ConfigError if no canvas is large enough or one is no multiple of
+    `divisor`.
     """
     if not samples:
         raise ValueError("a batch needs at least one sample")
@@ -65,9 +67,13 @@ def _canvas(
     height, width = (max(side) for side in zip(*sizes, strict=True))
     if canvases is None:
         return -(-height // divisor) * divisor, -(-width // divisor) * divisor
+    shown = ", ".join(f"{h}x{w}" for h, w in canvases)
     if any(side % divisor for canvas in canvases for side in canvas):
-        raise ValueError(f"every side of the canvases {list(canvases)} must be a multiple of {divisor}")
+        raise ConfigError(f"data.canvases: {shown} (height x width) are not all multiples of {divisor} - round them up")
     fitting = [(h, w) for h, w in canvases if h >= height and w >= width]
     if not fitting:
-        raise ValueError(f"none of the canvases {list(canvases)} (height, width) holds images of {height} x {width}")
+        raise ConfigError(
+            f"data.canvases: none of {shown} (height x width) holds images of {height}x{width}"
+            " - add a larger one, or make images smaller"
+        )
     return min(fitting, key=lambda canvas: canvas[0] * canvas[1])

@@ -4,9 +4,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from retina.data.coco import Annotations
-from retina.data.images import read_image
+from retina.data.images import MAX_PIXELS, read_image
 from retina.data.transforms import Pipeline, Sample, stable_hash
-from retina.errors import DataError
+from retina.errors import DataError, RetinaError
 
 
 class DetectionDataset(Dataset[Sample]):
@@ -16,13 +16,17 @@ class DetectionDataset(Dataset[Sample]):
     work and where a run was resumed change nothing. The key carries the epoch, so that worker processes that live
     through several epochs need not be told of them.
 
-    Raises DataError if an image cannot be read or is not of the size that its annotations state.
+    Raises DataError if an image cannot be read, has more than `max_pixels`, is not of the size that its annotations
+    state, or makes the pipeline fail.
     """
 
-    def __init__(self, annotations: Annotations, pipeline: Pipeline, *, seed: int) -> None:
+    def __init__(
+        self, annotations: Annotations, pipeline: Pipeline, *, seed: int, max_pixels: int = MAX_PIXELS
+    ) -> None:
         self.annotations = annotations
         self.pipeline = pipeline
         self.seed = seed
+        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -30,12 +34,22 @@ class DetectionDataset(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         sample = self.read(index)
-        return self.pipeline(sample, stable_hash(self.seed, epoch, int(self.annotations.image_ids[index])))
+        try:
+            return self.pipeline(sample, stable_hash(self.seed, epoch, int(self.annotations.image_ids[index])))
+        except RetinaError:  # the settings are at fault, not this image
+            raise
+        except Exception as error:  # transforms raise whatever they stumble over
+            names = ", ".join(self.pipeline.transforms)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise DataError(
+                f"{self.annotations.path(index)}: augment ({names}) failed in epoch {epoch} ({reason})"
+                " - remove the image, or correct that transform"
+            ) from error
 
     def read(self, index: int) -> Sample:
         """The image and its objects as they are on disk, before any transform."""
         known = self.annotations
-        image = read_image(known.path(index))
+        image = read_image(known.path(index), max_pixels=self.max_pixels)
         height, width = image.shape[:2]
         stated_height, stated_width = map(int, known.sizes[index])
         if (height, width) != (stated_height, stated_width):

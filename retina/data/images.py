@@ -1,82 +1,203 @@
 """Image files as RGB arrays, by the one decoder that both tells of damage and rotates as EXIF says: Pillow."""
 
 import os
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+# importing a plugin registers its format; what is not imported (EPS runs Ghostscript) is never tried on a file
+from PIL import (
+    BmpImagePlugin,  # noqa: F401
+    GifImagePlugin,  # noqa: F401
+    Image,
+    ImageFile,
+    JpegImagePlugin,  # noqa: F401
+    PngImagePlugin,
+    PpmImagePlugin,  # noqa: F401
+    TiffImagePlugin,
+    WebPImagePlugin,  # noqa: F401
+)
 
 from retina.errors import DataError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 100_000_000
 """Images of more pixels than this are refused before they are decoded, unless a caller allows more."""
 
-_EXIF_ORIENTATION = 0x0112
-_QUARTER_TURNS = (5, 6, 7, 8)
-"""Values of the EXIF orientation that swap width and height (Exif 2.32, tag 0x0112)."""
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image of each EXIF orientation upright (Exif 2.32, tag 0x0112); from 5 on, width and height swap."""
 _SHORT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # "I" too: before Pillow 11.3 a 16-bit grey PNG opened as that
+_MAX_EXIF = 1 << 20
 
 
-def read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
+def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
     """Decode an image file to uint8 RGB with its EXIF rotation applied; the array is writable.
 
-    Grey, palette, 1-bit and CMYK images are converted; transparency is dropped, not blended with a colour. 16-bit grey
-    keeps the high byte, as Pillow does for 16-bit colour (its own conversion of grey would saturate at 255). Of
-    an animation, the first frame.
+    What kind of image it is, its content decides, not its name. Grey, palette, 1-bit and CMYK images are converted;
+    transparency is dropped, not blended with a colour. 16 bits per channel keep their high byte (Pillow's own
+    conversion of 16-bit grey would saturate at 255). Of an animation, the first frame. EXIF data that cannot be
+    understood rotates nothing.
 
     Raises:
-        DataError: the file is missing, cut off, damaged or no image, or has 32 bits per channel.
+        DataError: the file is missing, not to be read, no regular file (a pipe is never waited for), no image of
+            `FORMATS`, of more than `max_pixels`, cut off, damaged, too large for the memory, or of 32 bits per channel.
     """
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have set it; half a picture must never be trained on
-    try:
-        with Image.open(path) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode in _SHORT:
-                grey = np.asarray(image)
-                if grey.size and (grey.min() < 0 or grey.max() > 65535):
-                    raise _fault(path, "has 32 bits per channel", "convert it to 8 or 16 bits")
-                return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
-            if image.mode == "F":
+    with _opened(path, max_pixels) as image:
+        turn = _turn(image)
+        image.load()
+        if isinstance(image, TiffImagePlugin.TiffImageFile) and _ORIENTATION not in image.tag_v2:
+            turn = None  # newer versions of Pillow have turned a TIFF, and only that, while they loaded it
+        upright = image if turn is None else image.transpose(turn)
+        # with a transparent colour in a palette, convert() would warn and look for a colour to stand for it
+        upright.info.pop("transparency", None)
+        if upright.mode in _SHORT:
+            grey = np.asarray(upright)
+            if grey.min() < 0 or grey.max() > 65535:
                 raise _fault(path, "has 32 bits per channel", "convert it to 8 or 16 bits")
-            return np.array(image.convert("RGB"))
-    except DataError:
-        raise
-    except FileNotFoundError as error:
-        raise _fault(path, "no such image", "correct the file name or the image folder") from error
-    except UnidentifiedImageError as error:
-        raise _fault(path, "is not an image that Pillow can read", "replace it, or remove it from the data") from error
-    except Exception as error:  # on a damaged file, decoders raise whatever they stumble over
-        raise _fault(path, f"cannot be decoded ({error})", "copy or download it again, or remove it") from error
+            return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        if upright.mode == "F":
+            raise _fault(path, "has 32 bits per channel", "convert it to 8 or 16 bits")
+        return np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) from the file's header, after EXIF rotation; the pixels are not decoded.
+def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) of what `read_image` returns, from the file's header; the pixels are not decoded.
 
-    Raises DataError when the file is missing or its header is not that of an image.
+    Raises DataError as `read_image` does, as far as the header can tell.
     """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(_EXIF_ORIENTATION) in _QUARTER_TURNS
-    except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error and others
-        raise DataError(f"{path}: cannot be read as an image ({error}) - replace the file or remove it") from error
+    with _opened(path, max_pixels) as image:
+        width, height = image.size
+        if isinstance(image, TiffImagePlugin.TiffImageFile):  # newer versions of Pillow state its size as turned
+            width, height = image.tag_v2[TiffImagePlugin.IMAGEWIDTH], image.tag_v2[TiffImagePlugin.IMAGELENGTH]
+        turned = _turn(image) in (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8])
     return (width, height) if turned else (height, width)
 
 
 def list_images(folder: Path) -> list[Path]:
     """All image files under a folder and its sub-folders, by extension in any case, sorted; hidden files left out.
 
+    Links to folders are not followed, so loops of them end; links to files are listed, wherever they lead.
+
     Raises:
-        DataError: there is no such folder.
+        DataError: there is no such folder, or a folder in it may not be read.
     """
     if not folder.is_dir():
         raise _fault(folder, "no such folder of images", "correct the path")
-    found = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
+
+    def fail(error: OSError) -> NoReturn:
+        raise _fault(error.filename, f"cannot be listed ({error.strerror})", "give permission or move it") from error
+
+    found = [Path(parent, name) for parent, _, names in os.walk(folder, onerror=fail) for name in names]
     return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
 
 
-def _fault(path: Path, problem: str, fix: str) -> DataError:
+@contextmanager
+def _opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+    """The image with nothing but its header read. Whatever is raised in the block leaves it as a DataError."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have set it; half a picture must never be trained on
+    if Image.MAX_IMAGE_PIXELS is not None:  # some formats ask while they load, and would warn of what is allowed here
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+    try:
+        with _open_regular(path) as file:
+            image = _identify(path, file, max_pixels)
+            _check_pixels(path, image.size, max_pixels)
+            yield image
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:  # formats that Pillow itself checks before we can
+        raise _fault(path, f"has too many pixels ({error})", "make it smaller or remove it") from error
+    except MemoryError as error:
+        raise _fault(path, "needs more memory than there is", "make it smaller, or lower data.num_workers") from error
+    except Exception as error:  # on a damaged file, decoders raise whatever they stumble over
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{error}" or type(error).__name__
+        raise _fault(path, f"cannot be decoded ({reason})", "copy or download it again, or remove it") from error
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """The file opened, if it is one. Opening a pipe would wait for a writer, and opening a device may do anything."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise _fault(path, "is a folder, pipe or device, not a file", "replace it by an image, or remove it")
+        return open(path, "rb")
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise _fault(path, f"is a link to {os.readlink(path)}, which is missing", "restore or remove it") from error
+        raise _fault(path, "no such image", "correct the file name or the image folder") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise _fault(path, f"cannot be opened ({reason})", "correct its name or give read permission") from error
+
+
+def _identify(path: Path, file: BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
+    """`Image.open` for `FORMATS`, without its own limit of pixels, which warns of images up to twice as large.
+
+    Pillow is given no file name, or it would map some files into memory; a mapped file that another process shortens
+    kills the reader.
+    """
+    start = file.read(16)
+    if not start:
+        raise _fault(path, "is empty (0 bytes)", "copy or download it again, or remove it")
+    for name in FORMATS:
+        make, accepts = Image.OPEN[name]
+        if accepts is not None and accepts(start) is True:
+            if name == "GIF":  # Pillow fills a whole frame while it reads the header of some
+                _check_pixels(path, struct.unpack("<HH", start[6:10]), max_pixels)
+            file.seek(0)
+            return make(file, "")
+    kinds = ", ".join(FORMATS)
+    raise _fault(path, f"is not an image that can be read here ({kinds})", "replace or convert it, or remove it")
+
+
+def _check_pixels(path: Path, size: tuple[int, ...], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        problem = f"has {width}x{height} pixels, more than data.max_pixels={max_pixels} allows"
+        raise _fault(path, problem, "make it smaller, remove it, or raise that limit")
+
+
+def _turn(image: ImageFile.ImageFile) -> Image.Transpose | None:
+    """What makes the image upright, from what stands before its pixels (in a PNG, also behind them)."""
+    try:
+        if isinstance(image, PngImagePlugin.PngImageFile) and "exif" not in image.info:
+            late = _late_exif(image.fp)  # type: ignore[arg-type] # it is open
+            if late is not None:
+                image.info["exif"] = late
+        # not the PNG's own getexif, which decodes the pixels to see what comes behind them
+        return _TURNS.get(Image.Image.getexif(image).get(_ORIENTATION, 1))
+    except Exception:  # EXIF data may be anything, and are worth no image
+        return None
+
+
+def _late_exif(file: BinaryIO) -> bytes | None:
+    """The eXIf chunk of a PNG whose header has none; its position in the file stays as it was."""
+    position = file.tell()
+    file.seek(8)
+    found = None
+    while found is None and len(head := file.read(8)) == 8:
+        length = int.from_bytes(head[:4], "big")
+        if head[4:] == b"eXIf":
+            found = file.read(min(length, _MAX_EXIF))
+        else:
+            file.seek(length + 4, os.SEEK_CUR)
+    file.seek(position)
+    return found
+
+
+def _fault(path: Path | str, problem: str, fix: str) -> DataError:
     return DataError(f"{path}: {' '.join(problem.split())} - {fix}")

@@ -50,7 +50,8 @@ class Pipeline:
     same stream: two flips of p=0.5 would then always happen together.)
 
     Raises ValueError if `min_size` is not positive or `min_visibility` not in 0..1; on use, ConfigError if an image
-    comes out as anything but uint8 RGB.
+    comes out as anything but uint8 RGB, ValueError if a transform makes a box NaN or infinite, and whatever a transform
+    raises.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Pipeline:
         steps = list(self.transforms.values())
         if not any("bboxes" in step.available_keys for step in steps):
             steps.append(A.NoOp(p=0))  # without a transform that knows boxes, albumentations warns
-        self._compose = A.Compose(
+        self._compose = _Compose(
             steps,
             bbox_params=A.BboxParams(
                 format="pascal_voc",
@@ -105,6 +106,14 @@ class Pipeline:
             labels=sample.labels[kept],
             crowd=sample.crowd[kept],
         )
+
+
+class _Compose(A.Compose):
+    def check_data_post_transform(self, data: dict[str, Any]) -> dict[str, Any]:
+        """After each transform, before albumentations would silently drop a box that is not finite."""
+        if not np.isfinite(data["bboxes"]).all():
+            raise ValueError("a transform made a box that is not finite")
+        return super().check_data_post_transform(data)
 
 
 class ResizeShortSide(A.DualTransform):

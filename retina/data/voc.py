@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-from retina.data.images import IMAGE_SUFFIXES, image_size
+from retina.data.images import image_size, list_images
 from retina.data.records import Fault, Object, Reading, Record, check_box, divide, shown
 from retina.errors import DataError
 
@@ -104,8 +104,7 @@ def _images(source: Path) -> dict[str, Path]:
         if not (source / folder).is_dir():
             raise DataError(f"{source}: no folder {folder}/ - give the folder that holds Annotations/ and JPEGImages/")
     root = source / "JPEGImages"
-    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and not file.is_dir())
-    return {file.relative_to(root).with_suffix("").as_posix(): file for file in files}
+    return {file.relative_to(root).with_suffix("").as_posix(): file for file in list_images(root)}
 
 
 def _splits(source: Path, val_fraction: float, seed: int) -> tuple[list[Listed], list[Listed]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from retina.data.images import IMAGE_SUFFIXES, image_size
+from retina.data.images import image_size, list_images
 from retina.data.records import (
     MAX_OVERHANG,
     Fault,
@@ -206,8 +206,8 @@ def _from_yaml(split: str, table: dict[str, Any], file: Path, faults: list[Fault
 
 def _list_folder(folder: Path) -> list[Listed]:
     """Images of a folder and its sub-folders, by name."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and not file.is_dir())
-    return [(file, file.relative_to(folder).as_posix()) for file in files if not file.name.startswith(".")]
+    files = list_images(folder) if folder.is_dir() else []
+    return [(file, file.relative_to(folder).as_posix()) for file in files]
 
 
 def _list_file(file: Path, roots: Sequence[Path], faults: list[Fault]) -> list[Listed]:

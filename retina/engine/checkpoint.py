@@ -3,29 +3,38 @@
     checkpoints/step_00001000/
         model.safetensors  ema.safetensors  optimizer.safetensors  state.json  MANIFEST.sha256
 
-A checkpoint is valid only if every hash in its manifest verifies; resume takes the newest valid one. Nothing in it is
-code, and nothing is unpickled.
+A checkpoint is valid only if it is exactly what its manifest says; resume takes the newest valid one. Nothing in it is
+code, and nothing is unpickled. Other names in the folder are left by a kill, and swept:
+
+    .step_00001000.tmp     being written
+    .step_00001000.aside   just replaced by another of the same step; put back if that did not come to be
+    .step_00001000.old     being removed
 """
 
 import hashlib
 import json
-import os
+import re
 import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from retina.engine.config import from_mapping
 from retina.engine.ema import ExponentialMovingAverage
-from retina.errors import CheckpointError
-from retina.model.weights import load_state, serialize
+from retina.engine.manifest import MANIFEST, find_fault, manifest
+from retina.errors import CheckpointError, ConfigError
+from retina.files import sync_folder, write_synced
+from retina.model.weights import first_non_finite, load_state, serialize
 
 SCHEMA_VERSION = 1
-MANIFEST = "MANIFEST.sha256"
 
 
 @dataclass(kw_only=True)
@@ -38,8 +47,12 @@ class Progress:
     best: float | None = None
     """Best value so far of the metric that names the best checkpoint."""
     best_step: int = 0
+    evaluated: int = 0
+    """Step of the last evaluation that was finished."""
     evaluations_without_gain: int = 0
     stopped_early: bool = False
+    bad_steps: int = 0
+    """Updates skipped in a row, up to now, for numbers that were not finite."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """State of the fp16 gradient scaler."""
     meter: list[float] = field(default_factory=list)
@@ -58,84 +71,171 @@ def save_checkpoint(
     ema: ExponentialMovingAverage | None,
     keep: int,
 ) -> Path:
-    """Writes `folder/step_XXXXXXXX`, verifies it, and only then removes all but the newest `keep`."""
+    """Writes `folder/step_XXXXXXXX`, verifies it, and only then removes all but the newest `keep`.
+
+    Raises OSError when the disk is full or fails, CheckpointError for values that are not finite and for a disk that
+    gives back other bytes. Then the earlier checkpoints are as they were, and nothing of this one is left."""
     final = folder / f"step_{progress.step:08d}"
-    temporary = folder / f".{final.name}.tmp"
-    for leftover in folder.glob(".step_*.tmp"):
-        shutil.rmtree(leftover)
-    temporary.mkdir(parents=True)
     tensors, numbers = _flatten_optimizer(optimizer)
-    (temporary / "model.safetensors").write_bytes(serialize(model.state_dict()))
-    (temporary / "optimizer.safetensors").write_bytes(serialize(tensors))
+    states = {"model": model.state_dict(), "optimizer": tensors}
     if ema is not None:
-        (temporary / "ema.safetensors").write_bytes(serialize(ema.model.state_dict()))
-    (temporary / "state.json").write_text(json.dumps({"progress": asdict(progress), "optimizer": numbers}, indent=1))
-    names = sorted(path.name for path in temporary.iterdir())
-    (temporary / MANIFEST).write_text("".join(f"{_sha256(temporary / name)}  {name}\n" for name in names))
-    for name in (*names, MANIFEST):
-        _fsync(temporary / name)
-    _fsync(temporary)
-    if fault := find_fault(temporary):
-        raise CheckpointError(f"{temporary}: {fault} right after it was written - check the disk")
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _fsync(folder)
-    older = sorted(path for path in folder.glob("step_*") if path.name < final.name)
-    for old in older[: max(0, len(older) - (keep - 1))]:
-        shutil.rmtree(old)
+        states["ema"] = ema.model.state_dict()
+    state = {"progress": asdict(progress), "optimizer": numbers}
+    _refuse_non_finite(final, states, state)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    sync_folder(folder.parent)
+    _sweep(folder)
+    try:
+        temporary = folder / f".{final.name}.tmp"
+        _write(temporary, states, state)
+        if fault := find_fault(temporary):
+            raise CheckpointError(f"{final}: {fault} right after it was written - check the disk")
+        aside = folder / f".{final.name}.aside"
+        if final.exists():
+            final.rename(aside)
+        temporary.rename(final)
+        sync_folder(folder)
+    except BaseException:
+        _sweep(folder)
+        raise
+    older = [path for path in _checkpoints(folder) if _step(path) < progress.step]
+    for path in (aside, *older[max(0, keep - 1) :]):
+        _remove(path)
     return final
 
 
-def find_fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None when its manifest verifies."""
-    try:
-        text = (checkpoint / MANIFEST).read_text()
-    except (OSError, UnicodeDecodeError):
-        return f"{MANIFEST} is missing or unreadable"
-    entries = [line.split("  ", 1) for line in text.splitlines()]
-    well_formed = text.endswith("\n") and all(len(entry) == 2 and "/" not in entry[1] for entry in entries)
-    if not well_formed or not {"model.safetensors", "state.json"} <= {entry[-1] for entry in entries}:
-        return f"{MANIFEST} is damaged"
-    for digest, name in entries:
-        try:
-            if _sha256(checkpoint / name) != digest:
-                return f"{name} does not match its hash"
-        except OSError:
-            return f"{name} is missing or unreadable"
-    return None
-
-
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and one line for every newer one that does not."""
-    faults: list[str] = []
-    for checkpoint in sorted(folder.glob("step_*"), reverse=True):
+    """The newest checkpoint that verifies, and one line for every newer one that does not, with the steps that costs.
+
+    Also sweeps what a kill left behind, so it is for the process that holds the run's lock."""
+    if not folder.is_dir():
+        return None, []
+    _sweep(folder)
+    chosen, faults = None, {}
+    for checkpoint in _checkpoints(folder):
         fault = find_fault(checkpoint)
         if fault is None:
-            return checkpoint, faults
-        faults.append(f"{checkpoint}: {fault} - ignored, the one before it is used")
-    return None, faults
+            chosen = checkpoint
+            break
+        faults[checkpoint] = fault
+    start = _step(chosen) if chosen else 0
+    source = f"going on from {chosen.name}" if chosen else "and there is none before it"
+    return chosen, [
+        f"{checkpoint}: {fault} - ignored, {source}: {_step(checkpoint) - start} steps are done again"
+        for checkpoint, fault in faults.items()
+    ]
 
 
 def load_checkpoint(
     checkpoint: Path, *, model: nn.Module, optimizer: Optimizer, ema: ExponentialMovingAverage | None
 ) -> Progress:
     """Restores everything in place. Raises CheckpointError for a checkpoint of another model or version."""
-    state = json.loads((checkpoint / "state.json").read_text())
-    values = state["progress"]
-    if values.get("schema_version") != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{checkpoint}: schema version {values.get('schema_version')}, this program reads {SCHEMA_VERSION} - "
-            "use the version that wrote it"
-        )
-    load_state(model, load_file(checkpoint / "model.safetensors"), checkpoint / "model.safetensors")
+    progress, numbers = _read_state(checkpoint / "state.json")
+    file = checkpoint / "model.safetensors"
+    load_state(model, _read_tensors(file), file)
     if ema is not None:
         file = checkpoint / "ema.safetensors"
         if not file.is_file():
             raise CheckpointError(f"{file}: missing, the run kept no moving average - restore it from a copy")
-        load_state(ema.model, load_file(file), file)
-    _restore_optimizer(optimizer, load_file(checkpoint / "optimizer.safetensors"), state["optimizer"], checkpoint)
-    return Progress(**{f.name: values[f.name] for f in fields(Progress) if f.name in values})
+        load_state(ema.model, _read_tensors(file), file)
+    file = checkpoint / "optimizer.safetensors"
+    _restore_optimizer(optimizer, _read_tensors(file), numbers, file)
+    return progress
+
+
+def _write(temporary: Path, states: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    temporary.mkdir()
+    digests = {}
+    for name, tensors in states.items():  # one after another, for the bytes of each are as large as its tensors
+        data = serialize(tensors)
+        digests[f"{name}.safetensors"] = hashlib.sha256(data).hexdigest()
+        write_synced(temporary / f"{name}.safetensors", data)
+    data = json.dumps(state, indent=1).encode()
+    digests["state.json"] = hashlib.sha256(data).hexdigest()
+    write_synced(temporary / "state.json", data)
+    write_synced(temporary / MANIFEST, manifest(digests))
+    sync_folder(temporary)
+
+
+def _refuse_non_finite(
+    final: Path, states: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Mapping[str, Any]]
+) -> None:
+    found = [f"{name}: {key}" for name, tensors in states.items() if (key := first_non_finite(tensors))]
+    for section, values in state.items():
+        for key, value in values.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except ValueError:
+                found.append(f"{section}: {key}")
+    if found:
+        raise CheckpointError(
+            f"{final}: {found[0]} is not finite, so nothing was saved - go on from the checkpoint before it with a "
+            "lower optimizer.lr or with train.clip_norm"
+        )
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Newest first."""
+    return sorted((path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name)), key=_step)[::-1]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what a save that was cut off has left, and puts back what it had set aside."""
+    for path in folder.glob(".step_*"):
+        final = path.with_name(path.stem.removeprefix("."))
+        if path.suffix == ".aside" and not final.exists():
+            path.rename(final)
+        elif path.suffix in (".tmp", ".aside", ".old"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes the name away first: what a kill leaves of it should not look like a checkpoint."""
+    if checkpoint.exists():
+        doomed = checkpoint.with_name(f".{checkpoint.name.removeprefix('.')}.old")
+        with suppress(OSError):  # the next save tries again
+            checkpoint.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def _read_state(file: Path) -> tuple[Progress, dict[str, Any]]:
+    """Progress and the optimizer's numbers. Keys of later minor versions are ignored."""
+    damaged = f"{file}: is not what this program writes"
+    try:
+        state = json.loads(file.read_bytes(), parse_constant=_no_constant)
+        values, numbers = state["progress"], state["optimizer"]
+        version, step = values["schema_version"], values["step"]
+        sums = all(isinstance(value, int | float) for value in values.get("meter", []))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as fault:
+        raise CheckpointError(f"{damaged} ({fault!r:.100}) - restore it from a copy") from None
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{file.parent}: schema version {version!r:.20}, this program reads {SCHEMA_VERSION} - "
+            "use the version that wrote it"
+        )
+    if not isinstance(numbers, dict) or not sums or (isinstance(step, int) and step < 0):
+        raise CheckpointError(f"{damaged} - restore it from a copy")
+    known = [f.name for f in fields(Progress)]
+    try:
+        return from_mapping(Progress, {key: values[key] for key in known if key in values}, "progress"), numbers
+    except ConfigError as fault:
+        raise CheckpointError(f"{damaged} ({fault}) - restore it from a copy") from None
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as fault:
+        raise CheckpointError(f"{file}: cannot be read ({fault}) - restore it from a copy") from None
 
 
 def _flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -145,35 +245,29 @@ def _flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[st
     return tensors, numbers
 
 
-def _restore_optimizer(
-    optimizer: Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any], checkpoint: Path
-) -> None:
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in (*tensors.items(), *numbers.items()):
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any], file: Path) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for position, values in state.items():
-        for name, value in values.items():
-            if position >= len(parameters) or (
-                isinstance(value, Tensor) and value.ndim and value.shape != parameters[position].shape
-            ):
-                raise CheckpointError(
-                    f"{checkpoint}: optimizer state {name} fits no parameter - use the run's own model"
-                )
-            if isinstance(value, Tensor) and value.ndim:  # in the parameter's memory format, as fused kernels expect
-                values[name] = torch.empty_like(parameters[position]).copy_(value)
+    state: dict[int, dict[str, Any]] = {}
+    entries: Iterable[tuple[str, Any]] = (*tensors.items(), *numbers.items())
+    for key, value in entries:
+        index, _, name = key.partition(".")
+        position = int(index) if re.fullmatch(r"\d{1,9}", index) else len(parameters)
+        if position >= len(parameters) or not name:
+            raise CheckpointError(f"{file}: {key} is of no parameter of this model - use the run's own model")
+        parameter = parameters[position]
+        if isinstance(value, Tensor) and not _fits(value, parameter):
+            raise CheckpointError(
+                f"{file}: {key} is {list(value.shape)}, its parameter is {list(parameter.shape)} - "
+                "use the run's own model"
+            )
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
+            # in the parameter's memory format, as fused kernels expect
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        state.setdefault(position, {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _fits(value: Tensor, parameter: Tensor) -> bool:
+    """One number, a number for each of the parameter's, or (Adafactor) one for each of its rows or columns."""
+    same_rank = value.ndim == parameter.ndim
+    return not value.ndim or (same_rank and all(n in (1, m) for n, m in zip(value.shape, parameter.shape, strict=True)))

@@ -1,39 +1,50 @@
-"""From the `data` section to annotations and loaders."""
+"""From the `data` section to annotations (`engine/splits.py`) and loaders."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from retina import distributed
-from retina.data.coco import Annotations, locate_split, read_coco
+from retina.data.coco import Annotations
 from retina.data.dataset import DetectionDataset
+from retina.data.images import MAX_PIXELS
 from retina.data.loader import BatchLoader, eval_loader, train_loader
+from retina.data.report import DataReport
 from retina.data.sampler import DetectionBatchSampler, EvalSampler
 from retina.data.transforms import Pipeline, eval_pipeline
-from retina.engine.config import DataConfig, SplitConfig, TrainConfig
-from retina.errors import ConfigError, DataError
+from retina.engine.config import DataConfig, TrainConfig
+from retina.engine.splits import check_data, load_split
+from retina.errors import ConfigError
 
 
-def load_split(
-    config: DataConfig, split: str, *, classes: Sequence[str] | None = None, images_needed: bool = True
-) -> Annotations:
-    """Annotations of "train" or "val", from where the settings say or the default places under `data.root`.
+def load_checked(
+    config: DataConfig,
+    splits: Sequence[str],
+    folder: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    say: Callable[[str], None],
+) -> list[Annotations]:
+    """Annotations of the splits, on every rank, after the checks of tools/doctor.py but for the pixels.
 
-    Without `images_needed`, the annotation file is enough: a results file can be scored without any image.
+    Labels follow `classes`, or else the first split. What is found is told by `say` on rank 0 if it is tolerated; all
+    of it goes to `folder/data_report.json`. Raises as `load_split` and `check_data` do, on one rank alone."""
+    report = DataReport()
+    loaded: dict[str, Annotations] = {}
 
-    Raises ConfigError when the settings leave the place open, DataError for what is wrong there."""
-    places: SplitConfig = getattr(config, split)
-    if places.annotations and (places.images or not images_needed):
-        file, images = Path(places.annotations), Path(places.images or ".")
-    elif config.root:
-        file, images = locate_split(Path(config.root), split)
-        file, images = Path(places.annotations or file), Path(places.images or images)
-    else:
-        raise ConfigError(
-            f"data.root: missing - give data.root=DIR, or data.{split}.annotations=FILE and data.{split}.images=DIR"
-        )
-    if images_needed and not images.is_dir():
-        raise DataError(f"{images}: no such folder of images - correct data.{split}.images or data.root")
-    return read_coco(file, images, classes=classes)
+    def read() -> None:
+        for split in splits:
+            known = classes or (loaded[splits[0]].classes if loaded else None)
+            loaded[split] = load_split(config, split, classes=known, report=report)
+
+    try:
+        distributed.on_all(read)
+        distributed.on_main(lambda: check_data(config, loaded, report))
+    finally:
+        if distributed.is_main() and (report.faults or report.warnings):
+            report.write(folder / "data_report.json")
+    for line in report.lines() if distributed.is_main() else []:
+        say(line)
+    return list(loaded.values())
 
 
 def build_train_loader(
@@ -60,12 +71,13 @@ def build_train_loader(
     except ValueError as fault:
         raise ConfigError(f"train.batch_size: {fault}") from None
     loader = train_loader(
-        DetectionDataset(annotations, pipeline, seed=train.seed),
+        DetectionDataset(annotations, pipeline, seed=train.seed, max_pixels=config.max_pixels),
         sampler,
         num_workers=config.num_workers,
         divisor=divisor,
         pad_value=pad_value,
-        canvases=[(height, width) for height, width in config.canvases] if config.canvases else None,
+        max_bad_fraction=config.max_bad_fraction,
+        canvases=_canvases(config.canvases),
         pin_memory=pin_memory,
     )
     return loader, sampler
@@ -81,16 +93,25 @@ def build_eval_loader(
     divisor: int,
     pad_value: tuple[int, int, int],
     pin_memory: bool,
+    canvases: Sequence[Sequence[int]] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    max_bad_fraction: float = 0.0,
 ) -> BatchLoader:
-    """This rank's share of images, each once over all ranks."""
+    """This rank's share of images, each once over all ranks, but for the unreadable ones: those are left out."""
     sampler = EvalSampler(
         annotations.sizes, batch_size=batch_size, rank=distributed.rank(), world_size=distributed.world_size()
     )
     return eval_loader(
-        DetectionDataset(annotations, eval_pipeline(short_side, long_side), seed=0),
+        DetectionDataset(annotations, eval_pipeline(short_side, long_side), seed=0, max_pixels=max_pixels),
         sampler,
         num_workers=num_workers,
         divisor=divisor,
         pad_value=pad_value,
+        max_bad_fraction=max_bad_fraction,
+        canvases=_canvases(canvases),
         pin_memory=pin_memory,
     )
+
+
+def _canvases(sides: Sequence[Sequence[int]] | None) -> list[tuple[int, int]] | None:
+    return [(height, width) for height, width in sides] if sides else None

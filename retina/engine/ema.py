@@ -15,14 +15,15 @@ class ExponentialMovingAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.floating = [value for value in self.model.state_dict().values() if value.is_floating_point()]
+        """The averaged tensors."""
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """`step` is the 0-based number of the update just made."""
         decay = min(self.decay, (1 + step) / (10 + step))
         ours, theirs = self.model.state_dict(), model.state_dict()
-        floating = [key for key, value in ours.items() if value.is_floating_point()]
-        torch._foreach_lerp_([ours[k] for k in floating], [theirs[k] for k in floating], 1 - decay)
+        torch._foreach_lerp_(self.floating, [v for v in theirs.values() if v.is_floating_point()], 1 - decay)
         for key, value in ours.items():
             if not value.is_floating_point():
                 value.copy_(theirs[key])

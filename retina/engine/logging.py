@@ -1,9 +1,14 @@
-"""What a run says: the screen, `log.txt`, `metrics.jsonl` and TensorBoard, written by rank 0 only."""
+"""What a run says: the screen, `log.txt`, `metrics.jsonl` and TensorBoard, written by rank 0 only.
+
+None of it is worth a run: where there is no room, a warning says so once, training goes on, and what could not be
+written is kept until it can be."""
 
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +16,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from retina.errors import plain
+from retina.files import Appender, write_whole
+
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from retina.engine.board import Board
 
 
 class RunLogger:
@@ -22,38 +30,39 @@ class RunLogger:
         self.active = active
         if not active:
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only this rank needs it
+        from retina.engine.board import Board  # slow to import, and only this rank needs it
 
+        self._console = _Screen(highlight=False, soft_wrap=True)
+        self._log = Appender(folder / "log.txt")
+        self._metrics = Appender(folder / "metrics.jsonl")
         self._step = 0
-        self._new_board = lambda: SummaryWriter(str(folder / "tensorboard"), purge_step=self._step + 1)
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._metrics_file = folder / "metrics.jsonl"
-        self._log = (folder / "log.txt").open("a", encoding="utf-8")
-        self._metrics = self._metrics_file.open("a", encoding="utf-8")
-        self._open_board: SummaryWriter | None = None
+        self._new_board = lambda: Board(folder / "tensorboard", self._step)
+        self._open_board: Board | None = None
         self._progress: Progress | None = None
+        self._warned = False
 
     def info(self, text: str) -> None:
         """A line on the screen and in `log.txt`."""
         if not self.active:
             return
-        self._console.print(text, markup=False)
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._log.flush()
+        text = plain(text)
+        self._print(text)
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
+        self._attempt(self._log.file, lambda: self._log.write(line.encode()))
 
     def scalars(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """One record of `metrics.jsonl`, and the same numbers in TensorBoard under `kind/`. Steps never go back."""
         if not self.active:
             return
-        self._metrics.write(json.dumps({"step": step, "kind": kind, **_finite(values)}) + "\n")
-        self._metrics.flush()
+        record = json.dumps({"step": step, "kind": kind, **_finite(values)}, allow_nan=False) + "\n"
+        self._attempt(self._metrics.file, lambda: self._metrics.write(record.encode()))
         for name, value in _flatten(values, f"{kind}/"):
-            self._board.add_scalar(name, value, step)
+            self._attempt(self._board.file.file, partial(self._board.scalar, step, plain(name), value))
 
     def picture(self, step: int, name: str, image: NDArray[Any]) -> None:
         """`image` is uint8 [H W 3]."""
         if self.active:
-            self._board.add_image(name, image, step, dataformats="HWC")
+            self._attempt(self._board.file.file, lambda: self._board.picture(step, name, image))
 
     def progress(self, step: int, total: int, values: Mapping[str, float], seconds_left: float) -> None:
         """Moves the bar to `step` of `total`; on a screen that is no terminal, prints a line instead."""
@@ -89,33 +98,56 @@ class RunLogger:
         loss = f"  loss {losses['loss']:.3f}" if losses else ""
         self.info(f"evaluation at step {step}: {shown}{loss}  ({seconds:.0f} s){'  best so far' if better else ''}")
 
-    def resume(self, step: int) -> None:
-        """Continues after `step`: records of later steps, left by a run that was cut off, are dropped."""
+    def resume(self, step: int, pending_evaluation: bool = False) -> None:
+        """Continues after `step`: later records, and half a one, left by a run that was cut off, are dropped.
+
+        pending_evaluation: the evaluation of that very step is done again, so its record goes too. Raises OSError."""
         if not self.active:
             return
-        self._metrics.close()
-        _drop_records_after(self._metrics_file, step)
-        self._metrics = self._metrics_file.open("a", encoding="utf-8")
+        _drop_records(self._metrics.file, step, pending_evaluation)
         self._step = step
         if step:
             self.info(f"resumed at step {step}")
 
-    @property
-    def _board(self) -> "SummaryWriter":
-        """Opened at the first use, for it purges what lies after the step that the run goes on from."""
-        if self._open_board is None:
-            self._open_board = self._new_board()
-        return self._open_board
-
     def close(self) -> None:
+        """Tries once more to write what has found no room, and says what is lost for good."""
         if not self.active:
             return
         if self._progress is not None:
             self._progress.stop()
-        if self._open_board is not None:
-            self._open_board.close()
-        self._metrics.close()
-        self._log.close()
+        for appender in (self._metrics, *([self._open_board.file] if self._open_board else []), self._log):
+            self._attempt(appender.file, appender.flush)
+            if appender.waiting:
+                self._print(plain(f"warning: {appender.file}: the last {len(appender.waiting)} records are lost"))
+            self._attempt(appender.file, appender.close)
+
+    @property
+    def _board(self) -> "Board":
+        """Opened at the first use, for it hides what lies after the step that the run goes on from."""
+        if self._open_board is None:
+            self._open_board = self._new_board()
+        return self._open_board
+
+    def _attempt(self, file: Path, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as fault:
+            if not self._warned:
+                self._warned = True
+                self._print(
+                    plain(f"warning: {file}: {fault.strerror} - make room: training goes on, and it is written then")
+                )
+
+    def _print(self, text: str) -> None:
+        with suppress(OSError):  # a screen that is gone or a full disk behind it
+            self._console.print(text, markup=False)
+
+
+class _Screen(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more. Rich would end the program; here it only falls silent."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()
 
 
 def _flatten(values: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
@@ -128,25 +160,30 @@ def _flatten(values: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
     return flat
 
 
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+def _finite(value: Any) -> Any:
     """JSON knows no infinity and no NaN: null instead."""
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _drop_records_after(file: Path, step: int) -> None:
+def _drop_records(file: Path, step: int, pending_evaluation: bool) -> None:
     if not file.is_file():
         return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # a line cut off by a crash
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(file)
+    whole = file.read_bytes()
+    kept = b"".join(line for line in whole.splitlines(keepends=True) if _stays(line, step, pending_evaluation))
+    if kept != whole:
+        write_whole(file, kept)
+
+
+def _stays(line: bytes, step: int, pending_evaluation: bool) -> bool:
+    try:
+        record = json.loads(line)
+        again = record["step"] == step and record["kind"] == "val" and pending_evaluation
+        return line.endswith(b"\n") and record["step"] <= step and not again
+    except (ValueError, KeyError, TypeError):
+        return False  # cut off

@@ -1,11 +1,14 @@
 """The training loop: one update, and the run made of updates, evaluations and checkpoints."""
 
+import inspect
+import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,22 +18,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from retina import distributed
+from retina.data.coco import Annotations
 from retina.data.loader import BatchLoader
 from retina.data.sampler import DetectionBatchSampler
-from retina.engine.checkpoint import Progress, load_checkpoint, newest_valid, save_checkpoint
+from retina.engine.checkpoint import Progress, load_checkpoint, newest_valid
 from retina.engine.config import TrainConfig, to_steps
 from retina.engine.ema import ExponentialMovingAverage
+from retina.engine.keeper import Keeper
 from retina.engine.logging import RunLogger
 from retina.engine.meter import Meter
 from retina.engine.optim import Schedule, scale_and_clip, set_learning_rate
-from retina.errors import CheckpointError, ConfigError
+from retina.errors import CheckpointError, ConfigError, RetinaError
 from retina.evaluation.evaluate import Criterion, Evaluation
 from retina.evaluation.metrics import DetectionArrays
-from retina.model.weights import DetectorCard, save_detector
+from retina.model.weights import DetectorCard
 from retina.types import Batch, to_device
 from retina.visualize import batch_pictures, grid
 
-BEST = "best.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,6 +46,10 @@ class StepResult(NamedTuple):
     positives: Float[Tensor, ""]
     grad_norm: Float[Tensor, ""]
     """Norm of the whole gradient before clipping."""
+    own: Float[Tensor, "3"]
+    """Sums of this rank alone: classification loss, box loss, positives."""
+    updated: bool
+    """False where a number was not finite: then weights, optimizer and running statistics are as before."""
 
 
 def train_step(
@@ -53,12 +61,16 @@ def train_step(
     scaler: torch.amp.GradScaler,
     dtype: torch.dtype,
     clip_norm: float | None,
+    watched: Sequence[Tensor] = (),
 ) -> StepResult:
-    """One optimizer update.
+    """One optimizer update, or none on any rank if a loss, a gradient, a target box or one of the `watched` tensors is
+    NaN or infinite on some rank.
 
     Losses are divided by the positive anchors of all micro-batches of all ranks. Their number is known only at the
     end, so gradients of sums are accumulated and scaled once. Without positives the divisor is 1."""
     device = micro_batches[0].images.device
+    statistics = distributed.running_statistics(model)
+    before = [buffer.clone() for buffer in statistics]
     sums = torch.zeros(3, device=device)
     for i, batch in enumerate(micro_batches):
         waits = isinstance(model, DistributedDataParallel) and i + 1 < len(micro_batches)
@@ -67,16 +79,23 @@ def train_step(
                 losses = criterion(model(batch.images), batch.targets)
             # a constant divisor keeps fp16 gradients in range; the true one replaces it below
             scaler.scale((losses.classification + losses.box) / len(batch.images)).backward()
-        sums += torch.stack(losses).detach()
+        sums += torch.stack(losses).detach() + 0 * batch.targets.boxes.sum()  # 0 * inf is NaN: all ranks will know
+    own = sums.clone()
+    if watched:
+        sums += 0 * torch.nn.utils.get_total_norm(watched)
     distributed.all_reduce_sum(sums)
     positives = sums[2].clamp(min=1)
     scaler.unscale_(optimizer)
     factor = len(micro_batches[0].images) * distributed.world_size() / positives  # DDP takes means over ranks
     norm = scale_and_clip(model.parameters(), factor, clip_norm)
-    scaler.step(optimizer)
+    updated = bool((sums.sum() + norm).isfinite())
+    if updated:
+        scaler.step(optimizer)
+    elif before:
+        torch._foreach_copy_(statistics, before)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(sums[:2] / positives, sums[2], norm)
+    return StepResult(sums[:2] / positives, sums[2], norm, own, updated)
 
 
 def fit(
@@ -89,22 +108,27 @@ def fit(
     schedule: Schedule,
     loader: BatchLoader,
     sampler: DetectionBatchSampler,
-    evaluate: Callable[[nn.Module], Evaluation],
+    evaluate: Callable[..., Evaluation | None],
     draw: Callable[[DetectionArrays], np.ndarray],
     card: DetectorCard,
     logger: RunLogger,
     device: torch.device,
-    fingerprint: str,
-) -> Progress:
+    annotations: Annotations,
+    allow_data_change: bool = False,
+    stopping: Callable[[], int] = lambda: 0,
+) -> tuple[Progress, int]:
     """Trains until `config.length`, resuming from the newest valid checkpoint in `folder`.
 
-    evaluate: scores a model on all ranks.
+    evaluate: scores a model on all ranks; called with `stopping`, and None when it was told to stop.
     draw: a picture of some of its detections.
     card: goes into `best.safetensors`, which is written whenever the best metric improves, and at the end of a run
         without evaluations.
-    fingerprint: of the training annotations.
+    annotations: what is trained on. Resuming on others is refused, unless `allow_data_change`.
+    stopping: the number of the signal that asks to stop, or 0. When any rank says so, all finish their step and save.
 
-    Raises ConfigError when the settings contradict the data or the checkpoint."""
+    Returns where the run stands and the signal that stopped it, 0 if it is finished. Raises ConfigError when the
+    settings contradict the data or the checkpoint, RetinaError when data, numbers or the disk fail for good; what was
+    learned until then is saved first."""
     per_epoch = sampler.steps_per_epoch
     total = to_steps(config.length, steps_per_epoch=per_epoch, total=None, key="train.length")
     every = {"steps_per_epoch": per_epoch, "total": total}
@@ -113,80 +137,120 @@ def fit(
 
     ema = ExponentialMovingAverage(model, config.ema) if config.ema is not None else None
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    progress = _resume(folder, model, optimizer, ema, scaler, logger, fingerprint)
+    meter = Meter(config.batch_size)
+    keeper = Keeper(
+        folder,
+        keep=config.keep_checkpoints,
+        model=model,
+        optimizer=optimizer,
+        ema=ema,
+        scaler=scaler,
+        meter=meter,
+        card=card,
+        logger=logger,
+    )
+    due = partial(_evaluation_due, every=eval_every, total=total)
+    progress = _resume(folder, keeper, logger, annotations.fingerprint(), allow_data_change, due)
+    meter.load_state(progress.meter, device)
     if config.compile:
         model.compile()
     net = _parallel(model, device)
     model.train()
     progress.stopped_early = config.patience is not None and progress.evaluations_without_gain >= config.patience
-    meter = Meter(config.batch_size)
-    meter.load_state(progress.meter, device)
+    saved = (progress.step, progress.evaluated)
     batches = _endless(loader, sampler, progress.step)
-    while progress.step < total and not progress.stopped_early:
-        step = progress.step
-        # the random state is a function of seed, step and rank: resume needs nothing stored
-        torch.manual_seed(((config.seed * 1_000_003 + step) * 4099 + distributed.rank()) % 2**63)
-        with meter.waiting():
-            micro_batches = [to_device(next(batches), device) for _ in range(config.accumulate)]
-        lr = set_learning_rate(optimizer, schedule(step, **every))
-        result = train_step(
-            net,
-            criterion,
-            micro_batches,
-            optimizer=optimizer,
-            scaler=scaler,
-            dtype=DTYPES[config.precision],
-            clip_norm=config.clip_norm,
-        )
-        distributed.average_buffers(model)
-        if ema is not None:
-            ema.update(model, step)
-        progress.step += 1
-        meter.add(result.losses, result.positives, result.grad_norm)
+    stop = 0
+    ending: BaseException | None = None
+    with distributed.losing_touch(lambda: f"step {progress.step}"):
+        while True:
+            # what follows an update comes first, so that a run stopped between the two makes up for it
+            step = progress.step
+            if not ending and due(progress):
+                try:
+                    with meter.paused():
+                        stop = _evaluate(config, progress, keeper, evaluate, stopping, draw, logger)
+                except (RetinaError, SystemExit) as fault:
+                    ending = fault
+            last = step == total or progress.stopped_early
+            wanted = step % save_every == 0 or ("checkpoint" in keeper.missing and step % config.log_every == 0)
+            wanted = wanted and progress.bad_steps == 0  # diverging weights must not push out the last good ones
+            if (wanted or last or stop or ending) and saved != (step, progress.evaluated):
+                with meter.paused():
+                    keeper.save(progress)
+                saved = (step, progress.evaluated)
+            if last or stop or ending:
+                break
 
-        last = progress.step == total
-        evaluates = eval_every and (progress.step % eval_every == 0 or last)
-        if (step == 0 or evaluates) and config.pictures and logger.active:
-            pictures = batch_pictures(micro_batches[0], card.classes, config.pictures)
-            logger.picture(progress.step, "train/batch", grid(pictures))
-        if progress.step % config.log_every == 0 or last:
-            values = {"epoch": progress.step / per_epoch, "lr": lr, **meter.read()}
-            logger.scalars(progress.step, "train", values)
-            left = (total - progress.step) * config.batch_size / values["images_per_second"]
-            logger.progress(progress.step, total, values, left)
-        if evaluates:
-            with meter.paused():
-                _evaluate(folder, config, progress, ema.model if ema else model, evaluate, draw, card, logger)
-        if progress.step % save_every == 0 or last or progress.stopped_early:
-            with meter.paused():
-                progress.scaler, progress.meter = scaler.state_dict(), meter.state()
-                if distributed.is_main():
-                    save_checkpoint(
-                        folder / "checkpoints",
-                        progress,
-                        model=model,
-                        optimizer=optimizer,
-                        ema=ema,
-                        keep=config.keep_checkpoints,
-                    )
-    if not eval_every and distributed.is_main():
-        save_detector(folder / BEST, (ema.model if ema else model).state_dict(), replace(card, step=progress.step))
-    return progress
+            # the random state is a function of seed, step and rank: resume needs nothing stored
+            torch.manual_seed(((config.seed * 1_000_003 + step) * 4099 + distributed.rank()) % 2**63)
+            try:
+                with meter.waiting():
+                    micro_batches = [to_device(next(batches), device) for _ in range(config.accumulate)]
+            except RetinaError as fault:
+                ending = fault
+            stop, failed = distributed.agree(stop=stopping(), error=ending is not None)
+            if stop or failed:
+                ending = ending or (SystemExit(2) if failed else None)
+                continue
+            lr = set_learning_rate(optimizer, schedule(step, **every))
+            result = train_step(
+                net,
+                criterion,
+                micro_batches,
+                optimizer=optimizer,
+                scaler=scaler,
+                dtype=DTYPES[config.precision],
+                clip_norm=config.clip_norm,
+                watched=ema.floating if ema else (),
+            )
+            distributed.average_buffers(model)
+            progress.step += 1
+            if result.updated:
+                progress.bad_steps = 0
+                meter.add(result.losses, result.positives, result.grad_norm)
+                if ema is not None:
+                    ema.update(model, step)
+            elif not (scaler.is_enabled() and scaler.get_scale() >= 1 and result.losses.isfinite().all()):
+                # else only the factor was too large for fp16, and is now halved
+                _bad_step(config, progress, micro_batches, result, lr, annotations, logger)
+            if (step == 0 or due(progress)) and config.pictures and logger.active:
+                pictures = batch_pictures(micro_batches[0], card.classes, config.pictures)
+                logger.picture(progress.step, "train/batch", grid(pictures))
+            if meter.steps and (progress.step % config.log_every == 0 or progress.step == total):
+                values = {"epoch": progress.step / per_epoch, "lr": lr, **meter.read()}
+                logger.scalars(progress.step, "train", values)
+                left = (total - progress.step) * config.batch_size / values["images_per_second"]
+                logger.progress(progress.step, total, values, left)
+    if ending:
+        raise ending
+    if not stop and eval_every is None:
+        keeper.save_best(progress.step, {})
+    keeper.check()
+    return progress, stop
+
+
+def _evaluation_due(progress: Progress, *, every: int | None, total: int) -> bool:
+    """Whether the weights as they are now should be scored, and have not been."""
+    at_one = every is not None and progress.step > 0 and (progress.step % every == 0 or progress.step == total)
+    return at_one and progress.evaluated < progress.step
 
 
 def _evaluate(
-    folder: Path,
     config: TrainConfig,
     progress: Progress,
-    model: nn.Module,
-    evaluate: Callable[[nn.Module], Evaluation],
+    keeper: Keeper,
+    evaluate: Callable[..., Evaluation | None],
+    stopping: Callable[[], int],
     draw: Callable[[DetectionArrays], np.ndarray],
-    card: DetectorCard,
     logger: RunLogger,
-) -> None:
-    """Scores the model, keeps it if it is the best so far, and decides whether the run has stopped gaining."""
+) -> int:
+    """Scores the model, keeps it if it is the best so far, and decides whether the run has stopped gaining.
+
+    Returns the signal that cut it short, with nothing decided, or 0."""
     started = time.perf_counter()
-    evaluation = evaluate(model)
+    evaluation = evaluate(keeper.best_model, stopping=stopping)
+    if evaluation is None:
+        return distributed.agree(stop=stopping()).stop
     seconds = time.perf_counter() - started
     value = evaluation.metrics[config.best_metric]
     better = value is not None and (progress.best is None or value > progress.best)
@@ -194,24 +258,54 @@ def _evaluate(
         progress.best, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
     else:
         progress.evaluations_without_gain += 1
-    if (better or progress.best is None) and distributed.is_main():
-        numbers = {key: number for key, number in evaluation.metrics.items() if key != "per_class"}
-        save_detector(folder / BEST, model.state_dict(), replace(card, step=progress.step, metrics=numbers))
-    if config.patience is not None and progress.evaluations_without_gain >= config.patience:
-        progress.stopped_early = True
+    if better or progress.best is None:
+        keeper.save_best(progress.step, {k: v for k, v in evaluation.metrics.items() if k != "per_class"})
+    progress.stopped_early = config.patience is not None and progress.evaluations_without_gain >= config.patience
+    progress.evaluated = progress.step
     logger.evaluation(progress.step, evaluation.metrics, evaluation.losses, seconds, better=better)
     if config.pictures and logger.active:
         logger.picture(progress.step, "val/detections", draw(evaluation.detections))
+    return 0
+
+
+def _bad_step(
+    config: TrainConfig,
+    progress: Progress,
+    micro_batches: Sequence[Batch],
+    result: StepResult,
+    lr: float,
+    annotations: Annotations,
+    logger: RunLogger,
+) -> None:
+    """Says on rank 0 which images were in the update that was skipped; raises RetinaError after too many in a row."""
+    progress.bad_steps += 1
+    ends = progress.bad_steps >= config.max_bad_steps
+    indices = torch.cat([batch.indices for batch in micro_batches]).tolist()
+    ranks = list(enumerate(distributed.gather_objects((result.own.tolist(), indices))))
+    guilty = [one for one in ranks if not all(map(math.isfinite, one[1][0]))] or ranks
+    images = [f"{annotations.image_ids[i]} ({annotations.file_name(i)})" for _, (_, rows) in guilty for i in rows]
+    more = f" and {len(images) - 16} more" if len(images) > 16 else ""
+    line = (
+        f"step {progress.step}: update skipped, for a number in it is not finite: loss class "
+        f"{result.losses[0]:.4g}, box {result.losses[1]:.4g}, gradient norm {result.grad_norm:.4g}, lr {lr:.4g}, "
+        f"rank {', '.join(str(rank) for rank, _ in guilty)}, image {', '.join(images[:16])}{more}"
+    )
+    if not ends:
+        logger.info(f"warning: {line}")
+        return
+    if not distributed.is_main():
+        sys.exit(2)
+    advice = "lower optimizer.lr, give train.clip_norm, or look at these images"
+    raise RetinaError(f"{line} - {progress.bad_steps} in a row (train.max_bad_steps): {advice}")
 
 
 def _resume(
     folder: Path,
-    model: nn.Module,
-    optimizer: Optimizer,
-    ema: ExponentialMovingAverage | None,
-    scaler: torch.amp.GradScaler,
+    keeper: Keeper,
     logger: RunLogger,
     fingerprint: str,
+    allow_data_change: bool,
+    due: Callable[[Progress], bool],
 ) -> Progress:
     # rank 0 chooses: with folders on a network disk, ranks might see different checkpoints
     checkpoint, faults = distributed.broadcast_object(
@@ -224,26 +318,32 @@ def _resume(
     if checkpoint is None:
         logger.resume(0)
         return Progress(annotations=fingerprint)
-    progress = load_checkpoint(checkpoint, model=model, optimizer=optimizer, ema=ema)
+    progress = load_checkpoint(checkpoint, model=keeper.model, optimizer=keeper.optimizer, ema=keeper.ema)
     if progress.annotations != fingerprint:
-        raise ConfigError(
-            f"{checkpoint}: was trained on other annotations than data.train now has - restore them, "
-            "or choose another name=..."
-        )
+        if not allow_data_change:
+            raise ConfigError(
+                f"{checkpoint}: was trained on other annotations than data.train now has - restore them, choose "
+                "another name=..., or go on with allow_data_change=true"
+            )
+        logger.info("warning: the annotations are not those the run began with (allow_data_change)")
+        progress.annotations = fingerprint
     if progress.scaler:
-        scaler.load_state_dict(progress.scaler)
-    logger.resume(progress.step)
+        keeper.scaler.load_state_dict(progress.scaler)
+    logger.resume(progress.step, pending_evaluation=due(progress))
     return progress
 
 
 def _parallel(model: nn.Module, device: torch.device) -> nn.Module:
     if distributed.world_size() == 1:
         return model
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in torch 2.15
+    buffers: dict[str, Any] = {name: False}  # running statistics are averaged after each update instead
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # running statistics are averaged after each update instead
         gradient_as_bucket_view=True,
+        **buffers,
     )
 
 

@@ -20,7 +20,7 @@ class Meter:
 
     def _reset(self) -> None:
         self._sums: Tensor | None = None
-        self._steps = 0
+        self.steps = 0
         self._waited = self._paused = 0.0
         self._started = time.perf_counter()
 
@@ -28,7 +28,7 @@ class Meter:
         """`losses` [2]: classification and box."""
         numbers = torch.cat([losses, positives.view(1), grad_norm.view(1)])
         self._sums = numbers if self._sums is None else self._sums + numbers
-        self._steps += 1
+        self.steps += 1
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -45,17 +45,17 @@ class Meter:
 
     def state(self) -> list[float]:
         """Steps and sums so far, for a checkpoint: a resumed run then logs what the whole one would have."""
-        return [] if self._sums is None else [float(self._steps), *self._sums.tolist()]
+        return [] if self._sums is None else [float(self.steps), *self._sums.tolist()]
 
     def load_state(self, state: list[float], device: torch.device) -> None:
         if state:
-            self._steps, self._sums = int(state[0]), torch.tensor(state[1:], device=device)
+            self.steps, self._sums = int(state[0]), torch.tensor(state[1:], device=device)
 
     def read(self) -> dict[str, float]:
         """Loss parts per positive anchor, positives per step, gradient norm, images/s of the whole run and the share of
         time spent waiting for data."""
         assert self._sums is not None, "read before any update"
-        classification, box, positives, norm = (self._sums / self._steps).tolist()
+        classification, box, positives, norm = (self._sums / self.steps).tolist()
         seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
         values = {
             "loss": classification + box,
@@ -63,7 +63,7 @@ class Meter:
             "loss_box": box,
             "positives": positives,
             "grad_norm": norm,
-            "images_per_second": self._steps * self.batch_size / seconds,
+            "images_per_second": self.steps * self.batch_size / seconds,
             "data_wait": self._waited / seconds,
         }
         self._reset()

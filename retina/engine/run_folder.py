@@ -1,20 +1,37 @@
 """The folder of a run: whose it is, whether it may be continued, and what of its settings changed."""
 
+import errno
+import fcntl
+import os
 import shutil
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from retina.errors import ConfigError
+from retina.files import temporary_of, write_whole
 
-OWN = ("config.yaml", "log.txt", "metrics.jsonl", "best.safetensors", "checkpoints", "tensorboard", "eval")
-"""What a run writes, and all that `overwrite` removes."""
+OWN = (
+    "log.txt",
+    "metrics.jsonl",
+    "best.safetensors",
+    "data_report.json",
+    "checkpoints",
+    "tensorboard",
+    "eval",
+)
+"""What a run writes beside `config.yaml`, and all that `overwrite` removes."""
+
+LOCK = ".lock"
+
+WORDS = ("overwrite", "traceback", "allow_data_change")
+"""Settings that are about one command, not about the run."""
 
 HARMLESS = (
-    "overwrite",
-    "traceback",
     "runs",
     "data.root",  # the fingerprint of the annotations is compared instead
     "data.train.annotations",
@@ -23,74 +40,160 @@ HARMLESS = (
     "data.val.images",
     "data.num_workers",
     "data.eval_batch_size",
+    "data.max_bad_fraction",
     "train.log_every",
     "train.keep_checkpoints",
     "train.pictures",
     "train.device",
     "train.patience",
     "train.save_every",
+    "train.max_bad_steps",
 )
-"""Settings that change nothing about the weights a run arrives at; they may differ when it is resumed."""
+"""Settings that change nothing about the weights a run arrives at, or only whether it does; they may differ when it is
+resumed."""
 
 
-def open_run(folder: Path, config: Mapping[str, Any], *, overwrite: bool) -> bool:
-    """Makes the folder and writes `config.yaml`; returns True when a run of the same settings is already there.
+class Opened(NamedTuple):
+    resumes: bool
+    """Whether a run of the same settings is already there."""
+    changed: list[str]
+    """Harmless settings that are others now: `train.log_every: 20 there, 5 now`."""
+    locked: bool
+    """False where the file system knows no locks, so that nothing keeps a second process out."""
+
+    def told(self) -> list[str]:
+        """Lines for the log."""
+        lines = [f"going on with another setting: {line}" for line in self.changed]
+        return lines if self.locked else [*lines, "warning: this file system has no locks: start no second run here"]
+
+
+class Difference(NamedTuple):
+    key: str
+    there: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.there} there, {self.now} now"
+
+
+def open_run(folder: Path, config: Mapping[str, Any], *, overwrite: bool, patience: float = 5.0) -> Opened:
+    """Makes the folder, locks it until this process ends, and writes `config.yaml`.
 
     A run that failed before its first checkpoint holds nothing to lose, and other settings may take its place.
-    Raises ConfigError when the folder holds another run (naming the first setting that differs) or something that is
-    no run at all. `overwrite` removes what an earlier run wrote, never anything else."""
-    settings = folder / "config.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder}: is a file - choose another name=...")
-    if settings.is_file() and holds_work(folder):
-        if not overwrite:
-            differences = compare(read_settings(settings), config)
-            if differences:
-                more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
-                raise ConfigError(
-                    f"{folder}: holds another run: {differences[0]}{more} - choose another name=..., repeat its "
-                    "settings to resume it, or give overwrite=true to discard it"
-                )
-            return True
-        for name in OWN:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif folder.is_dir() and any(folder.iterdir()) and not settings.is_file():
-        raise ConfigError(f"{folder}: holds files but no run - choose another name=...")
+    `overwrite` removes what an earlier run wrote, never anything else. `patience` is the seconds that a process of the
+    same run has to end, for one that was told to stop saves first.
+
+    Raises ConfigError when the folder cannot be written, another process trains there (naming it), or it holds
+    something that is no run at all or another run: the line names the first setting that differs, and the notes
+    (PEP 678) are a table of all."""
     try:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder}: is a file - choose another name=...")
+        settings = folder / "config.yaml"
+        ours = {LOCK, temporary_of(settings).name}  # of a start that was cut off
+        if folder.is_dir() and not settings.is_file() and any(p.name not in ours for p in folder.iterdir()):
+            raise ConfigError(f"{folder}: holds files but no run - choose another name=...")
         folder.mkdir(parents=True, exist_ok=True)
-        settings.write_text(yaml.safe_dump(dict(config), sort_keys=False))
-    except OSError as fault:
-        raise ConfigError(f"{folder}: cannot be written ({fault.strerror}) - choose another runs=FOLDER") from None
-    return False
+        locked = _lock(folder, patience)
+        resumes, changed = False, []
+        if overwrite and settings.is_file():
+            _remove(folder)
+        elif settings.is_file() and holds_work(folder):
+            resumes, changed = True, _compare_runs(folder, read_settings(settings), config)
+        for name in OWN:
+            temporary_of(folder / name).unlink(missing_ok=True)
+        if changed or not resumes:
+            write_whole(settings, yaml.safe_dump(dict(config), sort_keys=False).encode())
+        return Opened(resumes, changed, locked)
+    except (OSError, ValueError) as fault:
+        reason = fault.strerror if isinstance(fault, OSError) else fault
+        raise ConfigError(f"{folder}: cannot be written ({reason}) - make room, or choose runs=FOLDER") from None
 
 
 def holds_work(folder: Path) -> bool:
     """Whether a run has got as far as a checkpoint or weights."""
-    return (folder / "best.safetensors").exists() or any((folder / "checkpoints").glob("step_*"))
+    names = [path.name for path in (folder / "checkpoints").glob("*step_*")]
+    saved = any(name.startswith("step_") or name.endswith(".aside") for name in names)
+    return saved or (folder / "best.safetensors").exists()
 
 
 def read_settings(file: Path) -> dict[str, Any]:
     """A run's `config.yaml`. Raises ConfigError when it is no YAML mapping."""
     try:
-        values = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         values = None
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: is damaged - choose another name=..., or overwrite=true to discard that run")
     return values
 
 
-def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One entry per setting that matters and differs: `optimizer.lr: 0.01 there, 0.02 now`."""
+def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """Every setting that differs, harmless or not, in the order of the files."""
     old, new = _flatten(before), _flatten(now)
-    keys = [key for key in (*old, *(k for k in new if k not in old)) if key not in HARMLESS]
     absent = "(absent)"
-    return [
-        f"{key}: {old.get(key, absent)} there, {new.get(key, absent)} now"
-        for key in keys
-        if old.get(key, absent) != new.get(key, absent)
-    ]
+    pairs = [Difference(key, old.get(key, absent), new.get(key, absent)) for key in {**old, **new} if key not in WORDS]
+    return [pair for pair in pairs if pair.there != pair.now]
+
+
+def _compare_runs(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What may differ and does. Raises ConfigError for what may not."""
+    differences = compare(before, now)
+    grave = [one for one in differences if one.key not in HARMLESS]
+    if not grave:
+        return [str(one) for one in differences]
+    more = f" (and {len(grave) - 1} more)" if len(grave) > 1 else ""
+    fault = ConfigError(
+        f"{folder}: holds another run: {grave[0]}{more} - choose another name=..., repeat its settings to resume it, "
+        "or give overwrite=true to discard it"
+    )
+    for line in _table([Difference("field", "checkpoint", "now"), *grave]):
+        fault.add_note(line)
+    raise fault
+
+
+def _table(rows: list[Difference]) -> list[str]:
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def _remove(folder: Path) -> None:
+    """`config.yaml` stays until the new one takes its place: without it, nobody would know this to be a run."""
+    for name in OWN:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def _lock(folder: Path, patience: float) -> bool:
+    """Locks the folder for this process. Raises ConfigError naming the process that has it, OSError.
+
+    A POSIX record lock: the kernel drops it when the process ends, however that happens, and children do not share it,
+    so that loader workers who outlive their parent for seconds keep nobody out. It would also go if the file were
+    closed, so it is not."""
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as fault:
+            if fault.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                os.close(descriptor)
+                return False
+            if fault.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            if time.monotonic() >= deadline:
+                host, _, pid = os.pread(descriptor, 300, 0).decode(errors="replace").strip().rpartition(" ")
+                os.close(descriptor)
+                raise ConfigError(
+                    f"{folder}: process {pid or '?'} on {host or '?'} is training here - wait until it ends, stop it, "
+                    "or choose another name=..."
+                ) from None
+            time.sleep(0.05)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
+    return True
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

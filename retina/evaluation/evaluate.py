@@ -1,16 +1,17 @@
 """Runs a detector over a data set and scores it."""
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from retina import distributed
 from retina.data.coco import Annotations
-from retina.distributed import all_reduce_sum
 from retina.evaluation.collect import DetectionCollector
 from retina.evaluation.metrics import DetectionArrays, coco_metrics
-from retina.postprocess import to_original
+from retina.postprocess import count_non_finite, refuse_non_finite, to_original
 from retina.types import Batch, Detections, Losses, Predictions, Targets, to_device
 
 Postprocess = Callable[[Predictions, Tensor], list[Detections]]
@@ -37,28 +38,62 @@ def evaluate(
     device: torch.device,
     criterion: Criterion | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Evaluation:
+    stopping: Callable[[], int] | None = None,
+) -> Evaluation | None:
     """Detections of this rank's share of images, gathered from all ranks and scored against `annotations`.
 
-    The model is left in the mode it came in."""
+    Images that the loader leaves out count as images without detections: their objects are missed. The model is left in
+    the mode it came in.
+
+    stopping: asked once per batch whether a signal says to stop (its number, or 0). If it does so on any rank, nothing
+        is scored and every rank returns None, once each has come to a stop or to the end of its share.
+
+    Raises what the loader or the model raised on this rank (the other ranks then exit with code 2), and on rank 0
+    DataError when numbers that the model predicted are not finite.
+    """
+    collector = DetectionCollector()
+    losses = torch.zeros(3, device=device)
+    non_finite = torch.zeros((), dtype=torch.int64, device=device)
+    stop, fault = 0, None
     was_training = model.training
     model.eval()
-    collector = DetectionCollector()
-    sums = torch.zeros(3, device=device)
-    for batch in loader:
-        on_device = to_device(batch, device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            predictions = model(on_device.images)
-            if criterion is not None:
-                sums += torch.stack(criterion(predictions, on_device.targets))
-        found = postprocess(predictions, on_device.sizes)
-        shapes = zip(found, batch.sizes, batch.original_sizes, strict=True)
-        collector.add(batch.indices, [to_original(one, size, original) for one, size, original in shapes])
+    try:
+        for batch in loader:
+            if stopping is not None and (stop := stopping()):
+                break
+            on_device = to_device(batch, device)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                predictions = model(on_device.images)
+                if criterion is not None:
+                    losses += torch.stack(criterion(predictions, on_device.targets))
+            non_finite += count_non_finite(predictions)
+            found = postprocess(predictions, on_device.sizes)
+            shapes = zip(found, batch.sizes, batch.original_sizes, strict=True)
+            collector.add(batch.indices, [to_original(one, size, original) for one, size, original in shapes])
+    except Exception as caught:  # the other ranks, who will wait for this one, are told first
+        fault = caught
     model.train(was_training)
+    verdict = distributed.agree(stop=stop, error=fault is not None)
+    if fault is not None:
+        raise fault
+    if verdict.error:
+        sys.exit(2)
+    if verdict.stop:
+        return None
+    count = int(distributed.all_reduce_sum(non_finite))
     detections = collector.gather()
-    losses = {}
-    if criterion is not None:
-        classification, box, positives = all_reduce_sum(sums).tolist()
-        classification, box = classification / max(positives, 1), box / max(positives, 1)
-        losses = {"loss": classification + box, "loss_classification": classification, "loss_box": box}
-    return Evaluation(coco_metrics(annotations, detections), detections, losses)
+    metrics: dict[str, Any] = {}
+
+    def score() -> None:
+        refuse_non_finite(count, annotations.file)
+        metrics.update(coco_metrics(annotations, detections))
+
+    distributed.on_main(score)
+    per_positive = {} if criterion is None else _per_positive(distributed.all_reduce_sum(losses))
+    return Evaluation(distributed.broadcast_object(metrics), detections, per_positive)
+
+
+def _per_positive(sums: Tensor) -> dict[str, float]:
+    classification, box, positives = sums.tolist()
+    classification, box = classification / max(positives, 1), box / max(positives, 1)
+    return {"loss": classification + box, "loss_classification": classification, "loss_box": box}

@@ -1,5 +1,6 @@
 """Pictures of detections beside the ground truth, of images spread evenly over a data set."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from retina.data.coco import Annotations
-from retina.data.images import read_image
+from retina.data.images import MAX_PIXELS, read_image
+from retina.errors import DataError
 from retina.evaluation.metrics import DetectionArrays
 from retina.types import Detections
 from retina.visualize import grid, side_by_side
@@ -18,37 +20,53 @@ _GRID_SIDE = 2400  # pixels: a screenful that TensorBoard still loads at once
 
 
 def evaluation_pictures(
-    annotations: Annotations, detections: DetectionArrays, *, max_images: int, score_threshold: float = 0.3
+    annotations: Annotations,
+    detections: DetectionArrays,
+    *,
+    max_images: int,
+    score_threshold: float = 0.3,
+    max_pixels: int = MAX_PIXELS,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """One picture of up to `max_images` images, each beside its detections with score >= threshold.
 
-    The same images in every evaluation of a data set, so that the pictures of a run can be compared.
-
-    Raises DataError for an image that cannot be read, ValueError when there is none to draw."""
-    pictures = [picture for _, picture in _pairs(annotations, detections, max_images, score_threshold)]
+    The same images in every evaluation of a data set, so that the pictures of a run can be compared. An image that
+    cannot be read is left out, for the loader tells of it; without any, the picture is one grey pixel."""
+    pairs = _pairs(annotations, detections, max_images, score_threshold, max_pixels)
+    pictures = [picture for _, picture in pairs] or [np.full((1, 1, 3), 128, np.uint8)]
     whole = Image.fromarray(grid(pictures))
     whole.thumbnail((_GRID_SIDE, _GRID_SIDE))
     return np.asarray(whole).copy()
 
 
 def write_evaluation_pictures(
-    folder: Path, annotations: Annotations, detections: DetectionArrays, *, max_images: int, score_threshold: float
+    folder: Path,
+    annotations: Annotations,
+    detections: DetectionArrays,
+    *,
+    max_images: int,
+    score_threshold: float,
+    max_pixels: int = MAX_PIXELS,
 ) -> int:
     """A JPEG for each of those images, named `<image id>_<file name>.jpg`; returns how many."""
     count = 0
-    for index, picture in _pairs(annotations, detections, max_images, score_threshold):
+    for index, picture in _pairs(annotations, detections, max_images, score_threshold, max_pixels):
         folder.mkdir(parents=True, exist_ok=True)
         # the id keeps images of equal names apart; folders of the file name could lead out of `folder`
-        name = f"{annotations.image_ids[index]}_{Path(annotations.file_name(index)).stem}.jpg"
+        stem = os.fsencode(Path(annotations.file_name(index)).stem)[:200].decode(errors="ignore")
+        name = f"{annotations.image_ids[index]}_{stem}.jpg"
         Image.fromarray(picture).save(folder / name, quality=90)
         count += 1
     return count
 
 
 def _pairs(
-    annotations: Annotations, detections: DetectionArrays, max_images: int, score_threshold: float
+    annotations: Annotations, detections: DetectionArrays, max_images: int, score_threshold: float, max_pixels: int
 ) -> Iterator[tuple[int, UInt8[np.ndarray, "_ _ 3"]]]:
     for index in np.unique(np.linspace(0, len(annotations) - 1, max_images).round().astype(int)).tolist():
+        try:
+            image = read_image(annotations.path(index), max_pixels=max_pixels)
+        except DataError:
+            continue
         objects = slice(annotations.offsets[index], annotations.offsets[index + 1])
         rows = np.flatnonzero(detections.indices == index)
         found = Detections(
@@ -57,7 +75,7 @@ def _pairs(
             torch.from_numpy(detections.labels[rows]),
         )
         picture = side_by_side(
-            read_image(annotations.path(index)),
+            image,
             annotations.boxes[objects],
             annotations.labels[objects],
             found,

@@ -1,8 +1,7 @@
 """Results on disk and on screen: COCO results files in, metrics out as JSON or as a table."""
 
 import json
-import os
-import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from retina.data.coco import Annotations
+from retina.data.coco_checks import RecordsError
 from retina.errors import DataError
 from retina.evaluation.metrics import DetectionArrays
+from retina.files import write_whole
 
 _HEADLINES = {
     "AP": "IoU 0.50:0.95",
@@ -28,40 +29,59 @@ _HEADLINES = {
     "ARl": "area over 96^2",
 }
 _COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+_LARGEST = 1e100
+"""A larger number is no score and no pixel: areas of boxes that far away would not be finite."""
 
 
 def read_results(file: Path, annotations: Annotations) -> DetectionArrays:
     """Detections of a COCO results file: a JSON list of {"image_id", "category_id", "bbox": [x, y, w, h], "score"}.
 
     Other keys are ignored, an empty list is fine, and the order of the file is kept (it ranks equal scores). Numbers
-    stay float64. Raises DataError naming the first record that is faulty: a missing key, a value of the wrong type or
-    not finite, an image or category that `annotations` does not have.
+    stay float64.
+
+    Raises:
+        DataError: the file cannot be read, or is no list.
+        RecordsError: results lack a key, hold a value of the wrong type or one that is not finite: one line for each.
+            One line too for each image or category that `annotations` does not have, with the number of its results.
     """
     try:
         records = json.loads(file.read_bytes())
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror} - check the path") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: is not JSON: {error} - write it again") from None
     if not isinstance(records, list):
         raise DataError(
             f"{file}: holds {type(records).__name__} instead of a list - give a results file, not an annotation file"
         )
-    images = {int(image_id): index for index, image_id in enumerate(annotations.image_ids)}
-    labels = {known: label for label, known in enumerate(annotations.category_ids) if known is not None}
-    rows = np.empty((len(records), 2), dtype=np.int64)
+    known = {
+        "image_id": {int(image_id): index for index, image_id in enumerate(annotations.image_ids)},
+        "category_id": {own: label for label, own in enumerate(annotations.category_ids) if own is not None},
+    }
+    rows = np.zeros((len(records), 2), dtype=np.int64)
     numbers = np.empty((len(records), 5), dtype=np.float64)
+    faults: list[str] = []
+    unknown: Counter[tuple[str, int]] = Counter()
     for position, record in enumerate(records):
         try:
-            rows[position] = _known(record, "image_id", images), _known(record, "category_id", labels)
+            ids = [_id(record, key) for key in known]
             numbers[position] = *_bbox(record), _number(record["score"], "score")
         except KeyError as error:
-            problem = f"has no key {error} - every result needs image_id, category_id, bbox and score"
-        except _RecordError as error:
-            problem = str(error)
-        else:
+            keys = "image_id, category_id, bbox and score"
+            faults.append(f"{file}: result {position}: has no key {error} - every result needs {keys}")
             continue
-        raise DataError(f"{file}: result {position}: {problem}")
+        except _RecordError as error:
+            faults.append(f"{file}: result {position}: {error}")
+            continue
+        unknown.update((key, own) for key, own in zip(known, ids, strict=True) if own not in known[key])
+        rows[position] = [known[key].get(own, 0) for key, own in zip(known, ids, strict=True)]
+    faults += [
+        f"{file}: {key} {own!r:.40}: is that of {count} result{'s' * (count > 1)}, but not in {annotations.file} - use "
+        "the ids of that file"
+        for (key, own), count in unknown.items()
+    ]
+    if faults:
+        raise RecordsError(faults)
     boxes = numbers[:, :4]
     boxes[:, 2:] += boxes[:, :2]
     return DetectionArrays(rows[:, 0], boxes, numbers[:, 4], rows[:, 1])
@@ -71,17 +91,13 @@ class _RecordError(Exception):
     """What is wrong with one record and how to mend it."""
 
 
-def _known(record: object, key: str, known: Mapping[int, int]) -> int:
+def _id(record: object, key: str) -> int:
     if not isinstance(record, dict):
         raise _RecordError(f"is {record!r:.40} instead of an object - write one object per detection")
     value = record[key]
     if isinstance(value, bool) or not isinstance(value, int):
         raise _RecordError(f"{key} is {value!r:.40} instead of an integer - use the ids of the annotation file")
-    if value not in known:
-        raise _RecordError(
-            f"{key} {value!r:.40} is not in the annotations - use the ids of the file these results are for"
-        )
-    return known[value]
+    return value
 
 
 def _bbox(record: Mapping[str, object]) -> list[float]:
@@ -94,7 +110,7 @@ def _bbox(record: Mapping[str, object]) -> list[float]:
 def _number(value: object, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _RecordError(f"{key} holds {value!r:.40} instead of a number - write a finite number")
-    if not abs(value) <= sys.float_info.max:
+    if not abs(value) <= _LARGEST:
         raise _RecordError(f"{key} holds {value!r:.40} - write a finite number")
     return float(value)
 
@@ -106,12 +122,7 @@ def write_metrics(file: Path, metrics: Mapping[str, Any]) -> None:
     """
     text = json.dumps(metrics, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(file, text.encode())
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:

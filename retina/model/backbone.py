@@ -1,8 +1,12 @@
 """Bottom-up networks: torchvision's ResNets as a source of the maps C2..C5 with declared strides and channels."""
 
+import sys
+import tarfile
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -87,24 +91,44 @@ class ResNet(nn.Module):
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """State dict of a `.safetensors` file, or of a `.pth` / `.pt` file by `weights_only=True`: no code is run."""
+    """State dict of a `.safetensors` file, or of a `.pth` / `.pt` file by `weights_only=True`: no code is run.
+
+    Raises CheckpointError for a file that is missing, damaged, larger when unpacked, or holds anything but named dense
+    tensors (with `state_dict` or `model` around them, as trainers write)."""
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file - give an existing .safetensors or .pth file")
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = load_file(file) if file.suffix == ".safetensors" else _load_pickled(file)
     except (SafetensorError, OSError) as fault:
-        raise CheckpointError(f"{file}: cannot be read ({str(fault).splitlines()[0]}) - fetch it again") from None
+        raise CheckpointError(f"{file}: cannot be read ({_first_line(fault)}) - fetch it again") from None
     except Exception as fault:  # torch.load raises many types on foreign bytes
-        reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
-        raise CheckpointError(f"{file}: not a plain state dict ({reason[:120]}) - save it as safetensors") from None
+        reason = _first_line(fault)[:120]
+        raise CheckpointError(f"{file}: not a plain state dict ({reason}) - save it as safetensors") from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and _is_dense(v) for k, v in state.items()):
         raise CheckpointError(f"{file}: not a plain state dict - save only model.state_dict()")
     return state
+
+
+def _load_pickled(file: Path) -> Any:
+    if tarfile.is_tarfile(file):  # torch would unpack it before it looks what it is
+        raise ValueError("a tar archive, as torch wrote before 2017")
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:  # torch never compresses
+                raise ValueError("compressed, and larger than it says")
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _is_dense(value: Any) -> bool:
+    """A tensor whose numbers are there to be copied."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_quantized)
+
+
+def _first_line(fault: Exception) -> str:
+    return next(iter(str(fault).splitlines()), type(fault).__name__)
 
 
 def _download(name: str, weights: str) -> dict[str, Tensor]:
@@ -117,13 +141,17 @@ def _download(name: str, weights: str) -> dict[str, Tensor]:
             f"model.weights: {weights!r} is not known for {name} - choose {names}, a file, or null"
         ) from None
     file = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rpartition("/")[2]
-    try:
-        return entry.get_state_dict(progress=False, check_hash=True)
-    except (URLError, OSError, RuntimeError) as fault:
-        raise CheckpointError(
-            f"model.weights: {weights} of {name} could not be downloaded ({fault}) - "
-            f"put {file.name} into {file.parent}, or give model.weights=FILE, or null to train from scratch"
-        ) from None
+    if not file.is_file():
+        digest = file.stem.rpartition("-")[2]  # the first digits of its SHA-256
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(entry.url, str(file), digest, progress=sys.stderr.isatty())
+        except (URLError, OSError, RuntimeError) as fault:
+            raise CheckpointError(
+                f"model.weights: {weights} of {name} could not be downloaded ({fault}) - "
+                f"put {file.name} into {file.parent}, or give model.weights=FILE, or null to train from scratch"
+            ) from None
+    return read_weights(file)  # torchvision's own loader would unpickle whatever lies in the cache
 
 
 def _is_file_name(weights: str) -> bool:

@@ -1,23 +1,39 @@
 """The file a trained detector travels in: weights as safetensors, everything else needed to use them in its header.
 
 The model is rebuilt from keyword arguments of `retinanet`, never from code or import paths in the file.
+
+The header also holds the SHA-256 of the whole file, taken while 64 zeros stand in its place, so that no flipped bit
+goes unnoticed. Files written before there was one are read without it.
 """
 
+import hashlib
 import json
-import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from retina.errors import CheckpointError, RetinaError
+from retina.files import write_whole
 from retina.model.retinanet import RetinaNet, retinanet
 
 SCHEMA_VERSION = 1
+_NO_DIGEST = "0" * 64
+_TYPES = {
+    "model": dict,
+    "classes": list,
+    "category_ids": list,
+    "preprocessing": dict,
+    "postprocess": dict,
+    "step": int,
+    "metrics": dict,
+    "schema_version": int,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,56 +54,151 @@ class DetectorCard:
 
 
 def save_detector(file: Path, state: dict[str, Tensor], card: DetectorCard) -> None:
-    """Writes beside `file` and renames once, so a reader sees the old file or the new one, never a half."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("wb") as handle:
-        handle.write(serialize(state, {"retina": json.dumps(asdict(card))}))
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(file)
+    """Writes beside `file` and renames once, so a reader sees the old file or the new one, never a half.
+
+    Raises OSError, or CheckpointError for weights that are not finite; `file` is then as it was."""
+    if key := first_non_finite(state):
+        raise CheckpointError(
+            f"{file}: {key} is not finite, so nothing was saved - lower optimizer.lr, or give train.clip_norm"
+        )
+    data = serialize(state, {"retina": json.dumps({"sha256": _NO_DIGEST, **asdict(card)})})
+    digest = hashlib.sha256(data).hexdigest()
+    write_whole(file, data.replace(_NO_DIGEST.encode(), digest.encode(), 1))
 
 
-def serialize(state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+def serialize(state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """A state dict as the bytes of a safetensors file (`save_file` would give the file to its owner alone)."""
     return save({key: value.detach().cpu().contiguous() for key, value in state.items()}, metadata)
 
 
+def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity. Waits for each device once."""
+    for device in {tensor.device for tensor in tensors.values()}:
+        names = [name for name, tensor in tensors.items() if tensor.device == device and tensor.is_floating_point()]
+        if not names:
+            continue
+        finite = torch.stack([tensors[name].isfinite().all() for name in names]).tolist()
+        if not all(finite):
+            return names[finite.index(False)]
+    return None
+
+
 def read_card(file: Path) -> DetectorCard:
-    """The header of a weights file. Raises CheckpointError when there is none or it is of another version."""
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file - give a run folder or a .safetensors file written by training")
-    try:
-        with safe_open(file, framework="pt") as handle:
-            header = handle.metadata() or {}
-        values = json.loads(header["retina"])
-        version = values["schema_version"]
-    except KeyError:
-        raise CheckpointError(
-            f"{file}: has no detector description - give the best.safetensors of a run, not bare weights"
-        ) from None
-    except (SafetensorError, OSError, ValueError, TypeError) as fault:
-        raise CheckpointError(f"{file}: cannot be read ({fault}) - restore it from a copy or train again") from None
-    if version != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{file}: schema version {version}, this program reads {SCHEMA_VERSION} - use the version that wrote it"
-        )
-    try:
-        return DetectorCard(**{f.name: values[f.name] for f in fields(DetectorCard)})
-    except KeyError as fault:
-        raise CheckpointError(f"{file}: header: {fault.args[0]} is missing - restore it from a copy") from None
+    """The header of a weights file. Raises CheckpointError when there is none, it is of another version or the file is
+    damaged."""
+    return _read(file)[0]
 
 
 def load_detector(file: Path, device: torch.device) -> tuple[RetinaNet, DetectorCard]:
-    """The model in evaluation mode, and its card. Raises CheckpointError for weights of another architecture."""
-    card = read_card(file)
+    """The model in evaluation mode, and its card. Raises CheckpointError for damaged files and weights of another
+    architecture."""
+    card, data = _read(file)
     try:
-        model = retinanet(**card.model)
-    except (TypeError, RetinaError) as fault:
+        model = retinanet(**card.model | {"weights": None})  # a file must not say what else to load
+    except (TypeError, ValueError, RuntimeError, RetinaError) as fault:
         raise CheckpointError(f"{file}: header: {fault} - use the version that wrote it") from None
-    with safe_open(file, framework="pt") as handle:
-        state = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
-    load_state(model, state, file)
+    load_state(model, load(data), file)
     return model.to(device).eval(), card
+
+
+def init_from(model: torch.nn.Module, file_or_run: Path, *, classes: Sequence[str]) -> list[str]:
+    """Starts a model that was just built from the weights of another: those that fit by name and shape, and nothing
+    else of the run they come from. Returns lines that say what was taken and what was not.
+
+    file_or_run: a run's folder, its best.safetensors, a checkpoint's folder or any .safetensors state dict of ours.
+    classes: of the data to train on. Unless the file names the same ones in the same order, the layer that predicts
+        classes keeps the start it was built with, the prior bias among it.
+
+    Raises CheckpointError when nothing fits."""
+    file = file_or_run
+    if file.is_dir():
+        found = [file / name for name in ("best.safetensors", "model.safetensors") if (file / name).is_file()]
+        file = found[0] if found else file / "best.safetensors"
+    header, data = _read_header(file)
+    card = _card(file, header, data) if "retina" in header else None
+    state = load(data)
+    if key := first_non_finite(state):
+        raise CheckpointError(f"{file}: {key} is not finite - give other weights for init_from")
+    own = model.state_dict()
+    anew: dict[str, str] = {}
+    for key, value in own.items():
+        if key not in state:
+            anew[key] = "not in the file"
+        elif key.startswith("head.classification.predict.") and (card is None or card.classes != list(classes)):
+            anew[key] = "other classes" if card else "the file names no classes"
+        elif state[key].shape != value.shape:
+            anew[key] = f"{list(state[key].shape)} there, {list(value.shape)} here"
+    taken = {key: state[key] for key in own if key not in anew}
+    unused = [key for key in state if key not in own]
+    if not taken:
+        raise CheckpointError(f"{file}: holds nothing that fits this model - give other weights for init_from")
+    model.load_state_dict(taken, strict=False)
+    lines = [f"init_from: {len(taken)} of {len(own)} tensors are those of {file}"]
+    if anew:
+        listed = _some([f"{key} ({reason})" for key, reason in anew.items()])
+        lines.append(f"model: {len(anew)} tensors start anew: {listed}")
+    if unused:
+        lines.append(f"init_from: {len(unused)} tensors of the file have no use here: {_some(unused)}")
+    return lines
+
+
+def _some(names: Sequence[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _read(file: Path) -> tuple[DetectorCard, bytes]:
+    """The card, and the bytes of the whole file once they have been found undamaged."""
+    header, data = _read_header(file)
+    if "retina" not in header:
+        raise CheckpointError(
+            f"{file}: has no detector description - give the best.safetensors of a run, not bare weights"
+        )
+    return _card(file, header, data), data
+
+
+def _read_header(file: Path) -> tuple[dict[str, str], bytes]:
+    """Metadata and bytes of a safetensors file."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file - give a run folder or a .safetensors file written by training")
+    try:
+        with safe_open(file, framework="pt") as handle:  # checks the structure before all of it is read
+            header = handle.metadata() or {}
+        return header, file.read_bytes()
+    except (SafetensorError, OSError) as fault:
+        raise _unreadable(file, fault) from None
+
+
+def _card(file: Path, header: Mapping[str, str], data: bytes) -> DetectorCard:
+    try:
+        values = json.loads(header["retina"])
+        version = values["schema_version"]
+    except KeyError:
+        raise CheckpointError(f"{file}: header: schema_version is missing - restore it from a copy") from None
+    except (ValueError, TypeError, RecursionError) as fault:
+        raise _unreadable(file, fault) from None
+    digest = values.pop("sha256", None)
+    names = {f.name for f in fields(DetectorCard)}
+    if digest is None:
+        damaged = not values.keys() <= names  # a digest whose name is damaged is no file of earlier times
+    else:
+        blank = data.replace(str(digest).encode(errors="replace"), _NO_DIGEST.encode(), 1)
+        damaged = hashlib.sha256(blank).hexdigest() != digest
+    if damaged:
+        raise CheckpointError(f"{file}: does not match its own hash, it is damaged - restore it from a copy")
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{file}: schema version {version!r:.20}, this program reads {SCHEMA_VERSION} - "
+            "use the version that wrote it"
+        )
+    for f in fields(DetectorCard):
+        if not isinstance(values.get(f.name), _TYPES[f.name]):
+            problem = "is of the wrong type" if f.name in values else "is missing"
+            raise CheckpointError(f"{file}: header: {f.name} {problem} - restore it from a copy")
+    return DetectorCard(**{name: values[name] for name in names})
+
+
+def _unreadable(file: Path, fault: Exception) -> CheckpointError:
+    return CheckpointError(f"{file}: cannot be read ({fault}) - restore it from a copy or train again")
 
 
 def load_state(model: torch.nn.Module, state: dict[str, Tensor], file: Path) -> None:

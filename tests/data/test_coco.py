@@ -9,6 +9,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from retina.data.coco import Annotations, RecordsError, locate_split, read_coco, write_results
+from retina.data.report import DataReport
 from retina.errors import DataError
 
 
@@ -197,6 +198,61 @@ def test_boxes_without_area_are_read_as_coco_itself_has_them(tmp_path):
     assert [5, 6, 5, 10] in read(save(tmp_path / "thin.json", document)).boxes.tolist()
 
 
+def test_faulty_records_can_be_left_out(tmp_path):
+    document = a_document()
+    document["annotations"][0]["bbox"] = [0, 0, -1, 1]
+    document["annotations"].append({"image_id": 7, "category_id": 4, "bbox": [3, 4, 5, 6], "id": 9})
+    document["annotations"].append({"image_id": 7, "category_id": 4, "bbox": [300, 4, 5, 6]})
+    document["images"][0]["width"] = "640"
+    file = save(tmp_path / "faulty.json", document)
+    report = DataReport()
+    annotations = read(file, skip_faulty=True, report=report)
+    np.testing.assert_array_equal(annotations.image_ids, [7, 12])
+    np.testing.assert_array_equal(annotations.sizes, [[200, 100], [40, 30]])
+    np.testing.assert_array_equal(annotations.boxes, [[3, 4, 4, 6], [3, 4, 8, 10]])
+    np.testing.assert_array_equal(annotations.offsets, [0, 2, 2])
+    np.testing.assert_array_equal(annotations.areas, [1, 30])
+    assert annotations.file_name(1) == "empty.jpg"
+    with pytest.raises(RecordsError) as caught:
+        read(file)
+    assert report.faults == caught.value.faults
+    assert len(report.faults) == 3
+
+
+def test_contradicting_images_are_all_left_out_and_equal_ones_once(tmp_path):
+    document = a_document()
+    document["images"] += [dict(document["images"][2]), document["images"][1] | {"file_name": "other.jpg"}]
+    report = DataReport()
+    annotations = read(save(tmp_path / "a.json", document), skip_faulty=True, report=report)
+    np.testing.assert_array_equal(annotations.image_ids, [50, 12])
+    assert len(report.faults) == 2
+    assert annotations.num_objects == 1
+
+
+@pytest.mark.parametrize("change", [{"id": 90}, {"name": "owl"}, {"id": "4"}])
+def test_faulty_categories_are_never_skipped(tmp_path, change):
+    document = a_document()
+    document["categories"][1] |= change
+    with pytest.raises(RecordsError) as caught:
+        read(save(tmp_path / "a.json", document), skip_faulty=True)
+    assert len(caught.value.faults) == 1, "their annotations are not at fault"
+
+
+def test_nothing_left_is_a_fault(tmp_path):
+    document = a_document()
+    for image in document["images"]:
+        image["height"] = 0
+    with pytest.raises(RecordsError):
+        read(save(tmp_path / "a.json", document), skip_faulty=True)
+
+
+def test_order_and_ids_of_annotations_mean_nothing(tmp_path, file):
+    document = a_document()
+    for number, annotation in enumerate(document["annotations"]):
+        annotation["id"] = -number
+    assert read(save(tmp_path / "b.json", document)).fingerprint() == read(file).fingerprint()
+
+
 def test_all_faults_are_listed_and_the_line_counts_them(tmp_path):
     document = a_document()
     document["annotations"][0]["bbox"] = [0, 0, -1, 1]
@@ -220,8 +276,15 @@ def test_a_faulty_image_does_not_make_its_annotations_faulty(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "is not JSON (Expecting value: line 1 column 1 (char 0)) - export it again"),
-        ('{"images": [', "is not JSON"),
+        ("", "is empty (0 bytes) - export it again"),
+        (" \n", "is empty (2 bytes) - export it again"),
+        ('{"images": [', "is cut off after 12 bytes: the JSON does not end - export it again"),
+        ('{"images": [{"id": 1, "file_name": "a.j', "is cut off after 39 bytes"),
+        ('{"images": [{"id": 1}', "is cut off after 21 bytes"),
+        ("images = 3", "is not JSON (Expecting value: line 1 column 1 (char 0)) - export it again"),
+        ('{"images": [1,, 2]}', "is not JSON (Expecting value"),
+        ("<html></html>", "is XML or HTML, not JSON"),
+        ("version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS"),
         ("[]", "is a list, as files of detection results are"),
         ("3", "holds a int, not an object"),
         ('{"images": [], "info": 3}', "`images` is empty"),

@@ -4,6 +4,7 @@ import torch
 
 from retina.data.collate import collate
 from retina.data.transforms import Sample
+from retina.errors import ConfigError
 
 PAD = (124, 116, 104)
 
@@ -79,10 +80,10 @@ def test_smallest_canvas_that_fits(sizes, expected):
 
 
 def test_faulty_calls_are_refused():
-    samples = [make_sample(70, 20, 0)]
-    with pytest.raises(ValueError, match=r"none of the canvases .* holds images of 70 x 20"):
-        collate(samples, divisor=16, pad_value=PAD, canvases=[(64, 64)])
-    with pytest.raises(ValueError, match="multiple of 32"):
+    samples = [make_sample(70, 20, 0), make_sample(10, 90, 0)]
+    with pytest.raises(ConfigError, match=r"^data\.canvases: none of 64x96, 96x64 .* holds images of 70x90 - \S"):
+        collate(samples, divisor=16, pad_value=PAD, canvases=[(64, 96), (96, 64)])
+    with pytest.raises(ConfigError, match=r"^data\.canvases: 80x80 .* are not all multiples of 32 - \S"):
         collate(samples, divisor=32, pad_value=PAD, canvases=[(80, 80)])
     with pytest.raises(ValueError, match="at least one"):
         collate([], divisor=32, pad_value=PAD)

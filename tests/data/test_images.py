@@ -1,13 +1,26 @@
 """Decoding of every kind of image file, damage, and the listing of folders."""
 
+import io
+import json
+import multiprocessing
+import os
+import resource
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from retina.data.images import list_images, read_image
+from retina.data.coco import read_coco
+from retina.data.dataset import DetectionDataset
+from retina.data.images import _opened, image_size, list_images, read_image
+from retina.data.transforms import eval_pipeline
 from retina.errors import DataError
+from retina.inference import as_array
 
 TOP, BOTTOM = (200, 40, 90), (10, 120, 250)
 
@@ -19,8 +32,8 @@ def a_picture() -> Image.Image:
     return image
 
 
-def noise(path: Path) -> Path:
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+def noise(path: Path, size: tuple[int, int] = (64, 64)) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     return path
 
@@ -35,16 +48,90 @@ def test_lossless_formats(tmp_path, name):
     assert image.flags.c_contiguous
 
 
-@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif"])
-def test_exif_rotation_is_applied(tmp_path, orientation, turns, name):
+# what each EXIF orientation asks of the stored rows and columns (Exif 2.32, tag 0x0112)
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a.swapaxes(0, 1)[:, ::-1],
+    7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda a: a.swapaxes(0, 1)[::-1],
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "lzw.tif"])
+def test_every_exif_orientation_is_made_upright(tmp_path, orientation, name):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    a_picture().save(tmp_path / name, exif=exif)
+    stored = a_picture()
+    stored.paste((250, 250, 250), (0, 0, 8, 8))  # one corner, so that all eight differ
+    options = {"compression": "tiff_lzw"} if name == "lzw.tif" else {"quality": 95}
+    stored.save(tmp_path / name, exif=exif, **options)
     image = read_image(tmp_path / name)
-    expected = np.rot90(np.asarray(a_picture()), turns)
+    expected = UPRIGHT[orientation](np.asarray(stored))
     assert image.shape == expected.shape
-    assert np.abs(image.astype(int) - expected).mean() < 12
+    assert np.abs(image.astype(int) - expected).mean() < 8
+    assert image_size(tmp_path / name) == expected.shape[:2]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_training_evaluation_and_inference_see_the_same_pixels(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    a_picture().save(tmp_path / "a.png", exif=exif)
+    height, width = image_size(tmp_path / "a.png")
+    image = {"id": 1, "file_name": "a.png", "width": width, "height": height}
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"images": [image], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}))
+    read = DetectionDataset(read_coco(file, tmp_path), eval_pipeline(16, None), seed=0).read(0)
+    np.testing.assert_array_equal(read.image, as_array(str(tmp_path / "a.png")))
+    np.testing.assert_array_equal(read.image, UPRIGHT[orientation](np.asarray(a_picture())))
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def with_chunk(path: Path, before: bytes, kind: bytes, content: bytes) -> Path:
+    """A PNG with one more chunk, before its first one of the kind `before`."""
+    data = path.read_bytes()
+    at = data.index(before) - 4
+    path.write_bytes(data[:at] + chunk(kind, content) + data[at:])
+    return path
+
+
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+def test_exif_of_a_png_may_stand_before_or_behind_the_pixels(tmp_path, before):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(tmp_path / "a.png", (24, 640))
+    plain = read_image(tmp_path / "a.png")
+    with_chunk(tmp_path / "a.png", before, b"eXIf", exif.tobytes()[6:])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), UPRIGHT[6](plain))
+    assert image_size(tmp_path / "a.png") == (640, 24)
+
+
+@pytest.mark.parametrize("content", [b"", b"II", b"II*\x00\xff\xff\xff\xff", b"MM\x00*" + bytes(4), b"\xff" * 70])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+def test_exif_data_that_make_no_sense_fail_no_image(tmp_path, content, name):
+    if name == "a.png":
+        a_picture().save(tmp_path / name)
+        with_chunk(tmp_path / name, b"IDAT", b"eXIf", content)
+    else:
+        a_picture().save(tmp_path / name, exif=b"Exif\x00\x00" + content)
+    assert read_image(tmp_path / name).shape == (16, 24, 3)
+    assert image_size(tmp_path / name) == (16, 24)
+
+
+@pytest.mark.parametrize("value", [0, 9, 65535])
+def test_an_unknown_orientation_is_none(tmp_path, value):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    a_picture().save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.asarray(a_picture()))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
@@ -67,6 +154,17 @@ def test_16_bit_grey_is_scaled_and_not_saturated(tmp_path, name):
     np.testing.assert_array_equal(read_image(tmp_path / name), np.repeat((values // 256)[..., None], 3, axis=2))
 
 
+def test_16_bit_colour_is_scaled_and_not_saturated(tmp_path):
+    """Written by hand, for Pillow cannot."""
+    values = np.arange(0, 65536, 257, dtype=">u2").reshape(4, 64)  # of which 3 and 21 are a pixel and a row
+    pixels = values.reshape(-1)[: 4 * 21 * 3].reshape(4, 21, 3)
+    header = struct.pack(">IIBBBBB", 21, 4, 16, 2, 0, 0, 0)
+    rows = b"".join(b"\x00" + row.tobytes() for row in pixels)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), pixels // 256)
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_32_bits_per_channel_are_refused(tmp_path, dtype):
     Image.fromarray(np.full((4, 4), 1_000_000, dtype=dtype)).save(tmp_path / "a.tif")
@@ -79,6 +177,59 @@ def test_transparency_is_dropped(tmp_path):
     image.putalpha(0)
     image.save(tmp_path / "a.png")
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.asarray(a_picture()))
+
+
+@pytest.mark.parametrize("transparency", [1, bytes([255, 0, 128])])
+@pytest.mark.parametrize("name", ["a.png", "a.gif"])
+def test_a_palette_with_transparency_keeps_its_colours_and_warns_of_nothing(tmp_path, transparency, name):
+    image = a_picture().quantize(2)
+    colour = image.getpixel((0, 0)) if name == "a.gif" else transparency
+    image.save(tmp_path / name, transparency=colour)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(read_image(tmp_path / name), np.asarray(a_picture()))
+
+
+def test_the_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (24, 16), (index * 60, 0, 0)) for index in range(1, 4)]
+    for name in ("a.gif", "a.png", "a.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+        np.testing.assert_array_equal(read_image(tmp_path / name), np.asarray(frames[0]), name)
+
+
+@pytest.mark.parametrize("true_name", ["a.jpg", "a.png", "a.bmp", "a.webp", "a.tif", "a.gif", "a.ppm"])
+def test_the_content_decides_what_a_file_is(tmp_path, true_name):
+    file = noise(tmp_path / true_name)
+    expected = read_image(file)
+    for wrong in ("b.jpg", "b.png", "b.tif"):
+        file = file.rename(tmp_path / wrong)
+        np.testing.assert_array_equal(read_image(file), expected)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1)])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_thin_images(tmp_path, size, name):
+    file = noise(tmp_path / name, size)
+    assert read_image(file).shape == (*size, 3)
+    assert image_size(file) == size
+
+
+def test_names_of_any_kind(tmp_path):
+    names = ["Größe 写真 🐈.png", "\u200fعربي.png", "n" * 251 + ".png", "two\nlines.png", "-rf.png", "\udcff.png"]
+    for name in names:
+        file = tmp_path / name
+        noise(tmp_path / "plain.png").rename(file)
+        assert read_image(file).shape == (64, 64, 3)
+        file.write_bytes(b"damaged")
+        with pytest.raises(DataError) as caught:
+            read_image(file)
+        assert "\n" not in str(caught.value)
+        str(caught.value).encode()  # it can be printed
+    assert len(list_images(tmp_path)) == len(names)
+    with pytest.raises(DataError, match=r"cannot be opened \(File name too long\)"):
+        read_image(tmp_path / ("n" * 256))
+    with pytest.raises(DataError, match=r"cannot be opened \(embedded null byte\)"):
+        read_image(tmp_path / "nul\0.png")
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.bmp", "a.webp", "a.tif"])
@@ -108,27 +259,200 @@ def test_damaged_png_is_an_error(tmp_path):
         read_image(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>404</html>"])
-def test_not_an_image(tmp_path, content):
+def test_every_single_bad_byte_of_a_png_is_an_error_or_harmless(tmp_path):
+    """Here is what kills processes that decode with other libraries."""
+    content = noise(tmp_path / "a.png", (8, 8)).read_bytes()
+    expected = read_image(tmp_path / "a.png")
+    errors = 0
+    for at in range(len(content)):
+        (tmp_path / "a.png").write_bytes(content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :])
+        try:
+            np.testing.assert_array_equal(read_image(tmp_path / "a.png"), expected)
+        except DataError:
+            errors += 1
+    assert errors > 0.9 * len(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "is empty"),
+        (b"<html>404</html>", "is not an image that can be read here"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image that can be read here"),
+        (b"\xff\xd8\xff", "cannot be decoded"),
+        (b"GIF89a", "cannot be decoded"),
+    ],
+)
+def test_not_an_image(tmp_path, content, problem):
     (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(DataError, match=r"a.jpg: is not an image that Pillow can read - "):
-        read_image(tmp_path / "a.jpg")
+    for read in (read_image, image_size):
+        with pytest.raises(DataError, match=rf"a.jpg: {problem}.* - "):
+            read(tmp_path / "a.jpg")
 
 
-def test_missing_image_and_folder(tmp_path):
-    with pytest.raises(DataError, match=r"gone.jpg: no such image - "):
-        read_image(tmp_path / "gone.jpg")
-    with pytest.raises(DataError, match=r"cannot be decoded"):
-        read_image(tmp_path)
+def test_what_is_no_file_is_an_error_and_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "link.jpg").symlink_to("gone.jpg")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    for read in (read_image, image_size):
+        for name in ("pipe.jpg", ".", "/dev/zero", "/dev/tty"):
+            with pytest.raises(DataError, match="is a folder, pipe or device, not a file - "):
+                read(tmp_path / name)
+        with pytest.raises(DataError, match=r"link.jpg: is a link to gone.jpg, which is missing - "):
+            read(tmp_path / "link.jpg")
+        with pytest.raises(DataError, match=r"loop.jpg: cannot be opened \(Too many levels of symbolic links\) - "):
+            read(tmp_path / "loop.jpg")
+        with pytest.raises(DataError, match=r"gone.jpg: no such image - "):
+            read(tmp_path / "gone.jpg")
+        with pytest.raises(DataError, match=r"cannot be opened \(Not a directory\) - "):
+            read(noise(tmp_path / "a.png") / "b.png")
+
+
+def in_a_fork(task: Callable[[], None], path: Path, *, read: Callable[[Path], object] = read_image) -> str:
+    """The line of the DataError that `read` raises in a process of its own, where `task` has been called before."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+
+    def run() -> None:
+        task()
+        try:
+            theirs.send(f"no error: {read(path)!r}"[:200])
+        except DataError as error:
+            theirs.send(str(error))
+
+    process = fork.Process(target=run)
+    process.start()
+    theirs.close()
+    try:
+        assert ours.poll(60), "no answer"
+        return ours.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_no_permission(tmp_path):
+    file = noise(tmp_path / "a.png")
+    file.chmod(0)
+
+    def become_nobody() -> None:
+        if os.geteuid() == 0:  # whom permissions do not stop
+            os.setresuid(65534, 65534, 65534)
+
+    assert "a.png: cannot be opened (Permission denied) - " in in_a_fork(become_nobody, file)
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0)
+    if os.geteuid() != 0:
+        assert "folder: cannot be listed (Permission denied) - " in in_a_fork(lambda: None, tmp_path, read=list_images)
+
+
+def keep_50_mb() -> None:
+    """From here on this process may grow by no more than that."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 50_000_000,) * 2)
+
+
+def test_too_little_memory(tmp_path):
+    Image.new("L", (9000, 9000)).save(tmp_path / "a.png")
+    assert "a.png: needs more memory than there is - " in in_a_fork(keep_50_mb, tmp_path / "a.png")
+
+
+def bombs() -> Iterator[tuple[str, bytes]]:
+    """Small files that claim 60000 x 60000 pixels."""
+    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+    yield "a.png", head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    for kind, places in {
+        "JPEG": {struct.pack(">HH", 33, 47): struct.pack(">HH", 60000, 60000)},
+        "GIF": {struct.pack("<HH", 47, 33): struct.pack("<HH", 60000, 60000)},
+        "BMP": {struct.pack("<ii", 47, 33): struct.pack("<ii", 60000, 60000)},
+        "TIFF": {
+            struct.pack("<HHII", tag, 4, 1, side): struct.pack("<HHII", tag, 4, 1, 60000)
+            for tag, side in ((256, 47), (257, 33))
+        },
+        "PPM": {b"47 33": b"60000 60000"},
+    }.items():
+        stream = io.BytesIO()
+        Image.new("RGB", (47, 33)).save(stream, kind)
+        content = stream.getvalue()
+        for honest, claimed in places.items():
+            assert honest in content, kind
+            content = content.replace(honest, claimed)
+        yield f"a.{kind.lower()}", content
+    canvas = (60000 - 1).to_bytes(3, "little") * 2
+    body = b"WEBP" + b"VP8X" + struct.pack("<I", 10) + bytes(4) + canvas + b"VP8 " + struct.pack("<I", 0)
+    yield "a.webp", b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+@pytest.mark.parametrize(("name", "content"), list(bombs()), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("read", [read_image, image_size])
+def test_bombs_are_refused_from_the_header(tmp_path, name, content, read):
+    (tmp_path / name).write_bytes(content)
+
+    def with_little_memory_and_no_warning() -> None:
+        keep_50_mb()
+        warnings.simplefilter("error")
+
+    line = in_a_fork(with_little_memory_and_no_warning, tmp_path / name, read=read)
+    assert line.startswith(f"{tmp_path / name}: has ")
+    assert "60000x60000 pixels, more than" in line or "too many pixels" in line
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_a_png_whose_text_is_a_bomb(tmp_path, kind):
+    bomb = zlib.compress(bytes(60_000_000))
+    text = b"k\x00\x01\x00\x00\x00" + bomb if kind == b"iTXt" else b"k\x00\x00" + bomb
+    file = with_chunk(noise(tmp_path / "a.png"), b"IDAT", kind, text)
+    assert "a.png: cannot be decoded (Decompressed data too large" in in_a_fork(keep_50_mb, file)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.gif", "a.tif", "a.webp"])
+def test_max_pixels_is_the_only_limit(tmp_path, name, monkeypatch):
+    """Pillow's own is far lower here, and would warn."""
+    noise(tmp_path / name, (40, 50))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(tmp_path / name, max_pixels=2000).shape == (40, 50, 3)
+        for read in (read_image, image_size):
+            with pytest.raises(DataError, match=r"has 50x40 pixels, more than data\.max_pixels=1999 allows - make it"):
+                read(tmp_path / name, max_pixels=1999)
+
+
+@pytest.mark.parametrize("name", ["a.bmp", "a.tif"])
+def test_a_file_that_another_process_shortens_does_not_kill_the_reader(tmp_path, name):
+    """Pillow maps such a file into memory if it is given its name; what it reads from there is gone with the file."""
+    Image.new("L", (200, 200), 77).save(tmp_path / name)
+
+    def read(path: Path) -> int:
+        with _opened(path, 40_000) as image:
+            image.load()
+            os.truncate(path, 0)
+            return int(np.asarray(image).min())
+
+    assert in_a_fork(lambda: None, tmp_path / name, read=read) == "no error: 77"
+
+
+def test_missing_folder(tmp_path):
     with pytest.raises(DataError, match=r"gone: no such folder of images - "):
         list_images(tmp_path / "gone")
 
 
 def test_list_images(tmp_path):
-    names = ["b.JPG", "a/z.png", "a/deep/y.Tiff", "c.webp", "d.bmp", "e.jpeg", "f.tif"]
+    names = ["b.JPG", "a/z.png", "a/deep/y.Tiff", "c.webp", "d.bmp", "e.jpeg", "f.tif", "g.gif"]
     for name in [*names, "notes.txt", "labels.json", "a/._z.png", "nosuffix"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = list_images(tmp_path)
     assert found == sorted(tmp_path / name for name in names)
     assert list_images(tmp_path / "a" / "deep") == [tmp_path / "a/deep/y.Tiff"]
+
+
+def test_links_to_folders_are_not_followed_and_links_to_files_are(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("a/x.png", "y.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "a" / "self.jpg").symlink_to(tmp_path / "a")
+    (tmp_path / "z.png").symlink_to("y.png")
+    (tmp_path / "lost.png").symlink_to("gone.png")
+    assert list_images(tmp_path) == [tmp_path / name for name in ("a/x.png", "lost.png", "y.png", "z.png")]

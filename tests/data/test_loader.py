@@ -1,7 +1,16 @@
+"""Samples and batches: what they depend on, what bad images do to them, and what befalls worker processes."""
+
 import json
+import multiprocessing
+import os
 import pickle
+import resource
+import signal
+import time
+from pathlib import Path
 
 import albumentations as A
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -9,10 +18,10 @@ from PIL import Image
 
 from retina.data.coco import read_coco
 from retina.data.dataset import DetectionDataset
-from retina.data.loader import eval_loader, train_loader
+from retina.data.loader import BatchLoader, eval_loader, train_loader
 from retina.data.sampler import DetectionBatchSampler, EvalSampler
 from retina.data.transforms import LargeScaleJitter, Pipeline, eval_pipeline
-from retina.errors import DataError
+from retina.errors import ConfigError, DataError, RetinaError
 
 PAD = (124, 116, 104)
 SIZES = [(40, 60), (60, 40), (50, 50), (44, 60), (40, 52), (64, 48), (30, 70)]
@@ -51,7 +60,7 @@ def make_pipeline():
 def train_batches(annotations, *, num_workers, epochs, start=0, seed=11):
     dataset = DetectionDataset(annotations, make_pipeline(), seed=seed)
     sampler = DetectionBatchSampler(annotations.sizes, total_batch=2, seed=seed)
-    loader = train_loader(dataset, sampler, num_workers=num_workers, divisor=16, pad_value=PAD)
+    loader = train_loader(dataset, sampler, num_workers=num_workers, divisor=16, pad_value=PAD, max_bad_fraction=0.0)
     batches = []
     for epoch in epochs:
         sampler.start(epoch, start)
@@ -136,7 +145,7 @@ def test_evaluation_covers_the_set_once_over_ranks(annotations, num_workers):
     seen = []
     for rank in range(2):
         sampler = EvalSampler(annotations.sizes, batch_size=3, rank=rank, world_size=2)
-        loader = eval_loader(dataset, sampler, num_workers=num_workers, divisor=32, pad_value=PAD)
+        loader = eval_loader(dataset, sampler, num_workers=num_workers, divisor=32, pad_value=PAD, max_bad_fraction=0.0)
         for batch in loader:
             assert batch.images.shape[2] % 32 == batch.images.shape[3] % 32 == 0
             for size, original in zip(batch.sizes.tolist(), batch.original_sizes.tolist(), strict=True):
@@ -160,3 +169,349 @@ def test_an_image_of_another_size_than_stated_is_a_fault(annotations):
     Image.new("RGB", (60, 41)).save(annotations.path(0))
     with pytest.raises(DataError, match=r"image id 100 \(0.png\): stated as 60x40, but the file is 60x41"):
         DetectionDataset(annotations, make_pipeline(), seed=0)[0, 0]
+
+
+def test_an_image_of_more_pixels_than_allowed_is_a_fault(annotations):
+    dataset = DetectionDataset(annotations, make_pipeline(), seed=0, max_pixels=2400)
+    assert dataset[0, 0].original_size == (40, 60)
+    with pytest.raises(DataError, match=r"2.png: has 50x50 pixels, more than data.max_pixels=2400 allows"):
+        dataset[0, 2]
+
+
+class Faulty(A.DualTransform):
+    """Fails where the image's first pixel says so."""
+
+    _targets = (A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES)
+
+    def __init__(self, how):
+        super().__init__(p=1.0)
+        self.how = how
+
+    def get_params_dependent_on_data(self, params, data):
+        return {"bad": data["image"][0, 0].tolist() == [9, 9, 9]}
+
+    def apply(self, img, bad, **params):
+        if bad and self.how == "opencv":
+            return cv2.resize(img, (0, 0))
+        if bad and self.how == "memory":
+            np.empty(1 << 60, dtype=np.uint8)
+        return img
+
+    def apply_to_bboxes(self, bboxes, bad, **params):
+        bboxes = bboxes.copy()
+        if bad and self.how in ("nan", "inf"):
+            bboxes[0, 1] = float(self.how)
+        return bboxes
+
+
+@pytest.mark.parametrize("how", ["opencv", "memory", "nan", "inf"])
+def test_a_transform_that_fails_makes_its_image_a_bad_one(annotations, how):
+    Image.new("RGB", SIZES[4][::-1], (9, 9, 9)).save(annotations.path(4))
+    dataset = DetectionDataset(annotations, Pipeline({"flip": A.HorizontalFlip(), "odd": Faulty(how)}), seed=0)
+    with pytest.raises(DataError) as caught:
+        dataset[3, 4]
+    line = str(caught.value)
+    assert line.startswith(f"{annotations.path(4)}: augment (flip, odd) failed in epoch 3 (")
+    assert "\n" not in line
+    assert len(line) < 600
+    loader = make_loader(dataset, total_batch=7, max_bad_fraction=0.2)
+    (batch,) = loader
+    assert loader.faults.keys() == {4}
+    assert sorted(batch.indices.tolist()) == [0, 1, 2, 3, 5, 5, 6]
+    assert batch.targets.boxes.isfinite().all()
+
+
+def test_wrong_settings_of_augmentation_are_not_blamed_on_images(annotations):
+    dataset = DetectionDataset(annotations, Pipeline({"norm": A.Normalize()}), seed=0)
+    for num_workers in (0, 1):
+        with pytest.raises(ConfigError, match="augment: norm: the image came out as float32"):
+            list(make_loader(dataset, num_workers=num_workers, max_bad_fraction=1.0))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_canvas_too_small_is_a_fault_of_the_settings(annotations, num_workers):
+    dataset = DetectionDataset(annotations, eval_pipeline(40, None), seed=0)
+    loader = make_loader(dataset, num_workers=num_workers, max_bad_fraction=1.0, canvases=[(64, 80), (80, 64)])
+    with pytest.raises(ConfigError, match=r"data.canvases: none of 64x80, 80x64 .* holds images of 60x93 - ") as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
+
+
+NUM, BAD = 50, [7, 20, 21, 33, 49]
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Fifty images, five of them bad in different ways: two in a row, and the last."""
+    rng = np.random.default_rng(1)
+    images = []
+    for index in range(NUM):
+        name = f"{index:02}.png"
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(tmp_path / name)
+        images.append({"id": 1000 - index, "file_name": name, "height": 20, "width": 30})
+    boxes = [
+        {"id": i, "image_id": 1000 - i, "category_id": 1, "bbox": [2, 3, 10, 10], "area": 100, "iscrowd": 0}
+        for i in range(NUM)
+    ]
+    file = tmp_path / "instances_train.json"
+    categories = [{"id": 1, "name": "cat"}]
+    file.write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+    paths = [tmp_path / f"{index:02}.png" for index in BAD]
+    paths[0].write_bytes(b"")
+    paths[1].write_bytes(paths[1].read_bytes()[:700])
+    paths[2].write_bytes(b"<html>404</html>")
+    paths[3].unlink()
+    Image.new("RGB", (31, 20)).save(paths[4])
+    return read_coco(file, tmp_path)
+
+
+def make_loader(
+    dataset, *, num_workers=0, max_bad_fraction=0.0, total_batch=8, persistent=True, start=(0, 0), canvases=None
+):
+    annotations = dataset.annotations
+    sampler = DetectionBatchSampler(annotations.sizes, total_batch=total_batch, seed=dataset.seed)
+    sampler.start(*start)
+    return BatchLoader(
+        dataset,
+        sampler,
+        num_workers=num_workers,
+        divisor=16,
+        pad_value=PAD,
+        canvases=canvases,
+        pin_memory=False,
+        persistent=persistent,
+        substitute=True,
+        max_bad_fraction=max_bad_fraction,
+    )
+
+
+def substituted(index):
+    while index in BAD:
+        index = (index + 1) % NUM
+    return index
+
+
+def test_in_training_the_next_readable_image_takes_the_place_of_a_bad_one(damaged):
+    dataset = DetectionDataset(damaged, make_pipeline(), seed=3)
+    wanted = DetectionBatchSampler(damaged.sizes, total_batch=8, seed=3).global_batches(0)
+    loader = make_loader(dataset, max_bad_fraction=0.1)
+    batches = list(loader)
+    assert [[substituted(index) for index in batch] for batch in wanted.tolist()] == [
+        b.indices.tolist() for b in batches
+    ]
+    assert {len(batch.images) for batch in batches} == {8}
+    assert sorted(loader.faults) == BAD
+    for index, line in loader.faults.items():
+        assert f"{index:02}.png" in line
+        assert "\n" not in line
+        assert " - " in line
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_batches_are_the_same_whatever_the_workers_and_wherever_resumed(damaged, num_workers, persistent):
+    """Bit for bit, bad images and all."""
+    dataset = DetectionDataset(damaged, make_pipeline(), seed=3)
+    expected = [batch for epoch in (0, 1) for batch in make_loader(dataset, max_bad_fraction=0.1, start=(epoch, 0))]
+    assert len(expected) == 14
+    options = {"num_workers": num_workers, "persistent": persistent, "max_bad_fraction": 0.1}
+    loader = make_loader(dataset, **options)
+    whole = list(loader)
+    loader.batch_sampler.set_epoch(1)
+    assert_same(whole + list(loader), expected)
+    assert sorted(loader.faults) == BAD
+    resumed = make_loader(dataset, start=(1, 4), **options)
+    assert_same(list(resumed), expected[7 + 4 :])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_in_evaluation_a_bad_image_is_left_out(damaged, num_workers, batch_size):
+    dataset = DetectionDataset(damaged, eval_pipeline(20, 30), seed=0)
+    seen, faults = [], []
+    for rank in range(2):
+        sampler = EvalSampler(damaged.sizes, batch_size=batch_size, rank=rank, world_size=2)
+        loader = eval_loader(dataset, sampler, num_workers=num_workers, divisor=32, pad_value=PAD, max_bad_fraction=0.1)
+        batches = list(loader)
+        assert all(len(batch.images) > 0 for batch in batches)
+        seen += [index for batch in batches for index in batch.indices.tolist()]
+        faults += loader.faults
+        assert list(loader) != []
+    assert sorted(seen) == sorted(set(range(NUM)) - set(BAD))
+    assert sorted(faults) == BAD
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_more_bad_images_than_allowed_are_one_line(damaged, num_workers):
+    dataset = DetectionDataset(damaged, make_pipeline(), seed=3)
+    order = DetectionBatchSampler(damaged.sizes, total_batch=8, seed=3).global_batches(0).ravel().tolist()
+    first = next(index for index in order if index in BAD)
+    with pytest.raises(DataError) as caught:
+        list(make_loader(dataset, num_workers=num_workers, max_bad_fraction=0.09))
+    start = "data.max_bad_fraction=0.09: 5 of 50 images are bad, 4 would be allowed - "
+    assert str(caught.value).startswith(start)
+    assert f"{first:02}.png" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError) as caught:
+        list(make_loader(dataset, num_workers=num_workers, max_bad_fraction=0.0))
+    assert f"{first:02}.png" in str(caught.value)
+    assert "max_bad_fraction" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("fraction", "allowed"), [(0.0, 0), (0.01, 0), (0.02, 1), (0.58, 29), (0.999, 49), (1.0, 49)])
+def test_how_many_may_be_bad(damaged, fraction, allowed):
+    """Rounded down, but not by what floating point makes of 0.58 * 50; and never all."""
+    assert make_loader(DetectionDataset(damaged, Pipeline({}), seed=0), max_bad_fraction=fraction).max_bad == allowed
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_without_one_good_image_there_is_an_end(annotations, num_workers):
+    for index in range(len(annotations)):
+        annotations.path(index).unlink()
+    dataset = DetectionDataset(annotations, make_pipeline(), seed=3)
+    with pytest.raises(DataError, match="7 of 7 images are bad, 6 would be allowed"):
+        list(make_loader(dataset, num_workers=num_workers, max_bad_fraction=1.0))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_file_that_vanishes_during_training(annotations, num_workers):
+    loader = make_loader(
+        DetectionDataset(annotations, make_pipeline(), seed=3),
+        num_workers=num_workers,
+        max_bad_fraction=0.2,
+        total_batch=1,
+    )
+    assert len(list(loader)) == 7
+    assert loader.faults == {}
+    annotations.path(3).unlink()
+    loader.batch_sampler.set_epoch(1)
+    assert sorted(int(batch.indices[0]) for batch in loader) == [0, 1, 2, 4, 4, 5, 6]
+    assert loader.faults.keys() == {3}
+    assert "3.png: no such image - " in loader.faults[3]
+
+
+def workers_of(loader):
+    return [worker.pid for worker in loader._iterator._workers]
+
+
+def test_a_worker_that_is_killed_is_one_line_where_batches_are_taken(annotations, monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # DataLoader looks every 5 s
+    before = signal.getsignal(signal.SIGCHLD)
+    loader = make_loader(DetectionDataset(annotations, make_pipeline(), seed=3), num_workers=2, total_batch=1)
+    batches = iter(loader)
+    next(batches)
+    killed, other = workers_of(loader)
+    os.kill(killed, signal.SIGKILL)
+    time.sleep(0.3)  # here, DataLoader's own handler would raise
+    assert signal.getsignal(signal.SIGCHLD) is before
+    with pytest.raises(RetinaError) as caught:
+        list(batches)
+    assert f"data.num_workers=2: loader worker process {killed} was killed by signal 9, " in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert is_gone(other, within=5)
+
+
+def test_a_worker_that_was_killed_between_epochs(annotations, monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    loader = make_loader(DetectionDataset(annotations, make_pipeline(), seed=3), num_workers=1)
+    list(loader)
+    os.kill(workers_of(loader)[0], signal.SIGKILL)
+    with pytest.raises(RetinaError, match=r"data.num_workers=1: loader worker process \d+ was killed by signal 9"):
+        list(loader)
+
+
+def test_workers_ignore_the_signals_that_stop_a_run(annotations):
+    loader = make_loader(DetectionDataset(annotations, make_pipeline(), seed=3), num_workers=2, total_batch=1)
+    batches = iter(loader)
+    next(batches)
+    for worker in workers_of(loader):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker, number)
+    assert len(list(batches)) == 6
+    loader.batch_sampler.set_epoch(1)
+    assert len(list(loader)) == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_worker_starts_reaches_it_not(annotations, number, monkeypatch):
+    """At the first instant of its life it has the handlers of the main process, or none."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    here = os.getpid()
+    armed = [True]
+    os.register_at_fork(after_in_child=lambda: armed and os.getppid() == here and os.kill(os.getpid(), number))
+    handled = []
+    previous = signal.signal(number, lambda *_: (handled.append(os.getpid()), os._exit(3)))
+    try:
+        loader = make_loader(DetectionDataset(annotations, make_pipeline(), seed=3), num_workers=2)
+        assert len(list(loader)) == 1
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+    finally:
+        armed.clear()
+        signal.signal(number, previous)
+
+
+def is_gone(pid, *, within):
+    """Whether a process ends in that many seconds; one that only waits for its parent to take note has ended."""
+    stat = Path(f"/proc/{pid}/stat")
+    end = time.monotonic() + within
+    while time.monotonic() < end:
+        try:
+            if stat.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_workers_end_when_the_main_process_is_killed(annotations):
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+
+    def train():
+        loader = make_loader(DetectionDataset(annotations, make_pipeline(), seed=3), num_workers=2, total_batch=1)
+        next(iter(loader))
+        theirs.send(workers_of(loader))
+        time.sleep(100)
+
+    process = fork.Process(target=train)
+    process.start()
+    assert ours.poll(60)
+    workers = ours.recv()
+    assert len(workers) == 2
+    assert not any(is_gone(worker, within=0.1) for worker in workers)
+    process.kill()
+    process.join()
+    assert all(is_gone(worker, within=10) for worker in workers)
+
+
+KEPT = []
+
+
+def test_a_process_ends_though_it_has_workers(annotations):
+    """With SIGTERM ignored altogether, it would wait for them without end."""
+
+    def train():
+        loader = make_loader(DetectionDataset(annotations, make_pipeline(), seed=3), num_workers=2)
+        KEPT.append((loader, list(loader)))
+
+    process = multiprocessing.get_context("fork").Process(target=train)
+    process.start()
+    process.join(20)
+    try:
+        assert process.exitcode == 0
+    finally:
+        process.kill()
+
+
+def test_full_shared_memory_is_one_line_and_no_endless_wait(annotations):
+    """A limit on the size of files, which shared memory is made of, stands for a small /dev/shm."""
+    loader = make_loader(DetectionDataset(annotations, make_pipeline(), seed=3), num_workers=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        batches = iter(loader)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(RetinaError, match=r"data.num_workers: a batch does not fit into \(shared\) memory \(.*\) - "):
+        next(batches)

@@ -106,7 +106,7 @@ def test_labels_without_image_broken_images_and_binary_labels(tmp_path: Path) ->
         (labels / "train" / "broken.txt", 1),
         (labels / "val" / "b.txt", 1),
     ]
-    for fault, word in zip(faults, ["missing image", "cannot be read", "not UTF-8"], strict=True):
+    for fault, word in zip(faults, ["missing image", "cannot be decoded", "not UTF-8"], strict=True):
         assert word in fault.problem
 
 

@@ -1,6 +1,7 @@
 """One update, on one process and on several."""
 
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -13,15 +14,15 @@ from retina.engine.loop import _parallel, train_step
 from retina.engine.optim import build_optimizer
 from retina.losses import DetectionLoss
 from retina.model.retinanet import RetinaNet, retinanet
-from retina.types import Batch, Targets
+from retina.types import Batch, Losses, Predictions, Targets
 
 STEPS, IMAGES, SIDE = 10, 8, 64
 
 
-def tiny_model() -> RetinaNet:
+def tiny_model(norm: str = "group") -> RetinaNet:
     torch.manual_seed(0)
     return retinanet(
-        num_classes=3, backbone="resnet18", norm="group", fpn_channels=16, head_convs=1, levels=(3, 4, 5)
+        num_classes=3, backbone="resnet18", norm=norm, fpn_channels=16, head_convs=1, levels=(3, 4, 5)
     ).train()
 
 
@@ -69,6 +70,35 @@ def _rank(rank: int, port: int, folder: str) -> None:
             losses = run_steps(accumulate)
             if distributed.is_main():
                 torch.save(losses, Path(folder, f"{accumulate}.pt"))
+        torch.save(spoiled_step(), Path(folder, f"spoiled_{rank}.pt"))
+        torch.save(agreements(), Path(folder, f"agreed_{rank}.pt"))
+
+
+def spoiled_step() -> dict[str, object]:
+    """What each rank makes of a step in which rank 1 alone has a box that is no number."""
+    model = tiny_model()
+    net = _parallel(model, torch.device("cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    batch = images_of_step(0, slice(0, 2))
+    if distributed.rank() == 1:
+        batch.targets.boxes[0, 0, 2] = float("nan")
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    result = train_step(
+        net, DetectionLoss(), [batch], optimizer=optimizer, scaler=scaler, dtype=torch.float32, clip_norm=None
+    )
+    same = all(map(torch.equal, model.state_dict().values(), tiny_model().state_dict().values()))
+    return {"updated": result.updated, "same": same, "own": bool(result.own.isfinite().all())}
+
+
+def agreements() -> list[tuple[int, bool]]:
+    first = distributed.rank() == 0
+    return [
+        tuple(distributed.agree()),
+        tuple(distributed.agree(stop=0 if first else signal.SIGINT)),
+        tuple(distributed.agree(stop=signal.SIGINT if first else signal.SIGTERM)),
+        tuple(distributed.agree(error=not first)),
+        tuple(distributed.agree(stop=signal.SIGTERM, error=True)),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +133,20 @@ def test_two_processes_equal_one(alone: torch.Tensor, on_two_processes: Path, ac
     torch.testing.assert_close(losses, alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_spoils_one_rank_is_known_to_all(on_two_processes: Path, rank: int) -> None:
+    told = torch.load(on_two_processes / f"spoiled_{rank}.pt", weights_only=True)
+    assert told == {"updated": False, "same": True, "own": rank == 0}
+    agreed = torch.load(on_two_processes / f"agreed_{rank}.pt", weights_only=True)
+    assert agreed == [
+        (0, False),
+        (signal.SIGINT, False),
+        (signal.SIGTERM, False),
+        (0, True),
+        (signal.SIGTERM, True),
+    ]
+
+
 def test_divisor_is_the_positives_of_the_whole_step() -> None:
     model, criterion = tiny_model(), DetectionLoss()
     batch = images_of_step(0, slice(None))
@@ -134,6 +178,66 @@ def test_a_step_without_any_object_trains() -> None:
     assert result.losses[0] > 0
     assert result.losses[1] == 0
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    moments = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    return [value.clone() for value in (*model.state_dict().values(), *moments)]
+
+
+def vertical_tangent(predictions: Predictions, targets: Targets) -> Losses:
+    """A criterion with a finite value and an infinite gradient."""
+    losses = DetectionLoss()(predictions, targets)
+    return losses._replace(box=losses.box + (predictions.deltas[0] * 0).sum().sqrt())
+
+
+@pytest.mark.parametrize("place", ["pixels", "boxes", "weights", "gradient", "watched"])
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_number_that_is_not_finite_changes_nothing(place: str, norm: str) -> None:
+    model = tiny_model(norm)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    criterion = vertical_tangent if place == "gradient" else DetectionLoss()
+    batch = images_of_step(0, slice(None))
+    watched = [torch.ones(3), torch.zeros(2)]
+    arguments = {
+        "optimizer": optimizer,
+        "scaler": torch.amp.GradScaler("cpu", enabled=False),
+        "dtype": torch.float32,
+        "clip_norm": 1.0,
+        "watched": watched,
+    }
+    assert train_step(model, DetectionLoss(), [batch], **arguments).updated
+    if place == "pixels":
+        model.std.zero_()
+    elif place == "boxes":
+        batch.targets.boxes[-1, -1, 0] = float("nan")  # not even a valid object
+    elif place == "weights":
+        next(model.parameters()).data.view(-1)[0] = float("inf")
+    elif place == "watched":
+        watched[1][0] = float("inf")
+    before = state_of(model, optimizer)
+    result = train_step(model, criterion, [batch, images_of_step(1, slice(None))], **arguments)
+    assert not result.updated
+    after = state_of(model, optimizer)
+    counters = [name.endswith("num_batches_tracked") for name in model.state_dict()]
+    for one, two, counter in zip(before, after, counters + [False] * len(after), strict=False):
+        assert counter or torch.equal(one, two)
+
+
+def test_more_objects_than_anchors_and_identical_boxes_of_different_classes() -> None:
+    model = tiny_model()
+    batch = images_of_step(0, slice(0, 1))
+    anchors = sum(len(level) for level in model(batch.images).anchors)
+    count = anchors + 10
+    boxes = torch.tensor([8.0, 8.0, 40.0, 40.0]).repeat(1, count, 1)
+    targets = Targets(
+        boxes, torch.arange(count)[None] % 3, torch.ones(1, count, dtype=torch.bool), torch.zeros(1, count).bool()
+    )
+    losses = DetectionLoss()(model(batch.images), targets)
+    assert torch.stack(losses).isfinite().all()
+    # the first of equal boxes takes all their anchors, as argmax does
+    only_first = DetectionLoss()(model(batch.images), Targets(*(field[:, :1] for field in targets)))
+    torch.testing.assert_close(torch.stack(losses), torch.stack(only_first))
 
 
 def test_bfloat16_stays_near_float32(alone: torch.Tensor) -> None:

@@ -1,8 +1,17 @@
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from children import die_at_file_call, in_child, on_small_disk, remount_read_only
 
-from retina.engine.run_folder import compare, open_run, read_settings
+from retina.engine.run_folder import Opened, compare, open_run, read_settings
 from retina.errors import ConfigError
 
 CONFIG = {"name": "x", "overwrite": False, "optimizer": {"lr": 0.1}, "data": {"num_workers": 2}, "levels": [3, 4]}
@@ -10,10 +19,29 @@ CONFIG = {"name": "x", "overwrite": False, "optimizer": {"lr": 0.1}, "data": {"n
 
 def test_a_new_folder_and_the_same_run_again(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "x"
-    assert open_run(folder, CONFIG, overwrite=False) is False
+    assert open_run(folder, CONFIG, overwrite=False) == Opened(False, [], True)
     (folder / "best.safetensors").touch()
-    assert open_run(folder, CONFIG, overwrite=False) is True
-    assert open_run(folder, CONFIG | {"data": {"num_workers": 0}}, overwrite=False) is True
+    assert open_run(folder, CONFIG, overwrite=False) == Opened(True, [], True)
+
+
+def test_what_does_no_harm_may_change_and_is_listed(tmp_path: Path) -> None:
+    open_run(tmp_path, CONFIG, overwrite=False)
+    (tmp_path / "best.safetensors").touch()
+    words = {"overwrite": False, "traceback": True, "allow_data_change": True}  # about this command only
+    changed = CONFIG | {"data": {"num_workers": 0}, "train": {"log_every": 5}} | words
+    lines = ["data.num_workers: 2 there, 0 now", "train.log_every: (absent) there, 5 now"]
+    opened = open_run(tmp_path, changed, overwrite=False)
+    assert opened == Opened(True, lines, True)
+    assert opened.told()[1] == "going on with another setting: train.log_every: (absent) there, 5 now"
+    assert open_run(tmp_path, changed, overwrite=False) == Opened(True, [], True), "the folder says what is so now"
+
+
+@pytest.mark.parametrize("key", ["init_from", "name", "levels", "optimizer"])
+def test_what_makes_another_run_may_not_change(tmp_path: Path, key: str) -> None:
+    open_run(tmp_path, CONFIG, overwrite=False)
+    (tmp_path / "best.safetensors").touch()
+    with pytest.raises(ConfigError, match=f"holds another run: {key}"):
+        open_run(tmp_path, CONFIG | {key: "other"}, overwrite=False)
 
 
 def test_another_run_is_never_overwritten_unasked(tmp_path: Path) -> None:
@@ -23,10 +51,16 @@ def test_another_run_is_never_overwritten_unasked(tmp_path: Path) -> None:
     weights.write_text("precious")
     (tmp_path / "x" / "notes.txt").write_text("mine")
     changed = CONFIG | {"optimizer": {"lr": 0.2}, "levels": [3]}
-    with pytest.raises(ConfigError, match=r"optimizer\.lr: 0\.1 there, 0\.2 now \(and 1 more\)"):
-        open_run(tmp_path / "x", changed, overwrite=False)
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: 0\.1 there, 0\.2 now \(and 1 more\)") as refused:
+        open_run(tmp_path / "x", changed | {"data": {"num_workers": 0}}, overwrite=False)
+    assert "\n" not in str(refused.value)
+    assert refused.value.__notes__ == [
+        "field         checkpoint  now",
+        "optimizer.lr  0.1         0.2",
+        "levels        [3, 4]      [3]",
+    ]
     assert weights.read_text() == "precious"
-    assert open_run(tmp_path / "x", changed, overwrite=True) is False
+    assert open_run(tmp_path / "x", changed, overwrite=True) == Opened(False, [], True)
     assert not weights.exists()
     assert (tmp_path / "x" / "notes.txt").read_text() == "mine"
 
@@ -55,4 +89,117 @@ def test_damaged_settings_are_one_line(tmp_path: Path) -> None:
 
 
 def test_compare_names_keys_that_came_and_went() -> None:
-    assert compare({"a": {"b": 1}}, {"a": {"c": 1}}) == ["a.b: 1 there, (absent) now", "a.c: (absent) there, 1 now"]
+    lines = [str(one) for one in compare({"a": {"b": 1}}, {"a": {"c": 1}})]
+    assert lines == ["a.b: 1 there, (absent) now", "a.c: (absent) there, 1 now"]
+
+
+def test_a_second_process_is_refused_and_told_who_is_first(tmp_path: Path) -> None:
+    code = "import sys; from test_run_folder import hold; hold(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path / "x")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "open\n"
+        for overwrite in (False, True):
+            with pytest.raises(
+                ConfigError, match=rf"process {first.pid} on {re.escape(socket.gethostname())} is training"
+            ):
+                open_run(tmp_path / "x", CONFIG, overwrite=overwrite, patience=0.0)
+        began = time.monotonic()
+        os.kill(first.pid, signal.SIGKILL)  # however it ends
+        open_run(tmp_path / "x", CONFIG, overwrite=False)
+        assert time.monotonic() - began < 4
+    status = in_child(lambda: open_run(tmp_path / "x", CONFIG, overwrite=False, patience=0.0))
+    assert status == 1, "now the lock is ours, and no child's"
+
+
+def hold(folder: str) -> None:
+    """What the first process does: it has children, as loaders do, that outlive it."""
+    open_run(Path(folder), CONFIG, overwrite=False)
+    if os.fork() == 0:
+        os.close(1)
+        time.sleep(5)
+        os._exit(0)
+    print("open", flush=True)
+    sys.stdin.read()
+
+
+def test_who_else_trains_there_is_told_in_plain_text(tmp_path: Path) -> None:
+    def first() -> None:
+        open_run(tmp_path, CONFIG, overwrite=False)
+        assert in_child(lambda: (tmp_path / ".lock").write_bytes(b"\x1b[2Jhost\n\xff 1")) == 0  # closing it unlocks
+        assert in_child(second) == 0
+
+    def second() -> None:
+        with pytest.raises(ConfigError) as refused:
+            open_run(tmp_path, CONFIG, overwrite=False, patience=0.0)
+        assert str(refused.value).isprintable()
+
+    assert in_child(first) == 0
+
+
+def test_a_start_cut_off_anywhere_can_be_repeated(tmp_path: Path) -> None:
+    """Also one that was to discard an earlier run."""
+    before = tmp_path / "before"
+    open_run(before, CONFIG, overwrite=False)
+    for name in ("log.txt", "data_report.json", "best.safetensors", "checkpoints/step_00000001/state.json", "mine"):
+        (before / name).parent.mkdir(parents=True, exist_ok=True)
+        (before / name).write_text("x")
+    other = CONFIG | {"levels": [3]}
+    for start in (None, before):
+        for fatal in range(1, 1000):
+            folder = tmp_path / "now"
+            shutil.rmtree(folder, ignore_errors=True)
+            if start:
+                shutil.copytree(start, folder)
+
+            def opening(folder: Path = folder, fatal: int = fatal) -> None:
+                die_at_file_call(fatal)
+                open_run(folder, other, overwrite=True)
+
+            status = in_child(opening)
+            assert open_run(folder, other, overwrite=True) == Opened(False, [], True), fatal
+            assert {path.name for path in folder.iterdir()} - {"mine"} == {".lock", "config.yaml"}
+            assert read_settings(folder / "config.yaml") == other
+            assert (folder / "mine").exists() == (start is not None)
+            if status == 0:
+                break
+            assert status == -signal.SIGKILL
+        assert 5 < fatal < 100
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file" / "run", Path("/proc/run"), tmp_path / ("x" * 300), tmp_path / "a\0b"):
+        with pytest.raises(ConfigError, match=r"^[^\n]*: cannot be written \([^\n]+\) - [^\n]*$"):
+            open_run(folder, CONFIG, overwrite=False)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_read_only_disk_is_found_at_once(tmp_path: Path) -> None:
+    def task() -> None:
+        assert in_child(lambda: open_run(tmp_path / "old", CONFIG, overwrite=False)) == 0
+        (tmp_path / "old" / "best.safetensors").touch()
+        remount_read_only(tmp_path)
+        for name in ("old", "new"):
+            with pytest.raises(ConfigError, match=r"cannot be written \(Read-only file system\)"):
+                open_run(tmp_path / name, CONFIG, overwrite=False)
+
+    assert on_small_disk(tmp_path, 1, task) == 0
+
+
+def test_links_in_the_folder_are_not_followed(tmp_path: Path) -> None:
+    folder, precious = tmp_path / "x", tmp_path / "precious"
+    open_run(folder, CONFIG, overwrite=False)
+    precious.mkdir()
+    (precious / "photo.jpg").write_text("mine")
+    (folder / "best.safetensors").touch()
+    (folder / "checkpoints").symlink_to(precious)
+    (folder / "log.txt").symlink_to(precious / "photo.jpg")
+    open_run(folder, CONFIG, overwrite=True)
+    assert (precious / "photo.jpg").read_text() == "mine"
+    (folder / ".lock").unlink()
+    (folder / ".lock").symlink_to(precious / "photo.jpg")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        open_run(folder, CONFIG, overwrite=True)
+    assert (precious / "photo.jpg").read_text() == "mine"

@@ -1,12 +1,9 @@
-import datetime
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import in_processes
 
 from retina.evaluation.collect import DetectionCollector
 from retina.evaluation.metrics import DetectionArrays
@@ -68,21 +65,16 @@ def test_every_image_needs_its_index() -> None:
         DetectionCollector().add(torch.tensor([0, 1]), [detections_of(0, 1)])
 
 
-def _rank(rank: int, folder: str) -> None:
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timeout)
-    collector = DetectionCollector()
-    # Image 1 is on both ranks, with different detections to tell which copy was kept.
-    for image, count in [[(0, 2), (1, 1)], [(2, 3), (1, 5), (3, 0)]][rank]:
-        collector.add(torch.tensor([image]), [detections_of(image, count)])
-    np.savez(f"{folder}/{rank}.npz", **collector.gather()._asdict())
-    dist.destroy_process_group()
+def test_ranks_agree_and_shared_images_count_once(tmp_path: Path) -> None:
+    def task(rank: int) -> None:
+        collector = DetectionCollector()
+        # Image 1 is on both ranks, with different detections to tell which copy was kept.
+        for image, count in [[(0, 2), (1, 1)], [(2, 3), (1, 5), (3, 0)]][rank]:
+            collector.add(torch.tensor([image]), [detections_of(image, count)])
+        np.savez(tmp_path / f"{rank}.npz", **collector.gather()._asdict())
 
-
-def test_ranks_agree_and_shared_images_count_once() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (folder,), nprocs=2)
-        for rank in range(2):
-            with np.load(Path(folder) / f"{rank}.npz") as saved:
-                gathered = DetectionArrays(**{name: saved[name] for name in DetectionArrays._fields})
-            assert_same(gathered, arrays_of([(0, 2), (1, 1), (2, 3)]))
+    assert in_processes(task, tmp_path) == [0, 0]
+    for rank in range(2):
+        with np.load(tmp_path / f"{rank}.npz") as saved:
+            gathered = DetectionArrays(**{name: saved[name] for name in DetectionArrays._fields})
+        assert_same(gathered, arrays_of([(0, 2), (1, 1), (2, 3)]))

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from retina.data.coco import Annotations, read_coco
-from retina.errors import DataError
 from retina.evaluation.metrics import DetectionArrays
 from retina.evaluation.pictures import evaluation_pictures, write_evaluation_pictures
 
@@ -26,7 +25,7 @@ def annotations(tmp_path: Path) -> Annotations:
             objects.append({"image_id": 10 + i, "category_id": 1, "bbox": [5, 5, 20, 20]})
     document = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "x"}]}
     (tmp_path / "gt.json").write_text(json.dumps(document))
-    return read_coco(tmp_path / "gt.json", tmp_path / "images")
+    return read_coco(tmp_path / "gt.json", tmp_path / "images", allow_outside=True)
 
 
 def detections(indices: list[int], scores: list[float]) -> DetectionArrays:
@@ -75,7 +74,28 @@ def test_one_picture_for_the_board(annotations: Annotations) -> None:
     assert max(large.shape) == 2400
 
 
-def test_a_missing_image_is_told(annotations: Annotations, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_is_left_out(annotations: Annotations, tmp_path: Path) -> None:
+    """Whoever loaded the images has told of it."""
     (tmp_path / "images" / "a.png").unlink()
-    with pytest.raises(DataError, match=r"a\.png: no such image"):
-        evaluation_pictures(annotations, detections([], []), max_images=1)
+    (tmp_path / "images" / "g.png").write_text("no image")
+    nothing, folder = detections([], []), tmp_path / "pictures"
+    assert write_evaluation_pictures(folder, annotations, nothing, max_images=3, score_threshold=0.3) == 1
+    assert [path.name for path in folder.iterdir()] == ["13_d.jpg"]
+    assert evaluation_pictures(annotations, nothing, max_images=3).shape[1] > 2 * 768
+    assert evaluation_pictures(annotations, nothing, max_images=1).shape == (1, 1, 3)
+    assert evaluation_pictures(annotations, nothing, max_images=7, max_pixels=40 * 30 - 1).shape == (1, 1, 3)
+
+
+def test_the_longest_of_names(tmp_path: Path) -> None:
+    name = "\u00e9" * 125 + ".png"
+    Image.new("RGB", (40, 30)).save(tmp_path / name)
+    document = {
+        "images": [{"id": 2**62, "file_name": name, "width": 40, "height": 30}],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "x"}],
+    }
+    (tmp_path / "gt.json").write_text(json.dumps(document))
+    annotations = read_coco(tmp_path / "gt.json", tmp_path)
+    folder = tmp_path / "pictures"
+    assert write_evaluation_pictures(folder, annotations, detections([], []), max_images=1, score_threshold=0.3) == 1
+    assert [path.name for path in folder.iterdir()] == [f"{2**62}_" + "\u00e9" * 100 + ".jpg"]

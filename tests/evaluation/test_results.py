@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from retina.data.coco import Annotations, read_coco
+from retina.data.coco_checks import RecordsError
 from retina.errors import DataError
 from retina.evaluation.metrics import coco_metrics
 from retina.evaluation.results import format_metrics, read_results, write_metrics
@@ -50,8 +51,6 @@ def test_an_empty_list_is_fine(tmp_path: Path, annotations: Annotations) -> None
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"image_id": 8}, "image_id 8 is not in"),
-        ({"category_id": 1}, "category_id 1 is not in"),
         ({"image_id": "7"}, "image_id is '7'"),
         ({"image_id": 7.0}, "image_id is 7.0"),
         ({"category_id": True}, "category_id is True"),
@@ -63,6 +62,7 @@ def test_an_empty_list_is_fine(tmp_path: Path, annotations: Annotations) -> None
         ({"score": None}, "score holds None"),
         ({"score": 10**400}, "score holds 1000"),
         ({"score": True}, "score holds True"),
+        ({"score": 1e200}, r"score holds 1e\+200"),
     ],
 )
 def test_a_faulty_record_is_named(tmp_path: Path, annotations: Annotations, change: dict[str, Any], words: str) -> None:
@@ -70,6 +70,28 @@ def test_a_faulty_record_is_named(tmp_path: Path, annotations: Annotations, chan
     with pytest.raises(DataError, match=rf"dt.json: result 1: {words}.* - ") as error:
         read_results(file, annotations)
     assert "\n" not in str(error.value)
+
+
+def test_all_faulty_records_are_listed(tmp_path: Path, annotations: Annotations) -> None:
+    bad = [GOOD | {"score": float("nan")}, GOOD | {"bbox": [1, 2]}, {}, GOOD | {"score": float("-inf")}]
+    with pytest.raises(RecordsError) as error:
+        read_results(written(tmp_path, [GOOD, *bad, GOOD]), annotations)
+    assert [fault.split(": ")[1] for fault in error.value.faults] == [f"result {n}" for n in (1, 2, 3, 4)]
+    assert str(error.value) == f"{error.value.faults[0]} (and 3 more)"
+    assert "score holds nan - write a finite number" in str(error.value)
+
+
+def test_unknown_images_and_categories_are_counted(tmp_path: Path, annotations: Annotations) -> None:
+    strange = [GOOD | change for change in ({"image_id": 8}, {"category_id": 1}, {"image_id": -5, "category_id": 2})]
+    with pytest.raises(RecordsError) as error:
+        read_results(written(tmp_path, [GOOD, *strange, *strange[:1] * 3]), annotations)
+    gt = f"not in {annotations.file} - use the ids of that file"
+    assert [fault.removeprefix(f"{tmp_path}/dt.json: ") for fault in error.value.faults] == [
+        f"image_id 8: is that of 4 results, but {gt}",
+        f"category_id 1: is that of 1 result, but {gt}",
+        f"image_id -5: is that of 1 result, but {gt}",
+        f"category_id 2: is that of 1 result, but {gt}",
+    ]
 
 
 @pytest.mark.parametrize("key", sorted(GOOD))
@@ -81,7 +103,12 @@ def test_a_missing_key_is_named(tmp_path: Path, annotations: Annotations, key: s
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("{not json", "is not JSON"), ('{"images": []}', "dict instead of a list"), ("[4]", "result 0: is 4 instead")],
+    [
+        ("{not json", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"images": []}', "dict instead of a list"),
+        ("[4]", "result 0: is 4 instead"),
+    ],
 )
 def test_a_file_that_holds_no_results_is_refused(
     tmp_path: Path, annotations: Annotations, content: str, words: str

@@ -1,4 +1,6 @@
 import json
+import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from retina.errors import CheckpointError
 from retina.model.retinanet import RetinaNet, retinanet
-from retina.model.weights import DetectorCard, load_detector, read_card, save_detector
+from retina.model.weights import DetectorCard, init_from, load_detector, read_card, save_detector
 
 CPU = torch.device("cpu")
 
@@ -65,3 +67,142 @@ def test_unusable_files_are_one_line(tmp_path: Path, model: RetinaNet, card: Det
     file.write_bytes(b"\x00" * 100)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_card(file)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A weights file of a few kB."""
+    card = DetectorCard(
+        model={"num_classes": 2}, classes=["cat", "0" * 64], category_ids=[7, 3], preprocessing={}, postprocess={}
+    )
+    save_detector(tmp_path / "small.safetensors", {"weight": torch.arange(300.0)}, card)
+    return tmp_path / "small.safetensors"
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed(small: Path) -> None:
+    whole = small.read_bytes()
+    assert read_card(small).classes == ["cat", "0" * 64]
+    header = 8 + int.from_bytes(whole[:8], "little")
+    generator = random.Random(0)
+    positions = [*range(header), *(generator.randrange(header, len(whole)) for _ in range(200))]
+    for position in positions:
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << generator.randrange(8)
+        small.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"^[^\n]*small\.safetensors: [^\n]* - [^\n]*$"):
+            read_card(small)
+    for position in (0, 7, header - 1, header, len(whole) - 1):
+        small.write_bytes(whole[:position])
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            read_card(small)
+
+
+def test_a_flipped_bit_is_noticed_when_weights_are_loaded(tmp_path: Path, model: RetinaNet, card: DetectorCard) -> None:
+    file = tmp_path / "best.safetensors"
+    save_detector(file, model.state_dict(), card)
+    damaged = bytearray(file.read_bytes())
+    damaged[-1000] ^= 1
+    file.write_bytes(damaged)
+    for use in (lambda: load_detector(file, CPU), lambda: init_from(model, file, classes=card.classes)):
+        with pytest.raises(CheckpointError, match="does not match its own hash"):
+            use()
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path: Path, small: Path) -> None:
+    save_detector(tmp_path / "again", {"weight": torch.arange(300.0)}, read_card(small))
+    assert (tmp_path / "again").read_bytes() == small.read_bytes()
+
+
+@pytest.mark.parametrize("changes", [{"model": 3}, {"classes": "cat"}, {"step": "1"}, {"metrics": None}])
+def test_headers_of_another_shape_are_one_line(tmp_path: Path, card: DetectorCard, changes: dict[str, object]) -> None:
+    values = {"model": {}, "classes": [], "category_ids": [], "preprocessing": {}, "postprocess": {}, "step": 0}
+    values |= {"metrics": {}, "schema_version": 1} | changes
+    for text in (json.dumps(values), "[]", "null", "[" * 100_000, "{}"):
+        save_file({"weight": torch.zeros(1)}, tmp_path / "w", metadata={"retina": text})
+        with pytest.raises(CheckpointError, match=r"^[^\n]* - [^\n]*$"):
+            read_card(tmp_path / "w")
+
+
+def test_a_file_cannot_have_others_loaded(tmp_path: Path, model: RetinaNet, card: DetectorCard) -> None:
+    card = replace(card, model=card.model | {"weights": str(tmp_path / "evil.pth")})
+    save_detector(tmp_path / "w.safetensors", model.state_dict(), card)
+    assert load_detector(tmp_path / "w.safetensors", CPU)[0].arguments["weights"] is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, card: DetectorCard, value: float) -> None:
+    state = {"count": torch.tensor(3), "good": torch.zeros(4), "bad": torch.zeros(4, dtype=torch.float16)}
+    save_detector(tmp_path / "w", state, card)
+    before = (tmp_path / "w").read_bytes()
+    state["bad"][2] = value
+    with pytest.raises(CheckpointError, match="bad is not finite"):
+        save_detector(tmp_path / "w", state, card)
+    assert (tmp_path / "w").read_bytes() == before
+
+
+def another(num_classes: int = 2, **changes: object) -> RetinaNet:
+    torch.manual_seed(1)
+    return retinanet(
+        **{"num_classes": num_classes, "backbone": "resnet18", "fpn_channels": 16, "head_convs": 1} | changes
+    )
+
+
+def test_a_run_starts_from_another_of_the_same_classes(tmp_path: Path, model: RetinaNet, card: DetectorCard) -> None:
+    file = tmp_path / "run" / "best.safetensors"
+    file.parent.mkdir()
+    save_detector(file, model.state_dict(), card)
+    for source in (file, file.parent):
+        new = another()
+        count = len(model.state_dict())
+        lines = init_from(new, source, classes=["cat", "dog"])
+        assert lines == [f"init_from: {count} of {count} tensors are those of {file}"]
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in new.state_dict().items())
+
+
+@pytest.mark.parametrize("classes", [["dog", "cat"], ["cat", "dog", "cow"], ["cat"]])
+def test_other_classes_start_anew_with_the_prior_bias(
+    tmp_path: Path, model: RetinaNet, card: DetectorCard, classes: list[str]
+) -> None:
+    file = tmp_path / "best.safetensors"
+    with torch.no_grad():
+        model.head.classification.predict.bias.fill_(3.0)
+    save_detector(file, model.state_dict(), card)
+    new = another(len(classes), prior=0.02)
+    start = {key: value.clone() for key, value in new.state_dict().items()}
+    lines = init_from(new, file, classes=classes)
+    assert lines[1:] == [
+        "model: 2 tensors start anew: head.classification.predict.weight (other classes), "
+        "head.classification.predict.bias (other classes)"
+    ]
+    for key, value in new.state_dict().items():
+        source = start if key.startswith("head.classification.predict.") else model.state_dict()
+        assert torch.equal(value, source[key]), key
+    torch.testing.assert_close(new.head.classification.predict.bias.sigmoid(), torch.full([9 * len(classes)], 0.02))
+
+
+def test_bare_weights_and_other_shapes_are_listed(tmp_path: Path, model: RetinaNet) -> None:
+    state = model.state_dict() | {"mask.weight": torch.zeros(1)}
+    del state["backbone.stem.conv1.weight"]
+    (tmp_path / "step_00000001").mkdir()
+    save_file(state, tmp_path / "step_00000001" / "model.safetensors")
+    lines = init_from(another(head_convs=1, fpn_channels=32), tmp_path / "step_00000001", classes=["cat", "dog"])
+    assert lines[0].startswith("init_from: ")
+    assert "backbone.stem.conv1.weight (not in the file), fpn." in lines[1]
+    assert "here) and " in lines[1]
+    assert lines[2] == "init_from: 1 tensors of the file have no use here: mask.weight"
+    lines = init_from(another(), tmp_path / "step_00000001", classes=["cat", "dog"])
+    assert "head.classification.predict.bias (the file names no classes)" in lines[1]
+
+
+def test_weights_that_are_of_no_use_are_refused(tmp_path: Path, model: RetinaNet) -> None:
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    (tmp_path / "run").mkdir()
+    with pytest.raises(CheckpointError, match=r"run/best\.safetensors: no such file"):
+        init_from(model, tmp_path / "run", classes=[])
+    save_file({"weight": torch.zeros(1)}, tmp_path / "w")
+    with pytest.raises(CheckpointError, match="holds nothing that fits this model"):
+        init_from(model, tmp_path / "w", classes=[])
+    save_file(model.state_dict() | {"fpn.lateral.0.weight": torch.full((16, 128, 1, 1), math.nan)}, tmp_path / "w")
+    with pytest.raises(CheckpointError, match=r"fpn\.lateral\.0\.weight is not finite"):
+        init_from(model, tmp_path / "w", classes=[])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -1,7 +1,11 @@
 """Overrides in, settings and objects out; every mistake is one line that names the key."""
 
 import functools
+import random
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ def fault_of(function: Callable[..., Any], *arguments: Any, **named: Any) -> str
     ("word", "parts"),
     [
         ("optimiser.lr=0.1", ["optimiser.lr: no such key", "did you mean optimizer.lr?"]),
+        ("train={lenght: 3}", ["train.lenght: no such key", "did you mean train.length?"]),
         ("train.lenght=3", ["train.lenght: no such key", "did you mean train.length?"]),
         ("optimizr=adamw", ["optimizr: no such key", "did you mean optimizer?"]),
         ("modle/backbone=x", ["modle/backbone: no such key"]),
@@ -43,6 +48,7 @@ def fault_of(function: Callable[..., Any], *arguments: Any, **named: Any) -> str
         ("length", ["length: cannot be understood", "key=value"]),
         ("train.length=[1", ["train.length=[1: cannot be understood"]),
         ("name=${nome}", ["name: ", "nome"]),
+        ("experiment=null", ["settings: ", "correct that override"]),
         ("name=???", ["name: missing"]),
         ("hydra.run.dir=x", ["hydra.run.dir=x: has no effect here"]),
         ("hydra/launcher=joblib", ["hydra/launcher=joblib: has no effect here"]),
@@ -119,32 +125,111 @@ def test_partial_and_extra_arguments() -> None:
 
 
 @pytest.mark.parametrize(
-    "target",
+    ("section", "target"),
     [
-        "os.system",
-        "builtins.eval",
-        "eval",
-        "retina",
-        "torch.load",
-        "retinax.y",
+        ("augment", "os.system"),
+        ("augment", "builtins.eval"),
+        ("augment", "eval"),
+        ("augment", "retina"),
+        ("augment", "albumentations"),
+        ("augment", "retina.data.transforms."),
+        ("augment", "retina.data.transforms.Pipeline "),
+        ("optimizer", "torch.load"),
+        ("optimizer", "torch.optim"),
+        ("loss", "retinax.y"),
         # an allowed module's own imports are not its own
-        "retina.engine.config.difflib.get_close_matches",
-        "retina.engine.config.dataclass",
-        "retina.data.shapes.shutil",
-        "retina.data.images.Image",
-        "albumentations.core.serialization.Path",
+        ("augment", "retina.data.transforms.os.system"),
+        ("augment", "retina.data.transforms.os"),
+        ("augment", "retina.data.transforms.random.Random"),
+        ("augment", "retina.data.transforms.blake2b"),
+        ("augment", "albumentations.core.serialization.Path"),
+        ("augment", "albumentations.core.utils.get_args"),
+        ("augment", "albumentations.check_version.urllib.request.urlopen"),
+        ("augment", "albumentations.suppress"),
+        ("data", "retina.data.shapes.shutil.rmtree"),
+        ("data", "retina.data.shapes.shutil"),
+        ("optimizer", "torch.optim.lr_scheduler.types.FunctionType"),
+        ("optimizer", "torch.optim.lr_scheduler.partial"),
+        ("optimizer", "torch.optim.optimizer.torch.hub.load"),
+        # what is its own, but no public class or function
+        ("loss", "retina.losses._with_one_padding"),
+        ("loss", "retina.losses.__loader__.get_data"),
+        ("loss", "retina.losses.__builtins__"),
+        ("loss", "retina.losses.DetectionLoss.forward"),
+        ("loss", "retina.losses.DetectionLoss.__init__.__globals__"),
+        ("augment", "albumentations.Blur.from_pretrained"),
+        ("augment", "albumentations.core.serialization.SerializableMeta"),
+        # functions of other libraries: these read files and call the network
+        ("augment", "albumentations.load"),
+        ("augment", "albumentations.from_dict"),
+        ("augment", "albumentations.check_for_updates"),
+        ("optimizer", "torch.optim.swa_utils.update_bn"),
+        # allowed elsewhere: a section makes its own kind only
+        ("augment", "retina.data.shapes.write_shapes"),
+        ("data", "retina.engine.run_folder.open_run"),
+        ("schedule", "torch.optim.lr_scheduler.StepLR"),
+        ("loss.box_loss", "torch.optim.SGD"),
     ],
 )
-def test_targets_outside_the_allowed_are_refused(target: str) -> None:
-    fault = fault_of(build, {"_target_": target, "command": "true"}, "augment.x")
-    assert fault.startswith(f"augment.x._target_: {target} ")
-    assert "is not allowed" in fault or "does not exist" in fault
+def test_targets_outside_the_allowed_are_refused(section: str, target: str) -> None:
+    fault = fault_of(build, {"_target_": target, "command": "true"}, f"{section}.x" if "." not in section else section)
+    assert "._target_: " in fault
+    assert f"{target} is not allowed" in fault or f"{target} does not exist" in fault
+
+
+def test_nothing_is_imported_to_find_out_that_it_is_not_allowed() -> None:
+    for target in ("antigravity.x", "retina.data.transforms..antigravity.x", "albumentations/../antigravity.x"):
+        assert "is not allowed" in fault_of(build, {"_target_": target}, "augment.x")
+    assert "antigravity" not in sys.modules
+
+
+def test_what_only_pretends_to_be_at_home_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def smooth_l1() -> None: ...
+
+    def pretender() -> None: ...
+
+    for function in (smooth_l1, pretender):
+        function.__module__, function.__qualname__ = "retina.losses", "smooth_l1"
+    monkeypatch.setattr(retina.losses, "pretender", pretender, raising=False)
+    monkeypatch.setattr(retina.losses, "short", functools.partial(print), raising=False)
+    monkeypatch.setattr(retina.losses, "nameless", lambda: None, raising=False)
+    for name in ("pretender", "short", "nameless"):
+        assert "is not allowed" in fault_of(build, {"_target_": f"retina.losses.{name}"}, "loss")
+
+
+def test_a_module_of_ones_own_can_be_allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "ones_own_losses.py").write_text("def squared(scale):\n    return scale\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    section = {"_target_": "ones_own_losses.squared", "scale": 3}
+    assert "is not allowed" in fault_of(build, section, "loss")
+    allowed = {**_compose.ALLOWED_TARGETS, "loss": ("retina.losses.", "ones_own_losses.")}
+    monkeypatch.setattr(_compose, "ALLOWED_TARGETS", allowed)
+    assert build(section, "loss") == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ('name: !!python/object/apply:os.system ["touch canary"]', "python/object/apply:os.system"),
+        ("name: !!python/name:os.system", "python/name:os.system"),
+        ("name: [", "expected the node content"),
+        ("name: a\nname: b", "duplicate key"),
+        (f"name: {'[' * 3000}", "recursion"),
+        ("name: ${nowhere:1}", "nowhere"),
+    ],
+)
+def test_a_config_file_that_is_no_plain_yaml(text: str, part: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "theirs.yaml").write_text(f"# @package _global_\n{text}\n")
+    fault = fault_of(compose, "train", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=theirs"])
+    assert part in fault
+    assert " - correct this setting" in fault or " - correct that override or YAML file" in fault
 
 
 def test_a_misspelt_target_names_the_nearest() -> None:
     fault = fault_of(build, {"_target_": "albumentations.Blurr"}, "augment.blur")
     assert fault == ("augment.blur._target_: albumentations.Blurr does not exist - did you mean albumentations.Blur?")
-    assert "check its spelling" in fault_of(build, {"_target_": "retina.nowhere.Blur"}, "augment.blur")
+    assert "check its spelling" in fault_of(build, {"_target_": "retina.data.transforms.nowhere.Blur"}, "augment.blur")
 
 
 @pytest.mark.parametrize("section", [None, 3, {}, {"p": 1}, {"_target_": 3}])
@@ -212,17 +297,53 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     def faulty(settings: dict[str, Any]) -> None:
         raise DataError("x.json: it is broken - mend it")
 
-    def interrupted(settings: dict[str, Any]) -> None:
-        raise KeyboardInterrupt
-
     assert ending(lambda settings: None) == 0
     assert ending(lambda settings: 3) == 3
-    assert ending(interrupted) == 130
     capsys.readouterr()
     assert ending(faulty) == 2
     assert capsys.readouterr() == ("", "error: x.json: it is broken - mend it\n")
     assert ending(faulty, "traceback=true") == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_fault_is_one_harmless_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def faulty(settings: dict[str, Any]) -> None:
+        raise OSError(5, "broken\x1b[31m", "a\nb\x1b]0;title\x07.txt")
+
+    assert ending(faulty) == 2
+    expected = "error: a\\nb\\x1b]0;title\\x07.txt: broken\\x1b[31m - make room or correct the path\n"
+    assert capsys.readouterr() == ("", expected)
+
+
+def test_handlers_are_the_programs_only_while_it_runs() -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    seen: list[Any] = []
+    assert ending(lambda settings: seen.extend(signal.getsignal(number) for number in numbers)) == 0
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert all(handler not in before for handler in seen)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_start_up_at_once(
+    number: signal.Signals, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """At a random instant after the program has begun: while torch is loaded, data is made or the model is built."""
+    words = ["runs=runs", "data.root=shapes", "model.backbone=resnet18", "train.device=cpu", "debug=smoke"]
+    process = start("-v", CONFIGS.parent / "tools" / "train.py", *words, cwd=tmp_path)
+    assert process.stderr is not None
+    for line in process.stderr:  # -v names the modules as they are imported: the handlers are set before this one is
+        if line.startswith("import 'torch.") or ("matches" in line and "/torch/" in line):
+            break
+    time.sleep(random.Random(number).uniform(0, 3))
+    process.send_signal(number)
+    sent = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err[-2000:]
+    assert time.monotonic() - sent < 10
+    assert "Traceback" not in err
+    assert "KeyboardInterrupt" not in err
 
 
 def test_many_faulty_records_are_listed_beside_the_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,13 +8,16 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+import yaml
+from commands import Capture, Tool, one_line
 from PIL import Image
 from tiny import PREPROCESSING
 
+import retina
 from retina.errors import ConfigError
+from retina.model.weights import load_detector, save_detector
 
-Tool = Callable[..., int]
-Capture = pytest.CaptureFixture[str]
 KEYS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 
 
@@ -27,12 +30,37 @@ def strict(file: Path) -> Any:
     return json.loads(file.read_text(), parse_constant=refuse)
 
 
+@pytest.fixture(scope="module")
+def data(trained_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny images with every second of the untrained detector's best findings for ground truth: it is right about
+    half of the time."""
+    root = tmp_path_factory.mktemp("found")
+    shutil.copytree(tiny_data, root, dirs_exist_ok=True)
+    file = root / "annotations" / "instances_val.json"
+    truth = json.loads(file.read_text())
+    ids = {category["name"]: category["id"] for category in truth["categories"]}
+    detector = retina.load(trained_run, device="cpu")
+    images = [root / "val" / image["file_name"] for image in truth["images"]]
+    truth["annotations"] = []
+    for image, found in zip(truth["images"], detector.predict(images), strict=True):
+        wide = (found.boxes[:, 2:] - found.boxes[:, :2] > 3).all(dim=1)
+        for (x1, y1, x2, y2), label in list(zip(found.boxes[wide].tolist(), found.labels[wide].tolist(), strict=True))[
+            :12:2
+        ]:
+            record = {"category_id": ids[detector.classes[label]], "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            truth["annotations"].append(record | {"image_id": image["id"]})
+    file.write_text(json.dumps(truth))
+    return root
+
+
 @pytest.fixture
-def run(trained_run: Path, tmp_path: Path) -> Path:
-    """A copy of the run folder to write into."""
+def run(trained_run: Path, data: Path, tmp_path: Path) -> Path:
+    """A run folder to write into, whose settings name that ground truth."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "best.safetensors").hardlink_to(trained_run / "best.safetensors")
-    shutil.copy(trained_run / "config.yaml", tmp_path / "run")
+    settings = yaml.safe_load((trained_run / "config.yaml").read_text())
+    settings["data"]["root"] = str(data)
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path / "run"
 
 
@@ -41,9 +69,11 @@ def test_a_run_needs_nothing_retyped(tool: Tool, run: Path, capsys: Capture) -> 
     out, err = capsys.readouterr()
     assert err == ""
     metrics = strict(run / "eval" / "metrics.json")
-    assert list(metrics) == [*KEYS, "per_class"]
+    assert list(metrics) == [*KEYS, "per_class", "skipped_images"]
     assert metrics["APl"] is None
-    assert 0 <= metrics["AP50"] < 1
+    assert metrics["skipped_images"] == 0
+    assert 0.2 < metrics["AP50"] < 0.9
+    assert sum(values["num_objects"] for values in metrics["per_class"].values()) == 30
     lines = out.splitlines()
     assert lines[0] == f"AP     {100 * metrics['AP']:>5.1f}  IoU 0.50:0.95"
     assert [line.split()[0] for line in lines[14:19]] == list(metrics["per_class"])
@@ -66,7 +96,7 @@ def test_a_run_needs_nothing_retyped(tool: Tool, run: Path, capsys: Capture) -> 
 
 
 def ground_truth(run: Path) -> list[str]:
-    root = next(line.split()[-1] for line in (run / "config.yaml").read_text().splitlines() if "root:" in line)
+    root = yaml.safe_load((run / "config.yaml").read_text())["data"]["root"]
     return ["data=coco", f"data.val.annotations={root}/annotations/instances_val.json"]
 
 
@@ -78,8 +108,14 @@ def test_two_processes_score_as_one(tool: Tool, run: Path, two_processes: Path) 
     ours, theirs = strict(one / "detections.json"), strict(two / "detections.json")
     assert [(r["image_id"], r["category_id"]) for r in ours] == [(r["image_id"], r["category_id"]) for r in theirs]
     assert [r["score"] for r in ours] == pytest.approx([r["score"] for r in theirs], abs=1e-5)
-    mine, other = strict(one / "metrics.json"), strict(two / "metrics.json")
-    assert [mine[key] for key in KEYS] == [pytest.approx(other[key], abs=1e-9) for key in KEYS]
+    scores = []
+    for name, results in (("mine", one), ("other", two)):
+        words = [f"detections={results}/detections.json", f"output={run.parent}/{name}", *ground_truth(run)]
+        assert tool("eval", *words) == 0
+        scores.append([strict(run.parent / name / "metrics.json")[key] for key in KEYS])
+    assert scores[0] == [pytest.approx(score, abs=1e-9) for score in scores[1]]
+    assert scores[0][0] > 0
+    assert strict(two / "metrics.json").keys() == strict(one / "metrics.json").keys()
     assert sorted(p.name for p in one.rglob("*")) == sorted(p.name for p in two.rglob("*"))
     assert "IoU 0.50:0.95" in (two_processes / "out.txt").read_text()
 
@@ -190,14 +226,6 @@ def test_unknown_keys_of_a_run(load: Callable[[str], ModuleType]) -> None:
         load("eval").data_of({}, {"name": "x", "rot": 3}, {})
 
 
-def one_line(capsys: Capture) -> str:
-    out, err = capsys.readouterr()
-    assert out == ""
-    (line,) = err.splitlines()
-    assert line.startswith("error: ")
-    return line
-
-
 def test_mistakes_are_one_line(tool: Tool, run: Path, other_data: Path, capsys: Capture) -> None:
     truth = other_data / "annotations" / "instances_val.json"
     document = json.loads(truth.read_text())
@@ -227,13 +255,18 @@ def test_mistakes_are_one_line(tool: Tool, run: Path, other_data: Path, capsys: 
         ([f"checkpoint={run.parent}/cut.safetensors"], ["cut.safetensors: cannot be read"]),
         ([results], ["output: missing"]),
         ([results, f"output={run.parent}/new"], ["data.root: missing"]),
-        ([results, f"output={run.parent}/new", f"data.val.annotations={truth}"], ["category_id 1 is not in"]),
+        (
+            [results, f"output={run.parent}/new", f"data.val.annotations={truth}"],
+            ["category_id 1: is that of 1 result, but not in"],
+        ),
         (["detections=no.json", f"output={run.parent}/new", f"data.val.annotations={truth}"], ["no.json: cannot be"]),
     ]:
         assert tool("eval", *words) == 2, words
         line = one_line(capsys)
         assert all(part in line for part in parts), (words, line)
-    assert sorted(path.name for path in run.iterdir()) == ["best.safetensors", "config.yaml"]
+    files = sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
+    assert files == ["best.safetensors", "config.yaml", "eval/data_report.json"]
+    assert strict(run / "eval" / "data_report.json")["num_faults"] > 0
     assert not (run.parent / "new").exists()
 
 
@@ -252,3 +285,100 @@ def test_nothing_of_the_users_is_overwritten(tool: Tool, run: Path, metric_fixtu
     (output / "metrics.json").unlink()
     assert tool("eval", *score, f"output={output}") == 0
     assert tool("eval", *score, f"output={output}") == 0  # an earlier evaluation may be replaced
+
+
+@pytest.fixture
+def fifty(data: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """Fifty images, ten times the five, and the names of five that are no longer whole."""
+    root = tmp_path / "fifty"
+    truth = strict(data / "annotations" / "instances_val.json")
+    images, objects, names = truth["images"], truth["annotations"], []
+    truth["images"], truth["annotations"] = [], []
+    (root / "val").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    for number in range(50):
+        image = images[number % 5]
+        names.append(f"{number:02}.jpg")
+        shutil.copy(data / "val" / image["file_name"], root / "val" / names[-1])
+        truth["images"].append(image | {"id": 100 + number, "file_name": names[-1]})
+        own = [record for record in objects if record["image_id"] == image["id"]]
+        truth["annotations"] += [record | {"image_id": 100 + number} for record in own]
+    (root / "annotations" / "instances_val.json").write_text(json.dumps(truth))
+    bad = [names[number] for number in (4, 5, 21, 30, 49)]
+    for name in bad[:3]:
+        file = root / "val" / name
+        file.write_bytes(file.read_bytes()[:-400])  # its header is whole
+    (root / "val" / bad[3]).write_bytes(b"")
+    (root / "val" / bad[4]).write_text("no image")
+    return root, bad
+
+
+def test_images_that_cannot_be_read_are_listed_and_their_objects_missed(
+    tool: Tool, run: Path, fifty: tuple[Path, list[str]], capsys: Capture
+) -> None:
+    root, bad = fifty
+    model = [f"checkpoint={run}", "data=coco", f"data.root={root}", "data.num_workers=0", f"output={run.parent}/scores"]
+    assert tool("eval", *model, "data.max_bad_fraction=0.1", "pictures=50") == 3
+    out, err = capsys.readouterr()
+    skipped = [line for line in err.splitlines() if line.startswith("skipped: ")]
+    assert [line.split(": ")[1].rpartition("/")[2] for line in skipped] == bad
+    assert "IoU 0.50:0.95" in out
+    metrics = strict(run.parent / "scores" / "metrics.json")
+    assert metrics["skipped_images"] == 5
+    assert sum(values["num_objects"] for values in metrics["per_class"].values()) == 300
+    results = strict(run.parent / "scores" / "detections.json")
+    assert {result["image_id"] for result in results} == {100 + n for n in range(50) if f"{n:02}.jpg" not in bad}
+    assert len(list((run.parent / "scores" / "pictures").iterdir())) == 45
+
+    # the same detections, and the ground truth of all fifty
+    truth = [
+        f"detections={run.parent}/scores/detections.json",
+        f"data.val.annotations={root}/annotations/instances_val.json",
+    ]
+    assert tool("eval", "data=coco", *truth, f"output={run.parent}/again") == 0
+    again = strict(run.parent / "again" / "metrics.json")
+    assert [again[key] for key in KEYS] == [pytest.approx(metrics[key], abs=1e-12) for key in KEYS]
+    assert 0.2 < again["AP50"] < 0.9
+
+    capsys.readouterr()
+    assert tool("eval", *model) == 2  # one in a hundred would be allowed
+    assert "data.max_bad_fraction" in capsys.readouterr().err
+
+
+def test_faults_of_a_results_file_are_all_listed(tool: Tool, run: Path, metric_fixtures: Path, capsys: Capture) -> None:
+    place = metric_fixtures / "detectron2_edge"
+    results = json.loads((place / "dt.json").read_text())
+    strange = [results[0] | {"image_id": 999_999}] * 3 + [
+        results[0] | {"category_id": 77},
+        results[0] | {"score": None},
+    ]
+    (run.parent / "dt.json").write_text(json.dumps([*results, *strange]).replace('"score": null', '"score": NaN'))
+    words = [f"detections={run.parent}/dt.json", "data=coco", f"data.val.annotations={place}/gt.json"]
+    assert tool("eval", *words, f"output={run.parent}/new") == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert "dt.json: result" in err
+    assert "score holds nan" in err
+    assert "(and 2 more)" in err
+    assert "image_id 999999: is that of 3 results" in out
+    assert "category_id 77: is that of 1 result," in out
+    assert not (run.parent / "new").exists()
+
+
+def test_a_model_that_has_diverged_is_refused(tool: Tool, run: Path, capsys: Capture) -> None:
+    model, card = load_detector(run / "best.safetensors", torch.device("cpu"))
+    with torch.no_grad():
+        model.head.box.predict.weight.fill_(3e38)  # finite by itself
+    (run / "best.safetensors").unlink()
+    save_detector(run / "best.safetensors", model.state_dict(), card)
+    assert tool("eval", f"checkpoint={run}") == 2
+    assert "predicted boxes have a score or side that is not a finite number - the model has" in one_line(capsys)
+    assert not (run / "eval" / "metrics.json").exists()
+
+
+def test_what_a_kill_left_is_swept_and_in_nobodys_way(tool: Tool, run: Path) -> None:
+    (run / "eval").mkdir()
+    for name in (".metrics.json.tmp", ".detections.json.tmp", ".detections.json.4711.tmp"):
+        (run / "eval" / name).write_text("half")
+    assert tool("eval", f"checkpoint={run}", "pictures=0") == 0
+    assert sorted(path.name for path in (run / "eval").iterdir()) == ["detections.json", "metrics.json"]

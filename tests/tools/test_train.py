@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from retina.data.shapes import write_shapes
 
 ROOT = Path(__file__).parents[2]
+Capture = pytest.CaptureFixture[str]
 WALL_CLOCK = {"images_per_second", "data_wait", "seconds"}
 
 
@@ -84,7 +86,7 @@ def test_first_lines_say_what_will_happen(finished: subprocess.CompletedProcess[
 def test_run_folder_holds_what_the_plan_says(place: Path, finished: subprocess.CompletedProcess[str]) -> None:
     folder = place / "runs" / "whole"
     assert {path.name for path in folder.iterdir()} == {
-        "best.safetensors", "checkpoints", "config.yaml", "log.txt", "metrics.jsonl", "tensorboard"
+        ".lock", "best.safetensors", "checkpoints", "config.yaml", "log.txt", "metrics.jsonl", "tensorboard"
     }  # fmt: skip
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
     steps = [(r["step"], r["kind"]) for r in records(folder)]
@@ -137,15 +139,66 @@ def test_a_run_cut_off_goes_on_bit_for_bit(place: Path, finished: subprocess.Com
         assert all(one[key].equal(two[key]) for key in one), name
 
 
-def test_two_processes_train_the_same_run(place: Path, finished: subprocess.CompletedProcess[str]) -> None:
-    done = run(*tiny("pair"), processes=2, folder=place)
-    assert done.returncode == 0, done.stderr
+def test_two_processes_train_the_same_run(place: Path) -> None:
+    """With SGD, for Adam divides by the size of gradients and so magnifies the rounding of small ones."""
+    changes = {"optimizer": "sgd", "optimizer.lr": 0.01, "train.ema": "null", "data.eval_batch_size": 1}
+    for name, processes in (("alone", 1), ("pair", 2)):
+        done = run(*tiny(name, **changes), processes=processes, folder=place)
+        assert done.returncode == 0, done.stderr
     assert "batch    4 images (2 processes x 1 x 2)" in done.stdout
-    one, two = records(place / "runs" / "whole"), records(place / "runs" / "pair")
+    one, two = records(place / "runs" / "alone"), records(place / "runs" / "pair")
     assert [(r["step"], r["kind"]) for r in one] == [(r["step"], r["kind"]) for r in two]
     for a, b in zip(one, two, strict=True):
-        if a["kind"] == "train":  # evaluation pads by the images that share a batch; Adam magnifies rounding
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3 if a["step"] == 2 else 0.02)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a.get("AP") == pytest.approx(b.get("AP"), abs=1e-5)
+
+
+def test_numbers_that_are_not_finite_are_named_and_end_the_run(place: Path) -> None:
+    changes = {"optimizer": "sgd", "optimizer.lr": 1e30, "train.ema": "null", "train.eval_every": "null"}
+    done = run(*tiny("wild", **changes), folder=place)
+    assert done.returncode == 2, done.stderr
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: step")]
+    assert len(warnings) == 2
+    line = done.stderr.splitlines()[-1]
+    assert done.stderr.count("\n") == 1
+    assert not (place / "runs" / "wild" / "best.safetensors").exists()
+    assert not list((place / "runs" / "wild").glob("checkpoints/step_*"))
+    for text in (*warnings, line):
+        assert "update skipped" in text or "is not finite" in text
+    for part in ("loss class", "gradient norm", "lr 3.335e+29", "rank 0", ".png)"):
+        assert part in warnings[0], part
+
+
+def test_changed_annotations_are_refused_unless_allowed(place: Path, finished: object, tmp_path: Path) -> None:
+    shutil.copytree(place / "runs" / "whole", place / "elsewhere" / "whole")
+    source = json.loads((place / "shapes/annotations/instances_train.json").read_text())
+    source["annotations"][0]["bbox"][2] += 0.5
+    changed = {"data.train.annotations": tmp_path / "train.json", "data.train.images": place / "shapes/train"}
+    (tmp_path / "train.json").write_text(json.dumps(source))
+    words = tiny("whole", runs="elsewhere", **changed)
+    done = run(*words, folder=place)
+    assert done.returncode == 2
+    assert "going on with another setting: data.train.annotations: None there" in done.stdout
+    assert "was trained on other annotations" in done.stderr
+    assert done.stderr.count("\n") == 1
+    done = run(*words, "allow_data_change=true", folder=place)
+    assert done.returncode == 0, done.stderr
+    assert "warning: the annotations are not those the run began with" in done.stdout
+    assert "finished at step 6" in done.stdout
+
+
+def test_a_run_can_start_from_the_weights_of_another(
+    place: Path, finished: object, tool: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(place)
+    changes = {"init_from": "runs/whole", "train.length": 1, "train.eval_every": "null", "optimizer.lr": 1e-12}
+    assert tool("train", *tiny("second", **changes)) == 0
+    first, second = (load_file(place / f"runs/{name}/best.safetensors") for name in ("whole", "second"))
+    for key, value in first.items():
+        assert second[key].allclose(value, atol=1e-6), key
+    assert "runs/whole/best.safetensors" in capsys.readouterr().out
+    assert tool("train", *tiny("third", **changes | {"init_from": "runs/nowhere"})) == 2
+    assert "runs/nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

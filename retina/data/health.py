@@ -1,0 +1,272 @@
+"""A data set as it lies on disk: its image files against what the annotations say, and its splits against each other.
+
+Image files are looked at by their headers, in threads; `undecodable` looks at every pixel. Nothing is written.
+"""
+
+import difflib
+import hashlib
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+from PIL import Image
+
+from retina.data.coco import Annotations
+from retina.data.coco_document import some
+from retina.data.images import FORMATS, image_size, read_image
+from retina.data.paths import Folder, is_listed, list_folders, parted
+from retina.data.report import DataReport
+from retina.errors import DataError
+
+_THREADS = 8
+"""Enough to hide the latency of a network disk; reading headers is Python, which runs in one thread at a time."""
+_CHUNK = 64
+_HINTED = 20
+"""Missing files for which a name that looks alike is searched for: it takes milliseconds each."""
+_CANDIDATES = 2000
+
+
+class Files(NamedTuple):
+    """What the image files of a split turned out to be."""
+
+    bad: dict[int, str]
+    """The images that cannot be used (missing, unreadable, not of the size stated), and why, in one line each."""
+    lengths: Int64[np.ndarray, "N"]
+    """Bytes of each file, -1 of a bad one."""
+
+
+def examine(splits: Mapping[str, Annotations], report: DataReport, *, max_pixels: int) -> dict[str, Files]:
+    """The image files of every split, whether there are objects at all, and "train" against "val" if both are given.
+
+    Everything found goes to `report`; what the files turned out to be is returned by split."""
+    files = {}
+    for split, annotations in splits.items():
+        files[split] = check_files(annotations, max_pixels=max_pixels)
+        report.faults += [*files[split].bad.values(), *check_objects(annotations)]
+    if "train" in splits and "val" in splits and splits["train"] is not splits["val"]:
+        compare_splits(splits["train"], splits["val"], report, files)
+    return files
+
+
+def check_files(annotations: Annotations, *, max_pixels: int) -> Files:
+    """Every image is there under exactly its name, has the header of an image, and is of the size stated.
+
+    Each folder is listed once, so that a missing file costs no look-up and a wrong case is found on any file system."""
+    names = [annotations.file_name(row) for row in range(len(annotations))]
+    folders = list_folders(annotations.image_root, [*names, ""])
+    missing = [row for row, name in enumerate(names) if not is_listed(name, folders)]
+    bad = _missing(annotations, missing, names, folders)
+    lengths = np.full(len(names), -1, dtype=np.int64)
+    chunks = _cut(sorted(set(range(len(names))) - set(missing)))
+
+    def read(rows: Sequence[int]) -> list[tuple[int, int, str | None]]:
+        return [(row, *_check_header(annotations, row, names[row], max_pixels)) for row in rows]
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for found in pool.map(read, chunks):
+            for row, length, fault in found:
+                if fault:
+                    bad[row] = fault
+                else:
+                    lengths[row] = length
+    return Files(dict(sorted(bad.items())), lengths)
+
+
+def undecodable(annotations: Annotations, rows: Iterable[int], *, max_pixels: int) -> Iterator[str | None]:
+    """For each of the images in turn, why it cannot be decoded, or None: every pixel is read, by as many threads as
+    there are processors."""
+
+    def fault(row: int) -> str | None:
+        try:
+            read_image(annotations.path(row), max_pixels=max_pixels)
+        except DataError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        yield from pool.map(fault, rows)
+
+
+def check_objects(annotations: Annotations) -> list[str]:
+    """A fault if there is nothing to detect at all."""
+    if annotations.num_objects:
+        return []
+    state = "are crowd regions only" if len(annotations.labels) else "are empty"
+    return [
+        f"{annotations.file}: annotations: {state}: nothing to learn and nothing to score - annotate some images, or "
+        "give another file"
+    ]
+
+
+def compare_splits(train: Annotations, val: Annotations, report: DataReport, files: Mapping[str, Files]) -> None:
+    """Warns of what makes training and evaluation differ: other category ids, classes without objects, the same images.
+
+    `files` are those of "train" and "val"; images are the same if all their bytes are."""
+    if os.path.realpath(train.file) == os.path.realpath(val.file):
+        report.warnings.append(f"{val.file}: is both train and val - scores will say nothing about images never seen")
+        return
+    report.warnings += [*_category_warnings(train, val)]
+    for row, twin in _same_images(train, val, files).items():
+        report.warnings.append(
+            f"{val.file}: image {val.image_ids[row]} ({val.file_name(row)}): has the same bytes as image "
+            f"{train.image_ids[twin]} ({train.file_name(twin)}) of {train.file} - remove it from one of the two: the "
+            "detector is scored on what it has seen"
+        )
+
+
+def _category_warnings(train: Annotations, val: Annotations) -> Iterator[str]:
+    ids = {
+        name: (ours, theirs)
+        for name, ours, theirs in zip(train.classes, train.category_ids, val.category_ids, strict=True)
+    }
+    moved = [f"{name} is {ours} and {theirs}" for name, (ours, theirs) in ids.items() if theirs not in (ours, None)]
+    if moved:
+        yield (
+            f"{val.file}: categories: other ids or another order than in {train.file} ({some(moved)}) - nothing to do "
+            "here, where classes are matched by name; other tools may mix them up"
+        )
+    for split, other, lack in ((train, val, "they are never learned"), (val, train, "they have no score")):
+        counts, others = split.class_counts(), other.class_counts()
+        absent = [name for name, n, m in zip(split.classes, counts, others, strict=True) if n == 0 and m > 0]
+        if absent and split.num_objects:
+            yield (
+                f"{split.file}: categories: no object of {some(absent)}, of which {other.file} has some: {lack} - "
+                "divide the images anew, or leave it so"
+            )
+
+
+def _same_images(train: Annotations, val: Annotations, files: Mapping[str, Files]) -> dict[int, int]:
+    """Rows of `val` and of `train` with equal bytes. Only files of equal length and shape are read."""
+
+    def keys(split: Annotations, lengths: Int64[np.ndarray, "N"]) -> list[tuple[int, int, int]]:
+        return [*zip(lengths.tolist(), *split.sizes.T.tolist(), strict=True)]
+
+    ours, theirs = keys(train, files["train"].lengths), keys(val, files["val"].lengths)
+    common = {key for key in set(ours) & set(theirs) if key[0] >= 0}
+    candidates = [(train, row) for row, key in enumerate(ours) if key in common]
+    num_train = len(candidates)
+    candidates += [(val, row) for row, key in enumerate(theirs) if key in common]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        digests = [*pool.map(lambda at: _digest(at[0].path(at[1])), candidates)]
+    seen = {digest: row for digest, (_, row) in zip(digests[:num_train], candidates, strict=False) if digest}
+    pairs = zip(digests[num_train:], candidates[num_train:], strict=True)
+    return {row: seen[digest] for digest, (_, row) in pairs if digest in seen}
+
+
+def _digest(file: Path) -> bytes | None:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").digest()
+    except OSError:  # gone meanwhile: whoever reads it next says so
+        return None
+
+
+def _check_header(annotations: Annotations, row: int, name: str, max_pixels: int) -> tuple[int, str | None]:
+    """Bytes of the file, and what is wrong with it."""
+    path = annotations.image_root / name
+    try:
+        height, width = image_size(path, max_pixels=max_pixels)
+        length = path.stat().st_size
+    except DataError as error:
+        return -1, str(error)
+    except OSError as error:
+        return -1, f"{path}: cannot be read ({error.strerror}) - check its permissions and the disk"
+    stated_height, stated_width = annotations.sizes[row].tolist()
+    if (height, width) == (stated_height, stated_width):
+        return length, None
+    problem = f"stated as {stated_width}x{stated_height}, but the file is {width}x{height}"
+    fix = "correct the image's width, height and boxes"
+    if (height, width) == (stated_width, stated_height):
+        if _is_turned(path):
+            problem += ": width and height are swapped, the file is rotated by EXIF"
+            fix = "state the size as displayed and turn the boxes, or remove the rotation from the file"
+        else:
+            problem += ": width and height are swapped"
+            fix = "swap them"
+    return -1, f"{_record(annotations, row, name)}: {problem} - {fix}"
+
+
+def _is_turned(path: Path) -> bool:
+    """Whether EXIF says that the image is to be displayed with its sides swapped."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.getexif().get(0x0112) in (5, 6, 7, 8)
+    except Exception:  # damaged EXIF turns nothing
+        return False
+
+
+def _missing(
+    annotations: Annotations, rows: Sequence[int], names: Sequence[str], folders: Mapping[str, Folder]
+) -> dict[int, str]:
+    """One line for each image that is not there, with the file that is likely meant."""
+    if not rows:
+        return {}
+    root = annotations.image_root
+    claimed = set(names)
+    places: dict[str, list[str]] = {}
+    for parent in [*folders, *_subfolders(root, folders)]:
+        for name in (folders.get(parent) or list_folders(root, [f"{parent}/"])[parent]).names:
+            places.setdefault(name, []).append(f"{parent}/{name}" if parent else name)
+    spellings: dict[str, dict[str, str]] = {}
+    faults = {}
+    for count, row in enumerate(rows):
+        name = names[row]
+        parent, last = parted(name)
+        folder = folders[parent]
+        if parent not in spellings:
+            spellings[parent] = {_folded(other): other for other in folder.names}
+        if hint := spellings[parent].get(_folded(last)):
+            fix = f"it is written {hint!r} there; write file_name so"
+        elif others := [place for place in places.get(last, []) if place != name]:
+            fix = f"did you mean {others[0]!r}? Correct file_name"
+        elif count < _HINTED and (hint := _alike(name, parent, folder.names, claimed)):
+            fix = f"did you mean {hint!r}? Correct file_name"
+        else:
+            fix = "add the file, or correct the image folder or file_name"
+        where = f"{root / parent}" + (f" ({folder.fault})" if folder.fault else "")
+        faults[row] = f"{_record(annotations, row, name)}: no such image in {where} - {fix}"
+    return faults
+
+
+def _subfolders(root: Path, known: Mapping[str, Folder]) -> list[str]:
+    try:
+        with os.scandir(root) as entries:
+            return [entry.name for entry in entries if entry.is_dir() and entry.name not in known]
+    except OSError:
+        return []
+
+
+def _folded(name: str) -> str:
+    """The same for names that differ in case, or in how their accents are encoded, only."""
+    return name.casefold() if name.isascii() else unicodedata.normalize("NFC", name).casefold()
+
+
+def _alike(name: str, parent: str, present: Iterable[str], claimed: set[str]) -> str | None:
+    """A file of the same folder that looks like it and that no record names. Another number is another image."""
+    prefix = f"{parent}/" if parent else ""
+    last = name.removeprefix(prefix)
+    wanted = _numbers(last)
+    free = [other for other in present if prefix + other not in claimed and _numbers(other) == wanted]
+    stem = last.rpartition(".")[0]
+    if same_stem := [other for other in free if stem and other.rpartition(".")[0] == stem]:
+        return prefix + same_stem[0]
+    close = difflib.get_close_matches(last, sorted(free)[:_CANDIDATES], n=1, cutoff=0.75)
+    return prefix + close[0] if close else None
+
+
+def _numbers(name: str) -> list[str]:
+    return [digits.lstrip("0") for digits in re.findall("[0-9]+", name)]
+
+
+def _record(annotations: Annotations, row: int, name: str) -> str:
+    return f"{annotations.file}: image {annotations.image_ids[row]} ({name})"
+
+
+def _cut(rows: Sequence[int]) -> list[Sequence[int]]:
+    return [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]

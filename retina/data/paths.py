@@ -1,0 +1,96 @@
+"""File names of annotation files: they stay inside the image folder, and each folder is listed once, not each file."""
+
+import os
+import posixpath
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+_UNUSUAL = re.compile(r"\0|\\|^/|^[A-Za-z]:|(?:^|/)\.\.(?:/|$)|[\ud800-\udfff]")
+
+
+class Folder(NamedTuple):
+    """What one folder holds, as far as it can be listed."""
+
+    names: frozenset[str]
+    links: frozenset[str]
+    """Those of the names that are symbolic links."""
+    fault: str | None
+    """Why it cannot be listed, in the system's words."""
+
+
+def name_problem(name: str, *, allow_outside: bool) -> str | None:
+    """What makes a file name unfit or leads it out of the image folder by its spelling alone, as "problem - fix"."""
+    if not _UNUSUAL.search(name):
+        return None
+    try:
+        os.fsencode(name)
+        storable = "\0" not in name
+    except UnicodeEncodeError:
+        storable = False
+    if not storable:
+        return "file_name holds characters that no file name can have - correct it"
+    fix = "write it relative to the image folder, with /, or set data.allow_outside=true"
+    if allow_outside:
+        return None
+    if name.startswith("/"):
+        return f"file_name is an absolute path - {fix}"
+    if re.match("[A-Za-z]:", name):
+        return f"file_name names a drive - {fix}"
+    if "\\" in name:
+        return f"file_name has backslashes - {fix}"
+    if posixpath.normpath(name).split("/")[0] == "..":
+        return f"file_name leads out of the image folder - {fix}"
+    return None
+
+
+def parted(name: str) -> tuple[str, str]:
+    """A name's folder, which is "" for the image folder itself, and its last part."""
+    parent, slash, last = name.rpartition("/")
+    return parent or slash, last
+
+
+def list_folders(root: Path, names: Iterable[str]) -> dict[str, Folder]:
+    """The folders under `root` that `names` lie in, by what stands before the last `/` of a name."""
+    return {parent: _list(os.path.join(root, parent)) for parent in {parted(name)[0] for name in names}}
+
+
+def links_outside(root: Path, names: Sequence[str]) -> dict[int, str]:
+    """Positions of the names that symbolic links lead out of `root`, and where to. `root` itself may be a link.
+
+    Names must be sound by `name_problem`. One listing per folder instead of a look at every file."""
+    inside = os.path.realpath(root).rstrip(os.sep) + os.sep
+    parents = {parted(name)[0] for name in names}
+    targets = {parent: os.path.realpath(os.path.join(root, parent)) for parent in parents}
+    strays = {parent: target for parent, target in targets.items() if not f"{target}{os.sep}".startswith(inside)}
+    folders = {parent: _list(os.path.join(root, parent)) for parent in parents - set(strays)}
+    found = {}
+    for position, name in enumerate(names):
+        parent, last = parted(name)
+        if parent in strays:
+            found[position] = os.path.join(strays[parent], last)
+        elif last in folders[parent].links or last in ("", ".", ".."):
+            target = os.path.realpath(os.path.join(root, name))
+            if not f"{target}{os.sep}".startswith(inside):
+                found[position] = target
+    return found
+
+
+def is_listed(name: str, folders: Mapping[str, Folder]) -> bool:
+    """Whether a file of exactly that name was there when the folders were listed."""
+    parent, last = parted(name)
+    return last in folders[parent].names
+
+
+def _list(folder: str) -> Folder:
+    names, links = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                names.append(entry.name)
+                if entry.is_symlink():
+                    links.append(entry.name)
+    except (OSError, ValueError) as error:
+        return Folder(frozenset(), frozenset(), getattr(error, "strerror", None) or str(error))
+    return Folder(frozenset(names), frozenset(links), None)

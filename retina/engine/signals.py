@@ -1,0 +1,62 @@
+"""What a run makes of being told to stop: the first SIGTERM or Ctrl-C asks it to, a second Ctrl-C quits."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import TracebackType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+FORWARDED_WITHIN = 1.0
+"""Seconds within which a second signal is the first one again: torchrun passes on the Ctrl-C that the terminal has
+already sent to the whole group."""
+_END = 0
+
+
+class StopRequest:
+    """Within the `with` block, `signal()` is the first SIGINT or SIGTERM that the process was sent, or 0.
+
+    Python runs handlers between its own instructions, and a process that waits for others in a collective runs none. So
+    a thread listens at the other end of a pipe into which the interpreter's C handler writes (`set_wakeup_fd`), and a
+    second Ctrl-C ends the process with status 130 whatever it is doing. Main thread only."""
+
+    def __init__(self) -> None:
+        self._first = 0
+
+    def signal(self) -> int:
+        return self._first
+
+    def __enter__(self) -> "StopRequest":
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._previous_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, at: TracebackType | None) -> None:
+        signal.set_wakeup_fd(self._previous_fd)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        os.write(self._write, bytes([_END]))  # its end alone would not do: forked loader workers hold it open, too
+        self._listener.join()
+        os.close(self._write)
+        os.close(self._read)
+
+    def _listen(self) -> None:
+        since = 0.0
+        while _END not in (numbers := os.read(self._read, 64)):
+            for number in set(numbers) & set(SIGNALS):  # others that have a handler (SIGCHLD) write here too
+                if not self._first:
+                    self._first, since = number, time.monotonic()
+                elif number == signal.SIGINT and time.monotonic() - since > FORWARDED_WITHIN:
+                    quit_at_once(number)
+
+
+def quit_at_once(number: int) -> None:
+    """Ends the process with status 128 + `number`. Nothing needs undoing: all on disk is whole at any instant."""
+    if sys.stderr.isatty():
+        os.write(2, b"\x1b[?25h\n")  # progress bars hide the cursor
+    os._exit(128 + number)

@@ -1,0 +1,85 @@
+"""Files that are there whole or not at all, whatever happens meanwhile: a full disk, a kill, lost power."""
+
+import errno
+import os
+from collections import deque
+from io import FileIO
+from pathlib import Path
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Writes beside `file` and renames once, so that a reader sees the old file or the new one, never a half.
+
+    Raises OSError; then what was there before is untouched and nothing is left beside it."""
+    temporary = temporary_of(file)
+    try:
+        write_synced(temporary, data)
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(file.parent)
+
+
+def temporary_of(file: Path) -> Path:
+    """Where `write_whole` writes; a kill may leave it behind."""
+    return file.with_name(f".{file.name}.tmp")
+
+
+def write_synced(file: Path, data: bytes) -> None:
+    """Writes a new file and waits until it is on the disk."""
+    with file.open("wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in `folder` are on the disk. Some network shares cannot tell; they are believed."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as fault:
+        if fault.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+class Appender:
+    """A file that grows by whole records. One that finds no room is kept in memory, and written once there is some."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.waiting: deque[bytes] = deque()
+        """Records that are not in the file yet."""
+        self._handle: FileIO | None = None
+
+    def write(self, record: bytes) -> None:
+        """Raises OSError when the file does not hold everything so far; it ends with a whole record all the same."""
+        self.waiting.append(record)
+        self.flush()
+
+    def flush(self) -> None:
+        """Tries again to write what is waiting. Raises OSError."""
+        if not self.waiting:
+            return
+        if self._handle is None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = self.file.open("ab", buffering=0)
+        while self.waiting:
+            end = os.fstat(self._handle.fileno()).st_size
+            left = memoryview(self.waiting[0])
+            try:
+                while left:
+                    left = left[self._handle.write(left) :]
+            except OSError:
+                os.ftruncate(self._handle.fileno(), end)
+                raise
+            self.waiting.popleft()
+
+    def close(self) -> None:
+        """Lets go of the file. What is waiting stays so."""
+        if self._handle is not None:
+            handle, self._handle = self._handle, None
+            handle.close()

@@ -1,0 +1,52 @@
+"""Rows of the table that are pytest files: faults whose tests need no harness of their own."""
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET  # reads only what pytest has written
+from pathlib import Path
+
+from .runs import ROOT, Outcome
+
+SUITES: list[tuple[str, str]] = [
+    # (fault as the table names it, path or node id under the repository)
+]
+
+
+def run_suite(folder: Path, label: str, path: str) -> Outcome:
+    """All tests of one file, the slow ones too. A test counts once, or as many times as it says by
+    `record_property("tried", n)` (and `"survived"`, n if it passes)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report = folder / "report.xml"
+    # later options win over those of pyproject.toml; a full version may take longer than a test of `make test`
+    options = ["-m", "slow or not slow", "--timeout=3600", f"--junitxml={report}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, path],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if not report.is_file():
+        return Outcome(label, 1, 0, f"pytest did not run: {(done.stdout + done.stderr)[-500:]}")
+    tried = survived = skipped = 0
+    failed = []
+    for case in ET.parse(report).iter("testcase"):
+        said = {p.get("name"): int(p.get("value", 0)) for p in case.iter("property") if p.get("name") in COUNTS}
+        passed = not {child.tag for child in case} & {"failure", "error", "skipped"}
+        if case.find("skipped") is not None:
+            skipped += 1
+            continue
+        number = said.get("tried", 1)
+        tried += number
+        survived += said.get("survived", number if passed else 0)
+        failed += [] if passed else [str(case.get("name"))]
+    notes = [f"{skipped} tests skipped"] if skipped else []
+    notes += [f"failed: {', '.join(failed)}"] if failed else []
+    if done.returncode != 0 and survived == tried:  # nothing collected, or a fault outside any test
+        tried += 1
+        notes.append(f"pytest ended with {done.returncode}")
+    return Outcome(label, tried, survived, "; ".join(notes))
+
+
+COUNTS = ("tried", "survived")

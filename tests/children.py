@@ -1,0 +1,97 @@
+"""Faults that would take the tests down with them happen in a child process: forked, so that torch is there already."""
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def in_child(task: Callable[[], object]) -> int:
+    """0 when `task` returned, 1 when it raised (the traceback is on stderr), -n when signal n ended the child."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            task()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)  # whatever happens, the child must not go on with the tests
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+FILE_CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree"}
+
+
+def before_each_file_call(act: Callable[[int, str, tuple[object, ...]], object]) -> None:
+    """Calls `act(number, event, arguments)` before every call to the file system from now on. It cannot be undone, so
+    this is for children."""
+    number = 0
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal number
+        if event in FILE_CALLS:
+            number += 1
+            act(number, event, arguments)
+
+    sys.addaudithook(hook)
+
+
+def die_at_file_call(fatal: int) -> None:
+    """SIGKILL right before the call to the file system of that number, counted from 1."""
+    before_each_file_call(lambda number, *_: number == fatal and os.kill(os.getpid(), signal.SIGKILL))
+
+
+def on_small_disk(folder: Path, megabytes: int, task: Callable[[], object]) -> int:
+    """`in_child` with a tmpfs at `folder` that only the child sees. Skips where that is forbidden."""
+    refused = folder / "refused"
+
+    def mounted() -> None:
+        try:
+            _mount(folder, megabytes)
+        except OSError as fault:
+            refused.write_text(str(fault))
+            return
+        task()
+
+    status = in_child(mounted)
+    if refused.exists():
+        pytest.skip(f"no disk can be mounted in a namespace of one's own here: {refused.read_text()}")
+    return status
+
+
+def remount_read_only(folder: Path) -> None:
+    """Within `on_small_disk`."""
+    remount, read_only = 32, 1
+    _checked(_libc.mount(b"none", bytes(folder), b"tmpfs", remount | read_only, None))
+
+
+def _mount(folder: Path, megabytes: int) -> None:
+    new_mounts, new_user, private, recursive = 0x20000, 0x10000000, 1 << 18, 1 << 14
+    user, group = os.getuid(), os.getgid()
+    _checked(_libc.unshare(new_mounts | new_user))
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    _checked(_libc.mount(b"none", b"/", None, private | recursive, None))
+    _checked(_libc.mount(b"none", bytes(folder), b"tmpfs", 0, f"size={megabytes}m".encode()))
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _checked(status: int) -> None:
+    if status:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

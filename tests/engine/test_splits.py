@@ -1,0 +1,167 @@
+"""From settings to checked annotations: what stops, what is left out, what is told."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from retina.data.coco_checks import RecordsError
+from retina.data.report import DataReport
+from retina.engine.config import DataConfig, SplitConfig
+from retina.engine.splits import check_data, load_split, named_splits
+from retina.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Ten images to train on, each with a box, and two to evaluate on."""
+    (tmp_path / "annotations").mkdir()
+    for split, numbers in (("train", range(1, 11)), ("val", range(21, 23))):
+        (tmp_path / split).mkdir()
+        for i in numbers:
+            Image.new("RGB", (40, 30), (i, 0, 0)).save(tmp_path / split / f"{i}.png")
+        content = {
+            "images": [{"id": i, "file_name": f"{i}.png", "width": 40, "height": 30} for i in numbers],
+            "annotations": [{"image_id": i, "category_id": 1, "bbox": [5, 5, 9, 9]} for i in numbers],
+            "categories": [{"id": 1, "name": "cat"}],
+        }
+        (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def edit(root: Path, **changes: Any) -> None:
+    """`images__3={...}`: changes of one record of the training file."""
+    file = root / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    for where, change in changes.items():
+        section, _, row = where.partition("__")
+        content[section][int(row)].update(change)
+    file.write_text(json.dumps(content))
+
+
+def config_of(root: Path, **settings: Any) -> DataConfig:
+    return DataConfig(name="x", root=str(root), **settings)
+
+
+def test_a_sound_split_is_told_of(root: Path) -> None:
+    report = DataReport()
+    annotations = load_split(config_of(root), "train", report=report)
+    assert len(annotations) == 10
+    assert report.splits["train"] == {
+        "annotations": str(root / "annotations" / "instances_train.json"),
+        "images": str(root / "train"),
+        "num_images": 10,
+        "num_images_without_objects": 0,
+        "num_objects": 10,
+        "num_crowd_regions": 0,
+        "objects_per_class": {"cat": 10},
+    }
+    val = load_split(config_of(root), "val", classes=annotations.classes, report=report)
+    check_data(config_of(root), {"train": annotations, "val": val}, report)
+    assert (report.faults, report.warnings) == ([], [])
+
+
+def test_faulty_records_stop_or_are_left_out(root: Path) -> None:
+    edit(root, annotations__0={"bbox": None}, images__3={"width": "40"}, annotations__5={"bbox": [90, 90, 5, 5]})
+    report = DataReport()
+    with pytest.raises(RecordsError) as caught:
+        load_split(config_of(root), "train", report=report)
+    assert len(caught.value.faults) == 3
+    assert report.faults == caught.value.faults
+    report = DataReport()
+    annotations = load_split(config_of(root, on_error="skip"), "train", report=report)
+    assert report.faults == caught.value.faults
+    assert annotations.image_ids.tolist() == [1, 2, 3, 5, 6, 7, 8, 9, 10], "image 4 is at fault itself"
+    assert (annotations.offsets[1:] - annotations.offsets[:-1]).tolist() == [0, 1, 1, 1, 0, 1, 1, 1, 1]
+
+
+def test_structural_faults_stop_all_the_same(root: Path) -> None:
+    (root / "annotations" / "instances_train.json").write_text("[]")
+    report = DataReport()
+    with pytest.raises(DataError, match="is a list") as caught:
+        load_split(config_of(root, on_error="skip"), "train", report=report)
+    assert report.faults == [str(caught.value)]
+
+
+def test_unusable_images_are_tolerated_up_to_a_share(root: Path) -> None:
+    (root / "train" / "2.png").write_bytes(b"")
+    (root / "train" / "4.png").unlink()
+    annotations = load_split(config_of(root), "train")
+    for share, stops in [(0.2, False), (0.199, True), (0.1, True), (0.0, True), (1.0, False)]:
+        report = DataReport()
+        config = config_of(root, max_bad_fraction=share)
+        if stops:
+            with pytest.raises(RecordsError, match=r"images: 2 of 10 cannot be used, [01] may be - .*max_bad_fraction"):
+                check_data(config, {"train": annotations}, report)
+        else:
+            check_data(config, {"train": annotations}, report)
+        assert [line.split(": ")[0].rpartition("/")[2] for line in report.faults] == ["2.png", "instances_train.json"]
+
+
+def test_one_unusable_image_speaks_for_itself(root: Path) -> None:
+    (root / "train" / "2.png").write_bytes(b"")
+    annotations = load_split(config_of(root), "train")
+    with pytest.raises(RecordsError) as caught:
+        check_data(config_of(root), {"train": annotations}, DataReport())
+    assert str(caught.value).startswith(f"{root}/train/2.png: is empty")
+
+
+def test_an_image_above_the_limit_is_unusable(root: Path) -> None:
+    annotations = load_split(config_of(root), "val")
+    report = DataReport()
+    with pytest.raises(RecordsError, match="images: 2 of 2 cannot be used"):
+        check_data(config_of(root, max_pixels=1199), {"val": annotations}, report)
+    assert all("data.max_pixels=1199" in line for line in report.faults)
+    check_data(config_of(root, max_pixels=1200), {"val": annotations}, DataReport())
+
+
+def test_nothing_annotated_stops_or_is_told(root: Path) -> None:
+    file = root / "annotations" / "instances_train.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))
+    annotations = load_split(config_of(root), "train")
+    report = DataReport()
+    with pytest.raises(RecordsError, match="are empty: nothing to learn"):
+        check_data(config_of(root), {"train": annotations}, report)
+    check_data(config_of(root, on_error="skip"), {"train": annotations}, report)
+    assert len(report.faults) == 2
+
+
+def test_images_outside_need_leave(root: Path) -> None:
+    edit(root, images__0={"file_name": "../val/21.png"})
+    with pytest.raises(RecordsError, match=r"image 1 \(\.\./val/21\.png\): .*data\.allow_outside=true"):
+        load_split(config_of(root), "train")
+    skipped = load_split(config_of(root, on_error="skip"), "train")
+    assert 1 not in skipped.image_ids
+    allowed = load_split(config_of(root, allow_outside=True), "train")
+    check_data(config_of(root, allow_outside=True), {"train": allowed}, DataReport())
+    # where no image is read, names do no harm
+    config = DataConfig(name="x", train=SplitConfig(annotations=str(root / "annotations" / "instances_train.json")))
+    assert len(load_split(config, "train", images_needed=False)) == 10
+
+
+def test_which_splits_there_are(root: Path) -> None:
+    assert named_splits(config_of(root)) == ["train", "val"]
+    (root / "annotations" / "instances_val.json").rename(root / "annotations" / "instances_val2017.json")
+    assert named_splits(config_of(root)) == ["train", "val"]
+    (root / "annotations" / "instances_train.json").unlink()
+    assert named_splits(config_of(root)) == ["val"]
+    assert named_splits(config_of(root / "nowhere")) == ["train"]
+    assert named_splits(DataConfig(name="x", val=SplitConfig(annotations="a.json"))) == ["val"]
+
+
+def test_where_nothing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.root: missing"):
+        load_split(DataConfig(name="x"), "train")
+    config = DataConfig(name="x", train=SplitConfig(annotations="a.json", images=str(tmp_path / "none")))
+    with pytest.raises(DataError, match="none: no such folder of images"):
+        load_split(config, "train")
+
+
+def test_checking_is_light() -> None:
+    code = "import sys, retina.engine.splits; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"

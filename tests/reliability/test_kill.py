@@ -1,0 +1,39 @@
+"""A few kills of what `make chaos` does a hundred of."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from chaos.kill import kill_nine
+from chaos.processes import loader_workers, ranks_change
+from chaos.runs import write_data
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found by Linux's /proc")
+
+
+def test_a_run_killed_at_random_instants_arrives_at_the_same_bits(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    outcome = kill_nine(tmp_path, kills=4, seed=3, train__length=16)
+    assert outcome.tried >= 4
+    assert outcome.ok, outcome.notes
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_at_random_instants(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    outcome = kill_nine(tmp_path, kills=3, ranks=2, seed=1)
+    assert outcome.ok, outcome.notes
+
+
+@pytest.mark.slow
+def test_the_number_of_ranks_may_change(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    outcome = ranks_change(tmp_path)
+    assert outcome.ok, outcome.notes
+
+
+@pytest.mark.slow
+def test_the_number_of_loader_workers_changes_no_bit(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    outcome = loader_workers(tmp_path)
+    assert outcome.ok, outcome.notes

@@ -1,0 +1,32 @@
+"""A few of the signals that `make chaos` sends."""
+
+import sys
+from pathlib import Path
+from signal import SIGINT, SIGTERM
+
+import pytest
+from chaos.runs import write_data
+from chaos.signals import Trial, second_interrupt, signals_stop
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found by Linux's /proc")
+
+
+def test_signals_lose_nothing_and_give_their_exit_status(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    instants = {"start-up": SIGTERM, "evaluation": SIGTERM, "checkpoint": SIGINT, "step": SIGINT}
+    trials = [Trial(number, instant, "process") for instant, number in instants.items()]
+    outcome = signals_stop(tmp_path, trials=trials)
+    assert outcome.ok, outcome.notes
+
+
+def test_a_second_interrupt_quits_at_once(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    outcome = second_interrupt(tmp_path)
+    assert outcome.ok, outcome.notes
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_both(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    outcome = signals_stop(tmp_path, trials=[Trial(SIGTERM, "step", "rank 1")], ranks=2)
+    assert outcome.ok, outcome.notes

@@ -1,0 +1,25 @@
+"""What tests of several tools say about commands and their traces."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Tool = Callable[..., int]
+Capture = pytest.CaptureFixture[str]
+
+
+def one_line(capsys: Capture) -> str:
+    """The one line in which a tool refused, and that it said nothing else."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def digest(root: Path) -> dict[str, str]:
+    """Hashes of all files under a folder, by name."""
+    files = (file for file in sorted(root.rglob("*")) if file.is_file())
+    return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

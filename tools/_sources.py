@@ -1,0 +1,110 @@
+"""Which images tools/infer.py looks at, and what it calls their pictures."""
+
+import glob
+import itertools
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from retina.data.images import list_images
+from retina.errors import ConfigError, DataError
+
+FORMATS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".bmp": "BMP",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+"""What pictures are written as. Not as GIF, which has too few colours."""
+
+
+class Source(NamedTuple):
+    """An image to look at."""
+
+    file: Path
+    name: str
+    """Relative to the folder of all images, with `/`."""
+    picture: str
+    """Where its annotated picture goes, relative to the output; never the same for two of them."""
+
+
+def find_images(source: str, output: Path) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to, and the images of a folder with its sub-folders, a glob or a single path.
+
+    What lies under an `output` inside that folder does not count, nor do folders that are symbolic links, and files and
+    folders whose name begins with a dot. Raises DataError when there is nothing, ConfigError for an `output` that the
+    source itself lies in."""
+    path = Path(source)
+    if path.is_dir():
+        root, files = path, list_images(path)
+    elif path.is_file():
+        root, files = path.parent, [path]
+    else:
+        files = expand(source)
+        root = Path(os.path.commonpath([file.parent for file in files])) if files else path
+    inside = _real(output)
+    if files and _real(root).is_relative_to(inside):
+        raise ConfigError(f"output: {output} holds the source {source} - choose another folder")
+    folders = {folder: _real(folder) for folder in {file.parent for file in files}}
+    targets = [_real(file) if file.is_symlink() else folders[file.parent] for file in files]
+    files = [file for file, target in zip(files, targets, strict=True) if not target.is_relative_to(inside)]
+    if not files:
+        raise DataError(f"{source}: no images there - give a folder, an image or a glob such as 'photos/*.jpg'")
+    return root, files
+
+
+def expand(pattern: str) -> list[Path]:
+    """The files that a glob finds, each once."""
+    parts = Path(pattern).parts
+    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    base = Path(*parts[:fixed])
+    if fixed == len(parts):
+        return []
+    try:
+        # unlike glob.glob, `**` here does not walk through symbolic links, which may go round in circles
+        found = [path for path in base.glob(os.sep.join(parts[fixed:])) if path.is_file()]
+    except ValueError as fault:
+        raise ConfigError(f"source: {pattern}: {fault} - correct the pattern") from None
+    shown = [path for path in found if not any(part[0] == "." != part for part in path.relative_to(base).parts)]
+    folders = {folder: _real(folder) for folder in {path.parent for path in shown}}  # without any `..`
+    return sorted({folders[path.parent] / path.name for path in shown})
+
+
+def name_sources(root: Path, files: Iterable[Path]) -> list[Source]:
+    """The images in the order of their names, which are relative to `root`.
+
+    A picture is called like its image, with `.jpg` behind a name that is none of a format to write. Where that is
+    taken, by another picture or a folder and be it in other capitals, `~2`, `~3`, ... comes before the suffix."""
+    named = sorted((file.relative_to(root).as_posix(), file) for file in files)
+    taken = {_folded(str(parent)) for name, _ in named for parent in PurePosixPath(name).parents}
+    sources = []
+    for name, file in named:
+        picture = next(one for one in _candidates(PurePosixPath(name)) if _folded(one) not in taken)
+        taken.add(_folded(picture))
+        sources.append(Source(file, name, picture))
+    return sources
+
+
+def _candidates(name: PurePosixPath) -> Iterator[str]:
+    stem, suffix = (name.stem, name.suffix) if name.suffix.lower() in FORMATS else (name.name, ".jpg")
+    for number in itertools.count(1):
+        tail = suffix if number == 1 else f"~{number}{suffix}"
+        short = stem
+        while len(os.fsencode(short + tail)) > 255:  # the longest name that file systems take
+            short = short[:-1]
+        yield (name.parent / (short + tail)).as_posix()
+
+
+def _folded(name: str) -> str:
+    """Equal for names that file systems which ignore case, or the spelling of accents, hold for equal."""
+    return unicodedata.normalize("NFKC", name).casefold()
+
+
+def _real(path: Path) -> Path:
+    """Without links and `..`; unlike `Path.resolve`, takes a link that goes round in circles as it is."""
+    return Path(os.path.realpath(path))
