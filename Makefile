@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml Makefile $(shell find retina tools tests configs -name '*.py' -o -name '*.yaml')
 
-.PHONY: demo test test-slow lint types
+.PHONY: demo test test-slow chaos mutants lint types
 
 # made again only when the list of dependencies changes
 .venv/installed: pyproject.toml
@@ -31,6 +31,14 @@ test: .venv/tested
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+# real kills, signals, full disks, flipped bits, hostile files: one table
+chaos: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos
+
+# breaks the safety code on purpose, to see that tests notice
+mutants: .venv/installed
+	$(BIN)/python tests/mutants.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -288,7 +288,8 @@ def _config(config_name: str, overrides: Sequence[str]) -> DictConfig:
         except OmegaConfBaseException as fault:
             raise _wrong_value(fault) from None
         except (yaml.YAMLError, ValueError, RecursionError) as fault:  # such as tags that would make objects
-            raise ConfigError(f"settings: {' '.join(str(fault).split())} - correct that override or YAML file") from None
+            reason = " ".join(str(fault).split())
+            raise ConfigError(f"settings: {reason} - correct that override or YAML file") from None
 
 
 def _choices(word: str) -> list[str]:

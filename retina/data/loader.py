@@ -269,7 +269,7 @@ def _workers_started() -> Iterator[None]:
         yield
     finally:
         if signal.getsignal(signal.SIGCHLD) is not before:
-            signal.signal(signal.SIGCHLD, before)
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 

@@ -73,7 +73,7 @@ def command(runs: str, *, ranks: int = 1, program: Path = TRAIN, **changes: Any)
         "train.lr_batch_size": 4,
         "train.eval_every": 6,
         "train.save_every": 2,
-        "train.log_every": 5,  # checkpoints fall between lines: the sums since the last one must survive, too
+        "train.log_every": 3,  # many checkpoints fall between two lines: the sums since the last must survive, too
         "train.pictures": 0,
         "schedule.warmup": 2,
     }

@@ -15,7 +15,7 @@ from .runs import SPIED, Life, Outcome, command, differences, saved_step, send, 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 INSTANTS = ("start-up", "step", "evaluation", "checkpoint")
-SETTINGS: dict[str, Any] = {"train__log_every": 1, "train__eval_every": 4, "train__save_every": 3, "train__length": 24}
+SETTINGS: dict[str, Any] = {"train__log_every": 1, "train__eval_every": 4, "train__save_every": 7, "train__length": 24}
 """A line per step, so that every step can be waited for; evaluations and checkpoints at steps of their own."""
 LONG_BATCH = 128
 AT_ONCE = 3.0

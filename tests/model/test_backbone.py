@@ -1,3 +1,6 @@
+import tarfile
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,6 +95,54 @@ def test_only_plain_tensors_are_read(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=name):
             read_weights(tmp_path / name)
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # kinds of tensors that torch itself advises against
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: {1: torch.ones(1)},
+        lambda: {"w": torch.eye(2).to_sparse()},
+        lambda: {"w": torch.ones(2, device="meta")},
+        lambda: {"w": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)},
+        lambda: {"w": 1.0},
+        lambda: {"state_dict": {"w": [1]}},
+        lambda: torch.ones(1),
+    ],
+)
+def test_anything_but_named_dense_tensors_is_refused(make: Callable[[], object], tmp_path: Path) -> None:
+    torch.save(make(), tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match=r"odd\.pth: not a plain state dict"):
+        read_weights(tmp_path / "odd.pth")
+
+
+def test_archives_that_must_be_unpacked_are_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(10_000)}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain:
+        with zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+            for name in plain.namelist():
+                packed.writestr(name, plain.read(name))
+        with tarfile.open(tmp_path / "tar.pth", "w") as tar:
+            tar.add(tmp_path / "plain.pth", "storages")
+    assert len(read_weights(tmp_path / "plain.pth")["w"]) == 10_000
+    with pytest.raises(CheckpointError, match="compressed, and larger than it says"):
+        read_weights(tmp_path / "packed.pth")
+    with pytest.raises(CheckpointError, match="a tar archive"):
+        read_weights(tmp_path / "tar.pth")
+
+
+def test_what_lies_in_the_cache_is_read_like_any_foreign_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    cached = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
+    cached.parent.mkdir()
+    body = ResNet("resnet18", norm="batch", frozen_stages=0)
+    theirs = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save(theirs, cached)
+    body.load_imagenet("resnet18", "DEFAULT")
+    assert torch.equal(body.state_dict()["stem.conv1.weight"], theirs["conv1.weight"])
+    torch.save({"state_dict": Path("x")}, cached)
+    with pytest.raises(CheckpointError, match="resnet18-f37072fd"):
+        body.load_imagenet("resnet18", "DEFAULT")
 
 
 def test_wrapped_state_dicts_are_unwrapped(tmp_path: Path) -> None:

@@ -214,12 +214,15 @@ def claims_tensor() -> bytes:
     return struct.pack("<Q", len(header)) + header
 
 
-def zip_bomb(size: int = 2**30) -> bytes:
-    """A `.pth` archive of a megabyte with a tensor of `size` bytes."""
+def zip_bomb(weights: bytes, size: int = 2**30) -> bytes:
+    """A `.pth` archive, in which the first tensor becomes `size` bytes once it is unpacked from a megabyte."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", as_pickle(b"}"))
-        with archive.open("archive/data/0", "w") as record:
-            for _ in range(size >> 20):
-                record.write(bytes(1 << 20))
+    with zipfile.ZipFile(io.BytesIO(weights)) as small, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry in small.infolist():
+            if not entry.filename.endswith("data/0"):
+                archive.writestr(entry.filename, small.read(entry))
+                continue
+            with archive.open(entry.filename, "w") as record:
+                for _ in range(size >> 20):
+                    record.write(bytes(1 << 20))
     return buffer.getvalue()

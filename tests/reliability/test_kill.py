@@ -8,7 +8,10 @@ from chaos.kill import kill_nine
 from chaos.processes import loader_workers, ranks_change
 from chaos.runs import write_data
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found by Linux's /proc")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="processes are found by Linux's /proc"),
+    pytest.mark.timeout(900),  # many starts of a program, on a machine that may be busy
+]
 
 
 def test_a_run_killed_at_random_instants_arrives_at_the_same_bits(tmp_path: Path) -> None:

@@ -8,7 +8,10 @@ import pytest
 from chaos.runs import write_data
 from chaos.signals import Trial, second_interrupt, signals_stop
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found by Linux's /proc")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="processes are found by Linux's /proc"),
+    pytest.mark.timeout(900),  # many starts of a program, on a machine that may be busy
+]
 
 
 def test_signals_lose_nothing_and_give_their_exit_status(tmp_path: Path) -> None:

@@ -7,7 +7,10 @@ import pytest
 from chaos.hosts import hosts_fail, why_not
 from chaos.runs import write_data
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are Linux's")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are Linux's"),
+    pytest.mark.timeout(900),  # many starts of a program, on a machine that may be busy
+]
 
 
 @pytest.mark.slow

@@ -301,7 +301,8 @@ def bombs(data: Path, run: Path) -> dict[str, Callable[[], object]]:
     files["bomb.png"].write_bytes(hostile.png(60_000, 60_000, bytes(1 << 20)))
     files["a"].write_bytes(hostile.claims_much())
     files["b"].write_bytes(hostile.claims_tensor())
-    files["zip.pth"].write_bytes(hostile.zip_bomb())
+    torch.save({"w": torch.zeros(4)}, files["zip.pth"])
+    files["zip.pth"].write_bytes(hostile.zip_bomb(files["zip.pth"].read_bytes()))
     for name in ("a", "b"):
         files[f"{name}.safetensors"] = files[name].rename(files[name].with_suffix(".safetensors"))
     return {

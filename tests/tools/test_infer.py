@@ -325,15 +325,16 @@ def stamps(output: Path, pictures: Iterable[str]) -> dict[str, tuple[int, int]]:
 
 
 def moments(output: Path, kills: int, randomness: random.Random) -> Iterator[Callable[[], bool]]:
-    """When to kill: after so many batches more, and some milliseconds, that is while a picture is being made, or
-    written, or noted."""
+    """When to kill: some batches further, every second time as soon as a file is being written."""
     for kill in range(kills):
-        wanted = len(noted(output)) + (1 if kills > 2 else 3 * (kill + 1))
+        wanted = len(noted(output)) + (1 if kills > 2 else 2)
         delay = randomness.uniform(0, 0.02)
 
-        def reached(wanted: int = wanted, delay: float = delay) -> bool:
+        def reached(kill: int = kill, wanted: int = wanted, delay: float = delay) -> bool:
             if len(noted(output)) < wanted:
                 return False
+            if kill % 2:
+                return any((output / ".infer").glob("*.tmp"))
             time.sleep(delay)
             return True
 
@@ -362,10 +363,11 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(runs: Runs, tmp_pa
 
 def test_what_was_done_under_other_settings_is_done_again(runs: Runs, tmp_path: Path) -> None:
     clean, output = tmp_path / "clean", tmp_path / "killed"
-    expected = runs.finish(clean, "score_threshold=0.6")
+    expected = runs.finish(clean, "score_threshold=0.95")
     assert runs.kill(output, lambda: len(noted(output)) > 2)
-    assert len(noted(output)) > 2
-    assert runs.finish(output, "score_threshold=0.6") == expected
+    records = [record for batch in noted(output).values() for record in batch.records]
+    assert min(score for record in records for score in record["scores"]) < 0.95
+    assert runs.finish(output, "score_threshold=0.95") == expected
 
 
 def test_two_processes_killed_and_one_that_goes_on(runs: Runs, tmp_path: Path) -> None:

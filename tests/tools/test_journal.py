@@ -117,6 +117,19 @@ def test_an_output_is_clean_at_the_end_and_the_users_files_stay(sources: list[So
             assert (output / "failed.txt").read_text() == f"{FAILED_TITLE}\nb.jpg: broken\n"
 
 
+def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
+    (tmp_path / ".infer").mkdir()
+    write_whole(tmp_path, "sub/a.jpg", b"old")
+    with (tmp_path / "sub" / "a.jpg").open("rb") as old:
+        write_whole(tmp_path, "sub/a.jpg", b"new")
+        assert old.read() == b"old", "who reads it meanwhile sees the old file to its end"
+    assert (tmp_path / "sub" / "a.jpg").read_bytes() == b"new"
+    (tmp_path / "sub" / "b.jpg").mkdir()
+    with pytest.raises(OSError, match=r"b\.jpg"):
+        write_whole(tmp_path, "sub/b.jpg", b"new")
+    assert list((tmp_path / ".infer").iterdir()) == []
+
+
 def refused(output: Path, *pictures: str) -> str:
     with pytest.raises(ConfigError) as caught, open_output(output, pictures):
         pass

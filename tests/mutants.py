@@ -1,0 +1,222 @@
+"""Breaks the safety code on purpose, one place at a time, in a copy, and runs the tests that should notice.
+
+    python tests/mutants.py [WORD ...]     # all, or those whose name contains a word
+
+Prints a table; the exit code is 1 if a mutant survives or the tests fail without one.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str
+    """Occurs exactly once in the file."""
+    new: str
+    tests: str
+    """What pytest is given: files or nodes, with spaces between them."""
+
+
+CHECKPOINT = "tests/engine/test_checkpoint.py"
+MUTANTS = [
+    Mutant("files are not synced", "retina/files.py", "os.fsync(handle.fileno())", "pass", CHECKPOINT),
+    Mutant("folders are not synced", "retina/files.py", "        os.fsync(descriptor)\n", "        pass\n", CHECKPOINT),
+    Mutant(
+        "a checkpoint is written under its final name",
+        "retina/engine/checkpoint.py",
+        'temporary = folder / f".{final.name}.tmp"',
+        "temporary = final",
+        CHECKPOINT,
+    ),
+    Mutant(
+        "a checkpoint is not read back",
+        "retina/engine/checkpoint.py",
+        "if fault := find_fault(temporary):",
+        "if fault := None:",
+        CHECKPOINT,
+    ),
+    Mutant(
+        "the one before is removed first",
+        "retina/engine/checkpoint.py",
+        "older[max(0, keep - 1) :]",
+        "older[max(0, keep - 2) :]",
+        CHECKPOINT,
+    ),
+    Mutant(
+        "hashes are not compared",
+        "retina/engine/manifest.py",
+        ".hexdigest() != digest:",
+        '.hexdigest() == "":',
+        CHECKPOINT,
+    ),
+    Mutant(
+        "the seal of the manifest is not compared",
+        "retina/engine/manifest.py",
+        'if not seal or digest != hashlib.sha256(lines).hexdigest().encode() + b"\\n":',
+        "if not seal:",
+        "tests/engine/test_manifest.py",
+    ),
+    Mutant(
+        "NaN is saved",
+        "retina/engine/checkpoint.py",
+        "    _refuse_non_finite(final, states, state)\n",
+        "",
+        f"{CHECKPOINT} tests/engine/test_keeper.py",
+    ),
+    Mutant(
+        "NaN is learned from",
+        "retina/engine/loop.py",
+        "updated = bool((sums.sum() + norm).isfinite())",
+        "updated = True",
+        "tests/engine/test_loop.py",
+    ),
+    Mutant(
+        "running statistics keep NaN",
+        "retina/engine/loop.py",
+        "torch._foreach_copy_(statistics, before)",
+        "pass",
+        "tests/engine/test_loop.py",
+    ),
+    Mutant(
+        "target boxes are not looked at",
+        "retina/engine/loop.py",
+        " + 0 * batch.targets.boxes.sum()",
+        "",
+        "tests/engine/test_loop.py",
+    ),
+    Mutant(
+        "ranks do not tell each other",
+        "retina/distributed.py",
+        "word = int(all_reduce_sum(",
+        "word = int((",
+        "tests/engine/test_loop.py",
+    ),
+    Mutant(
+        "a full disk ends the run",
+        "retina/engine/keeper.py",
+        "except OSError as fault:",
+        "except EOFError as fault:",
+        "tests/engine/test_keeper.py",
+    ),
+    Mutant(
+        "nobody complains at the end",
+        "retina/engine/keeper.py",
+        "for what, reason in self.missing.items():",
+        "for what, reason in ():",
+        "tests/engine/test_keeper.py",
+    ),
+    Mutant(
+        "a launcher's copy of Ctrl-C quits",
+        "retina/engine/signals.py",
+        "FORWARDED_WITHIN = 1.0",
+        "FORWARDED_WITHIN = 0.0",
+        "tests/engine/test_signals.py",
+    ),
+    Mutant(
+        "no lock",
+        "retina/engine/run_folder.py",
+        "fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        "tests/engine/test_run_folder.py",
+    ),
+    Mutant(
+        "every setting is harmless",
+        "retina/engine/run_folder.py",
+        "if one.key not in HARMLESS]",
+        "if one.key in ()]",
+        "tests/engine/test_run_folder.py",
+    ),
+    Mutant(
+        "labels follow the file instead of ascending ids",
+        "retina/data/coco.py",
+        "for category_id in sorted(name_of)]",
+        "for category_id in name_of]",
+        "tests/data/test_coco.py",
+    ),
+    Mutant(
+        "file names may lead anywhere",
+        "retina/data/paths.py",
+        "    if not _UNUSUAL.search(name):\n",
+        "    if True:\n",
+        "tests/reliability/test_malformed.py",
+    ),
+    Mutant(
+        "links may lead anywhere",
+        "retina/data/paths.py",
+        'if not f"{target}{os.sep}".startswith(inside):',
+        "if False:",
+        "tests/reliability/test_malformed.py",
+    ),
+    Mutant(
+        "an allowed name is an allowed object",
+        "tools/_compose.py",
+        "    if not _is_own(found, allowed):\n",
+        "    if False:\n",
+        "tests/tools/test_compose.py",
+    ),
+    Mutant(
+        "box deltas are not clamped",
+        "retina/ops/coding.py",
+        ".clamp(max=LARGEST_LOG_SCALE)",
+        "",
+        "tests/ops/test_coding.py",
+    ),
+    Mutant(
+        "workers heed Ctrl-C",
+        "retina/data/loader.py",
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)",
+        "pass",
+        "tests/data/test_loader.py",
+    ),
+    Mutant(
+        "escape sequences reach the terminal",
+        "retina/errors.py",
+        "return plain(super().__str__())",
+        "return super().__str__()",
+        "tests/reliability/test_security.py",
+    ),
+]
+
+
+def survives(copy: Path, tests: str) -> bool:
+    """Whether these tests pass in the copy."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests.split()]
+    environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True).returncode == 0
+
+
+def main(words: Sequence[str]) -> int:
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "retina"
+        for name in ("retina", "tools", "configs", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        failed = [tests for tests in dict.fromkeys(m.tests for m in chosen) if not survives(copy, tests)]
+        for tests in failed:
+            print(f"fails without any mutant: {tests}")
+        alive = 0
+        for mutant in chosen:
+            file = copy / mutant.file
+            sound = file.read_text()
+            assert sound.count(mutant.old) == 1, f"{mutant.name}: {mutant.file} does not hold the text exactly once"
+            file.write_text(sound.replace(mutant.old, mutant.new))
+            alive += (lives := survives(copy, mutant.tests))
+            file.write_text(sound)
+            print(f"{'SURVIVES' if lives else 'caught':<9} {mutant.name}", flush=True)
+    print(f"{len(chosen) - alive} of {len(chosen)} mutants caught")
+    return 1 if alive or failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
