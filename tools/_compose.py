@@ -33,6 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from retina.data.coco_checks import RecordsError
+from retina.data.report import DataReport
 from retina.engine.config import from_mapping, unknown_key
 from retina.engine.signals import SIGNALS, quit_at_once
 from retina.errors import ConfigError, RetinaError, plain
@@ -239,16 +240,17 @@ def _is_own(found: Any, allowed: tuple[str, ...]) -> bool:
     return getattr(sys.modules.get(home[:-1]), name, None) is found
 
 
-def _report(fault: RetinaError | OSError, limit: int = 20) -> None:
-    """One line on stderr; of many faulty records, the first of them on stdout too."""
+def _report(fault: RetinaError | OSError) -> None:
+    """One line on stderr; of many faulty records the first, and other things there are to tell, on stdout."""
     if isinstance(fault, OSError):
         where = fault.filename or "file system"
         print(plain(f"error: {where}: {fault.strerror or fault} - make room or correct the path"), file=sys.stderr)
         return
     faults = fault.faults if isinstance(fault, RecordsError) else []
-    if len(faults) > 1:
-        print("\n".join(map(plain, faults[:limit])))
-        print(f"and {len(faults) - limit} more" if len(faults) > limit else f"{len(faults)} faulty records")
+    for line in DataReport(faults=faults).lines() if len(faults) > 1 else []:
+        print(line)
+    for note in getattr(fault, "__notes__", ()):
+        print(plain(note))
     print(f"error: {plain(str(fault))}", file=sys.stderr)
 
 

@@ -11,7 +11,7 @@ found; the exit code is then 3.
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +92,7 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
 
     from retina import distributed
     from retina.data.coco import write_results
-    from retina.engine.data import build_eval_loader
+    from retina.engine.data import build_eval_loader, load_checked
     from retina.evaluation.evaluate import evaluate
     from retina.evaluation.pictures import write_evaluation_pictures
     from retina.evaluation.results import format_metrics, write_metrics
@@ -109,8 +109,9 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
             prepare, root = data.prepare, Path(data.root)
             distributed.on_main(lambda: build(prepare, "data.prepare", root=root))
         output = Path(config.output) if config.output else folder / "eval"
-        annotations = read_checked(data, config.split, detector.classes, output)
         distributed.on_main(lambda: open_output(output))
+        complain = partial(print, file=sys.stderr)
+        annotations = load_checked(data, [config.split], output, classes=detector.classes, say=complain)[0]
         loader = build_eval_loader(
             annotations,
             short_side=data.short_side,
@@ -158,32 +159,6 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
             for _, line in sorted(skipped.items()):
                 print(f"skipped: {line}", file=sys.stderr)
     return 3 if skipped else 0
-
-
-def read_checked(data: DataConfig, split: str, classes: Sequence[str], output: Path) -> "Annotations":
-    """The annotations, after the checks of tools/doctor.py but for the pixels; what is found is told, and written to
-    `data_report.json`."""
-    from retina import distributed
-    from retina.data.coco_checks import RecordsError
-    from retina.data.report import DataReport
-    from retina.engine.data import check_data, load_split
-
-    report = DataReport()
-
-    def write() -> None:
-        if distributed.is_main() and (report.faults or report.warnings):
-            report.write(open_output(output) / "data_report.json")
-
-    try:
-        annotations = load_split(data, split, classes=classes, report=report)
-        distributed.on_main(lambda: check_data(data, {split: annotations}, report))
-    except RecordsError:
-        write()
-        raise
-    write()
-    for line in report.lines() if distributed.is_main() else []:
-        print(line, file=sys.stderr)
-    return annotations
 
 
 def keep_known(annotations: "Annotations", found: "DetectionArrays") -> "DetectionArrays":

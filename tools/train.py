@@ -138,7 +138,9 @@ def main(settings: Settings) -> int:
                     device=device,
                     dtype=DTYPES[config.precision],
                 ),
-                draw=partial(evaluation_pictures, val_annotations, max_images=config.pictures),
+                draw=partial(
+                    evaluation_pictures, val_annotations, max_images=config.pictures, max_pixels=data.max_pixels
+                ),
                 card=card,
                 logger=logger,
                 device=device,

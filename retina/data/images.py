@@ -97,7 +97,7 @@ def list_images(folder: Path) -> list[Path]:
     Raises:
         DataError: there is no such folder, or a folder in it may not be read.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises where permissions are missing
         raise _fault(folder, "no such folder of images", "correct the path")
 
     def fail(error: OSError) -> NoReturn:
@@ -185,8 +185,7 @@ def _turn(image: ImageFile.ImageFile) -> Image.Transpose | None:
 
 
 def _late_exif(file: BinaryIO) -> bytes | None:
-    """The eXIf chunk of a PNG whose header has none; its position in the file stays as it was."""
-    position = file.tell()
+    """The eXIf chunk of a PNG whose header has none. (Loading the pixels begins with a seek to them.)"""
     file.seek(8)
     found = None
     while found is None and len(head := file.read(8)) == 8:
@@ -195,7 +194,6 @@ def _late_exif(file: BinaryIO) -> bytes | None:
             found = file.read(min(length, _MAX_EXIF))
         else:
             file.seek(length + 4, os.SEEK_CUR)
-    file.seek(position)
     return found
 
 

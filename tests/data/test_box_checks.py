@@ -64,6 +64,8 @@ def test_corners_are_recognised_over_the_file() -> None:
     assert "[x1, y1, x2, y2]" in (convention_problem(*of(CORNERS)) or "")
     assert convention_problem(*of(CORNERS[:2])) is None, "too few to judge"
     assert convention_problem(*of([*CORNERS, [30, 20, 5, 5]])) is None, "x2 < x1: they cannot be corners"
+    large = [[1.0, 2, 20, 20]] * 8 + [[15.0, 10, 28, 22]] * 2
+    assert convention_problem(*of(large)) is None, "they could be corners, but only a few leave their images"
     as_xywh = [[x, y, x2 - x, y2 - y] for x, y, x2, y2 in CORNERS]
     assert convention_problem(*of(as_xywh)) is None
 

@@ -151,7 +151,7 @@ def test_missing_files_are_faults(tmp_path: Path) -> None:
         (annotations / "broken.xml", 1),
     ]
     problems = [fault.problem for fault in reading.faults]
-    for problem, word in zip(problems, ["no_xml.xml", "leaves", "missing image", "cannot be decoded"], strict=True):
+    for problem, word in zip(problems, ["no_xml.xml", "leaves", "missing image", "is not an image"], strict=True):
         assert word in problem
     assert len(reading.train) == 1
     assert reading.val == ()

@@ -37,7 +37,7 @@ def commands(text: str) -> list[list[str]]:
 
 def test_folders_are_the_groups() -> None:
     assert {file.parts[0] for file in FILES if len(file.parts) == 2} == set(GROUPS)
-    assert [file.stem for file in FILES if len(file.parts) == 1] == ["eval", "infer", "train"]
+    assert [file.stem for file in FILES if len(file.parts) == 1] == ["doctor", "eval", "infer", "train"]
     assert len(OPTIONS) > 15
 
 
@@ -115,7 +115,7 @@ def test_commands_in_headers_compose(file: Path) -> None:
         assert any(choice in words for words in typed) or file.stem == "shapes", "a header states the exact command"
 
 
-@pytest.mark.parametrize("tool", ["train", "eval", "infer"])
+@pytest.mark.parametrize("tool", ["train", "eval", "infer", "doctor"])
 def test_commands_in_help_compose(tool: str) -> None:
     text = (CONFIGS.parent / "tools" / f"{tool}.py").read_text().split('"""')[1]
     assert commands(text)

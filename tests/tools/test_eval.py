@@ -1,8 +1,12 @@
 """Scores of a run, of bare weights and of a results file: the right numbers, in the right place, over any processes."""
 
 import json
+import os
 import shutil
+import socket
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -343,6 +347,33 @@ def test_images_that_cannot_be_read_are_listed_and_their_objects_missed(
     capsys.readouterr()
     assert tool("eval", *model) == 2  # one in a hundred would be allowed
     assert "data.max_bad_fraction" in capsys.readouterr().err
+
+
+def test_two_processes_tell_of_all_the_bad_images(
+    load: Callable[[str], ModuleType], run: Path, fifty: tuple[Path, list[str]]
+) -> None:
+    root, bad = fifty
+    words = [f"checkpoint={run}", "data=coco", f"data.root={root}", "data.num_workers=0", "data.max_bad_fraction=0.1"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def task(rank: int) -> None:
+        os.environ.update(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        with (run.parent / f"{rank}.txt").open("w") as said, redirect_stdout(said), redirect_stderr(said):
+            load("eval").main([*words, "device=cpu", "pictures=0"])
+
+    processes = [get_context("fork").Process(target=task, args=(rank,), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [3, 3]
+    lines = (run.parent / "0.txt").read_text().splitlines()
+    skipped = [line for line in lines if line.startswith("skipped: ")]
+    assert [line.split(": ")[1].rpartition("/")[2] for line in skipped] == bad
+    assert (run.parent / "1.txt").read_text() == ""
+    assert strict(run / "eval" / "metrics.json")["skipped_images"] == 5
 
 
 def test_faults_of_a_results_file_are_all_listed(tool: Tool, run: Path, metric_fixtures: Path, capsys: Capture) -> None:

@@ -234,6 +234,16 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert said.count("\n") == 1
 
 
+def test_what_makes_it_another_run_is_a_table(
+    place: Path, finished: object, tool: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(place)
+    changes = {"train.batch_size": 2, "optimizer.lr": 0.5, "train.log_every": 1}
+    assert tool("train", *tiny("whole", **changes)) == 2
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows == [["field", "checkpoint", "now"], ["train.batch_size", "4", "2"], ["optimizer.lr", "0.002", "0.5"]]
+
+
 def test_a_faulty_run_has_no_traceback(place: Path, tmp_path: Path) -> None:
     source = json.loads((place / "shapes/annotations/instances_val.json").read_text())
     for category in source["categories"]:
