@@ -5,16 +5,19 @@
 
 import ctypes
 import datetime
+import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.numpy import load, save
 from torch import Tensor, nn
 
 from retina.errors import RetinaError
@@ -174,21 +177,37 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def broadcast_object(obj: T) -> T:
-    """Rank 0's object on every rank. Small objects only: it is pickled between the run's own processes."""
-    if world_size() == 1:
-        return obj
-    box = [obj]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    """Rank 0's value on every rank. Small values that JSON knows only: nothing is pickled, so nothing that comes over
+    the network is ever run. Between processes tuples become lists, and keys of dictionaries text."""
+    return gather_objects(obj if is_main() else None)[0] if world_size() > 1 else obj  # type: ignore[return-value]
 
 
 def gather_objects(obj: T) -> list[T]:
-    """One entry per rank, on every rank, in rank order."""
+    """One value per rank, on every rank, in rank order; as with `broadcast_object`."""
     if world_size() == 1:
         return [obj]
-    out: list[T] = [obj] * world_size()
-    dist.all_gather_object(out, obj)
-    return out
+    return [json.loads(part) for part in _gather_bytes(json.dumps(obj).encode())]
+
+
+def gather_arrays(arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+    """The arrays of each rank, on every rank, in rank order."""
+    if world_size() == 1:
+        return [list(arrays)]
+    parts = _gather_bytes(save({str(i): np.ascontiguousarray(array) for i, array in enumerate(arrays)}))
+    ranks = [load(part) for part in parts]
+    return [[named[str(i)] for i in range(len(arrays))] for named in ranks]
+
+
+def _gather_bytes(data: bytes) -> list[bytes]:
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    size = torch.tensor([len(data)], device=device)
+    sizes = [torch.empty_like(size) for _ in range(world_size())]
+    dist.all_gather(sizes, size)
+    padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8, device=device)
+    padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [part[: int(length)].cpu().numpy().tobytes() for part, length in zip(parts, sizes, strict=True)]
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:

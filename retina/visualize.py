@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from retina.errors import plain
 from retina.types import Batch, Detections
 
 LONG_SIDE = 768
@@ -129,7 +130,7 @@ def _draw(
     texts: list[str] = []
     for row in order:
         rectangles.append(_inside(boxes[row] * scale, picture.size))
-        name = classes[int(labels[row])] + (" (crowd)" if crowd is not None and crowd[row] else "")
+        name = plain(classes[int(labels[row])]) + (" (crowd)" if crowd is not None and crowd[row] else "")
         texts.append(name if scores is None else f"{name} {scores[row]:.2f}")
         tags.append(_place(rectangles[-1], _tag_size(texts[-1], font), picture.size, thickness, tags))
     colours = [CROWD_COLOUR if crowd is not None and crowd[row] else class_colour(int(labels[row])) for row in order]

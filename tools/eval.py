@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from retina.evaluation.metrics import DetectionArrays
 
 
+NEVER_OF_A_RUN = ("prepare", "allow_outside", "max_pixels")
+"""Settings of data that are not taken from a run's config.yaml, which may be a stranger's: they make files and open
+doors. Only this command gives them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """configs/eval.yaml says what each is."""
@@ -83,6 +88,8 @@ def score_file(config: EvalConfig, results: Path) -> None:
 def score_detector(config: EvalConfig, checkpoint: Path) -> int:
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     trained = read_settings(folder / "config.yaml").get("data", {}) if (folder / "config.yaml").is_file() else {}
+    if not isinstance(trained, dict):
+        raise ConfigError(f"{folder / 'config.yaml'}: data: is no section - restore it, or give data=...")
 
     # torch takes seconds to load, and a wrong setting should not wait for it
     from functools import partial
@@ -109,7 +116,7 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
             prepare, root = data.prepare, Path(data.root)
             distributed.on_main(lambda: build(prepare, "data.prepare", root=root))
         output = Path(config.output) if config.output else folder / "eval"
-        distributed.on_main(lambda: open_output(output))
+        distributed.on_main(lambda: open_output(output) and None)
         complain = partial(print, file=sys.stderr)
         annotations = load_checked(data, [config.split], output, classes=detector.classes, say=complain)[0]
         loader = build_eval_loader(
@@ -141,7 +148,7 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
             dtype=detector.dtype,
         )
         assert evaluation is not None  # a signal ends this program at once
-        skipped = {index: line for part in distributed.gather_objects(loader.faults) for index, line in part.items()}
+        skipped = dict(one for part in distributed.gather_objects(list(loader.faults.items())) for one in part)
         if distributed.is_main():
             found = keep_known(annotations, evaluation.detections)
             write_metrics(output / "metrics.json", evaluation.metrics | {"skipped_images": len(skipped)})
@@ -178,8 +185,9 @@ def data_of(trained: Mapping[str, Any], given: Mapping[str, Any], preprocessing:
     With `data=...` nothing but the image size is the run's; another `data.root` leaves the run's places behind."""
     given = drop_nulls(given)
     sizes = {key: preprocessing[key] for key in ("short_side", "long_side") if key in preprocessing}
-    places = ("prepare", "train", "val") if "root" in given else ()
-    own = {} if "name" in given else {key: value for key, value in trained.items() if key not in places}
+    left_out = (*NEVER_OF_A_RUN, *(("train", "val") if "root" in given else ()))
+    own = {} if "name" in given else {key: value for key, value in trained.items() if key not in left_out}
+    from_mapping(DataConfig, {"name": "given"} | own, "data")
     return from_mapping(DataConfig, merge({"name": "given"} | own | sizes, given), "data")
 
 

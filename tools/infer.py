@@ -76,11 +76,16 @@ def main(settings: Settings) -> int:
             done.update(read_done(output))
 
         distributed.on_main(prepare)
-        left = distributed.broadcast_object([batch for batch in batches if batch.key not in done])
-        own = left[distributed.rank() :: distributed.world_size()]
+        left = distributed.broadcast_object(
+            [(key, [(str(file), *names) for file, *names in sources]) for key, sources in batches if key not in done]
+        )
+        own = [
+            Batch(key, [Source(Path(file), *names) for file, *names in sources])
+            for key, sources in left[distributed.rank() :: distributed.world_size()]
+        ]
         found = distributed.on_all(lambda: detect(detector, own, config))
         for part in distributed.gather_objects(found):
-            done |= {batch.key: batch for batch in part}
+            done |= {batch[0]: Done(*batch) for batch in part}
         records = [record for batch in batches for record in done[batch.key].records]
         faults = [fault for batch in batches for fault in done[batch.key].faults]
         distributed.on_main(lambda: finish(output, records, faults))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from _compose import Settings, build, call, check_arguments, entry
 
 from retina.engine.config import DataConfig, TrainConfig, from_mapping
-from retina.engine.run_folder import open_run
+from retina.engine.run_folder import Opened, open_run
 from retina.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def main(settings: Settings) -> int:
         torch.use_deterministic_algorithms(True)
 
     with distributed.process_group(device):
-        run = distributed.on_main(lambda: open_run(folder, settings, overwrite=settings["overwrite"]))
+        run = Opened(*distributed.on_main(lambda: open_run(folder, settings, overwrite=settings["overwrite"])))
         if data.prepare and data.root:
             prepare, root = data.prepare, Path(data.root)
             distributed.on_main(lambda: build(prepare, "data.prepare", root=root))
@@ -166,7 +166,7 @@ def report_skipped(logger: "RunLogger", *loaders: "BatchLoader") -> None:
     from retina import distributed
 
     for loader in loaders:
-        faults = {index: line for part in distributed.gather_objects(loader.faults) for index, line in part.items()}
+        faults = dict(one for part in distributed.gather_objects(list(loader.faults.items())) for one in part)
         for line in sorted(faults.values()):
             logger.info(f"skipped: {line}")
 

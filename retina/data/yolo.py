@@ -136,6 +136,15 @@ def _read_record(image: Path, file_name: str, classes: Sequence[str], faults: li
     return Record(image, file_name, size, tuple(objects))
 
 
+class _PlainLoader(yaml.BaseLoader):
+    """Strings, lists and dictionaries without aliases: a few lines of them stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read")
+        return super().compose_node(parent, index)
+
+
 def _read_yaml(source: Path) -> tuple[dict[str, Any], Path | None]:
     """data.yaml as strings, lists and dictionaries (so that a class called `no` stays a name), and its path."""
     if not source.is_dir():
@@ -147,7 +156,7 @@ def _read_yaml(source: Path) -> tuple[dict[str, Any], Path | None]:
     if len(files) > 1:
         raise DataError(f"{source}: {len(files)} YAML files ({files[0].name}, ...) - call the right one data.yaml")
     try:
-        table = yaml.load(files[0].read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)  # only str, list, dict
+        table = yaml.load(files[0].read_text(encoding="utf-8-sig"), Loader=_PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{files[0]}: not valid YAML ({' '.join(str(error).split())}) - correct it") from error
     if not isinstance(table, dict):

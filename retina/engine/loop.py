@@ -308,9 +308,9 @@ def _resume(
     due: Callable[[Progress], bool],
 ) -> Progress:
     # rank 0 chooses: with folders on a network disk, ranks might see different checkpoints
-    checkpoint, faults = distributed.broadcast_object(
-        newest_valid(folder / "checkpoints") if distributed.is_main() else (None, [])
-    )
+    newest, faults = newest_valid(folder / "checkpoints") if distributed.is_main() else (None, [])
+    name, faults = distributed.broadcast_object((newest and newest.name, faults))
+    checkpoint = folder / "checkpoints" / name if name else None
     for fault in faults:
         logger.info(f"warning: {fault}")
     if checkpoint is None and faults:

@@ -117,10 +117,19 @@ def holds_work(folder: Path) -> bool:
     return saved or (folder / "best.safetensors").exists()
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Without aliases, which we never write: a few lines of them stand for more items than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("has aliases")
+        return super().compose_node(parent, index)
+
+
 def read_settings(file: Path) -> dict[str, Any]:
     """A run's `config.yaml`. Raises ConfigError when it is no YAML mapping."""
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         values = None
     if not isinstance(values, dict):

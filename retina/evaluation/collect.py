@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from retina.distributed import gather_objects
+from retina.distributed import gather_arrays
 from retina.evaluation.metrics import DetectionArrays
 from retina.types import Detections
 
@@ -45,7 +45,7 @@ class DetectionCollector:
         time on the lowest rank.
         """
         lists = (self._images, self._counts, self._boxes, self._scores, self._labels)
-        ranks = gather_objects(tuple(np.concatenate(parts) for parts in lists))
+        ranks = gather_arrays([np.concatenate(parts) for parts in lists])
         images, counts, boxes, scores, labels = (np.concatenate(parts) for parts in zip(*ranks, strict=True))
 
         kept, first = np.unique(images, return_index=True)

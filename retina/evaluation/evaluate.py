@@ -82,15 +82,14 @@ def evaluate(
         return None
     count = int(distributed.all_reduce_sum(non_finite))
     detections = collector.gather()
-    metrics: dict[str, Any] = {}
 
-    def score() -> None:
+    def score() -> dict[str, Any]:
         refuse_non_finite(count, annotations.file)
-        metrics.update(coco_metrics(annotations, detections))
+        return coco_metrics(annotations, detections)
 
-    distributed.on_main(score)
+    metrics = distributed.on_main(score)
     per_positive = {} if criterion is None else _per_positive(distributed.all_reduce_sum(losses))
-    return Evaluation(distributed.broadcast_object(metrics), detections, per_positive)
+    return Evaluation(metrics, detections, per_positive)
 
 
 def _per_positive(sums: Tensor) -> dict[str, float]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from retina.data.coco import Annotations
 from retina.data.coco_checks import RecordsError
-from retina.errors import DataError
+from retina.errors import DataError, plain
 from retina.evaluation.metrics import DetectionArrays
 from retina.files import write_whole
 
@@ -120,7 +120,7 @@ def write_metrics(file: Path, metrics: Mapping[str, Any]) -> None:
 
     Raises ValueError for NaN or infinity, which JSON does not have.
     """
-    text = json.dumps(metrics, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, text.encode())
 
@@ -129,9 +129,9 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
     """The twelve numbers of `coco_metrics` in percent, then a table with a row per class; undefined is shown as "-"."""
     width = max(map(len, _HEADLINES))
     lines = [f"{key:<{width}}  {_percent(metrics[key]):>5}  {meaning}" for key, meaning in _HEADLINES.items()]
-    table = [("class", "objects", *_COLUMNS)]
+    table: list[tuple[str, ...]] = [("class", "objects", *_COLUMNS)]
     for name, values in metrics["per_class"].items():
-        table.append((name, str(values["num_objects"]), *(_percent(values[key]) for key in _COLUMNS)))
+        table.append((plain(name), str(values["num_objects"]), *(_percent(values[key]) for key in _COLUMNS)))
     return "\n".join([*lines, "", *_aligned(table)])
 
 

@@ -189,6 +189,7 @@ BANNED_NAMES = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
 BANNED_ATTRIBUTES = {
     "system", "popen", "execv", "execve", "execvp", "spawnv", "spawnl", "posix_spawn", "startfile",
     "unsafe_load", "full_load", "load_state_dict_from_url", "get_state_dict", "extractall", "urlopen", "urlretrieve",
+    "all_gather_object", "broadcast_object_list", "gather_object",
 }  # fmt: skip
 PLAIN_LOADERS = {"yaml.BaseLoader", "yaml.SafeLoader"}
 
