@@ -10,6 +10,21 @@ from .runs import ROOT, Outcome
 
 SUITES: list[tuple[str, str]] = [
     # (fault as the table names it, path or node id under the repository)
+    (
+        "bit flipped in a checkpoint, or its end cut off",
+        "tests/engine/test_checkpoint.py::test_every_flipped_bit_and_every_cut_is_noticed_and_the_one_before_is_used",
+    ),
+    ("disk full at some byte of a save, of a record, of a start", "tests/reliability/test_disk.py"),
+    (
+        "inference killed with kill -9",
+        "tests/tools/test_infer.py::test_killed_and_started_again_it_ends_with_the_same_bytes",
+    ),
+    ("malformed annotations or image files", "tests/reliability/test_malformed.py::test_one_mutation_is_one_line"),
+    ("bytes changed in images", "tests/reliability/test_images_fuzz.py"),
+    (
+        "hostile pickles, settings, headers, paths and bombs",
+        "tests/reliability/test_security.py::test_every_case_is_refused_in_one_harmless_line",
+    ),
 ]
 
 

@@ -123,7 +123,7 @@ def test_the_size_is_read_without_the_pixels(tmp_path):
         started = time.perf_counter()
         read(tmp_path / "a.png")
         seconds[read] = min(seconds.get(read, 100.0), time.perf_counter() - started)
-    assert seconds[image_size] < seconds[read_image] / 5
+    assert seconds[image_size] < seconds[read_image] / 20
 
 
 @pytest.mark.parametrize("content", [b"", b"II", b"II*\x00\xff\xff\xff\xff", b"MM\x00*" + bytes(4), b"\xff" * 70])

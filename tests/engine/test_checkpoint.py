@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,11 @@ def test_layout_and_rotation(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "step_00000003/state.json").read_text())["progress"]["step"] == 3
 
 
-def test_every_flipped_bit_and_every_cut_is_noticed_and_the_one_before_is_used(tmp_path: Path) -> None:
+def test_every_flipped_bit_and_every_cut_is_noticed_and_the_one_before_is_used(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """1000 flips of one bit and 100 cuts, each anywhere in the checkpoint."""
+    record_property("tried", 1100)
     first, second = save(tmp_path, 1), save(tmp_path, 51)
     contents = {file: file.read_bytes() for file in sorted(second.iterdir())}
     places = [(file, position) for file, whole in contents.items() for position in range(len(whole))]

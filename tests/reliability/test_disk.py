@@ -19,6 +19,7 @@ from retina.engine.run_folder import open_run
 from retina.errors import ConfigError
 from retina.model.weights import DetectorCard, read_card, save_detector
 
+Record = Callable[[str, object], None]
 MEGABYTES = 1
 BLOCK = 4096
 
@@ -34,7 +35,8 @@ def saver(folder: Path) -> Callable[[int], Path]:
     return lambda step: save_checkpoint(folder, Progress(step=step), model=model, optimizer=optimizer, ema=ema, keep=1)
 
 
-def test_no_file_may_grow_beyond_any_of_20_sizes(tmp_path: Path) -> None:
+def test_no_file_may_grow_beyond_any_of_20_sizes(tmp_path: Path, record_property: Record) -> None:
+    record_property("tried", 20)
     save = saver(tmp_path)
     first = save(1)
     largest = max(file.stat().st_size for file in first.iterdir())
@@ -63,7 +65,9 @@ def fill(folder: Path, *, free: int) -> None:
     filler.write_bytes(b"x" * BLOCK * max(0, disk.f_bavail * disk.f_frsize // BLOCK - free))
 
 
-def test_the_disk_fills_up_at_any_of_20_places_of_a_checkpoint(tmp_path: Path) -> None:
+def test_the_disk_fills_up_at_any_of_20_places_of_a_checkpoint(tmp_path: Path, record_property: Record) -> None:
+    record_property("tried", 20)
+
     def task() -> None:
         folder = tmp_path / "checkpoints"
         save = saver(folder)
@@ -85,7 +89,9 @@ def test_the_disk_fills_up_at_any_of_20_places_of_a_checkpoint(tmp_path: Path) -
     assert on_small_disk(tmp_path, MEGABYTES, task) == 0
 
 
-def test_the_disk_fills_up_at_any_of_20_places_of_the_best_weights(tmp_path: Path) -> None:
+def test_the_disk_fills_up_at_any_of_20_places_of_the_best_weights(tmp_path: Path, record_property: Record) -> None:
+    record_property("tried", 20)
+
     def task() -> None:
         file = tmp_path / "best.safetensors"
         card = DetectorCard(model={}, classes=["cat"], category_ids=[1], preprocessing={}, postprocess={})

@@ -4,7 +4,7 @@ import io
 import multiprocessing
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,6 +34,7 @@ KINDS: dict[str, list[tuple[str, dict[str, object]]]] = {
     + [("1", {"compression": "group4"})],
     "PPM": [("RGB", {}), ("L", {}), ("1", {}), ("I;16", {})],
 }
+Record = Callable[[str, object], None]
 WORDS = [b"\x00" * 4, b"\xff" * 4, b"\xff\xff\xff\x7f", b"\x7f\xff\xff\xff", b"\x00\x00\x00\x80", b"\x01\x00\x00\x00"]
 
 
@@ -149,7 +150,8 @@ def test_sound_files_are_read(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damage_is_an_error_or_a_picture(kind: str, tmp_path: Path) -> None:
+def test_damage_is_an_error_or_a_picture(kind: str, tmp_path: Path, record_property: Record) -> None:
+    record_property("tried", 80)
     counts = check(kind, 0, 80, tmp_path)
     assert min(counts["error"], counts["same size"]) >= 3, "the damage is neither always fatal nor never"
 
@@ -157,5 +159,6 @@ def test_damage_is_an_error_or_a_picture(kind: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 4))
 @pytest.mark.parametrize("kind", KINDS)
-def test_much_damage_is_an_error_or_a_picture(kind: str, seed: int, tmp_path: Path) -> None:
+def test_much_damage_is_an_error_or_a_picture(kind: str, seed: int, tmp_path: Path, record_property: Record) -> None:
+    record_property("tried", 1000)
     check(kind, seed, 1000, tmp_path)

@@ -10,7 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,11 @@ def test_nothing_was_run_read_or_written(report: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pickle", "config", "card", "path", "bomb"])
-def test_every_case_is_refused_in_one_harmless_line(report: dict[str, Any], kind: str) -> None:
+def test_every_case_is_refused_in_one_harmless_line(
+    report: dict[str, Any], kind: str, record_property: Callable[[str, object], None]
+) -> None:
     found = cases(report, kind)
+    record_property("tried", len(found))
     assert len(found) >= {"pickle": 150, "config": 10, "card": 5, "path": 12, "bomb": 5}[kind]
     ignored = {"config prepare in a run", "config limits in a run"}  # what a run must not decide is not read from it
     for name, seen in found.items():

@@ -342,7 +342,10 @@ def moments(output: Path, kills: int, randomness: random.Random) -> Iterator[Cal
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_and_started_again_it_ends_with_the_same_bytes(runs: Runs, tmp_path: Path, kills: int) -> None:
+def test_killed_and_started_again_it_ends_with_the_same_bytes(
+    runs: Runs, tmp_path: Path, kills: int, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("tried", kills)
     expected = runs.finish(tmp_path / "clean")
     assert len(expected) == 24 + 2
     output, done, killed = tmp_path / "killed", {}, 0
