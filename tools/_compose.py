@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,7 @@ def entry(
     def decorate(task: Callable[[Settings], int | None]) -> Callable[..., NoReturn]:
         @functools.wraps(task)
         def main(argv: Sequence[str] | None = None) -> NoReturn:
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file; ours do
             with _quitting(for_good=task.__module__ == "__main__"):
                 sys.exit(_run(task, config_name, default, argv))
 

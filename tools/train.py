@@ -29,7 +29,7 @@ def shapes_by_default(typed: list[str]) -> list[str]:
 def main(settings: Settings) -> int:
     config = from_mapping(TrainConfig, settings["train"], "train")
     data = from_mapping(DataConfig, settings["data"], "data")
-    folder = Path(str(settings["runs"])) / str(settings["name"])
+    folder = run_folder(str(settings["runs"]), str(settings["name"]))
 
     # torch takes seconds to load, and a wrong setting should not wait for it
     import torch
@@ -169,6 +169,13 @@ def report_skipped(logger: "RunLogger", *loaders: "BatchLoader") -> None:
         faults = dict(one for part in distributed.gather_objects(list(loader.faults.items())) for one in part)
         for line in sorted(faults.values()):
             logger.info(f"skipped: {line}")
+
+
+def run_folder(runs: str, name: str) -> Path:
+    """Raises ConfigError for a name that leads out of `runs`, or nowhere."""
+    if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).name:
+        raise ConfigError(f"name: {name!r} is no name of a folder in {runs} - give another, or runs=FOLDER")
+    return Path(runs) / name
 
 
 def without_target(section: Settings) -> Settings:

@@ -207,6 +207,7 @@ def test_a_run_can_start_from_the_weights_of_another(
         ({"train.lenght": 3}, "train.lenght: no such key - did you mean train.length?"),
         ({"train.batch_size": "many"}, "train.batch_size: 'many' is of the wrong type - give int"),
         ({"data.root": "nowhere"}, "nowhere"),
+        ({"name": "../bad"}, "name: '../bad' is no name of a folder in runs"),
         ({"name": "whole", "train.batch_size": 2}, "runs/whole: holds another run: train.batch_size: 4 there, 2 now"),
         ({"model.frozen_stages": 2}, "model.frozen_stages: 2 without model.weights freezes random layers"),
         ({"model.weights": "none.pth"}, "none.pth: no such file"),
