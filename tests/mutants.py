@@ -159,7 +159,7 @@ MUTANTS = [
     ),
     Mutant(
         "an allowed name is an allowed object",
-        "tools/_compose.py",
+        "tools/_build.py",
         "    if not _is_own(found, allowed):\n",
         "    if False:\n",
         "tests/tools/test_compose.py",

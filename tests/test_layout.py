@@ -37,6 +37,7 @@ TESTED_WITH = {
     "model/head": "model/test_retinanet",
     "engine/summary": "tools/test_train",
     "engine/data": "tools/test_train",
+    "tools/_build": "tools/test_compose",
 }
 
 

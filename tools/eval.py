@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _compose import Settings, build, call, entry, typed
+from _build import build, call
+from _compose import Settings, entry, typed
 
 from retina.engine.config import DataConfig, from_mapping
 from retina.engine.run_folder import read_settings

@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _compose import Settings, call, entry, typed
+from _build import call
+from _compose import Settings, entry, typed
 from _journal import Batch, Done, cut_batches, finish, note, open_journal, open_output, read_done, write_whole
 from _sources import FORMATS, Source, find_images, name_sources
 

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _compose import Settings, build, call, check_arguments, entry
+from _build import build, call, check_arguments
+from _compose import Settings, entry
 
 from retina.engine.config import DataConfig, TrainConfig, from_mapping
 from retina.engine.run_folder import Opened, open_run

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _build
 import _compose
 import albumentations
 import pytest
 import torch
-from _compose import CONFIGS, build, call, compose, entry, sweep, typed
+from _build import build, call
+from _compose import CONFIGS, compose, entry, sweep, typed
 
 import retina.losses
 from retina.data.coco_checks import RecordsError
@@ -202,8 +204,8 @@ def test_a_module_of_ones_own_can_be_allowed(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.syspath_prepend(tmp_path)
     section = {"_target_": "ones_own_losses.squared", "scale": 3}
     assert "is not allowed" in fault_of(build, section, "loss")
-    allowed = {**_compose.ALLOWED_TARGETS, "loss": ("retina.losses.", "ones_own_losses.")}
-    monkeypatch.setattr(_compose, "ALLOWED_TARGETS", allowed)
+    allowed = {**_build.ALLOWED_TARGETS, "loss": ("retina.losses.", "ones_own_losses.")}
+    monkeypatch.setattr(_build, "ALLOWED_TARGETS", allowed)
     assert build(section, "loss") == 3
 
 

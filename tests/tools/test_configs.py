@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _compose import CONFIGS, build, check_arguments, compose
+from _build import build, check_arguments
+from _compose import CONFIGS, compose
 
 from retina.data.transforms import Pipeline, Sample
 from retina.engine.config import DataConfig, TrainConfig, from_mapping, to_steps
