@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ def process_group(device: torch.device, *, timeout_minutes: float = 10) -> Itera
         yield
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _end_with_parent()
+        _end_with_launcher()
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         with losing_touch(lambda: "start or end of the run"):
@@ -95,11 +96,18 @@ def losing_touch(where: Callable[[], str]) -> Iterator[None]:
         raise RetinaError(f"{who}: another process is gone ({reason}) - give the same command again") from fault
 
 
-def _end_with_parent() -> None:
-    """Has the kernel send SIGTERM when the parent dies: torchrun killed outright would leave its processes behind, and
-    they would keep the run folder locked. Linux only."""
+def _end_with_launcher() -> None:
+    """Has the kernel send SIGTERM (on Linux) when torchrun dies: killed outright, it would leave its processes behind,
+    waiting for each other and holding the run's lock. Raises RetinaError when it is dead already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        try:
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=20).close()
+        except OSError as fault:
+            raise RetinaError(
+                f"rank {os.environ['RANK']}: start: torchrun is gone ({fault.strerror or fault}) - start it again"
+            ) from None
 
 
 def barrier() -> None:

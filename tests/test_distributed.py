@@ -1,5 +1,7 @@
+import ctypes
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from retina import distributed
+from retina.errors import RetinaError
 
 
 def test_one_process_needs_no_group() -> None:
@@ -56,3 +59,26 @@ def test_two_processes(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     mp.spawn(_rank, (port, str(tmp_path)), nprocs=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["done0", "done1"]
+
+
+def test_a_launcher_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as once:
+        once.bind(("127.0.0.1", 0))
+        port = once.getsockname()[1]
+    settings = {
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "x",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    for key, value in settings.items():
+        monkeypatch.setenv(key, value)
+    with (
+        pytest.raises(RetinaError, match=r"^rank 1: start: torchrun is gone \(Connection refused\) - start it again$"),
+        distributed.process_group(torch.device("cpu")),
+    ):
+        pass
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, 0)  # this process does not end with its parent
