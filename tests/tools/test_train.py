@@ -187,6 +187,42 @@ def test_changed_annotations_are_refused_unless_allowed(place: Path, finished: o
     assert "finished at step 6" in done.stdout
 
 
+def test_five_bad_images_of_fifty_are_listed_by_every_tool(
+    tmp_path: Path, tool: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Two are no images, three are cut off behind a sound header, which only decoding them shows."""
+    monkeypatch.chdir(tmp_path)
+    write_shapes(Path("shapes"), num_train=50, num_val=1, image_size=(64, 96))
+    images = sorted(Path("shapes/train").iterdir())
+    bad = {images[i].name for i in (3, 14, 15, 26, 49)}
+    for name in bad:
+        file = Path("shapes/train", name)
+        content = file.read_bytes()
+        file.write_bytes(b"" if name in (images[3].name, images[49].name) else content[: len(content) // 2])
+    train = {"data.val.annotations": "shapes/annotations/instances_train.json", "data.val.images": "shapes/train"}
+    changes = {"data.max_bad_fraction": 0.1, "train.length": "1ep", "train.batch_size": 10, "train.eval_every": "1ep"}
+    assert tool("train", *tiny("bad", **train, **changes)) == 0
+    out = capsys.readouterr().out
+    skipped = [line for line in out.splitlines() if line.startswith("skipped: ")]
+    assert {Path(line.split(": ")[1]).name for line in skipped} == bad
+    assert "finished at step 5" in out
+
+    assert tool("eval", "checkpoint=runs/bad", "device=cpu") == 3
+    err = capsys.readouterr().err
+    skipped = [line for line in err.splitlines() if line.startswith("skipped: ")]
+    assert {Path(line.split(": ")[1]).name for line in skipped} == bad
+    metrics = json.loads(Path("runs/bad/eval/metrics.json").read_text())
+    objects = json.loads(Path("shapes/annotations/instances_train.json").read_text())["annotations"]
+    assert metrics["skipped_images"] == 5
+    assert sum(one["num_objects"] for one in metrics["per_class"].values()) == len(objects), "theirs count as missed"
+
+    assert tool("infer", "checkpoint=runs/bad", "source=shapes/train", "output=out", "device=cpu") == 3
+    err = capsys.readouterr().err
+    skipped = [line for line in err.splitlines() if line.startswith("skipped: ")]
+    assert {Path(line.split(": ")[1]).name for line in skipped} == bad
+    assert len(json.loads(Path("out/detections.json").read_text())) == 45
+
+
 def test_a_run_can_start_from_the_weights_of_another(
     place: Path, finished: object, tool: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
