@@ -163,13 +163,13 @@ def main(settings: Settings) -> int:
 
 
 def report_skipped(logger: "RunLogger", *loaders: "BatchLoader") -> None:
-    """Lists the images that no process could read."""
+    """Lists the images that could not be read, those of other processes too."""
     from retina import distributed
 
     for loader in loaders:
         faults = dict(one for part in distributed.gather_objects(list(loader.faults.items())) for one in part)
         for line in sorted(faults.values()):
-            logger.info(f"skipped: {line}")
+            logger.once(f"skipped: {line}")
 
 
 def run_folder(runs: str, name: str) -> Path:

@@ -40,6 +40,7 @@ class RunLogger:
         self._open_board: Board | None = None
         self._progress: Progress | None = None
         self._warned = False
+        self._said: set[str] = set()
 
     def info(self, text: str) -> None:
         """A line on the screen and in `log.txt`."""
@@ -49,6 +50,12 @@ class RunLogger:
         self._print(text)
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
         self._attempt(self._log.file, lambda: self._log.write(line.encode()))
+
+    def once(self, text: str) -> None:
+        """`info`, unless it has been said before."""
+        if self.active and text not in self._said:
+            self._said.add(text)
+            self.info(text)
 
     def scalars(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """One record of `metrics.jsonl`, and the same numbers in TensorBoard under `kind/`. Steps never go back."""

@@ -221,6 +221,8 @@ def fit(
                 logger.scalars(progress.step, "train", values)
                 left = (total - progress.step) * config.batch_size / values["images_per_second"]
                 logger.progress(progress.step, total, values, left)
+                for line in loader.faults.values():
+                    logger.once(f"skipped: {line}")
     if ending:
         raise ending
     if not stop and eval_every is None:

@@ -205,6 +205,8 @@ def test_five_bad_images_of_fifty_are_listed_by_every_tool(
     out = capsys.readouterr().out
     skipped = [line for line in out.splitlines() if line.startswith("skipped: ")]
     assert {Path(line.split(": ")[1]).name for line in skipped} == bad
+    assert len(skipped) == 5, "each is told once"
+    assert out.index("skipped: ") < out.index("evaluation at step 5")
     assert "finished at step 5" in out
 
     assert tool("eval", "checkpoint=runs/bad", "device=cpu") == 3
