@@ -1,4 +1,4 @@
-"""What a run leaves on disk: checkpoints and the best weights, and what is done when there is no room for them."""
+"""What a run leaves on disk and goes on from: checkpoints and the best weights, and what is done without room."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,18 +9,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from retina import distributed
-from retina.engine.checkpoint import Progress, save_checkpoint
+from retina.engine.checkpoint import Progress, load_checkpoint, newest_valid, save_checkpoint
 from retina.engine.ema import ExponentialMovingAverage
 from retina.engine.logging import RunLogger
 from retina.engine.meter import Meter
-from retina.errors import CheckpointError
+from retina.errors import CheckpointError, ConfigError
 from retina.model.weights import DetectorCard, save_detector
 
 BEST = "best.safetensors"
 
 
 class Keeper:
-    """Writes for rank 0, and tells all ranks what could not be written.
+    """Reads for all ranks, writes on rank 0, and tells all what could not be written.
 
     A full disk stops nobody: what was there before stays, a warning says so, and the next time is tried again. What is
     missing at the end is an error."""
@@ -43,6 +43,45 @@ class Keeper:
         self.best_model = ema.model if ema else model
         self.missing: dict[str, str] = {}
         """What could not be written when it was last tried, and why; the same on all ranks."""
+
+    def restore(self, annotations: str, *, allow_data_change: bool) -> Progress:
+        """Where the newest valid checkpoint stands, after everything has been put as it was; a new start without any.
+
+        annotations: fingerprint of what is trained on now. Raises CheckpointError, and ConfigError for another one than
+        in the checkpoint unless `allow_data_change`; on one rank alone."""
+        checkpoint = distributed.on_main(self._newest)  # on a network disk, ranks might see different ones
+        if checkpoint is None:
+            return Progress(annotations=annotations)
+        file = Path(checkpoint)
+        progress = distributed.on_all(
+            lambda: load_checkpoint(file, model=self.model, optimizer=self.optimizer, ema=self.ema)
+        )
+        if progress.annotations != annotations:
+            self._accept_change(file, allow_data_change)
+            progress.annotations = annotations
+        if progress.scaler:
+            self.scaler.load_state_dict(progress.scaler)
+        return progress
+
+    def _newest(self) -> str | None:
+        folder = self.folder / "checkpoints"
+        checkpoint, faults = newest_valid(folder)
+        for fault in faults:
+            self.logger.info(f"warning: {fault}")
+        if checkpoint is None and faults:
+            raise CheckpointError(f"{folder}: no checkpoint is whole - restore one, or give overwrite=true")
+        return str(checkpoint) if checkpoint else None
+
+    def _accept_change(self, checkpoint: Path, allowed: bool) -> None:
+        def refuse() -> None:
+            if not allowed:
+                raise ConfigError(
+                    f"{checkpoint}: was trained on other annotations than data.train now has - restore them, choose "
+                    "another name=..., or go on with allow_data_change=true"
+                )
+
+        distributed.on_main(refuse)
+        self.logger.info("warning: the annotations are not those the run began with (allow_data_change)")
 
     def save(self, progress: Progress) -> None:
         """A checkpoint. Raises CheckpointError, on rank 0 alone, for weights that are not finite."""

@@ -21,14 +21,14 @@ from retina import distributed
 from retina.data.coco import Annotations
 from retina.data.loader import BatchLoader
 from retina.data.sampler import DetectionBatchSampler
-from retina.engine.checkpoint import Progress, load_checkpoint, newest_valid
+from retina.engine.checkpoint import Progress
 from retina.engine.config import TrainConfig, to_steps
 from retina.engine.ema import ExponentialMovingAverage
 from retina.engine.keeper import Keeper
 from retina.engine.logging import RunLogger
 from retina.engine.meter import Meter
 from retina.engine.optim import Schedule, scale_and_clip, set_learning_rate
-from retina.errors import CheckpointError, ConfigError, RetinaError
+from retina.errors import RetinaError
 from retina.evaluation.evaluate import Criterion, Evaluation
 from retina.evaluation.metrics import DetectionArrays
 from retina.model.weights import DetectorCard
@@ -150,7 +150,8 @@ def fit(
         logger=logger,
     )
     due = partial(_evaluation_due, every=eval_every, total=total)
-    progress = _resume(folder, keeper, logger, annotations.fingerprint(), allow_data_change, due)
+    progress = keeper.restore(annotations.fingerprint(), allow_data_change=allow_data_change)
+    logger.resume(progress.step, pending_evaluation=due(progress))
     meter.load_state(progress.meter, device)
     if config.compile:
         model.compile()
@@ -212,7 +213,8 @@ def fit(
                     ema.update(model, step)
             elif not (scaler.is_enabled() and scaler.get_scale() >= 1 and result.losses.isfinite().all()):
                 # else only the factor was too large for fp16, and is now halved
-                _bad_step(config, progress, micro_batches, result, lr, annotations, logger)
+                line = _describe_skipped(progress.step, micro_batches, result, lr, annotations)
+                _skip(config, progress, line, logger)
             if (step == 0 or due(progress)) and config.pictures and logger.active:
                 pictures = batch_pictures(micro_batches[0], card.classes, config.pictures)
                 logger.picture(progress.step, "train/batch", grid(pictures))
@@ -270,29 +272,10 @@ def _evaluate(
     return 0
 
 
-def _bad_step(
-    config: TrainConfig,
-    progress: Progress,
-    micro_batches: Sequence[Batch],
-    result: StepResult,
-    lr: float,
-    annotations: Annotations,
-    logger: RunLogger,
-) -> None:
-    """Says on rank 0 which images were in the update that was skipped; raises RetinaError after too many in a row."""
+def _skip(config: TrainConfig, progress: Progress, line: str, logger: RunLogger) -> None:
+    """Counts a step without an update and warns of it. Raises RetinaError, on rank 0 alone, after too many in a row."""
     progress.bad_steps += 1
-    ends = progress.bad_steps >= config.max_bad_steps
-    indices = torch.cat([batch.indices for batch in micro_batches]).tolist()
-    ranks = list(enumerate(distributed.gather_objects((result.own.tolist(), indices))))
-    guilty = [one for one in ranks if not all(map(math.isfinite, one[1][0]))] or ranks
-    images = [f"{annotations.image_ids[i]} ({annotations.file_name(i)})" for _, (_, rows) in guilty for i in rows]
-    more = f" and {len(images) - 16} more" if len(images) > 16 else ""
-    line = (
-        f"step {progress.step}: update skipped, for a number in it is not finite: loss class "
-        f"{result.losses[0]:.4g}, box {result.losses[1]:.4g}, gradient norm {result.grad_norm:.4g}, lr {lr:.4g}, "
-        f"rank {', '.join(str(rank) for rank, _ in guilty)}, image {', '.join(images[:16])}{more}"
-    )
-    if not ends:
+    if progress.bad_steps < config.max_bad_steps:
         logger.info(f"warning: {line}")
         return
     if not distributed.is_main():
@@ -301,38 +284,20 @@ def _bad_step(
     raise RetinaError(f"{line} - {progress.bad_steps} in a row (train.max_bad_steps): {advice}")
 
 
-def _resume(
-    folder: Path,
-    keeper: Keeper,
-    logger: RunLogger,
-    fingerprint: str,
-    allow_data_change: bool,
-    due: Callable[[Progress], bool],
-) -> Progress:
-    # rank 0 chooses: with folders on a network disk, ranks might see different checkpoints
-    newest, faults = newest_valid(folder / "checkpoints") if distributed.is_main() else (None, [])
-    name, faults = distributed.broadcast_object((newest and newest.name, faults))
-    checkpoint = folder / "checkpoints" / name if name else None
-    for fault in faults:
-        logger.info(f"warning: {fault}")
-    if checkpoint is None and faults:
-        raise CheckpointError(f"{folder / 'checkpoints'}: no checkpoint is whole - restore one, or give overwrite=true")
-    if checkpoint is None:
-        logger.resume(0)
-        return Progress(annotations=fingerprint)
-    progress = load_checkpoint(checkpoint, model=keeper.model, optimizer=keeper.optimizer, ema=keeper.ema)
-    if progress.annotations != fingerprint:
-        if not allow_data_change:
-            raise ConfigError(
-                f"{checkpoint}: was trained on other annotations than data.train now has - restore them, choose "
-                "another name=..., or go on with allow_data_change=true"
-            )
-        logger.info("warning: the annotations are not those the run began with (allow_data_change)")
-        progress.annotations = fingerprint
-    if progress.scaler:
-        keeper.scaler.load_state_dict(progress.scaler)
-    logger.resume(progress.step, pending_evaluation=due(progress))
-    return progress
+def _describe_skipped(
+    step: int, micro_batches: Sequence[Batch], result: StepResult, lr: float, annotations: Annotations
+) -> str:
+    """One line on an update that was not made: its numbers, and the images of the ranks that spoiled it."""
+    indices = torch.cat([batch.indices for batch in micro_batches]).tolist()
+    ranks = list(enumerate(distributed.gather_objects((result.own.tolist(), indices))))
+    guilty = [one for one in ranks if not all(map(math.isfinite, one[1][0]))] or ranks
+    images = [f"{annotations.image_ids[i]} ({annotations.file_name(i)})" for _, (_, rows) in guilty for i in rows]
+    more = f" and {len(images) - 16} more" if len(images) > 16 else ""
+    return (
+        f"step {step}: update skipped, for a number in it is not finite: loss class {result.losses[0]:.4g}, box "
+        f"{result.losses[1]:.4g}, gradient norm {result.grad_norm:.4g}, lr {lr:.4g}, "
+        f"rank {', '.join(str(rank) for rank, _ in guilty)}, image {', '.join(images[:16])}{more}"
+    )
 
 
 def _parallel(model: nn.Module, device: torch.device) -> nn.Module:

@@ -7,7 +7,6 @@ import os
 import resource
 import struct
 import tempfile
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -116,14 +115,14 @@ def test_exif_of_a_png_may_stand_before_or_behind_the_pixels(tmp_path, before):
     assert image_size(tmp_path / "a.png") == (640, 24)
 
 
-def test_the_size_is_read_without_the_pixels(tmp_path):
-    Image.new("L", (4000, 4000)).save(tmp_path / "a.png")
-    seconds: dict[Callable[..., object], float] = {}
-    for read in (image_size, read_image) * 3:
-        started = time.perf_counter()
-        read(tmp_path / "a.png")
-        seconds[read] = min(seconds.get(read, 100.0), time.perf_counter() - started)
-    assert seconds[image_size] < seconds[read_image] / 20
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.bmp"])
+def test_the_size_is_read_without_the_pixels(tmp_path, name):
+    noise(tmp_path / name, (200, 300))
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    assert image_size(tmp_path / name) == (200, 300)
+    with pytest.raises(DataError, match=name):
+        read_image(tmp_path / name)
 
 
 @pytest.mark.parametrize("content", [b"", b"II", b"II*\x00\xff\xff\xff\xff", b"MM\x00*" + bytes(4), b"\xff" * 70])
