@@ -110,11 +110,6 @@ def _end_with_launcher() -> None:
             ) from None
 
 
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
 def on_main(task: Callable[[], T]) -> T:
     """What `task` returns on rank 0, on every rank. When it raises, the others exit with code 2 and leave the word to
     it.

@@ -19,7 +19,6 @@ def test_one_process_needs_no_group() -> None:
     assert distributed.broadcast_object("x") == "x"
     tensor = torch.ones(2)
     assert distributed.all_reduce_sum(tensor) is tensor
-    distributed.barrier()
     with distributed.process_group(torch.device("cpu")):
         assert not torch.distributed.is_initialized()
 
@@ -48,7 +47,6 @@ def _rank(rank: int, port: int, folder: str) -> None:
         assert norm.running_mean.tolist() == [0.5, 0.5]
         assert norm.running_var.tolist() == [3.0, 3.0]
         assert norm.weight.tolist() == [float(rank)] * 2
-        distributed.barrier()
     assert not torch.distributed.is_initialized()
     Path(folder, f"done{rank}").touch()
 

@@ -154,7 +154,9 @@ def main(settings: Settings) -> int:
             logger.info(f"told to stop: saved at step {progress.step}, the same command goes on from there")
         else:
             best = (
-                f", best {config.best_metric} {progress.best:.3f} at step {progress.best_step}" if progress.best else ""
+                f", best {config.best_metric} {progress.best:.3f} at step {progress.best_step}"
+                if progress.best is not None
+                else ""
             )
             logger.info(f"finished at step {progress.step}{best}: {folder / 'best.safetensors'}")
             logger.info(f"next: python tools/eval.py checkpoint={folder}   |   tensorboard --logdir {folder}")
