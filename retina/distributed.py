@@ -61,7 +61,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device, *, timeout_minutes: float = 10) -> Iterator[None]:
-    """Joins the processes that torchrun started, by NCCL for CUDA, else gloo; leaves the group however the block ends.
+    """Joins the processes that torchrun started, by gloo and, for CUDA tensors, NCCL; leaves them however it ends.
 
     `timeout_minutes` bounds how long a process waits for the others. A process whose torchrun is gone is told to stop,
     and one that loses touch with the others raises RetinaError."""
@@ -72,7 +72,8 @@ def process_group(device: torch.device, *, timeout_minutes: float = 10) -> Itera
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_launcher()
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    # what ranks tell each other lies on the CPU and goes by gloo: it must not wait for the work queued on a GPU
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         with losing_touch(lambda: "start or end of the run"):
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
@@ -165,8 +166,7 @@ def agree(*, stop: int = 0, error: bool = False) -> Verdict:
     flags = {"interrupted": stop == signal.SIGINT, "terminated": stop == signal.SIGTERM, "error": error}
     word = sum(1 << shift for name, shift in _FIELDS.items() if flags[name])
     if world_size() > 1:
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        word = int(all_reduce_sum(torch.tensor(word, dtype=torch.int64, device=device)))
+        word = int(all_reduce_sum(torch.tensor(word, dtype=torch.int64)))
     told = {name for name, shift in _FIELDS.items() if word >> shift & 0xFFFFF}
     number = signal.SIGTERM if "terminated" in told else signal.SIGINT if "interrupted" in told else 0
     return Verdict(int(number), "error" in told)
@@ -202,15 +202,14 @@ def gather_arrays(arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
 
 
 def _gather_bytes(data: bytes) -> list[bytes]:
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    size = torch.tensor([len(data)], device=device)
+    size = torch.tensor([len(data)])
     sizes = [torch.empty_like(size) for _ in range(world_size())]
     dist.all_gather(sizes, size)
-    padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8, device=device)
-    padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8)
+    padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
-    return [part[: int(length)].cpu().numpy().tobytes() for part, length in zip(parts, sizes, strict=True)]
+    return [part[: int(length)].numpy().tobytes() for part, length in zip(parts, sizes, strict=True)]
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
@@ -219,17 +218,18 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     return [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
 
 
-def average_buffers(model: nn.Module) -> None:
-    """Mean over ranks of floating-point buffers (BatchNorm's running statistics), in one message.
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """Copies of all tensors behind each other, [N]."""
+    return torch.cat([t.flatten() for t in tensors]) if tensors else torch.empty(0)
 
-    Each rank sees its own images, so its statistics drift from the others'; evaluation needs one truth."""
-    if world_size() == 1:
-        return
-    buffers = running_statistics(model)
-    if not buffers:
-        return
-    flat = torch.cat([b.flatten() for b in buffers])
-    dist.all_reduce(flat)
-    flat /= world_size()
-    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+
+def average_into(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    """Writes the mean over ranks of `flat`, as `flatten` makes it, into the tensors: one message for all.
+
+    For BatchNorm's running statistics: each rank sees its own images, so its statistics drift from the others';
+    evaluation needs one truth. Changes `flat`."""
+    if world_size() > 1:
+        dist.all_reduce(flat)
+        flat /= world_size()
+    parts = flat.split([t.numel() for t in tensors])
+    torch._foreach_copy_(list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])

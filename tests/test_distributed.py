@@ -43,7 +43,8 @@ def _rank(rank: int, port: int, folder: str) -> None:
         norm.running_mean.fill_(float(rank))
         norm.running_var.fill_(2.0 + 2 * rank)
         norm.weight.data.fill_(float(rank))
-        distributed.average_buffers(norm)
+        statistics = distributed.running_statistics(norm)
+        distributed.average_into(statistics, distributed.flatten(statistics))
         assert norm.running_mean.tolist() == [0.5, 0.5]
         assert norm.running_var.tolist() == [3.0, 3.0]
         assert norm.weight.tolist() == [float(rank)] * 2

@@ -35,6 +35,7 @@ TESTED_WITH = {
     "evaluation/matching": "evaluation/test_metrics",
     "model/fpn": "model/test_retinanet",
     "model/head": "model/test_retinanet",
+    "engine/loop": "tools/test_train",
     "engine/summary": "tools/test_train",
     "engine/data": "tools/test_train",
     "tools/_build": "tools/test_compose",

@@ -39,9 +39,10 @@ def main(settings: Settings) -> int:
     from retina.data.transforms import Pipeline
     from retina.engine.data import build_eval_loader, build_train_loader, load_checked
     from retina.engine.logging import RunLogger
-    from retina.engine.loop import DTYPES, fit
+    from retina.engine.loop import fit
     from retina.engine.optim import build_optimizer
     from retina.engine.signals import StopRequest
+    from retina.engine.step import DTYPES
     from retina.engine.summary import describe_run
     from retina.evaluation.evaluate import evaluate
     from retina.evaluation.pictures import evaluation_pictures

@@ -1,20 +1,16 @@
-"""The training loop: one update, and the run made of updates, evaluations and checkpoints."""
+"""The training loop: a run made of updates, evaluations and checkpoints."""
 
-import inspect
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from retina import distributed
@@ -25,9 +21,11 @@ from retina.engine.checkpoint import Progress
 from retina.engine.config import TrainConfig, to_steps
 from retina.engine.ema import ExponentialMovingAverage
 from retina.engine.keeper import Keeper
+from retina.engine.lagged import LAG, Lagged
 from retina.engine.logging import RunLogger
 from retina.engine.meter import Meter
-from retina.engine.optim import Schedule, scale_and_clip, set_learning_rate
+from retina.engine.optim import Schedule, set_learning_rate
+from retina.engine.step import DTYPES, StepResult, parallel, train_step
 from retina.errors import RetinaError
 from retina.evaluation.evaluate import Criterion, Evaluation
 from retina.evaluation.metrics import DetectionArrays
@@ -35,67 +33,14 @@ from retina.model.weights import DetectorCard
 from retina.types import Batch, to_device
 from retina.visualize import batch_pictures, grid
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+class _Update(NamedTuple):
+    """What is needed to say why one was not made."""
 
-class StepResult(NamedTuple):
-    """Numbers of one update over all ranks and micro-batches, still on the device."""
-
-    losses: Float[Tensor, "2"]
-    """Classification and box loss per positive anchor."""
-    positives: Float[Tensor, ""]
-    grad_norm: Float[Tensor, ""]
-    """Norm of the whole gradient before clipping."""
-    own: Float[Tensor, "3"]
-    """Sums of this rank alone: classification loss, box loss, positives."""
-    updated: bool
-    """False where a number was not finite: then weights, optimizer and running statistics are as before."""
-
-
-def train_step(
-    model: nn.Module,
-    criterion: Criterion,
-    micro_batches: Sequence[Batch],
-    *,
-    optimizer: Optimizer,
-    scaler: torch.amp.GradScaler,
-    dtype: torch.dtype,
-    clip_norm: float | None,
-    watched: Sequence[Tensor] = (),
-) -> StepResult:
-    """One optimizer update, or none on any rank if a loss, a gradient, a target box or one of the `watched` tensors is
-    NaN or infinite on some rank.
-
-    Losses are divided by the positive anchors of all micro-batches of all ranks. Their number is known only at the
-    end, so gradients of sums are accumulated and scaled once. Without positives the divisor is 1."""
-    device = micro_batches[0].images.device
-    statistics = distributed.running_statistics(model)
-    before = [buffer.clone() for buffer in statistics]
-    sums = torch.zeros(3, device=device)
-    for i, batch in enumerate(micro_batches):
-        waits = isinstance(model, DistributedDataParallel) and i + 1 < len(micro_batches)
-        with model.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                losses = criterion(model(batch.images), batch.targets)
-            # a constant divisor keeps fp16 gradients in range; the true one replaces it below
-            scaler.scale((losses.classification + losses.box) / len(batch.images)).backward()
-        sums += torch.stack(losses).detach() + 0 * batch.targets.boxes.sum()  # 0 * inf is NaN: all ranks will know
-    own = sums.clone()
-    if watched:
-        sums += 0 * torch.nn.utils.get_total_norm(watched)
-    distributed.all_reduce_sum(sums)
-    positives = sums[2].clamp(min=1)
-    scaler.unscale_(optimizer)
-    factor = len(micro_batches[0].images) * distributed.world_size() / positives  # DDP takes means over ranks
-    norm = scale_and_clip(model.parameters(), factor, clip_norm)
-    updated = bool((sums.sum() + norm).isfinite())
-    if updated:
-        scaler.step(optimizer)
-    elif before:
-        torch._foreach_copy_(statistics, before)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return StepResult(sums[:2] / positives, sums[2], norm, own, updated)
+    step: int
+    lr: float
+    indices: list[Tensor]
+    result: StepResult
 
 
 def fit(
@@ -155,11 +100,13 @@ def fit(
     meter.load_state(progress.meter, device)
     if config.compile:
         model.compile()
-    net = _parallel(model, device)
+    net = parallel(model, device)
     model.train()
     progress.stopped_early = config.patience is not None and progress.evaluations_without_gain >= config.patience
     saved = (progress.step, progress.evaluated)
     batches = _endless(loader, sampler, progress.step)
+    updates: Lagged[_Update] = Lagged(LAG.get(device.type, 0))
+    judge = partial(_judge, config, progress, scaler=scaler, logger=logger, annotations=annotations)
     stop = 0
     ending: BaseException | None = None
     with distributed.losing_touch(lambda: f"step {progress.step}"):
@@ -192,6 +139,7 @@ def fit(
             stop, failed = distributed.agree(stop=stopping(), error=ending is not None)
             if stop or failed:
                 ending = ending or (SystemExit(2) if failed else None)
+                judge(updates.take(everything=True))
                 continue
             lr = set_learning_rate(optimizer, schedule(step, **every))
             result = train_step(
@@ -204,22 +152,18 @@ def fit(
                 clip_norm=config.clip_norm,
                 watched=ema.floating if ema else (),
             )
-            distributed.average_buffers(model)
             progress.step += 1
-            if result.updated:
-                progress.bad_steps = 0
-                meter.add(result.losses, result.positives, result.grad_norm)
-                if ema is not None:
-                    ema.update(model, step)
-            elif not (scaler.is_enabled() and scaler.get_scale() >= 1 and result.losses.isfinite().all()):
-                # else only the factor was too large for fp16, and is now halved
-                line = _describe_skipped(progress.step, micro_batches, result, lr, annotations)
-                _skip(config, progress, line, logger)
+            meter.add(result.updated, result.losses, result.positives, result.grad_norm)
+            if ema is not None:
+                ema.update(step)
+            updates.add(result.updated, _Update(progress.step, lr, [one.indices for one in micro_batches], result))
+            logging = progress.step % config.log_every == 0 or progress.step == total
+            judge(updates.take(everything=logging or due(progress) or progress.step % save_every == 0))
             if (step == 0 or due(progress)) and config.pictures and logger.active:
                 pictures = batch_pictures(micro_batches[0], card.classes, config.pictures)
                 logger.picture(progress.step, "train/batch", grid(pictures))
-            if meter.steps and (progress.step % config.log_every == 0 or progress.step == total):
-                values = {"epoch": progress.step / per_epoch, "lr": lr, **meter.read()}
+            if logging and (means := meter.read()):
+                values = {"epoch": progress.step / per_epoch, "lr": lr, **means}
                 logger.scalars(progress.step, "train", values)
                 left = (total - progress.step) * config.batch_size / values["images_per_second"]
                 logger.progress(progress.step, total, values, left)
@@ -272,24 +216,38 @@ def _evaluate(
     return 0
 
 
-def _skip(config: TrainConfig, progress: Progress, line: str, logger: RunLogger) -> None:
-    """Counts a step without an update and warns of it. Raises RetinaError, on rank 0 alone, after too many in a row."""
-    progress.bad_steps += 1
-    if progress.bad_steps < config.max_bad_steps:
-        logger.info(f"warning: {line}")
-        return
-    if not distributed.is_main():
-        sys.exit(2)
-    advice = "lower optimizer.lr, give train.clip_norm, or look at these images"
-    raise RetinaError(f"{line} - {progress.bad_steps} in a row (train.max_bad_steps): {advice}")
+def _judge(
+    config: TrainConfig,
+    progress: Progress,
+    updates: Iterable[tuple[bool, _Update]],
+    *,
+    scaler: torch.amp.GradScaler,
+    logger: RunLogger,
+    annotations: Annotations,
+) -> None:
+    """Counts the updates in a row that were not made, and warns of each. Raises RetinaError, on rank 0 alone, after too
+    many."""
+    for updated, update in updates:
+        if updated:
+            progress.bad_steps = 0
+            continue
+        if scaler.is_enabled() and scaler.get_scale() >= 1 and update.result.losses.isfinite().all():
+            continue  # only the factor was too large for fp16, and is now halved
+        progress.bad_steps += 1
+        line = _describe_skipped(update, annotations)
+        if progress.bad_steps < config.max_bad_steps:
+            logger.info(f"warning: {line}")
+            continue
+        if not distributed.is_main():
+            sys.exit(2)
+        advice = "lower optimizer.lr, give train.clip_norm, or look at these images"
+        raise RetinaError(f"{line} - {progress.bad_steps} in a row (train.max_bad_steps): {advice}")
 
 
-def _describe_skipped(
-    step: int, micro_batches: Sequence[Batch], result: StepResult, lr: float, annotations: Annotations
-) -> str:
+def _describe_skipped(update: _Update, annotations: Annotations) -> str:
     """One line on an update that was not made: its numbers, and the images of the ranks that spoiled it."""
-    indices = torch.cat([batch.indices for batch in micro_batches]).tolist()
-    ranks = list(enumerate(distributed.gather_objects((result.own.tolist(), indices))))
+    step, lr, indices, result = update
+    ranks = list(enumerate(distributed.gather_objects((result.own.tolist(), torch.cat(indices).tolist()))))
     guilty = [one for one in ranks if not all(map(math.isfinite, one[1][0]))] or ranks
     images = [f"{annotations.image_ids[i]} ({annotations.file_name(i)})" for _, (_, rows) in guilty for i in rows]
     more = f" and {len(images) - 16} more" if len(images) > 16 else ""
@@ -297,20 +255,6 @@ def _describe_skipped(
         f"step {step}: update skipped, for a number in it is not finite: loss class {result.losses[0]:.4g}, box "
         f"{result.losses[1]:.4g}, gradient norm {result.grad_norm:.4g}, lr {lr:.4g}, "
         f"rank {', '.join(str(rank) for rank, _ in guilty)}, image {', '.join(images[:16])}{more}"
-    )
-
-
-def _parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    if distributed.world_size() == 1:
-        return model
-    known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in torch 2.15
-    buffers: dict[str, Any] = {name: False}  # running statistics are averaged after each update instead
-    return DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        **buffers,
     )
 
 

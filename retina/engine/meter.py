@@ -20,15 +20,16 @@ class Meter:
 
     def _reset(self) -> None:
         self._sums: Tensor | None = None
-        self.steps = 0
+        self._steps = 0
         self._waited = self._paused = 0.0
         self._started = time.perf_counter()
 
-    def add(self, losses: Tensor, positives: Tensor, grad_norm: Tensor) -> None:
-        """`losses` [2]: classification and box."""
-        numbers = torch.cat([losses, positives.view(1), grad_norm.view(1)])
+    def add(self, updated: Tensor, losses: Tensor, positives: Tensor, grad_norm: Tensor) -> None:
+        """`losses` [2]: classification and box. Steps that are not `updated` (a scalar) count for nothing."""
+        numbers = torch.cat([updated.view(1).float(), losses, positives.view(1), grad_norm.view(1)])
+        numbers = torch.where(updated, numbers, 0)
         self._sums = numbers if self._sums is None else self._sums + numbers
-        self.steps += 1
+        self._steps += 1
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -44,18 +45,20 @@ class Meter:
         self._paused += time.perf_counter() - started
 
     def state(self) -> list[float]:
-        """Steps and sums so far, for a checkpoint: a resumed run then logs what the whole one would have."""
-        return [] if self._sums is None else [float(self.steps), *self._sums.tolist()]
+        """Updates and sums so far, for a checkpoint: a resumed run then logs what the whole one would have."""
+        return [] if self._sums is None else self._sums.tolist()
 
     def load_state(self, state: list[float], device: torch.device) -> None:
         if state:
-            self.steps, self._sums = int(state[0]), torch.tensor(state[1:], device=device)
+            self._steps, self._sums = int(state[0]), torch.tensor(state, device=device)
 
     def read(self) -> dict[str, float]:
         """Loss parts per positive anchor, positives per step, gradient norm, images/s of the whole run and the share of
-        time spent waiting for data."""
-        assert self._sums is not None, "read before any update"
-        classification, box, positives, norm = (self._sums / self.steps).tolist()
+        time spent waiting for data. Waits for the device. Empty, and nothing is forgotten, without any update."""
+        updates, *sums = [0.0] if self._sums is None else self._sums.tolist()
+        if not updates:
+            return {}
+        classification, box, positives, norm = (value / updates for value in sums)
         seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
         values = {
             "loss": classification + box,
@@ -63,7 +66,7 @@ class Meter:
             "loss_box": box,
             "positives": positives,
             "grad_norm": norm,
-            "images_per_second": self.steps * self.batch_size / seconds,
+            "images_per_second": self._steps * self.batch_size / seconds,
             "data_wait": self._waited / seconds,
         }
         self._reset()

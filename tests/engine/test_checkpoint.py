@@ -32,7 +32,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, ema: ExponentialM
     model(torch.randn(8, 3)).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
-    ema.update(model, step)
+    ema.update(step)
 
 
 def save(folder: Path, step: int, keep: int = 2, **changes: object) -> Path:

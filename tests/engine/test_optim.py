@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from retina.engine.optim import Cosine, MultiStep, build_optimizer, scale_and_clip, set_learning_rate
+from retina.engine.optim import Cosine, MultiStep, build_optimizer, scale_and_clip, set_learning_rate, step_where
 from retina.errors import ConfigError
 
 RUN = {"total": 1000, "steps_per_epoch": 100}
@@ -59,3 +59,26 @@ def test_scale_and_clip() -> None:
     assert torch.stack([*a.grad, *b.grad]).norm().item() == pytest.approx(1, abs=1e-5)
     assert scale_and_clip([a, b, unused], torch.tensor(1.0), 10.0).item() == pytest.approx(1, abs=1e-5)
     assert b.grad.item() == pytest.approx(0.8, abs=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_update_that_is_not_wanted_changes_nothing(kind: type[torch.optim.Optimizer], fused: bool) -> None:
+    """The same as not calling the optimizer at all, whether it was the first update or a later one."""
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    models = [nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [kind(model.parameters(), lr=0.1, fused=fused, **options) for model in models]
+    for wanted in (False, True, False, True, True):
+        gradients = [torch.randn_like(p) for p in models[0].parameters()]
+        for model in models:
+            for p, gradient in zip(model.parameters(), gradients, strict=True):
+                p.grad = gradient.clone() if wanted else torch.full_like(gradient, torch.nan)
+        step_where(optimizers[0], torch.tensor(wanted))
+        if wanted:
+            optimizers[1].step()
+        for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            assert torch.equal(one, two)
+    ours, theirs = (optimizer.state_dict()["state"] for optimizer in optimizers)
+    for i in range(2):
+        assert all(torch.equal(ours[i][key], theirs[i][key]) for key in theirs[i])

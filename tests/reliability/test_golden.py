@@ -53,7 +53,7 @@ def parts(steps: int) -> dict[str, Any]:
         model(torch.arange(150.0).view(2, 3, 5, 5).remainder(7 + step)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        ema.update(model, step)
+        ema.update(step)
     return {"model": model, "optimizer": optimizer, "ema": ema}
 
 

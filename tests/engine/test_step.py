@@ -10,8 +10,8 @@ import torch
 import torch.multiprocessing as mp
 
 from retina import distributed
-from retina.engine.loop import _parallel, train_step
 from retina.engine.optim import build_optimizer
+from retina.engine.step import parallel, train_step
 from retina.losses import DetectionLoss
 from retina.model.retinanet import RetinaNet, retinanet
 from retina.types import Batch, Losses, Predictions, Targets
@@ -44,7 +44,7 @@ def run_steps(accumulate: int, dtype: torch.dtype = torch.float32, clip_norm: fl
     """Losses and gradient norms [STEPS 3] of this process group."""
     model = tiny_model()
     optimizer = build_optimizer(lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9), model)
-    net = _parallel(model, torch.device("cpu"))
+    net = parallel(model, torch.device("cpu"))
     size = IMAGES // (distributed.world_size() * accumulate)
     rows = []
     for step in range(STEPS):
@@ -77,7 +77,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
 def spoiled_step() -> dict[str, object]:
     """What each rank makes of a step in which rank 1 alone has a box that is no number."""
     model = tiny_model()
-    net = _parallel(model, torch.device("cpu"))
+    net = parallel(model, torch.device("cpu"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     batch = images_of_step(0, slice(0, 2))
     if distributed.rank() == 1:
@@ -87,7 +87,7 @@ def spoiled_step() -> dict[str, object]:
         net, DetectionLoss(), [batch], optimizer=optimizer, scaler=scaler, dtype=torch.float32, clip_norm=None
     )
     same = all(map(torch.equal, model.state_dict().values(), tiny_model().state_dict().values()))
-    return {"updated": result.updated, "same": same, "own": bool(result.own.isfinite().all())}
+    return {"updated": bool(result.updated), "same": same, "own": bool(result.own.isfinite().all())}
 
 
 def agreements() -> list[tuple[int, bool]]:

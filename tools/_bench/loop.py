@@ -1,0 +1,121 @@
+"""What the training loop adds to the bare updates: logging, the moving average, bookkeeping, with a tiny model."""
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from _bench.clock import Bench, Row, Times, cost
+from _bench.step import make_batch
+from retina.data.coco import Annotations, read_coco
+from retina.data.sampler import DetectionBatchSampler
+from retina.data.shapes import write_shapes
+from retina.engine.config import TrainConfig
+from retina.engine.logging import RunLogger
+from retina.engine.loop import fit
+from retina.engine.optim import MultiStep, build_optimizer, set_learning_rate
+from retina.engine.step import train_step
+from retina.losses import DetectionLoss
+from retina.model.retinanet import RetinaNet, retinanet
+from retina.model.weights import DetectorCard
+from retina.types import Batch
+
+IMAGES = 4
+SIDE = 256
+
+
+class Replay:
+    """A loader without data: one batch for ever, so that only the loop is measured."""
+
+    def __init__(self, batch: Batch, steps: int) -> None:
+        self.batch, self.steps = batch, steps
+        self.faults: dict[int, str] = {}
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter([self.batch] * self.steps)
+
+
+def run(bench: Bench) -> list[Row]:
+    steps, start = (8, 2) if bench.quick else (40, 5)
+    model = retinanet(num_classes=5, backbone="resnet18", norm="frozen", fpn_channels=64, head_convs=2)
+    model.to(bench.device, memory_format=torch.channels_last)
+    batch = make_batch(IMAGES, SIDE, SIDE, bench.device, num_classes=5)
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        write_shapes(root / "data", num_train=IMAGES * steps, num_val=1, image_size=[64, 64])
+        annotations = read_coco(root / "data/annotations/instances_train.json", root / "data/train")
+
+        def whole(length: int) -> RetinaNet:
+            with tempfile.TemporaryDirectory(dir=root) as folder:
+                return loop(copy.deepcopy(model), batch, annotations, Path(folder), length, bench.device)
+
+        one, other = whole(steps), bare(copy.deepcopy(model), batch, steps)
+        for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
+            assert torch.equal(ours, theirs), "the loop trains something else"
+        times = bench.time(
+            {
+                "long": lambda: whole(start + steps),
+                "short": lambda: whole(start),
+                "reference": lambda: bare(copy.deepcopy(model), batch, steps),
+            },
+            warmup=1,
+        )
+    # the start of a run and its last checkpoint fall out of the difference
+    per_run = [long - short for long, short in zip(times["long"].seconds, times["short"].seconds, strict=True)]
+    sides = {"ours": Times(per_run), "reference": times["reference"]}
+    name = f"{steps} steps in the training loop / bare, ResNet-18, {IMAGES} x {SIDE} x {SIDE}"
+    return [cost(name, sides, must=1.05, goal=1.01)]
+
+
+def loop(
+    model: RetinaNet, batch: Batch, annotations: Annotations, folder: Path, length: int, device: torch.device
+) -> RetinaNet:
+    config = TrainConfig(
+        length=length, batch_size=IMAGES, ema=0.999, eval_every=None, save_every=10**6, log_every=20, pictures=0
+    )
+    unused: Any = None  # nothing is evaluated
+    logger = RunLogger(folder, active=True)
+    fit(
+        folder,
+        config,
+        model=model,
+        criterion=DetectionLoss(),
+        optimizer=make_optimizer(model),
+        schedule=MultiStep(warmup=1, milestones=()),
+        loader=Replay(batch, length),  # type: ignore[arg-type]
+        sampler=DetectionBatchSampler(annotations.sizes, total_batch=IMAGES),
+        evaluate=unused,
+        draw=unused,
+        card=DetectorCard(model=model.arguments, classes=[], category_ids=[], preprocessing={}, postprocess={}),
+        logger=logger,
+        device=device,
+        annotations=annotations,
+    )
+    logger.close()
+    return model
+
+
+def bare(model: RetinaNet, batch: Batch, steps: int) -> RetinaNet:
+    optimizer = make_optimizer(model)
+    scaler = torch.amp.GradScaler(batch.images.device.type, enabled=False)
+    model.train()
+    for step in range(steps):
+        set_learning_rate(optimizer, MultiStep(warmup=1, milestones=())(step, total=steps, steps_per_epoch=steps))
+        train_step(
+            model,
+            DetectionLoss(),
+            [batch],
+            optimizer=optimizer,
+            scaler=scaler,
+            dtype=torch.float32,
+            clip_norm=None,
+        )
+    return model
+
+
+def make_optimizer(model: RetinaNet) -> torch.optim.Optimizer:
+    return build_optimizer(partial(torch.optim.SGD, lr=1e-4, momentum=0.9), model)
