@@ -9,17 +9,18 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from retina.data.collate import collate
 from retina.data.images import MAX_PIXELS, read_image
 from retina.data.transforms import Sample, eval_pipeline
 from retina.distributed import choose_device
 from retina.errors import CheckpointError, ConfigError
+from retina.model.conv_norm import merge_norms
 from retina.model.retinanet import RetinaNet
 from retina.model.weights import DetectorCard, load_detector
 from retina.postprocess import count_non_finite, postprocess, refuse_non_finite, to_original
-from retina.types import Detections, Predictions, to_device
+from retina.types import Batch, Detections, Predictions, to_device
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,15 +37,21 @@ class Detector:
     """
 
     def __init__(self, model: RetinaNet, card: DetectorCard, *, device: torch.device, file: Path) -> None:
-        """Raises ConfigError for an unknown precision in `card.preprocessing`, KeyError for a setting it lacks."""
+        """Takes the model over, and makes it one that can only be used for inference at this precision.
+
+        Raises ConfigError for an unknown precision in `card.preprocessing`, KeyError for a setting it lacks."""
         precision = card.preprocessing["precision"]
         if precision not in PRECISIONS:
             raise ConfigError(f"precision: {precision!r} is not known - choose {', '.join(PRECISIONS)}")
-        self.model = model.to(device).to(memory_format=torch.channels_last).eval()
         self.card = card
         self.device = device
         self.file = file
         self.dtype = PRECISIONS[precision]
+        self.model = model.to(device).to(memory_format=torch.channels_last).eval()
+        merge_norms(self.model)
+        for layer in self.model.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.to(self.dtype)  # once, where autocast would do it on every level of every batch
         self.divisor: int = card.preprocessing["divisor"]
         self.pad_value: tuple[int, int, int] = tuple(card.preprocessing["pad_value"])
         self._resize = eval_pipeline(card.preprocessing["short_side"], card.preprocessing["long_side"])
@@ -105,19 +112,24 @@ class Detector:
             batch = [
                 as_array(image, max_pixels) for image in images[first : first + batch_size]
             ]  # only these are in memory
-            found += self._detect([self._resize(_bare_sample(image), 0) for image in batch], options)
+            samples = [self._resize(_bare_sample(image), 0) for image in batch]
+            found += self.detect(collate(samples, divisor=self.divisor, pad_value=self.pad_value), options)
         return found
 
     @torch.no_grad()
-    def _detect(self, samples: list[Sample], options: dict[str, Any]) -> list[Detections]:
-        batch = collate(samples, divisor=self.divisor, pad_value=self.pad_value)
+    def detect(self, batch: Batch, options: Mapping[str, Any]) -> list[Detections]:
+        """Detections of each image of a batch that is ready for the model, as `predict` gives them.
+
+        options: what `check_postprocess` lets pass."""
         on_device = to_device(batch, self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             predictions = self.model(on_device.images)
         refuse_non_finite(int(count_non_finite(predictions)), self.file)
         found = postprocess(predictions, on_device.sizes, **options)
-        shapes = zip(found, batch.sizes, batch.original_sizes, strict=True)
-        return [to_original(Detections(*(t.cpu() for t in one)), size, original) for one, size, original in shapes]
+        counts = [len(one.scores) for one in found]
+        parts = zip(*(torch.cat(tensors).cpu().split(counts) for tensors in zip(*found, strict=True)), strict=True)
+        shapes = zip(parts, batch.sizes, batch.original_sizes, strict=True)
+        return [to_original(Detections(*one), size, original) for one, size, original in shapes]
 
 
 def find_weights(checkpoint: Path) -> Path:

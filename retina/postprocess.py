@@ -1,9 +1,10 @@
 """From raw predictions to detections: threshold, best candidates per level, decode, clip, NMS."""
 
 import math
+from itertools import pairwise
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torchvision.ops import nms
 
@@ -48,28 +49,24 @@ def postprocess(
     if candidates_per_level < 1 or max_detections < 1:
         raise ValueError(f"need at least 1 candidate and detection, got {candidates_per_level} and {max_detections}")
 
-    num_images = len(sizes)
-    levels = [
-        _level_candidates(*level, score_threshold, candidates_per_level) for level in zip(*predictions, strict=True)
-    ]
-    boxes, scores, labels, image = (torch.cat(parts) for parts in zip(*levels, strict=True))
+    boxes, scores, labels, image = _candidates(predictions, score_threshold, candidates_per_level)
     boxes = clip_boxes(boxes, sizes.to(boxes.device)[image])
     keep = (boxes[:, 2:] >= boxes[:, :2]).all(dim=1).nonzero().squeeze(1)  # False for NaN
     keep = keep[_best_first(scores[keep], image[keep])]
-    counts = image[keep].bincount(minlength=num_images).tolist()
-
-    detections = []
-    for one in keep.split(counts):
-        groups = torch.zeros_like(one) if class_agnostic else labels[one]
-        one = one[grouped_nms(boxes[one], scores[one], groups, nms_iou)[:max_detections]]
-        detections.append(Detections(boxes[one], scores[one], labels[one]))
-    return detections
+    boxes, scores, labels, image = boxes[keep], scores[keep], labels[keep], image[keep]
+    groups = image if class_agnostic else image * predictions.logits[0].shape[-1] + labels
+    kept = _best_after_nms(boxes, scores, groups, image, len(sizes), nms_iou, max_detections)
+    return [Detections(boxes[one], scores[one], labels[one]) for one in kept]
 
 
 def count_non_finite(predictions: Predictions) -> Int64[Tensor, ""]:
     """How many anchors, over all images, have a logit or delta that is NaN or infinite. Stays on the device."""
+    device = predictions.logits[0].device
+    if device.type == "cpu" and all(bool(x.sum().isfinite()) for x in (*predictions.logits, *predictions.deltas)):
+        return torch.zeros((), dtype=torch.int64)  # a sum is finite only if all its terms are; and it is the cheaper
+    wide = torch.float32 if device.type == "mps" else torch.float64  # finite float32 numbers add up to a finite sum
     finite = [
-        logits.isfinite().all(dim=-1) & deltas.isfinite().all(dim=-1)
+        (logits.sum(dim=-1, dtype=wide) + deltas.sum(dim=-1, dtype=wide)).isfinite()
         for logits, deltas in zip(predictions.logits, predictions.deltas, strict=True)
     ]
     return torch.stack([(~one).sum() for one in finite]).sum()
@@ -113,41 +110,85 @@ def grouped_nms(
     return nms(boxes + place[:, None], scores.double(), iou)
 
 
-def _level_candidates(
-    logits: Float[Tensor, "B A_l K"],
-    deltas: Float[Tensor, "B A_l 4"],
-    anchors: Float[Tensor, "A_l 4"],
-    threshold: float,
-    limit: int,
+def _candidates(
+    predictions: Predictions, threshold: float, limit: int
 ) -> tuple[Float[Tensor, "N 4"], Float[Tensor, "N"], Int64[Tensor, "N"], Int64[Tensor, "N"]]:
-    """Decoded boxes, scores, labels and image of the best pairs of one level, by image and then best first."""
-    image, anchor = _promising_anchors(logits, threshold, limit).nonzero(as_tuple=True)
-    scores = logits[image, anchor].float().sigmoid()
-    pair, label = (scores > threshold).nonzero(as_tuple=True)
-    image, anchor, scores = image[pair], anchor[pair], scores[pair, label]
-    best = _best_first(scores, image, limit)
-    image, anchor = image[best], anchor[best]
-    return decode(deltas[image, anchor].float(), anchors[anchor]), scores[best], label[best], image
+    """Decoded boxes, scores, labels and image of the best pairs of every level, by level, image and then best first.
+
+    Shapes that depend on the data make a GPU wait: there are two here, whatever the number of images and levels."""
+    num_images, num_classes = len(predictions.logits[0]), predictions.logits[0].shape[-1]
+    lowest = [_lowest_logit(logits, threshold, limit) for logits in predictions.logits]
+    promising = torch.cat([(best >= low).flatten() for best, low in lowest]).nonzero().squeeze(1)
+    ends = torch.tensor([0, *(best.numel() for best, _ in lowest)]).cumsum(0)
+    bounds = torch.searchsorted(promising, ends.to(promising.device)).tolist()
+    rows, deltas, anchors, groups = [], [], [], []
+    for level, (first, last) in enumerate(pairwise(bounds)):
+        row = promising[first:last] - ends[level]
+        num_anchors = len(predictions.anchors[level])
+        rows.append(predictions.logits[level].reshape(-1, num_classes)[row].float())
+        deltas.append(predictions.deltas[level].reshape(-1, 4)[row].float())
+        anchors.append(predictions.anchors[level][row % num_anchors])
+        groups.append(row // num_anchors + level * num_images)
+    logits, group = torch.cat(rows), torch.cat(groups)
+    low = torch.cat([low.flatten() for _, low in lowest])
+    pair, label = ((logits >= low[group, None]) & (logits.sigmoid() > threshold)).nonzero(as_tuple=True)
+    scores, group = logits[pair, label].sigmoid(), group[pair]
+    best = _best_first(scores, group, limit)
+    pair, group = pair[best], group[best]
+    boxes = decode(torch.cat(deltas)[pair], torch.cat(anchors)[pair])
+    return boxes, scores[best], label[best], group % num_images
 
 
-def _promising_anchors(logits: Float[Tensor, "B A_l K"], threshold: float, limit: int) -> Bool[Tensor, "B A_l"]:
-    """The few anchors that can hold a candidate, found with one pass over the logits and no sigmoid."""
+def _lowest_logit(
+    logits: Float[Tensor, "B A_l K"], threshold: float, limit: int
+) -> tuple[Float[Tensor, "B A_l"], Float[Tensor, "B 1"]]:
+    """The highest logit of every anchor, found with one pass over the logits and no sigmoid, and for each image the
+    one below which nothing can be a candidate."""
     best = logits.amax(dim=-1).float()  # float32 before comparing: bfloat16 would round the threshold
     # A hair below the threshold, since log and sigmoid round; the scores decide.
-    lowest = math.log(threshold / (1 - threshold)) - 1e-3 if threshold > 0 else -math.inf
-    promising = best > lowest
+    lowest = math.log(threshold / (1 - threshold)) - 1e-3 if threshold > 0 else torch.finfo(best.dtype).min
+    low = best.new_full((len(best), 1), lowest)
     if best.shape[1] > limit:
         # The best `limit` pairs lie within the `limit` anchors of highest logit: lower ones need not be looked at.
-        promising &= best >= best.nan_to_num(nan=-math.inf).topk(limit).values[:, -1:]
-    return promising
+        low = torch.maximum(low, best.nan_to_num(nan=-math.inf).topk(limit).values[:, -1:])
+    return best, low
 
 
-def _best_first(scores: Float[Tensor, "N"], image: Int64[Tensor, "N"], limit: int | None = None) -> Int64[Tensor, "_"]:
-    """Indices by image and then descending score, ties by position; at most `limit` of each image."""
-    order = scores.argsort(descending=True, stable=True)
-    order = order[image[order].argsort(stable=True)]
-    if limit is None:
-        return order
-    image = image[order]
-    rank = torch.arange(len(order), device=order.device) - torch.searchsorted(image, image)
-    return order[rank < limit]
+def _best_after_nms(
+    boxes: Float[Tensor, "N 4"],
+    scores: Float[Tensor, "N"],
+    groups: Int64[Tensor, "N"],
+    image: Int64[Tensor, "N"],
+    num_images: int,
+    iou: float,
+    limit: int,
+) -> list[Int64[Tensor, "_"]]:
+    """Indices of the best `limit` survivors of each image, best first, from candidates by image and best first.
+
+    Only a better candidate can suppress one, so the best few of each image are looked at first, and more of them only
+    if too few survive."""
+    images = torch.arange(num_images + 1, device=image.device)
+    available = torch.searchsorted(image, images).diff().tolist()
+    rank, looked = _rank(image), 4 * limit
+    while True:
+        first = (rank < looked).nonzero().squeeze(1)
+        # A GPU would rather do all at once; a CPU compares each with every later one, also those of other images.
+        parts = (first,) if first.is_cuda else first.split([min(n, looked) for n in available])
+        kept = [part[grouped_nms(boxes[part], scores[part], groups[part], iou)] for part in parts]
+        survivors = torch.cat(kept).sort().values
+        found = torch.searchsorted(image[survivors], images).diff().tolist()
+        if all(n >= limit or few <= looked for n, few in zip(found, available, strict=True)):
+            return [part[:limit] for part in survivors.split(found)]
+        looked *= 4
+
+
+def _best_first(scores: Float[Tensor, "N"], group: Int64[Tensor, "N"], limit: int | None = None) -> Int64[Tensor, "_"]:
+    """Indices by group and then descending score, ties by position; at most `limit` of each group."""
+    bits = scores.view(torch.int32)  # ordered as the scores are, for none is negative
+    order = (group * 2**31 - bits).argsort(stable=True)
+    return order if limit is None else order[_rank(group[order]) < limit]
+
+
+def _rank(group: Int64[Tensor, "N"]) -> Int64[Tensor, "N"]:
+    """Position within the group, for groups that rise."""
+    return torch.arange(len(group), device=group.device) - torch.searchsorted(group, group)

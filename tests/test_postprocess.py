@@ -67,6 +67,55 @@ def test_equals_the_slow_reference(num_classes: int, threshold: float, limit: in
         torch.testing.assert_close(one.scores, other.scores)
 
 
+def assert_same(ours: list[Detections], expected: list[Detections]) -> None:
+    assert len(ours) == len(expected)
+    for one, other in zip(ours, expected, strict=True):
+        assert torch.equal(one.labels, other.labels)
+        torch.testing.assert_close(one.boxes, other.boxes)
+        torch.testing.assert_close(one.scores, other.scores)
+
+
+def test_looks_on_until_enough_survive():
+    """Hundreds of boxes of one spot come first, then an image without anything, then one with few."""
+    predictions = random_predictions(3, 2, bias=-4.0)
+    anchors = ANCHORS[0]
+    for level, (logits, deltas, boxes) in enumerate(zip(*predictions, strict=True)):
+        logits[1] = -20.0
+        if level == 0:
+            logits[0, 600:1200, 1] = torch.linspace(2, 3, 600)
+            side, centre = boxes[600:1200, 2:] - boxes[600:1200, :2], (boxes[600:1200, :2] + boxes[600:1200, 2:]) / 2
+            deltas[0, 600:1200, :2] = (torch.tensor([90.0, 60.0]) - centre) / side
+            deltas[0, 600:1200, 2:] = (torch.tensor([40.0, 30.0]) / side).log()
+        logits[2, 5:] = -20.0
+    assert len(anchors) > 1200
+    for count in (1, 3, 40):
+        settings = (0.05, 700, 0.4, count)
+        expected = slow_reference(predictions, SIZES, *settings, False)
+        names = ("score_threshold", "candidates_per_level", "nms_iou", "max_detections")
+        assert_same(postprocess(predictions, SIZES, **dict(zip(names, settings, strict=True))), expected)
+        assert [len(one.scores) for one in expected] == [count, 0, min(count, len(expected[2].scores))]
+
+
+@pytest.mark.parametrize("limit", [1, 7, 100])
+def test_ties_at_the_limit_of_a_level_go_to_the_lower_anchor_and_class(limit: int):
+    """bfloat16 has so few numbers near each other that ties are the rule."""
+    predictions = random_predictions(2, 3, bias=0.0)
+    rounded = Predictions(tuple((x * 2).round() / 2 for x in predictions.logits), *predictions[1:])
+    settings = {"candidates_per_level": limit, "max_detections": 2 * limit, "nms_iou": 1.0}
+    ours = postprocess(rounded, SIZES[:2], **settings)
+    assert_same(ours, slow_reference(rounded, SIZES[:2], 0.05, limit, 1.0, 2 * limit, False))
+    assert len(ours[0].scores) == 2 * limit
+
+
+def test_infinite_logits_are_no_trouble():
+    predictions = nothing(num_classes=2)
+    predictions.logits[0][0, 1500] = torch.tensor([torch.inf, -torch.inf])
+    predictions.logits[0][0, 100, 1] = torch.inf
+    (detections,) = postprocess(predictions, SIZES[:1], candidates_per_level=100)
+    assert detections.scores.tolist() == [1.0, 1.0]
+    assert detections.labels.tolist() == [1, 0]
+
+
 def test_best_first_above_the_threshold_and_inside_the_content():
     for (height, width), detections in zip(
         SIZES.tolist(), postprocess(random_predictions(3, 4), SIZES, score_threshold=0.3), strict=True
@@ -203,3 +252,39 @@ def test_what_is_not_finite_is_counted_by_anchor():
     refuse_non_finite(0, "gt.json")
     with pytest.raises(DataError, match=r"gt\.json: 3 predicted boxes have .* not a finite number - the model has"):
         refuse_non_finite(3, "gt.json")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_numbers_are_finite_though_their_sum_is_not(dtype: torch.dtype):
+    logits = torch.zeros(1, 50, 80, dtype=dtype)
+    logits[0, 3] = torch.finfo(dtype).max
+    logits[0, 7, :40], logits[0, 7, 40:] = torch.finfo(dtype).max, torch.finfo(dtype).min
+    predictions = Predictions((logits,), (torch.full((1, 50, 4), 3e38),), (torch.zeros(50, 4),))
+    assert int(count_non_finite(predictions)) == 0
+    logits[0, 9, 0], logits[0, 9, 1] = torch.inf, -torch.inf
+    assert int(count_non_finite(predictions)) == 1
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_one_bad_number_among_all_levels_is_counted(which: int):
+    predictions = random_predictions(2, 3)
+    tensor = (*predictions.logits, *predictions.deltas)[which]
+    tensor[1, 2, 0] = -torch.inf
+    assert int(count_non_finite(predictions)) == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("agnostic", [False, True])
+@pytest.mark.parametrize("count", [5, 300])
+def test_a_gpu_finds_the_same(count: int, agnostic: bool):
+    """There, one NMS serves the whole batch."""
+    predictions = random_predictions(3, 7)
+    settings = {"max_detections": count, "nms_iou": 0.3, "class_agnostic": agnostic, "candidates_per_level": 200}
+    expected = postprocess(predictions, SIZES, **settings)
+    there = Predictions(*(tuple(t.cuda() for t in tensors) for tensors in predictions))
+    found = postprocess(there, SIZES.cuda(), **settings)
+    assert_same([Detections(*(t.cpu() for t in one)) for one in found], expected)
+    assert int(count_non_finite(there)) == 0
+    there.logits[1][2, 7, 0] = torch.nan
+    assert int(count_non_finite(there)) == 1

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from retina.errors import CheckpointError, ConfigError
+from retina.model.conv_norm import FoldedBatchNorm2d, FoldedFrozenBatchNorm2d, fold_norms
 
 RESNETS = (
     "resnet18",
@@ -61,6 +61,7 @@ class ResNet(nn.Module):
         self.strides = self.strides[: len(self.channels)]
         for stage in self.stages[:frozen_stages]:
             _freeze(stage)
+        fold_norms(self)
 
     @property
     def stages(self) -> tuple[nn.Module, ...]:
@@ -164,8 +165,8 @@ def _renamed(key: str) -> str:
 
 def _norm_layer(norm: str) -> Callable[[int], nn.Module]:
     if norm == "batch":
-        return nn.BatchNorm2d
-    return FrozenBatchNorm2d if norm == "frozen" else partial(nn.GroupNorm, 32)
+        return FoldedBatchNorm2d
+    return FoldedFrozenBatchNorm2d if norm == "frozen" else partial(nn.GroupNorm, 32)
 
 
 def _out_channels(stage: nn.Module) -> int:
@@ -179,7 +180,7 @@ def _freeze(module: nn.Module) -> None:
         parameter.requires_grad_(False)
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(child.num_features, eps=child.eps)
+            frozen = FoldedFrozenBatchNorm2d(child.num_features, eps=child.eps)
             state = {key: value for key, value in child.state_dict().items() if key != "num_batches_tracked"}
             frozen.load_state_dict(state)
             setattr(module, name, frozen)

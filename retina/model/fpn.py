@@ -50,7 +50,7 @@ class FPN(nn.Module):
         merged = [self.lateral[-1](inputs[-1])]
         for lateral, feature in zip(self.lateral[-2::-1], inputs[-2::-1], strict=True):
             above = F.interpolate(merged[-1], size=feature.shape[-2:], mode="nearest")
-            merged.append(lateral(feature) + above)
+            merged.append(lateral(feature).add_(above))  # a convolution's backward needs no output
         pyramid = [conv(x) for conv, x in zip(self.output, reversed(merged), strict=True)]
         for i, conv in enumerate(self.extra):
             if i == 0:

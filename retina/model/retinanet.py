@@ -40,6 +40,7 @@ class RetinaNet(nn.Module):
         super().__init__()
         self.backbone, self.fpn, self.head, self.anchors = backbone, fpn, head, anchors
         self.arguments = arguments
+        self._levels = RetinaNet._compute_levels
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -54,14 +55,28 @@ class RetinaNet(nn.Module):
         r, g, b = (round(value) for value in self.mean.flatten().tolist())
         return r, g, b
 
+    def compile(self, **options: Any) -> None:
+        """From now on, all that a forward computes runs as one compiled graph per canvas, mode and precision.
+
+        `options` go to `torch.compile`. Names in the state dict stay as they are; a copy made later is compiled too."""
+        # each canvas counts once in training and once in evaluation; beyond the limit, nothing is compiled any more
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        self._levels = torch.compile(RetinaNet._compute_levels, dynamic=False, **options)
+
     def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> Predictions:
-        pyramid = self.fpn(self.backbone(self.normalize(images)))
-        logits, deltas = self.head(pyramid)
-        shapes = tuple((level.shape[-2], level.shape[-1]) for level in pyramid)
+        logits, deltas, shapes = self._levels(self, images)
         return Predictions(logits, deltas, self.anchors(shapes, self.strides, images.device))
 
+    def _compute_levels(
+        self, images: UInt8[Tensor, "B 3 H W"]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[tuple[int, int], ...]]:
+        """Logits and deltas of every level, and its height and width in cells."""
+        pyramid = self.fpn(self.backbone(self.normalize(images)))
+        logits, deltas = self.head(pyramid)
+        return logits, deltas, tuple((level.shape[-2], level.shape[-1]) for level in pyramid)
+
     def normalize(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-        return (images - self.mean) / self.std
+        return (images - self.mean).div_(self.std)
 
 
 def retinanet(
