@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from retina.data.collate import collate
-from retina.data.images import MAX_PIXELS, read_image
+from retina.data.images import MAX_PIXELS, read_reduced
 from retina.data.transforms import Sample, eval_pipeline
 from retina.distributed import choose_device
 from retina.errors import CheckpointError, ConfigError
@@ -109,12 +109,27 @@ class Detector:
         check_postprocess(options)
         found: list[Detections] = []
         for first in range(0, len(images), batch_size):
-            batch = [
-                as_array(image, max_pixels) for image in images[first : first + batch_size]
-            ]  # only these are in memory
-            samples = [self._resize(_bare_sample(image), 0) for image in batch]
+            some = images[first : first + batch_size]  # only these are in memory
+            samples = [self._resize.without_last_resize(self._sample(image, max_pixels), 0) for image in some]
             found += self.detect(collate(samples, divisor=self.divisor, pad_value=self.pad_value), options)
         return found
+
+    def _sample(self, image: object, max_pixels: int) -> Sample:
+        """An image as evaluation would read it, without objects."""
+        if isinstance(image, (str, Path)):
+            array, size = read_reduced(Path(image), self._resize.least_size, max_pixels=max_pixels)
+        else:
+            array = as_array(image)
+            size = array.shape[0], array.shape[1]
+        return Sample(
+            image=array,
+            boxes=np.zeros((0, 4), np.float32),
+            labels=np.zeros(0, np.int64),
+            crowd=np.zeros(0, bool),
+            index=0,
+            original_size=size,
+            size=size,
+        )
 
     @torch.no_grad()
     def detect(self, batch: Batch, options: Mapping[str, Any]) -> list[Detections]:
@@ -150,10 +165,8 @@ def check_postprocess(options: Mapping[str, Any]) -> None:
     postprocess(nothing, torch.ones(1, 2, dtype=torch.int64), **options)
 
 
-def as_array(image: object, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
-    """Any `ImageLike` as a uint8 RGB array. Raises DataError for an unreadable file, TypeError for another thing."""
-    if isinstance(image, (str, Path)):
-        return read_image(Path(image), max_pixels=max_pixels)
+def as_array(image: object) -> UInt8[np.ndarray, "H W 3"]:
+    """Any `ImageLike` but a path as a uint8 RGB array. Raises TypeError for another thing."""
     if isinstance(image, Image.Image) and image.mode[0] not in "IF":  # 16 and 32 bits: PIL's conversion would saturate
         return np.array(image.convert("RGB"))
     array = image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) and image.ndim == 3 else image
@@ -163,16 +176,4 @@ def as_array(image: object, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "
     raise TypeError(
         f"{type(image).__name__}{known} is no image: give a path, a uint8 array [H W 3], an 8-bit PIL image or a uint8 "
         "tensor [3 H W], in RGB"
-    )
-
-
-def _bare_sample(image: UInt8[np.ndarray, "H W 3"]) -> Sample:
-    height, width = image.shape[:2]
-    return Sample(
-        image=image,
-        boxes=np.zeros((0, 4), np.float32),
-        labels=np.zeros(0, np.int64),
-        crowd=np.zeros(0, bool),
-        index=0,
-        original_size=(height, width),
     )

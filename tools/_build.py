@@ -13,7 +13,7 @@ from retina.engine.config import unknown_key
 from retina.errors import ConfigError
 
 ALLOWED_TARGETS = {
-    "augment": ("albumentations.", "retina.data.transforms."),
+    "augment": ("albumentations.", "retina.data.transforms.", "retina.data.color."),
     "data": ("retina.data.shapes.",),
     "loss": ("retina.losses.",),
     "optimizer": ("torch.optim.",),

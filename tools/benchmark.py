@@ -9,22 +9,11 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 
 MEASURES = (
-    "focal",
-    "matching",
-    "postprocess",
-    "coco_eval",
-    "loader",
-    "annotations",
-    "syncs",
-    "loop",
-    "memory",
-    "inference",
-    "step",
-    "scaling",
+    *("focal", "matching", "postprocess", "coco_eval", "loader", "annotations"),
+    *("syncs", "loop", "memory", "inference", "step", "scaling"),
 )
 
 
@@ -40,8 +29,27 @@ def main(typed: list[str] | None = None) -> int:
     options = parser.parse_args(typed)
 
     import torch
+    from _bench import (
+        annotations,
+        coco_eval,
+        focal,
+        inference,
+        loader,
+        loop,
+        matching,
+        memory,
+        postprocess,
+        scaling,
+        step,
+        syncs,
+    )
     from _bench.clock import Bench, machine, table
 
+    modules = (
+        *(focal, matching, postprocess, coco_eval, loader, annotations),
+        *(syncs, loop, memory, inference, step, scaling),
+    )
+    measures = dict(zip(MEASURES, modules, strict=True))
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     bench = Bench(device=torch.device(options.device), rounds=options.rounds, quick=options.quick)
@@ -49,7 +57,7 @@ def main(typed: list[str] | None = None) -> int:
     for name in MEASURES if "all" in options.measures else options.measures:
         print(f"{name} ...", file=sys.stderr, flush=True)
         torch.manual_seed(0)
-        rows += import_module(f"_bench.{name}").run(bench)
+        rows += measures[name].run(bench)
     print(table(rows))
     described = machine(bench.device)
     print("\n" + ", ".join(f"{key} {value}" for key, value in described.items()))

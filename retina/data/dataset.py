@@ -4,7 +4,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from retina.data.coco import Annotations
-from retina.data.images import MAX_PIXELS, read_image
+from retina.data.images import MAX_PIXELS, read_reduced
 from retina.data.transforms import Pipeline, Sample, stable_hash
 from retina.errors import DataError, RetinaError
 
@@ -35,7 +35,8 @@ class DetectionDataset(Dataset[Sample]):
         epoch, index = key
         sample = self.read(index)
         try:
-            return self.pipeline(sample, stable_hash(self.seed, epoch, int(self.annotations.image_ids[index])))
+            seed = stable_hash(self.seed, epoch, int(self.annotations.image_ids[index]))
+            return self.pipeline.without_last_resize(sample, seed)  # collate does it
         except RetinaError:  # the settings are at fault, not this image
             raise
         except Exception as error:  # transforms raise whatever they stumble over
@@ -47,10 +48,13 @@ class DetectionDataset(Dataset[Sample]):
             ) from error
 
     def read(self, index: int) -> Sample:
-        """The image and its objects as they are on disk, before any transform."""
+        """The image and its objects as they are on disk, before any transform.
+
+        Of a much larger image than the pipeline makes of it, `image` may be a smaller version (`read_reduced`);
+        `original_size` and boxes are those of the file.
+        """
         known = self.annotations
-        image = read_image(known.path(index), max_pixels=self.max_pixels)
-        height, width = image.shape[:2]
+        image, (height, width) = read_reduced(known.path(index), self.pipeline.least_size, max_pixels=self.max_pixels)
         stated_height, stated_width = map(int, known.sizes[index])
         if (height, width) != (stated_height, stated_width):
             raise DataError(
@@ -66,4 +70,5 @@ class DetectionDataset(Dataset[Sample]):
             crowd=known.crowd[rows],
             index=index,
             original_size=(height, width),
+            size=(height, width),
         )

@@ -240,8 +240,9 @@ def _collate(items: list[_Read | RetinaError], **options: Any) -> _Fetched | Ret
         if item.sample is not None:
             samples.append(item.sample)
     try:
-        batch = collate(samples, **options) if samples else None
-        if batch is not None and get_worker_info() is not None:
+        in_worker = get_worker_info() is not None
+        batch = collate(samples, shared=in_worker, **options) if samples else None
+        if batch is not None and in_worker:
             # Left to the thread that sends it, a failure would lose the batch, and the main process wait for ever.
             for tensor in (batch.images, batch.sizes, *batch.targets, batch.indices, batch.original_sizes):
                 tensor.share_memory_()

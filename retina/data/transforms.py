@@ -17,10 +17,14 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt8
 from numpy import ndarray
 
+from retina.data.color import ColorJitter
 from retina.errors import ConfigError
+
+_SIMPLE = (A.HorizontalFlip, A.VerticalFlip, ColorJitter)
+"""Transforms that change no size, do the same before a resize and after, and draw from Python's generator alone."""
 
 
 class Sample(NamedTuple):
@@ -34,16 +38,22 @@ class Sample(NamedTuple):
     """Which record of the annotations it is."""
     original_size: tuple[int, int]
     """(height, width) of the image file after EXIF rotation, before any transform."""
+    size: tuple[int, int] | None = None
+    """(height, width) that the image is still to be resized to, in whose pixels boxes are; None: it is as it is."""
 
 
 class Pipeline:
     """Named albumentations transforms, applied in order to an image and its boxes.
 
-    After each transform boxes are clipped to the image; one that is then narrower or lower than `min_size` pixels, or
-    has less than `min_visibility` of the area it had before that clip, is dropped with its label and crowd flag.
+    After each transform (and at the end, if that was a flip or `ColorJitter`: they change no box's size) boxes are
+    clipped to the image; one that is then narrower or lower than `min_size` pixels, or has less than `min_visibility`
+    of the area it had before that clip, is dropped with its label and crowd flag.
     Boxes that come in outside the image are clipped to it, those that come in without area are dropped; none raises.
-    albumentations keeps coordinates as float32 fractions of the image, so a box that nothing moves comes out
-    within 0.001 px of what it was (images up to 8192 px).
+    In between, coordinates are float64 fractions of the image, as albumentations' transforms take them: a box that
+    nothing moves comes out within 0.001 px of what it was (images up to 8192 px).
+
+    These are the rules of `albumentations.Compose` with `clip`, `filter_invalid_bboxes` and `check_each_transform`, in
+    a fifth of its time.
 
     Each transform draws from a random stream of its own, keyed by its name in the mapping, so that switching one off
     leaves what the others do as it was. (`Compose.set_random_seed` of albumentations 2.0.8 gives every transform the
@@ -66,54 +76,86 @@ class Pipeline:
         if not 0 <= min_visibility <= 1:
             raise ValueError(f"min_visibility must lie in 0..1, got {min_visibility}")
         self.transforms = dict(transforms)
-        steps = list(self.transforms.values())
-        if not any("bboxes" in step.available_keys for step in steps):
-            steps.append(A.NoOp(p=0))  # without a transform that knows boxes, albumentations warns
-        self._compose = _Compose(
-            steps,
+        # a box of exactly min_size must survive what float32 does to its sides
+        self.min_size, self.min_visibility = min_size * (1 - 1e-3), min_visibility * (1 - 1e-6)
+        *before, last = self.transforms.values() if self.transforms else [None]
+        self._resize = last if isinstance(last, ResizeShortSide) else None
+        self._simple_before = all(isinstance(transform, _SIMPLE) for transform in before)
+        # Never called: it tells those transforms that drop boxes of their own accord (dropout, OneOf) what to keep.
+        # Without a transform that knows boxes, it would warn.
+        A.Compose(
+            [*self.transforms.values(), A.NoOp(p=0)],
             bbox_params=A.BboxParams(
                 format="pascal_voc",
-                clip=True,
-                filter_invalid_bboxes=True,
-                # a box of exactly min_size must survive what float32 does to its sides
-                min_width=min_size * (1 - 1e-3),
-                min_height=min_size * (1 - 1e-3),
-                min_visibility=min_visibility,
+                min_width=self.min_size,
+                min_height=self.min_size,
+                min_visibility=self.min_visibility,
             ),
         )
 
     def __call__(self, sample: Sample, seed: int) -> Sample:
         """The transformed sample: a pure function of the sample and the seed."""
+        unsized = self.without_last_resize(sample, seed)
+        return unsized._replace(image=resize(unsized.image, unsized.size), size=None)
+
+    def without_last_resize(self, sample: Sample, seed: int) -> Sample:
+        """The transformed sample, but for the pixels of a `ResizeShortSide` that comes last: `Sample.size` is set
+        instead, so that `collate` can resize straight onto the canvas of the batch."""
+        image = sample.image
+        size = sample.size or image.shape[:2]
+        boxes = np.empty((len(sample.boxes), 5))
+        boxes[:, :4] = _clip(sample.boxes / _sides(size))
+        boxes[:, 4] = np.arange(len(boxes))  # which object it is travels with each box
+        boxes = boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
+        checked = False
         for name, transform in self.transforms.items():
             stream = stable_hash(seed, name)
-            transform.set_random_state(np.random.default_rng(stream), random.Random(stream))
-        # The row number travels as a fifth column: exact in float32, and cheaper than albumentations' label fields.
-        rows = np.arange(len(sample.boxes), dtype=np.float32)[:, None]
-        result = self._compose(image=sample.image, bboxes=np.hstack((sample.boxes, rows)))
-        image = result["image"]
+            if transform is self._resize:
+                size = self._resize.draw_size(*size, random.Random(stream))
+            else:
+                # numpy's generator takes longer to seed than a flip's whole bookkeeping
+                fresh = transform.random_generator if isinstance(transform, _SIMPLE) else np.random.default_rng(stream)
+                transform.set_random_state(fresh, random.Random(stream))
+                result = transform(image=image, bboxes=boxes)
+                if result["image"].shape[:2] != image.shape[:2]:
+                    size = result["image"].shape[:2]
+                image, boxes = result["image"], result["bboxes"]
+            checked = not isinstance(transform, _SIMPLE)
+            if checked:
+                boxes = self._kept(boxes, size)
+        if not checked:
+            boxes = self._kept(boxes, size)
         if image.dtype != np.uint8 or image.shape[2:] != (3,):
             raise ConfigError(
                 f"augment: {', '.join(self.transforms)}: the image came out as {image.dtype} of shape {image.shape}"
                 " - leave out normalisation and conversions, the model does them"
             )
-        moved = result["bboxes"]
-        if len(moved) == 0:
-            moved = np.empty((0, 5))
-        kept = moved[:, 4].round().astype(np.int64)
+        kept = boxes[:, 4].round().astype(np.int64)
         return sample._replace(
             image=np.ascontiguousarray(image),
-            boxes=moved[:, :4].astype(np.float32),
+            boxes=(boxes[:, :4] * _sides(size)).astype(np.float32),
             labels=sample.labels[kept],
             crowd=sample.crowd[kept],
+            size=size,
         )
 
+    def least_size(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """How small, as (height, width), an image of this size may come here: as the resize at the end makes it, if
+        nothing before that counts in pixels. None: as it is."""
+        return self._resize.largest_size(*size) if self._resize and self._simple_before else None
 
-class _Compose(A.Compose):
-    def check_data_post_transform(self, data: dict[str, Any]) -> dict[str, Any]:
-        """After each transform, before albumentations would silently drop a box that is not finite."""
-        if not np.isfinite(data["bboxes"]).all():
+    def _kept(self, boxes: Float[ndarray, "..."], size: tuple[int, int]) -> Float64[ndarray, "kept 5"]:
+        """What is left of boxes in fractions of an image when they are clipped to it."""
+        if len(boxes) == 0:  # of any shape: some transforms forget the columns
+            return np.empty((0, 5))
+        if not np.isfinite(boxes).all():
             raise ValueError("a transform made a box that is not finite")
-        return super().check_data_post_transform(data)
+        clipped = boxes.astype(np.float64)
+        clipped[:, :4] = _clip(boxes[:, :4])
+        width, height = (clipped[:, 2:4] - clipped[:, :2]).T
+        before = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        large = np.minimum(width * size[1], height * size[0]) >= self.min_size
+        return clipped[large & (width * height >= before * self.min_visibility)]
 
 
 class ResizeShortSide(A.DualTransform):
@@ -135,13 +177,24 @@ class ResizeShortSide(A.DualTransform):
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         height, width = params["shape"][:2]
-        scale = self.py_random.choice(self.short_side) / min(height, width)
+        return {"size": self.draw_size(height, width, self.py_random)}
+
+    def draw_size(self, height: int, width: int, generator: random.Random) -> tuple[int, int]:
+        """What an image of this size becomes, as (height, width)."""
+        return self._size(height, width, generator.choice(self.short_side))
+
+    def largest_size(self, height: int, width: int) -> tuple[int, int]:
+        """What an image of this size becomes at most."""
+        return self._size(height, width, max(self.short_side))
+
+    def _size(self, height: int, width: int, short_side: int) -> tuple[int, int]:
+        scale = short_side / min(height, width)
         if self.long_side is not None:
             scale = min(scale, self.long_side / max(height, width))
-        return {"size": _scaled(height, width, scale)}
+        return _scaled(height, width, scale)
 
     def apply(self, img: UInt8[ndarray, "H W C"], size: tuple[int, int], **params: Any) -> UInt8[ndarray, "h w C"]:
-        return _resize(img, *size)
+        return resize(img, size)
 
     def apply_to_bboxes(self, bboxes: Float[ndarray, "M c"], **params: Any) -> Float[ndarray, "M c"]:
         return bboxes  # fractions of the image
@@ -183,7 +236,7 @@ class LargeScaleJitter(A.DualTransform):
         **params: Any,
     ) -> UInt8[ndarray, "h w C"]:
         (top, left), (height, width) = corner, window
-        return np.ascontiguousarray(_resize(img, *resized)[top : top + height, left : left + width])
+        return np.ascontiguousarray(resize(img, resized)[top : top + height, left : left + width])
 
     def apply_to_bboxes(
         self,
@@ -210,14 +263,31 @@ def stable_hash(*parts: int | str) -> int:
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
 
 
+def _clip(fractions: Float[ndarray, "M 4"]) -> Float[ndarray, "M 4"]:
+    return np.minimum(np.maximum(fractions, 0.0), 1.0)  # np.clip takes as long as the rest of the box arithmetic
+
+
+def _sides(size: tuple[int, int]) -> Float64[ndarray, "4"]:
+    height, width = size
+    return np.array([width, height, width, height], dtype=np.float64)
+
+
 def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def _resize(image: UInt8[ndarray, "H W C"], height: int, width: int) -> UInt8[ndarray, "h w C"]:
-    if image.shape[:2] == (height, width):
-        return image
+def resize(
+    image: UInt8[ndarray, "H W C"], size: tuple[int, int] | None, out: UInt8[ndarray, "h w C"] | None = None
+) -> UInt8[ndarray, "h w C"]:
+    """The image at (height, width); written into `out`, a window of a larger array, where that is given."""
+    if size is None or image.shape[:2] == size:
+        if out is None:
+            return image
+        out[:] = image
+        return out
+    height, width = size
     # Bilinear looks at four pixels only, so going down it skips the others and aliases; area averages all of them.
     # Going up, area would repeat whole pixels.
     shrinks = height < image.shape[0] or width < image.shape[1]
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(image, (width, height), dst=out, interpolation=how)

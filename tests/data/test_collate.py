@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from retina.data.collate import collate
-from retina.data.transforms import Sample
+from retina.data.transforms import Sample, resize
 from retina.errors import ConfigError
 
 PAD = (124, 116, 104)
@@ -37,6 +37,28 @@ def test_content_is_top_left_and_the_rest_padding():
     assert batch.original_sizes.tolist() == [[40, 60], [66, 34]]
     assert batch.indices.tolist() == [7, 4]
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("size", [(48, 66), (10, 15), (20, 30), (1, 1)])
+def test_what_is_still_to_be_resized_is_resized_onto_the_canvas(size):
+    samples = [make_sample(20, 30, 1)._replace(size=size), make_sample(33, 17, 1)]
+    batch = collate(samples, divisor=32, pad_value=PAD)
+    images = batch.images.permute(0, 2, 3, 1).numpy()
+    height, width = size
+    np.testing.assert_array_equal(images[0, :height, :width], resize(samples[0].image, size))
+    assert (images[0, height:] == PAD).all()
+    assert (images[0, :, width:] == PAD).all()
+    np.testing.assert_array_equal(images[1, :33, :17], samples[1].image)
+    assert batch.sizes.tolist() == [[height, width], [33, 17]]
+    assert batch.original_sizes.tolist() == [[40, 60], [66, 34]]
+
+
+def test_shared_memory_holds_the_same():
+    samples = [make_sample(20, 30, 1)._replace(size=(40, 60)), make_sample(33, 17, 1)]
+    ours, plain = (collate(samples, divisor=32, pad_value=PAD, shared=shared).images for shared in (True, False))
+    assert (ours.is_shared(), plain.is_shared()) == (True, False)
+    assert torch.equal(ours, plain)
+    assert ours.stride() == plain.stride()
 
 
 def test_targets_are_padded_to_the_largest_count():

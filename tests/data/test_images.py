@@ -18,7 +18,7 @@ from PIL import Image, ImageFile
 
 from retina.data.coco import read_coco
 from retina.data.dataset import DetectionDataset
-from retina.data.images import _opened, image_size, list_images, read_image
+from retina.data.images import _opened, image_size, list_images, read_image, read_reduced
 from retina.data.transforms import eval_pipeline
 from retina.errors import DataError
 from retina.inference import as_array
@@ -455,6 +455,107 @@ def test_a_file_that_another_process_shortens_does_not_kill_the_reader(tmp_path,
             return int(np.asarray(image).min())
 
     assert in_a_fork(lambda: None, tmp_path / name, read=read) == "no error: 77"
+
+
+def a_photograph(path: Path, size: tuple[int, int], **options: object) -> Path:
+    """Smooth, with a bright rectangle from 1/4 to 3/4 of the height and 1/2 to 7/8 of the width."""
+    height, width = size
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels[..., 0] = np.linspace(0, 120, width)
+    pixels[..., 2] = np.linspace(0, 90, height)[:, None]
+    pixels[height // 4 : height * 3 // 4, width // 2 : width * 7 // 8] = 250
+    Image.fromarray(pixels).save(path, quality=95, **options)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("size", "least", "reduced"),
+    [
+        ((480, 640), (240, 320), (240, 320)),
+        ((480, 640), (241, 320), (480, 640)),  # half would be too small
+        ((480, 640), (100, 100), (120, 160)),
+        ((480, 640), (1, 1), (60, 80)),  # an eighth is all that libjpeg can
+        ((484, 644), (1, 1), (121, 161)),  # an eighth leaves a rest
+        ((481, 640), (1, 1), (481, 640)),
+        ((480, 640), None, (480, 640)),
+        ((480, 640), (900, 1200), (480, 640)),
+    ],
+)
+def test_a_jpeg_is_reduced_as_far_as_it_may_be(tmp_path, size, least, reduced):
+    file = a_photograph(tmp_path / "a.jpg", size)
+    asked = []
+    image, true_size = read_reduced(file, lambda found: asked.append(found) or least)
+    assert asked == [size]
+    assert image.shape == (*reduced, 3)
+    assert true_size == size == image_size(file)
+    assert image.flags.writeable
+    whole, factor = read_image(file).astype(float), size[0] // reduced[0]
+    blocks = whole.reshape(reduced[0], factor, reduced[1], factor, 3).mean((1, 3))
+    assert np.abs(image - blocks).mean() < 1.5
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_what_a_reduced_jpeg_shows_stays_where_it_is(tmp_path, options):
+    file = a_photograph(tmp_path / "a.jpg", (480, 640), **options)
+    for factor in (2, 4, 8):
+        image, _ = read_reduced(file, lambda size, by=factor: (size[0] // by, size[1] // by))
+        bright = image[..., 1] > 125
+        ys, xs = np.flatnonzero(bright.any(1)), np.flatnonzero(bright.any(0))
+        found = np.array([ys[0], ys[-1] + 1, xs[0], xs[-1] + 1]) * factor
+        np.testing.assert_array_equal(found, [120, 360, 320, 560])
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_a_reduced_jpeg_is_made_upright_too(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = a_photograph(tmp_path / "a.jpg", (160, 480), exif=exif.tobytes())
+    whole = read_image(file)
+    height, width = whole.shape[:2]
+    asked = []
+    # an eighth of the one side is enough, but not of the other: turned about, this would not do
+    image, true_size = read_reduced(file, lambda size: asked.append(size) or (height // 8, width // 4))
+    assert asked == [true_size] == [(height, width)]
+    assert image.shape == (height // 4, width // 4, 3)
+    assert np.abs(image - whole.reshape(height // 4, 4, width // 4, 4, 3).mean((1, 3))).mean() < 2
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.webp", "a.gif"])
+def test_other_formats_are_never_reduced(tmp_path, name):
+    file = noise(tmp_path / name)
+    image, true_size = read_reduced(file, lambda size: (1, 1))
+    np.testing.assert_array_equal(image, read_image(file))
+    assert true_size == (64, 64)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}])
+def test_reduced_or_not_the_same_damage_is_an_error(tmp_path, options):
+    content = a_photograph(tmp_path / "a.jpg", (96, 128), **options).read_bytes()
+    rng = np.random.default_rng(0)
+    variants = [content[:end] for end in range(0, len(content), 29)]
+    for _ in range(150):
+        data = bytearray(content)
+        data[rng.integers(len(data))] = rng.integers(256)
+        variants.append(bytes(data))
+    outcomes = {True: 0, False: 0}
+    for variant in variants:
+        (tmp_path / "a.jpg").write_bytes(variant)
+        errors = []
+        for least in (None, (1, 1)):
+            try:
+                read_reduced(tmp_path / "a.jpg", lambda size, least=least: least, max_pixels=1_000_000)
+                errors.append(None)
+            except DataError as error:
+                errors.append(str(error))
+        assert (errors[0] is None) == (errors[1] is None), errors
+        outcomes[errors[0] is None] += 1
+    assert min(outcomes.values()) > 20
+
+
+def test_max_pixels_counts_the_whole_of_what_is_reduced(tmp_path):
+    file = a_photograph(tmp_path / "a.jpg", (96, 128))
+    with pytest.raises(DataError, match=r"has 128x96 pixels, more than data\.max_pixels=5000 allows"):
+        read_reduced(file, lambda size: (12, 16), max_pixels=5000)
 
 
 def test_missing_folder(tmp_path):

@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 
 from retina.data.coco import read_coco
+from retina.data.collate import collate
 from retina.data.dataset import DetectionDataset
 from retina.data.loader import BatchLoader, eval_loader, train_loader
 from retina.data.sampler import DetectionBatchSampler, EvalSampler
-from retina.data.transforms import LargeScaleJitter, Pipeline, eval_pipeline
+from retina.data.transforms import LargeScaleJitter, Pipeline, ResizeShortSide, eval_pipeline
 from retina.errors import ConfigError, DataError, RetinaError
 
 PAD = (124, 116, 104)
@@ -104,6 +105,38 @@ def test_a_sample_depends_on_seed_epoch_and_image_only(annotations):
     assert len({variant.image.tobytes() for variant in variants}) == 3
 
 
+def test_large_photographs_are_decoded_smaller_with_boxes_where_they_belong(tmp_path):
+    pixels = np.full((600, 800, 3), 60, dtype=np.uint8)
+    box = [200, 120, 410, 367]
+    pixels[box[1] : box[3], box[0] : box[2]] = 240
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
+    image = {"id": 1, "file_name": "a.jpg", "height": 600, "width": 800}
+    x, y = box[:2]
+    row = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [x, y, box[2] - x, box[3] - y], "area": 1, "iscrowd": 0}
+    document = {"images": [image], "annotations": [row], "categories": [{"id": 1, "name": "it"}]}
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    known = read_coco(tmp_path / "a.json", tmp_path)
+    pipeline = Pipeline({"flip": A.HorizontalFlip(p=0.5), "resize": ResizeShortSide([110, 140], 300)})
+    dataset = DetectionDataset(known, pipeline, seed=0)
+    assert dataset.read(0).image.shape == (150, 200, 3)
+    assert dataset.read(0).original_size == (600, 800)
+    sizes, flips = set(), set()
+    for epoch in range(12):
+        batch = collate([dataset[epoch, 0]], divisor=32, pad_value=(0, 0, 0))
+        bright = batch.images[0, 0].numpy() > 150
+        ys, xs = np.flatnonzero(bright.any(1)), np.flatnonzero(bright.any(0))
+        shown = [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]
+        np.testing.assert_allclose(batch.targets.boxes[0, 0], shown, atol=0.75)
+        sizes.add(tuple(batch.sizes[0].tolist()))
+        flips.add(bool(shown[0] > batch.sizes[0, 1] / 2 - 10))
+    assert sizes == {(110, 147), (140, 187)}
+    assert flips == {True, False}
+    assert batch.original_sizes.tolist() == [[600, 800]]
+    known.sizes[0] = (300, 400)
+    with pytest.raises(DataError, match="stated as 400x300, but the file is 800x600 after EXIF rotation"):
+        dataset.read(0)
+
+
 def test_dataset_survives_the_way_to_a_spawned_worker(annotations):
     dataset = DetectionDataset(annotations, make_pipeline(), seed=1)
     copy = pickle.loads(pickle.dumps(dataset))
@@ -138,6 +171,18 @@ def test_loading_leaves_the_global_random_states_alone(annotations, num_workers)
 def test_images_stay_channels_last_on_their_way_from_a_worker(annotations):
     for batch in train_batches(annotations, num_workers=1, epochs=[0]):
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_workers_change_nothing_where_the_collate_resizes(annotations):
+    pipeline = Pipeline({"flip": A.HorizontalFlip(p=0.5), "resize": ResizeShortSide([48, 64, 80], 130)})
+    found = []
+    for num_workers in (0, 1, 2):
+        dataset = DetectionDataset(annotations, pipeline, seed=5)
+        sampler = DetectionBatchSampler(annotations.sizes, total_batch=2, seed=5)
+        options = {"divisor": 16, "pad_value": PAD, "max_bad_fraction": 0.0}
+        found.append(list(train_loader(dataset, sampler, num_workers=num_workers, **options)))
+    assert_same(found[1], found[0])
+    assert_same(found[2], found[0])
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -4,7 +4,16 @@ import albumentations as A
 import numpy as np
 import pytest
 
-from retina.data.transforms import LargeScaleJitter, Pipeline, ResizeShortSide, Sample, eval_pipeline, stable_hash
+from retina.data.color import ColorJitter
+from retina.data.transforms import (
+    LargeScaleJitter,
+    Pipeline,
+    ResizeShortSide,
+    Sample,
+    eval_pipeline,
+    resize,
+    stable_hash,
+)
 from retina.errors import ConfigError
 
 RED = (255, 0, 0)
@@ -159,6 +168,14 @@ def test_min_size_counts_pixels_after_the_transform():
     assert Pipeline(halved, min_size=1.0)(sample, 0).labels.tolist() == [5, 6]
 
 
+def test_flips_and_colours_drop_no_box_that_the_resize_makes_large_enough():
+    sample = make_sample(50, 50, [[10, 10, 11, 30], [10, 10, 11.6, 30]])
+    doubled = {"resize": ResizeShortSide(100)}
+    for before in ({}, {"flip": A.HorizontalFlip(p=1)}, {"colour": ColorJitter(p=1.0)}):
+        assert Pipeline({**before, **doubled}, min_size=3.0)(sample, 0).labels.tolist() == [6]
+        assert Pipeline(before, min_size=1.5)(sample, 0).labels.tolist() == [6]
+
+
 def test_min_visibility_counts_the_area_that_a_crop_leaves():
     sample = make_sample(100, 100, [[40, 0, 60, 20], [45, 0, 65, 20], [49, 0, 69, 20]])
     left = {"crop": A.Crop(0, 0, 50, 100)}  # leaves 10, 5 and 1 of 20 columns
@@ -249,3 +266,131 @@ def test_images_that_are_not_uint8_rgb_are_refused(transform):
 def test_senseless_settings_are_refused(build):
     with pytest.raises(ValueError, match="must"):
         build()
+
+
+ALL_KINDS = {
+    "none": {},
+    "flip": {"flip": A.HorizontalFlip(p=0.5)},
+    "resize": {"resize": ResizeShortSide([70, 120, 150], 180)},
+    "flips-resize": {"h": A.HorizontalFlip(), "v": A.VerticalFlip(), "resize": ResizeShortSide([70, 90], 180)},
+    "jitter": {"jitter": LargeScaleJitter(90, 110, scale=[0.3, 3.0]), "flip": A.HorizontalFlip()},
+    "colour": {"colour": A.ColorJitter(p=0.8), "resize": ResizeShortSide(140)},
+    "crop": {"crop": A.RandomCrop(70, 80), "resize": ResizeShortSide(140)},
+    "safe crop": {"crop": A.RandomSizedBBoxSafeCrop(60, 90)},
+    "affine": {"affine": A.Affine(scale=[0.6, 1.6], translate_percent=0.3, rotate=[-30, 30], p=1.0)},
+    "turns": {"turn": A.RandomRotate90(), "transpose": A.Transpose()},
+    "nested": {"some": A.OneOf([A.Blur(p=1), A.RandomCrop(60, 60, p=1)], p=0.7), "flip": A.HorizontalFlip()},
+    "sequence": {"two": A.Sequential([A.RandomScale(0.3, p=1), A.VerticalFlip()], p=0.8)},
+    "dropout": {"holes": A.CoarseDropout(num_holes_range=(3, 5), hole_height_range=(0.2, 0.4), p=1)},
+}
+
+
+def composed(transforms, sample, seed, *, min_size, min_visibility):
+    """What `Pipeline` does, by albumentations.Compose."""
+    compose = A.Compose(
+        [*transforms.values(), A.NoOp()],
+        bbox_params=A.BboxParams(
+            format="pascal_voc",
+            clip=True,
+            filter_invalid_bboxes=True,
+            min_width=min_size * (1 - 1e-3),
+            min_height=min_size * (1 - 1e-3),
+            min_visibility=min_visibility,
+        ),
+    )
+    for name, transform in transforms.items():
+        stream = stable_hash(seed, name)
+        transform.set_random_state(np.random.default_rng(stream), random.Random(stream))
+    rows = np.arange(len(sample.boxes), dtype=np.float32)[:, None]
+    result = compose(image=sample.image, bboxes=np.hstack((sample.boxes, rows)))
+    boxes = result["bboxes"].reshape(-1, result["bboxes"].shape[1] if len(result["bboxes"]) else 5)
+    return result["image"], boxes[:, :4], boxes[:, 4].astype(int)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_pipeline_keeps_the_rules_of_compose(kind):
+    transforms = ALL_KINDS[kind]
+    rng = np.random.default_rng(3)
+    lost = 0
+    for seed in range(25):
+        sides = rng.uniform(3, 70, (seed % 9, 2))
+        corners = rng.uniform(-10, (125, 95), (seed % 9, 2))  # of an image of 130 x 100
+        boxes = np.hstack((corners, corners + sides)).astype(np.float32)
+        sample = make_sample(100, 130, boxes)
+        options = {"min_size": 4.0, "min_visibility": 0.3}
+        image, expected, kept = composed(transforms, sample, seed, **options)
+        result = Pipeline(transforms, **options)(sample, seed)
+        np.testing.assert_array_equal(result.image, image)
+        np.testing.assert_array_equal(result.labels, sample.labels[kept])
+        np.testing.assert_allclose(result.boxes, expected, atol=1e-3)
+        lost += len(boxes) - len(kept)
+    assert lost > 1  # or the rules were never asked
+
+
+def test_the_resize_at_the_end_may_be_left_to_the_collate():
+    transforms = {"flip": A.HorizontalFlip(p=0.5), "resize": ResizeShortSide([40, 90, 100], 160)}
+    pipeline, rng = Pipeline(transforms), np.random.default_rng(0)
+    sizes = set()
+    for seed in range(20):
+        sample = make_sample(60, 90, [[5, 5, 40, 40]])._replace(image=rng.integers(0, 256, (60, 90, 3), dtype=np.uint8))
+        whole, unsized = pipeline(sample, seed), pipeline.without_last_resize(sample, seed)
+        assert whole.size is None
+        assert whole.image.shape[:2] == unsized.size
+        assert unsized.image.shape == (60, 90, 3)
+        np.testing.assert_array_equal(resize(unsized.image, unsized.size), whole.image)
+        np.testing.assert_array_equal(unsized.boxes, whole.boxes)
+        sizes.add(unsized.size)
+    assert len(sizes) == 3
+    cropped = Pipeline({"resize": ResizeShortSide(90), "crop": A.CenterCrop(50, 50)})
+    assert cropped.without_last_resize(sample, 0).image.shape == (50, 50, 3)  # only at the end
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((40, 60), (80, 120)),
+        ((40, 60), (13, 20)),
+        ((9, 1), (90, 10)),
+        ((1, 50), (1, 20)),
+        ((40, 60), (40, 60)),
+        ((3, 3), (1, 1)),
+    ],
+)
+def test_resize_into_a_window_writes_there_and_nowhere_else(before, after):
+    image = np.random.default_rng(0).integers(0, 256, (*before, 3), dtype=np.uint8)
+    canvas = np.full((128, 128, 3), 7, dtype=np.uint8)
+    height, width = after
+    resize(image, after, out=canvas[:height, :width])
+    np.testing.assert_array_equal(canvas[:height, :width], resize(image, after))
+    assert (canvas[height:] == 7).all()
+    assert (canvas[:, width:] == 7).all()
+
+
+def test_a_reduced_image_gives_the_boxes_and_the_size_of_the_whole():
+    pipeline = Pipeline({"flip": A.HorizontalFlip(p=0.5), "colour": ColorJitter(p=0.5), "resize": ResizeShortSide(75)})
+    whole = make_sample(602, 402, [[40, 80, 200, 301], [300, 500, 402, 602]])
+    assert pipeline.least_size((602, 402)) == (112, 75)
+    for seed in range(6):
+        expected = pipeline(whole._replace(size=(602, 402)), seed)
+        reduced = pipeline(whole._replace(image=whole.image[::2, ::2], size=(602, 402)), seed)
+        assert reduced.image.shape == expected.image.shape == (112, 75, 3)
+        np.testing.assert_array_equal(reduced.boxes, expected.boxes)
+        np.testing.assert_allclose(reduced.boxes[:1], pipeline(whole, seed).boxes[:1], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("transforms", "expected"),
+    [
+        ({"resize": ResizeShortSide([20, 50, 30])}, (50, 100)),
+        ({"resize": ResizeShortSide(50, 80)}, (40, 80)),
+        ({"flip": A.HorizontalFlip(), "v": A.VerticalFlip(), "resize": ResizeShortSide(50)}, (50, 100)),
+        ({}, None),
+        ({"flip": A.HorizontalFlip()}, None),
+        ({"blur": A.Blur(), "resize": ResizeShortSide(50)}, None),  # counts in pixels
+        ({"resize": ResizeShortSide(50), "crop": A.CenterCrop(9, 9)}, None),
+        ({"jitter": LargeScaleJitter(50, 50)}, None),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_how_small_an_image_may_come(transforms, expected):
+    assert Pipeline(transforms).least_size((400, 800)) == expected
