@@ -5,17 +5,16 @@ Everything is batched over images, and no shape or branch depends on the data, s
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from retina.ops.boxes import box_area, generalized_iou, intersection_over_union, pairwise_intersection
+from retina.ops.boxes import generalized_iou
 from retina.ops.coding import decode, encode
 from retina.ops.focal import check_focal, class_focal_loss
-from retina.ops.matching import check_thresholds, match
+from retina.ops.matching import check_thresholds, match_boxes
 from retina.types import Losses, Predictions, Targets
 
 BoxLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -45,20 +44,11 @@ def giou(
     return 1 - generalized_iou(decode(deltas, anchors), boxes)
 
 
-class _Assignment(NamedTuple):
-    """What every anchor of every image should predict. Boxes and labels are meaningful where positive."""
-
-    boxes: Float[Tensor, "B A 4"]
-    labels: Int64[Tensor, "B A"]
-    positive: Bool[Tensor, "B A"]
-    negative: Bool[Tensor, "B A"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class DetectionLoss:
     """RetinaNet's criterion. Returns sums: dividing by the positives of the whole optimizer step is the caller's part.
 
-    Anchors of all levels are matched together per image (see `retina.ops.matching.match`), since an object's best
+    Anchors of all levels are matched together per image (see `retina.ops.matching.match_boxes`), since an object's best
     anchor is its best over all levels. An anchor that is not positive for an object, and has at least `positive_iou` of
     its own area inside one crowd region, is ignored: nobody knows what is there (COCO scores crowds by the same ratio).
 
@@ -93,48 +83,51 @@ class DetectionLoss:
             raise ValueError(f"box_weight must be finite and at least 0, got {self.box_weight}")
 
     def __call__(self, predictions: Predictions, targets: Targets) -> Losses:
-        counts = [len(anchors) for anchors in predictions.anchors]
-        assignment = self._assign(torch.cat(predictions.anchors), targets)
-        # Level by level: one tensor of all logits would be a second copy of the largest tensor of the step.
-        levels = zip(*predictions, *(part.split(counts, dim=1) for part in assignment), strict=True)
-        classification, box = [], []
-        for logits, deltas, anchors, boxes, labels, positive, negative in levels:
-            classification.append(
-                class_focal_loss(logits, labels, positive, negative, alpha=self.alpha, gamma=self.gamma)
-            )
-            # Masked before and after: a wild delta of an anchor that does not count must not put NaN into the gradient.
-            deltas = torch.where(positive[..., None], deltas, 0)
-            loss = self.box_loss(deltas.to(torch.promote_types(deltas.dtype, torch.float32)), anchors, boxes)
-            box.append(torch.where(positive, loss, 0).sum())
-        return Losses(
-            classification=torch.stack(classification).sum(),
-            box=self.box_weight * torch.stack(box).sum(),
-            num_positives=assignment.positive.sum(dtype=torch.float32),
-        )
-
-    @torch.no_grad()
-    def _assign(self, anchors: Float[Tensor, "A 4"], targets: Targets) -> _Assignment:
         if targets.boxes.shape[1] == 0:
             targets = _with_one_padding(targets)
-        area = box_area(anchors)
-        # Objects first: [B M A] has the long axis innermost, and is seen as [B A M] by matching.
-        intersection = pairwise_intersection(targets.boxes, anchors)
-        iou = intersection_over_union(intersection, box_area(targets.boxes), area)
-        in_crowd = intersection.mul_(targets.crowd[..., None]).amax(dim=1) >= self.positive_iou * area
-        del intersection
-        index, positive, negative = match(
-            iou.mT,
+        index, positive, negative = match_boxes(
+            predictions.anchors,
+            targets.boxes,
             targets.valid,
+            targets.crowd,
             positive_iou=self.positive_iou,
             negative_iou=self.negative_iou,
             low_quality=self.low_quality,
         )
-        return _Assignment(
-            boxes=targets.boxes.gather(1, index[..., None].expand(-1, -1, 4)),
-            labels=targets.labels.gather(1, index),
-            positive=positive,
-            negative=negative & ~in_crowd,
+        # Level by level: one tensor of all logits would be a second copy of the largest tensor of the step.
+        counts = [len(anchors) for anchors in predictions.anchors]
+        labels = targets.labels.gather(1, index)
+        levels = zip(
+            predictions.logits, *(part.split(counts, dim=1) for part in (labels, positive, negative)), strict=True
         )
+        classification = [class_focal_loss(*level, alpha=self.alpha, gamma=self.gamma) for level in levels]
+
+        deltas, anchors = torch.cat(predictions.deltas, dim=1), torch.cat(list(predictions.anchors))
+        return Losses(
+            classification=torch.stack(classification).sum(),
+            box=self.box_weight * self._box(deltas, anchors, targets.boxes, index, positive),
+            num_positives=positive.sum(dtype=torch.float32),
+        )
+
+    def _box(
+        self,
+        deltas: Float[Tensor, "B A 4"],
+        anchors: Float[Tensor, "A 4"],
+        boxes: Float[Tensor, "B M 4"],
+        index: Int64[Tensor, "B A"],
+        positive: Bool[Tensor, "B A"],
+    ) -> Float[Tensor, ""]:
+        """Sum of the box loss over the positive anchors."""
+        dtype = torch.promote_types(deltas.dtype, torch.float32)
+        if deltas.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Only the few that count. By way of numpy, since elsewhere their number would have to be waited for.
+            image, anchor = (torch.from_numpy(indices) for indices in positive.numpy().nonzero())
+            chosen = boxes[image, index[image, anchor]]
+            return self.box_loss(deltas[image, anchor].to(dtype), anchors[anchor], chosen).sum()
+        # Masked before and after: a wild delta of an anchor that does not count must not put NaN into the gradient.
+        deltas = torch.where(positive[..., None], deltas, 0).to(dtype)
+        chosen = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        return torch.where(positive, self.box_loss(deltas, anchors, chosen), 0).sum()
 
 
 def _with_one_padding(targets: Targets) -> Targets:

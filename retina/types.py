@@ -48,6 +48,7 @@ class Predictions(NamedTuple):
     logits: tuple[Float[Tensor, "B A_l K"], ...]
     deltas: tuple[Float[Tensor, "B A_l 4"], ...]
     anchors: tuple[Float[Tensor, "A_l 4"], ...]
+    """Any tuple; `retina.ops.anchors.Anchors` also say on which grids they stand."""
 
 
 class Losses(NamedTuple):

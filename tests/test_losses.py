@@ -158,18 +158,21 @@ def test_an_object_takes_its_best_anchor_over_all_levels():
     assert DetectionLoss(low_quality=False)(predictions, make_targets([(60.0, 60.0, 68.0, 68.0, 2)])).num_positives == 0
 
 
-def test_wild_predictions_of_other_anchors_leave_the_box_loss_alone():
-    predictions = random_predictions(1)
-    targets = make_targets(random_objects(2))
+@pytest.mark.parametrize("compiling", [False, True])
+def test_wild_predictions_of_other_anchors_leave_the_box_loss_alone(compiling: bool, monkeypatch):
+    """Also in the form for GPUs and compilers, which takes every anchor along."""
+    predictions = random_predictions(2)
+    targets = make_targets(random_objects(2), random_objects(3, 1))
     expected = DetectionLoss(box_loss=giou)(predictions, targets).box
-    touched = [grad.abs().sum(dim=-1) > 0 for grad in torch.autograd.grad(expected, predictions.deltas)]
+    expected_grads = torch.autograd.grad(expected, predictions.deltas)
     deltas = tuple(
-        torch.where(positive[..., None], delta, torch.inf).detach().requires_grad_()
-        for positive, delta in zip(touched, predictions.deltas, strict=True)
+        torch.where(grad.abs().sum(dim=-1, keepdim=True) > 0, delta, torch.inf).detach().requires_grad_()
+        for grad, delta in zip(expected_grads, predictions.deltas, strict=True)
     )
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     loss = DetectionLoss(box_loss=giou)(predictions._replace(deltas=deltas), targets).box
-    assert loss == expected
-    assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, deltas))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, deltas), expected_grads)
 
 
 def test_a_perfect_box_has_no_loss():

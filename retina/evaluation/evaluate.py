@@ -68,7 +68,7 @@ def evaluate(
                     losses += torch.stack(criterion(predictions, on_device.targets))
             non_finite += count_non_finite(predictions)
             found = postprocess(predictions, on_device.sizes)
-            shapes = zip(found, batch.sizes, batch.original_sizes, strict=True)
+            shapes = zip(found, on_device.sizes, on_device.original_sizes, strict=True)
             collector.add(batch.indices, [to_original(one, size, original) for one, size, original in shapes])
     except Exception as caught:  # the other ranks, who will wait for this one, are told first
         fault = caught

@@ -1,7 +1,7 @@
 """Anchor boxes of a feature pyramid."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -9,6 +9,29 @@ from itertools import product
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+class Anchors(tuple[Tensor, ...]):
+    """The anchors [A_l 4] of each level: a tuple of tensors that knows on which grid of cells they stand.
+
+    Anchor n of N around (row, column) of a level is the row (row x width + column) x N + n of its tensor: anchor n
+    around cell (0, 0), moved by (column x stride, row x stride).
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    """(height, width) of each level in cells."""
+    strides: tuple[int, ...]
+    """Pixels from one cell to the next on each level."""
+
+    def __new__(
+        cls, levels: Iterable[Float[Tensor, "_ 4"]], shapes: tuple[tuple[int, int], ...], strides: tuple[int, ...]
+    ) -> "Anchors":
+        self = super().__new__(cls, levels)
+        self.shapes, self.strides = shapes, strides
+        return self
+
+    def __getnewargs__(self) -> tuple[object, ...]:
+        return tuple(self), self.shapes, self.strides  # for copies: those of a tuple know nothing else
 
 
 @dataclass(frozen=True)
@@ -48,7 +71,7 @@ class AnchorGenerator:
 
     def __call__(
         self, shapes: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device | str
-    ) -> tuple[Float[Tensor, "_ 4"], ...]:
+    ) -> Anchors:
         """Anchors [A_l 4] of each level, float32, in the order [H W ratio scale].
 
         Args:
@@ -80,14 +103,15 @@ class AnchorGenerator:
 @lru_cache(maxsize=32)
 def _pyramid(
     generator: AnchorGenerator, shapes: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device
-) -> tuple[Float[Tensor, "_ 4"], ...]:
+) -> Anchors:
     # A first call from evaluation must not leave inference tensors in the cache: training could not save them for
     # backward.
     with torch.inference_mode(False):
-        return tuple(
+        levels = (
             _level(generator.cell(size).to(device, torch.float32), height, width, stride)
             for size, (height, width), stride in zip(generator.sizes, shapes, strides, strict=True)
         )
+        return Anchors(levels, shapes, strides)
 
 
 def _level(cell: Float[Tensor, "N 4"], height: int, width: int, stride: int) -> Float[Tensor, "_ 4"]:

@@ -1,10 +1,15 @@
-"""Which object each anchor is responsible for, from nothing but their IoU."""
+"""Which object each anchor is responsible for: the rule on a matrix of IoUs; and on boxes, without that matrix."""
 
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+
+from retina.ops.anchors import Anchors
+from retina.ops.boxes import box_area, intersection_over_union, pairwise_intersection
 
 
 class Matches(NamedTuple):
@@ -55,6 +60,100 @@ def match(
         positive = positive | rescued
         negative = negative & ~rescued
     return Matches(index, positive, negative)
+
+
+def match_boxes(
+    anchors: tuple[Float[Tensor, "_ 4"], ...],
+    boxes: Float[Tensor, "B M 4"],
+    valid: Bool[Tensor, "B M"],
+    crowd: Bool[Tensor, "B M"],
+    *,
+    positive_iou: float = 0.5,
+    negative_iou: float = 0.4,
+    low_quality: bool = True,
+) -> Matches:
+    """`match` of the anchors of all levels together [B A] with the valid boxes of each image, and the rule for crowds.
+
+    An anchor that is not positive, and has at least `positive_iou` of its own area inside one crowd region, is ignored.
+    Where an anchor is not positive, its index may be any. Boxes are finite.
+
+    The result is the same to the last bit, however it is reached: on a CPU through windows in the grid of the anchors,
+    if they are `Anchors`; on a GPU in Triton's kernels, where there is Triton; else from the matrix. To a dispatcher or
+    compiler it is one operation, whose shapes depend on the shapes of its arguments alone.
+    """
+    check_thresholds(positive_iou, negative_iou)
+    grid = []
+    if isinstance(anchors, Anchors):
+        grid = [
+            number
+            for (height, width), stride in zip(anchors.shapes, anchors.strides, strict=True)
+            for number in (height, width, stride)
+        ]
+    return Matches(*_match_boxes(list(anchors), grid, boxes, valid, crowd, positive_iou, negative_iou, low_quality))
+
+
+@torch.library.custom_op(
+    "retina::match_boxes",
+    mutates_args=(),
+    schema="(Tensor[] anchors, int[] grid, Tensor boxes, Tensor valid, Tensor crowd, "
+    "float positive_iou, float negative_iou, bool low_quality) -> (Tensor, Tensor, Tensor)",
+)
+def _match_boxes(
+    anchors: list[Tensor],
+    grid: list[int],
+    boxes: Tensor,
+    valid: Tensor,
+    crowd: Tensor,
+    positive_iou: float,
+    negative_iou: float,
+    low_quality: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = boxes, valid, crowd, positive_iou, negative_iou, low_quality
+    if boxes.is_cuda and _triton_is_there():
+        from retina.ops.matching_triton import match_on_gpu
+
+        return match_on_gpu(torch.cat(anchors), *arguments)
+    if boxes.device.type == "cpu" and grid:
+        from retina.ops.matching_windows import match_in_windows
+
+        shapes = tuple(zip(grid[0::3], grid[1::3], strict=True))
+        return match_in_windows(Anchors(anchors, shapes, tuple(grid[2::3])), *arguments)
+    return _match_in_matrix(torch.cat(anchors), *arguments)
+
+
+@_match_boxes.register_fake
+def _shapes_of_matches(
+    anchors: list[Tensor], grid: list[int], boxes: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = len(boxes), sum(map(len, anchors))
+    index = boxes.new_empty(shape, dtype=torch.int64)
+    return index, torch.empty_like(index, dtype=torch.bool), torch.empty_like(index, dtype=torch.bool)
+
+
+def _match_in_matrix(
+    anchors: Float[Tensor, "A 4"],
+    boxes: Float[Tensor, "B M 4"],
+    valid: Bool[Tensor, "B M"],
+    crowd: Bool[Tensor, "B M"],
+    positive_iou: float,
+    negative_iou: float,
+    low_quality: bool,
+) -> tuple[Int64[Tensor, "B A"], Bool[Tensor, "B A"], Bool[Tensor, "B A"]]:
+    area = box_area(anchors)
+    # Objects first: [B M A] has the long axis innermost, and is seen as [B A M] by `match`.
+    intersection = pairwise_intersection(boxes, anchors)
+    in_crowd = ((intersection >= positive_iou * area) & crowd[..., None]).any(dim=1)
+    iou = intersection_over_union(intersection, box_area(boxes), area)
+    del intersection
+    index, positive, negative = match(
+        iou.mT, valid, positive_iou=positive_iou, negative_iou=negative_iou, low_quality=low_quality
+    )
+    return index, positive, negative & ~in_crowd
+
+
+@lru_cache
+def _triton_is_there() -> bool:
+    return find_spec("triton") is not None
 
 
 def check_thresholds(positive_iou: float, negative_iou: float) -> None:

@@ -21,7 +21,6 @@ from retina.data.dataset import DetectionDataset
 from retina.data.images import _opened, image_size, list_images, read_image, read_reduced
 from retina.data.transforms import eval_pipeline
 from retina.errors import DataError
-from retina.inference import as_array
 
 TOP, BOTTOM = (200, 40, 90), (10, 120, 250)
 
@@ -87,8 +86,10 @@ def test_training_evaluation_and_inference_see_the_same_pixels(tmp_path, orienta
     image = {"id": 1, "file_name": "a.png", "width": width, "height": height}
     file = tmp_path / "a.json"
     file.write_text(json.dumps({"images": [image], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}))
-    read = DetectionDataset(read_coco(file, tmp_path), eval_pipeline(16, None), seed=0).read(0)
-    np.testing.assert_array_equal(read.image, as_array(str(tmp_path / "a.png")))
+    pipeline = eval_pipeline(16, None)
+    read = DetectionDataset(read_coco(file, tmp_path), pipeline, seed=0).read(0)
+    np.testing.assert_array_equal(read.image, read_reduced(tmp_path / "a.png", pipeline.least_size)[0])
+    np.testing.assert_array_equal(read.image, read_image(tmp_path / "a.png"))
     np.testing.assert_array_equal(read.image, UPRIGHT[orientation](np.asarray(a_picture())))
 
 

@@ -1,3 +1,7 @@
+import copy
+import pickle
+from itertools import product
+
 import pytest
 import torch
 from torchvision.models.detection.image_list import ImageList
@@ -46,6 +50,23 @@ def test_centres_are_multiples_of_the_stride_row_by_row():
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
     assert centres.tolist() == [[0, 0], [8, 0], [16, 0], [0, 8], [8, 8], [16, 8]]
     assert anchors.dtype == torch.float32
+
+
+def test_a_level_is_its_first_cell_moved_over_the_grid():
+    """What matching in windows builds on, to the last bit."""
+    for rounded in (False, True):
+        anchors = AnchorGenerator((32.0, 41.3), rounded=rounded)(((5, 7), (3, 2)), (8, 12), "cpu")
+        for level, (height, width), stride in zip(anchors, anchors.shapes, anchors.strides, strict=True):
+            for row, column, n in product(range(height), range(width), range(9)):
+                shift = torch.tensor([column, row, column, row]) * stride
+                assert torch.equal(level[(row * width + column) * 9 + n], level[n] + shift)
+
+
+def test_copies_know_their_grid():
+    anchors = AnchorGenerator((32.0,))(((4, 4),), (8,), "cpu")
+    for copied in (copy.copy(anchors), copy.deepcopy(anchors), pickle.loads(pickle.dumps(anchors))):
+        assert (copied.shapes, copied.strides) == (((4, 4),), (8,))
+        assert torch.equal(copied[0], anchors[0])
 
 
 def test_cached_per_generator_shape_and_stride():

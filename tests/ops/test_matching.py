@@ -1,9 +1,11 @@
+import matching_cases
 import pytest
 import torch
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 
-from retina.ops.matching import match
+from retina.ops.anchors import AnchorGenerator
+from retina.ops.matching import _match_boxes, match, match_boxes
 
 
 def everything(num_objects: int) -> Tensor:
@@ -95,7 +97,53 @@ def test_without_objects_anchors_or_images(shape: tuple[int, int, int]):
     assert matches.index.dtype == torch.int64
 
 
+def test_boxes_of_literals():
+    """Three anchors of 10 x 10: on the object, beside everything, and 6/10 inside the crowd region."""
+    anchors = (torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]]), torch.tensor([[94.0, 0, 104, 10]]))
+    boxes = torch.tensor([[[1.0, 0, 11, 10], [98, -50, 300, 300], [94, 0, 104, 10]]])
+    valid, crowd = torch.tensor([[True, False, False]]), torch.tensor([[False, True, False]])
+    matches = match_boxes(anchors, boxes, valid, crowd)
+    assert matches.index[0, 0] == 0
+    assert matches.positive.tolist() == [[True, False, False]]
+    assert matches.negative.tolist() == [[False, True, False]]
+    assert match_boxes(anchors, boxes, valid, crowd, positive_iou=0.7).negative.tolist() == [[False, True, True]]
+
+
+def test_a_crowd_ignores_no_positive_anchor():
+    anchors = (torch.tensor([[0.0, 0, 10, 10], [0, 0, 9, 5]]),)
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 100, 100]]])
+    matches = match_boxes(
+        anchors, boxes, torch.tensor([[True, False]]), torch.tensor([[False, True]]), negative_iou=0.5
+    )
+    assert matches.positive.tolist() == [[True, False]]
+    assert matches.negative.tolist() == [[False, False]]
+
+
+@pytest.mark.parametrize("with_grid", [True, False])
+def test_boxes_are_one_operation_that_a_compiler_can_look_through(with_grid: bool):
+    anchors, boxes, valid, crowd, *rule = matching_cases.random_case(3)
+    grid = [
+        number for shape, stride in zip(anchors.shapes, anchors.strides, strict=True) for number in (*shape, stride)
+    ]
+    arguments = (list(anchors), grid if with_grid else [], boxes, valid, crowd, *rule)
+    torch.library.opcheck(_match_boxes, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("num_objects", [0, 3])
+def test_boxes_without_any_object_leave_every_anchor_negative(num_objects: int):
+    anchors = AnchorGenerator((32.0,))(((4, 5),), (8,), "cpu")
+    nothing = torch.zeros(2, num_objects, dtype=torch.bool)
+    for levels in (anchors, tuple(anchors)):
+        matches = match_boxes(levels, torch.rand(2, num_objects, 4), nothing, nothing, negative_iou=0.0)
+        assert matches.negative.shape == (2, 180)
+        assert matches.negative.all()
+        assert not matches.positive.any()
+
+
 @pytest.mark.parametrize(("positive", "negative"), [(0.4, 0.5), (1.1, 0.4), (0.5, -0.1), (0.0, 0.0)])
 def test_thresholds_out_of_order_are_refused(positive: float, negative: float):
     with pytest.raises(ValueError, match="negative_iou <= positive_iou"):
         match(torch.zeros(1, 1), everything(1), positive_iou=positive, negative_iou=negative)
+    nothing = torch.zeros(1, 0, dtype=torch.bool)
+    with pytest.raises(ValueError, match="negative_iou <= positive_iou"):
+        match_boxes((), torch.zeros(1, 0, 4), nothing, nothing, positive_iou=positive, negative_iou=negative)
