@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml Makefile $(shell find retina tools tests configs -name '*.py' -o -name '*.yaml')
 
-.PHONY: demo test test-slow chaos mutants lint types
+.PHONY: demo test test-slow bench chaos mutants lint types
 
 # made again only when the list of dependencies changes
 .venv/installed: pyproject.toml
@@ -31,6 +31,10 @@ test: .venv/tested
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+# speed and memory beside the oracles, on an otherwise idle machine; docs/performance.md has the figures
+bench: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark.py all
 
 # real kills, signals, full disks, flipped bits, hostile files: one table
 chaos: .venv/installed

@@ -5,94 +5,34 @@ The only place that knows COCO's conventions (`xywh` boxes, sparse category ids)
 Format: https://cocodataset.org/#format-data and #format-results.
 """
 
-import hashlib
+import gc
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int, Int64
+from jaxtyping import Float, Float64, Int, Int64
 
+from retina.data import annotation_cache
+from retina.data.annotation_cache import Reading, Request
+from retina.data.annotations import Annotations
 from retina.data.box_checks import box_problems, convention_problem
 from retina.data.coco_checks import (
+    Image,
     Images,
     RecordsError,
     check_annotations,
     check_categories,
     check_images,
+    check_links,
     describe,
 )
-from retina.data.coco_document import listing, load_document
+from retina.data.coco_document import listing, parse_document, read_bytes
 from retina.data.report import DataReport
 from retina.errors import DataError
 from retina.files import write_whole
-
-
-@dataclass(frozen=True, eq=False)
-class Annotations:
-    """A COCO file as flat arrays (no Python object per record, so forked workers share the pages).
-
-    Images keep the order of the file; the objects of image i are rows `offsets[i]:offsets[i + 1]`, in the file's order.
-    Images without objects are kept, and so are crowd regions.
-    """
-
-    file: Path
-    """The JSON file."""
-    image_root: Path
-    """The folder that file names are relative to."""
-    classes: tuple[str, ...]
-    """Label k is `classes[k]`."""
-    category_ids: tuple[int | None, ...]
-    """The file's own id of every class; None for a class (of a training set or checkpoint) that it does not know."""
-    image_ids: Int64[np.ndarray, "N"]
-    sizes: Int64[np.ndarray, "N 2"]
-    """(height, width) as the file states."""
-    offsets: Int64[np.ndarray, "N+1"]
-    boxes: Float64[np.ndarray, "T 4"]
-    """xyxy in pixels; float64, for metrics need the digits of the file."""
-    labels: Int64[np.ndarray, "T"]
-    crowd: Bool[np.ndarray, "T"]
-    areas: Float64[np.ndarray, "T"]
-    """The file's `area`, or width * height of the box where it has none."""
-    names: bytes
-    """File names of all images in UTF-8, one behind the other; see `file_name`."""
-    name_offsets: Int64[np.ndarray, "N+1"]
-
-    def __len__(self) -> int:
-        """Images, with or without objects."""
-        return len(self.image_ids)
-
-    def file_name(self, index: int) -> str:
-        """Name of image `index` as the file states it, sub-folders included."""
-        index = range(len(self))[index]
-        return _decode(self.names[self.name_offsets[index] : self.name_offsets[index + 1]])
-
-    def path(self, index: int) -> Path:
-        """Where image `index` lies."""
-        return self.image_root / self.file_name(index)
-
-    @property
-    def num_objects(self) -> int:
-        """Objects of all images, crowd regions not counted."""
-        return int(np.count_nonzero(~self.crowd))
-
-    def class_counts(self) -> Int64[np.ndarray, "K"]:
-        """Objects of each class, crowd regions not counted."""
-        return np.bincount(self.labels[~self.crowd], minlength=len(self.classes)).astype(np.int64)
-
-    def fingerprint(self) -> str:
-        """SHA-256 over classes, ids, names, sizes and objects: equal exactly when training would see the same data.
-
-        Where the files lie does not count, so a data set may be moved between a run and its resumption.
-        """
-        digest = hashlib.sha256(json.dumps([self.classes, self.category_ids]).encode())
-        digest.update(self.names)
-        for array in (self.name_offsets, self.image_ids, self.sizes, self.offsets, self.boxes, self.labels):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        digest.update(self.crowd.tobytes() + self.areas.tobytes())
-        return digest.hexdigest()
 
 
 def read_coco(
@@ -104,7 +44,8 @@ def read_coco(
     skip_faulty: bool = False,
     allow_outside: bool = False,
 ) -> Annotations:
-    """Read and check a COCO annotation file.
+    """Read and check a COCO annotation file. What comes of a large one is kept, and is there at once the next time: see
+    `annotation_cache`.
 
     Without `classes`, labels follow ascending category id. With `classes` (of a training set or a checkpoint) they
     follow that order and categories are matched by name: a category outside `classes` that some annotation uses is a
@@ -121,33 +62,70 @@ def read_coco(
         RecordsError: single records are wrong; all of them are listed. With `skip_faulty` only for categories, or if
             no image is left.
     """
+    if classes is not None and len(set(classes)) != len(classes):
+        raise ValueError(f"classes are not unique: {list(classes)}")
+    report = DataReport() if report is None else report
+    request = Request(None if classes is None else list(classes), allow_outside)
+    entry = annotation_cache.find_entry(file, request)
+    reading = annotation_cache.recall(entry, file, image_root, allow_outside=allow_outside) if entry else None
+    if reading is not None:
+        report.warnings += reading.warnings
+        if reading.faults and not skip_faulty:
+            raise RecordsError(reading.faults)
+    else:
+        with _collector_off():
+            reading = _parse(file, image_root, request, report, skip_faulty=skip_faulty)
+    report.faults += reading.faults
+    return reading.annotations
+
+
+def _parse(file: Path, image_root: Path, request: Request, report: DataReport, *, skip_faulty: bool) -> Reading:
+    """Reads and checks the JSON itself, and keeps what came of a large file. Warnings are in `report` by then."""
     faults: list[str] = []
-    warnings = report.warnings if report is not None else []
-    document = load_document(file, warnings)
+    warnings = report.warnings
+    told = len(warnings)
+    data = read_bytes(file)
+    document = parse_document(file, data, warnings)
+    entry = annotation_cache.entry_of(data, request)
+    del data
     name_of = check_categories(file, document["categories"], faults)
     unclear = bool(faults)
-    images = check_images(file, document["images"], image_root, faults, warnings, allow_outside=allow_outside)
+    images = check_images(file, document["images"], faults, warnings, allow_outside=request.allow_outside)
+    if not request.allow_outside and check_links(file, images, image_root, faults):
+        entry = None  # links may be mended while the file stays as it is
     if unclear:  # nearly every annotation would be at fault for its category
         raise RecordsError(faults)
 
+    classes = request.classes
     if classes is None:
         classes = [name_of[category_id] for category_id in sorted(name_of)]
-    elif len(set(classes)) != len(classes):
-        raise ValueError(f"classes are not unique: {list(classes)}")
-
     records = document["annotations"]
     positions = check_annotations(file, records, images, name_of, classes, faults, warnings)
     objects = _objects(file, records, positions, images, faults, warnings)
     if faults and not (skip_faulty and images.sound):
         raise RecordsError(faults)
-    if report is not None:
-        report.faults += faults
+    annotations = _arranged(file, image_root, classes, name_of, images.sound, objects)
+    reading = Reading(annotations, faults, warnings[told:])
+    complaint = annotation_cache.keep(entry, reading, allow_outside=request.allow_outside) if entry else None
+    if complaint and complaint not in warnings:
+        warnings.append(complaint)
+    return reading
 
+
+def _arranged(
+    file: Path,
+    image_root: Path,
+    classes: Sequence[str],
+    name_of: Mapping[int, str],
+    images: Sequence[Image],
+    objects: "_Objects",
+) -> Annotations:
+    """Sound records as columns, the objects of an image beside each other."""
     id_of = {name: category_id for category_id, name in name_of.items()}
     label_of = {id_of[name]: label for label, name in enumerate(classes) if name in id_of}
     records, rows, xywh = objects
     areas = np.array([a.get("area") for a in records], dtype=np.float64)  # None becomes nan
-    encoded = [_encode(image.name) for image in images.sound]
+    encoded = [image.name.encode("utf-8", "surrogatepass") for image in images]
     order = np.argsort(rows, kind="stable")
     xywh = xywh[order]
     return Annotations(
@@ -155,16 +133,28 @@ def read_coco(
         image_root=image_root,
         classes=tuple(classes),
         category_ids=tuple(id_of.get(name) for name in classes),
-        image_ids=np.array([image.id for image in images.sound], dtype=np.int64),
-        sizes=np.array([image.size for image in images.sound], dtype=np.int64),
-        offsets=_offsets(np.bincount(rows, minlength=len(images.sound))),
+        image_ids=np.array([image.id for image in images], dtype=np.int64),
+        sizes=np.array([image.size for image in images], dtype=np.int64),
+        offsets=_offsets(np.bincount(rows, minlength=len(images))),
         boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
         labels=np.array([label_of[a["category_id"]] for a in records], dtype=np.int64)[order],
         crowd=np.array([bool(a.get("iscrowd")) for a in records], dtype=np.bool_)[order],
         areas=np.where(np.isnan(areas[order]), xywh[:, 2] * xywh[:, 3], areas[order]),
-        names=b"".join(encoded),
+        names=np.frombuffer(b"".join(encoded), dtype=np.uint8),
         name_offsets=_offsets(np.array([len(name) for name in encoded])),
     )
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """Python's garbage collector would go through millions of new records again and again, and find nothing."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class _Objects(NamedTuple):
@@ -251,11 +241,3 @@ def write_results(
 
 def _offsets(counts: Int[np.ndarray, "N"]) -> Int64[np.ndarray, "N+1"]:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-
-def _encode(name: str) -> bytes:
-    return name.encode("utf-8", "surrogatepass")
-
-
-def _decode(name: bytes) -> str:
-    return name.decode("utf-8", "surrogatepass")

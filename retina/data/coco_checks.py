@@ -79,7 +79,7 @@ def check_categories(file: Path, records: list[Any], faults: list[str]) -> dict[
 
 
 def check_images(
-    file: Path, records: list[Any], image_root: Path, faults: list[str], warnings: list[str], *, allow_outside: bool
+    file: Path, records: list[Any], faults: list[str], warnings: list[str], *, allow_outside: bool
 ) -> Images:
     """The images and their faults. Of records that contradict each other, none is used; of equal ones, the first."""
     images = Images()
@@ -123,16 +123,22 @@ def check_images(
             continue
         by_id[image_id] = by_name[path] = by_folded[folded] = image
         images.sound.append(image)
-    if not allow_outside:
-        for row, target in links_outside(image_root, [image.name for image in images.sound]).items():
-            image = images.sound[row]
-            faults.append(
-                f"{file}: image {image.id} ({image.name}): a symbolic link leads out of the image folder, to "
-                f"{brief(target)} - copy the file there, or set data.allow_outside=true"
-            )
-            images.left_out[image.id] = image.name
     images.sound = [image for image in images.sound if image.id not in images.left_out]
     return images
+
+
+def check_links(file: Path, images: Images, image_root: Path, faults: list[str]) -> bool:
+    """Takes out the images that symbolic links lead out of the image folder; whether there are any."""
+    outside = links_outside(image_root, [image.name for image in images.sound])
+    for row, target in outside.items():
+        image = images.sound[row]
+        faults.append(
+            f"{file}: image {image.id} ({image.name}): a symbolic link leads out of the image folder, to "
+            f"{brief(target)} - copy the file there, or set data.allow_outside=true"
+        )
+        images.left_out[image.id] = image.name
+    images.sound = [image for image in images.sound if image.id not in images.left_out]
+    return bool(outside)
 
 
 def check_annotations(

@@ -21,11 +21,21 @@ _FOREIGN = {
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-def load_document(file: Path, warnings: list[str]) -> dict[str, Any]:
-    """Parse the file and check what holds the records, not the records.
+def read_bytes(file: Path) -> bytes:
+    """The content of an annotation file. Raises DataError if it is not there or cannot be read."""
+    try:
+        if file.is_file():
+            return file.read_bytes()
+        state = "is a folder" if file.is_dir() else "is no regular file" if file.exists() else "no such annotation file"
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}) - check its permissions and the disk") from error
+    raise DataError(f"{file}: {state}{listing(file.parent)} - give the path of a COCO JSON file")
+
+
+def parse_document(file: Path, data: bytes, warnings: list[str]) -> dict[str, Any]:
+    """Parse the content of the file and check what holds the records, not the records.
 
     A byte order mark is read over, with a warning, since other readers refuse it. Raises DataError."""
-    data = _read(file)
     if not data.strip():
         raise DataError(f"{file}: is empty ({len(data)} bytes) - export it again, or finish its download")
     for magic, (what, fix) in _FOREIGN.items():
@@ -68,16 +78,6 @@ def listing(folder: Path) -> str:
     except OSError as error:
         return f" ({folder}: {error.strerror})"
     return f", but {folder} holds {some(names)}"
-
-
-def _read(file: Path) -> bytes:
-    try:
-        if file.is_file():
-            return file.read_bytes()
-        state = "is a folder" if file.is_dir() else "is no regular file" if file.exists() else "no such annotation file"
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}) - check its permissions and the disk") from error
-    raise DataError(f"{file}: {state}{listing(file.parent)} - give the path of a COCO JSON file")
 
 
 def _not_json(file: Path, data: bytes, error: Exception) -> str:

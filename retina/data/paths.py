@@ -3,11 +3,15 @@
 import os
 import posixpath
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 _UNUSUAL = re.compile(r"\0|\\|^/|^[A-Za-z]:|(?:^|/)\.\.(?:/|$)|[\ud800-\udfff]")
+_THREADS = 8
+"""Folders listed at a time, to hide the latency of a network disk."""
 
 
 class Folder(NamedTuple):
@@ -77,6 +81,47 @@ def links_outside(root: Path, names: Sequence[str]) -> dict[int, str]:
     return found
 
 
+def folders_of(names: Iterable[str]) -> set[str]:
+    """The folders that `names` lie in. A name that is a folder itself ("a/..") counts as one."""
+    parts = ((name, *parted(name)) for name in names)
+    return {name if last in ("", ".", "..") else parent for name, parent, last in parts}
+
+
+def folder_stamps(root: Path, folders: Iterable[str]) -> dict[str, list[int]]:
+    """What no longer holds once something was put into a folder, by folder. Those that changed in the last two seconds
+    are left out, since clocks of file systems are coarse; so are those that are not there."""
+    stamps = {}
+    settled = time.time_ns() - 2_000_000_000
+    for folder in folders:
+        stamp = _stamp(os.path.join(root, folder))
+        if stamp and max(stamp[1:]) < settled:
+            stamps[folder] = stamp
+    return stamps
+
+
+def is_free_of_links(root: Path, folders: Iterable[str], known: Mapping[str, Sequence[int]]) -> bool:
+    """Whether `links_outside` would find nothing, whatever the names in these folders (see `folders_of`): they lie
+    inside `root` and hold no link. False is no finding yet, for links may stay inside.
+
+    Folders that are as they were by their `known` stamps held no link then, and are not listed again."""
+    inside = os.path.realpath(root).rstrip(os.sep) + os.sep
+
+    def is_free(folder: str) -> bool:
+        path = os.path.join(root, folder)
+        if not f"{os.path.realpath(path)}{os.sep}".startswith(inside):
+            return False
+        if folder in known and known[folder] == _stamp(path):
+            return True
+        try:
+            with os.scandir(path) as entries:
+                return not any(map(os.DirEntry.is_symlink, entries))
+        except OSError:  # nothing there that could be opened
+            return True
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return all(pool.map(is_free, folders))
+
+
 def is_listed(name: str, folders: Mapping[str, Folder]) -> bool:
     """Whether a file of exactly that name was there when the folders were listed."""
     parent, last = parted(name)
@@ -94,3 +139,12 @@ def _list(folder: str) -> Folder:
     except (OSError, ValueError) as error:
         return Folder(frozenset(), frozenset(), getattr(error, "strerror", None) or str(error))
     return Folder(frozenset(names), frozenset(links), None)
+
+
+def _stamp(folder: str) -> list[int] | None:
+    """Unlike the time of modification, the time of change cannot be set by those who may write into the folder."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return [status.st_ino, status.st_mtime_ns, status.st_ctime_ns]

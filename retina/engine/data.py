@@ -1,5 +1,6 @@
 """From the `data` section to annotations (`engine/splits.py`) and loaders."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,8 +37,11 @@ def load_checked(
             known = classes or (loaded[splits[0]].classes if loaded else None)
             loaded[split] = load_split(config, split, classes=known, report=report)
 
+    goes_first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        distributed.on_all(read)
+        # one process of each machine: large files are parsed once, and the others find what came of them in the cache
+        distributed.on_all(lambda: read() if goes_first else None)
+        distributed.on_all(lambda: None if goes_first else read())
         distributed.on_main(lambda: check_data(config, loaded, report))
     finally:
         if distributed.is_main() and (report.faults or report.warnings):

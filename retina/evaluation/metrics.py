@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float64, Int64
 
 from retina.data.coco import Annotations
 from retina.errors import DataError
-from retina.evaluation.matching import AREA_RANGES, THRESHOLDS, Boxes, Matches, extents, match
+from retina.evaluation.matching import AREA_RANGES, THRESHOLDS, Boxes, Matches, box_areas, match
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 """[P] recalls at which precision is sampled."""
@@ -44,29 +44,29 @@ def coco_metrics(annotations: Annotations, detections: DetectionArrays) -> dict[
     check_detections(annotations, detections)
     num_classes = len(annotations.classes)
     image_order = np.argsort(np.argsort(annotations.image_ids))
-    ranked, groups, ranks = _rank(detections, image_order)
-    labels = ranked.labels
+    ranked = _rank(detections, image_order)
 
     object_images = np.repeat(image_order, np.diff(annotations.offsets))
     object_groups = annotations.labels * len(annotations) + object_images
     order = np.argsort(object_groups, kind="stable")
     crowd = annotations.crowd[order]
     counts = ~crowd[:, None] & _in_ranges(annotations.areas[order])
-    objects = Boxes(annotations.boxes[order], object_groups[order])
-    num_counted = np.zeros((num_classes, len(AREA_RANGES)), dtype=np.int64)
-    np.add.at(num_counted, annotations.labels[order], counts)
+    objects = Boxes(annotations.boxes[order], object_groups[order], box_areas(annotations.boxes[order]))
+    labels = annotations.labels[order]
+    num_counted = np.stack([np.bincount(labels[column], minlength=num_classes) for column in counts.T], axis=1)
 
-    matches = match(Boxes(ranked.boxes, groups), ranks, objects, crowd, counts)
-    in_range = _in_ranges(np.multiply(*extents(ranked.boxes)))
-    precision = _precision(matches, labels, ranked.scores, in_range, num_counted)
-    recall = _recall(matches, labels, ranks, num_counted)
+    matches = match(ranked.boxes, ranked.ranks, objects, crowd, counts)
+    precision = _precision(matches, ranked, num_counted)
+    recall = _recall(matches, ranked, num_counted)
 
+    values = _values(precision, recall)
     class_counts = np.bincount(annotations.labels[~annotations.crowd], minlength=num_classes)
+    of_classes = {key: _optional(array.mean(axis=tuple(range(array.ndim - 1)))) for key, array in values.items()}
     per_class = {
-        name: _summary(precision[:, :, [k]], recall[:, [k]]) | {"num_objects": int(class_counts[k])}
+        name: {key: of_classes[key][k] for key in values} | {"num_objects": int(class_counts[k])}
         for k, name in enumerate(annotations.classes)
     }
-    return {**_summary(precision, recall), "per_class": per_class}
+    return {**{key: _mean(array) for key, array in values.items()}, "per_class": per_class}
 
 
 def check_detections(annotations: Annotations, detections: DetectionArrays) -> None:
@@ -85,18 +85,37 @@ def check_detections(annotations: Annotations, detections: DetectionArrays) -> N
             raise ValueError(f"{name} must lie in [0, {end}), got {values.min()}..{values.max()}")
 
 
-def _rank(
-    detections: DetectionArrays, image_order: Int64[np.ndarray, "N"]
-) -> tuple[DetectionArrays, Int64[np.ndarray, "D"], Int64[np.ndarray, "D"]]:
-    """The best 100 detections of each image and class, sorted by (class, image, -score), with group and rank."""
+class _Ranked(NamedTuple):
+    """The best 100 detections of each image and class, sorted by class, image and score."""
+
+    boxes: Boxes
+    labels: Int64[np.ndarray, "D"]
+    ranks: Int64[np.ndarray, "D"]
+    """Place among the detections of the same image and class, from 0."""
+    places: Int64[np.ndarray, "D"]
+    """Of the score among all scores, the best first; equal scores share one."""
+
+
+def _rank(detections: DetectionArrays, image_order: Int64[np.ndarray, "N"]) -> _Ranked:
     groups = detections.labels * len(image_order) + image_order[detections.indices]
-    order = np.lexsort((-detections.scores, groups))
+    places = _places(detections.scores)
+    order = np.argsort(groups * len(places) + places, kind="stable")
     positions = np.arange(len(order))
     starts = np.diff(groups[order], prepend=-1) > 0
     ranks = positions - np.maximum.accumulate(np.where(starts, positions, 0))
     kept = ranks < MAX_DETECTIONS[-1]
     order = order[kept]
-    return DetectionArrays(*(values[order] for values in detections)), groups[order], ranks[kept]
+    boxes = detections.boxes[order]
+    return _Ranked(Boxes(boxes, groups[order], box_areas(boxes)), detections.labels[order], ranks[kept], places[order])
+
+
+def _places(scores: Float64[np.ndarray, "D"]) -> Int64[np.ndarray, "D"]:
+    """For each score, how many different scores are higher. Whole numbers sort several times as fast, in pairs too."""
+    order = np.argsort(-scores)
+    falling = scores[order]
+    places = np.empty(len(order), dtype=np.int64)
+    places[order] = np.cumsum(np.diff(falling, prepend=falling[:1]) != 0)
+    return places
 
 
 def _in_ranges(areas: Float64[np.ndarray, "N"]) -> Bool[np.ndarray, "N R"]:
@@ -104,11 +123,7 @@ def _in_ranges(areas: Float64[np.ndarray, "N"]) -> Bool[np.ndarray, "N R"]:
 
 
 def _precision(
-    matches: Matches,
-    labels: Int64[np.ndarray, "D"],
-    scores: Float64[np.ndarray, "D"],
-    in_range: Bool[np.ndarray, "D R"],
-    num_counted: Int64[np.ndarray, "K R"],
+    matches: Matches, ranked: _Ranked, num_counted: Int64[np.ndarray, "K R"]
 ) -> Float64[np.ndarray, "T P K R"]:
     """Interpolated precision at each recall, NaN where a class has no object in the area range.
 
@@ -118,9 +133,10 @@ def _precision(
     area within the range that took nothing: those within the range so far, less those of them that took something.
     """
     num_thresholds, (num_classes, num_ranges) = len(THRESHOLDS), num_counted.shape
-    num_detections = len(labels)
+    labels, num_detections = ranked.labels, len(ranked.labels)
+    in_range = _in_ranges(ranked.boxes.areas)
     # Stable, so equal scores keep the order (image, rank) that the detections already have within a class.
-    order = np.lexsort((-scores, labels))
+    order = np.argsort(labels * (ranked.places.max(initial=0) + 1) + ranked.places, kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(num_detections)
     visible = np.zeros((num_detections + 1, num_ranges), dtype=np.int64)
@@ -166,42 +182,42 @@ def _positives_needed(num_counted: Int64[np.ndarray, "K R"]) -> Int64[np.ndarray
     return np.maximum(needed - 1, 0).astype(np.int64)
 
 
-def _recall(
-    matches: Matches,
-    labels: Int64[np.ndarray, "D"],
-    ranks: Int64[np.ndarray, "D"],
-    num_counted: Int64[np.ndarray, "K R"],
-) -> Float64[np.ndarray, "T K R L"]:
+def _recall(matches: Matches, ranked: _Ranked, num_counted: Int64[np.ndarray, "K R"]) -> Float64[np.ndarray, "T K R L"]:
     """Fraction of objects found by the best 1, 10, 100 detections per image and class; NaN where there are none."""
     positive = ~matches.ignored
     rows, thresholds, ranges = matches.detections[positive], matches.thresholds[positive], matches.ranges[positive]
     shape = (len(THRESHOLDS), *num_counted.shape)
-    cells = np.ravel_multi_index((thresholds, labels[rows], ranges), shape)
+    cells = np.ravel_multi_index((thresholds, ranked.labels[rows], ranges), shape)
     size = int(np.prod(shape))
-    hits = [np.bincount(cells[ranks[rows] < limit], minlength=size).reshape(shape) for limit in MAX_DETECTIONS]
+    hits = [np.bincount(cells[ranked.ranks[rows] < limit], minlength=size).reshape(shape) for limit in MAX_DETECTIONS]
     return np.stack(hits, axis=-1) / np.where(num_counted > 0, num_counted, np.nan)[..., None]
 
 
-def _summary(
+def _values(
     precision: Float64[np.ndarray, "T P K R"], recall: Float64[np.ndarray, "T K R L"]
-) -> dict[str, float | None]:
+) -> dict[str, Float64[np.ndarray, "... K"]]:
+    """What each metric is the mean of."""
     half, three_quarters = (int(np.flatnonzero(value == THRESHOLDS)[0]) for value in (0.5, 0.75))
     return {
-        "AP": _mean(precision[..., 0]),
-        "AP50": _mean(precision[half, ..., 0]),
-        "AP75": _mean(precision[three_quarters, ..., 0]),
-        "APs": _mean(precision[..., 1]),
-        "APm": _mean(precision[..., 2]),
-        "APl": _mean(precision[..., 3]),
-        "AR1": _mean(recall[..., 0, 0]),
-        "AR10": _mean(recall[..., 0, 1]),
-        "AR100": _mean(recall[..., 0, 2]),
-        "ARs": _mean(recall[..., 1, 2]),
-        "ARm": _mean(recall[..., 2, 2]),
-        "ARl": _mean(recall[..., 3, 2]),
+        "AP": precision[..., 0],
+        "AP50": precision[half, ..., 0],
+        "AP75": precision[three_quarters, ..., 0],
+        "APs": precision[..., 1],
+        "APm": precision[..., 2],
+        "APl": precision[..., 3],
+        "AR1": recall[..., 0, 0],
+        "AR10": recall[..., 0, 1],
+        "AR100": recall[..., 0, 2],
+        "ARs": recall[..., 1, 2],
+        "ARm": recall[..., 2, 2],
+        "ARl": recall[..., 3, 2],
     }
 
 
 def _mean(values: Float64[np.ndarray, "..."]) -> float | None:
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else None
+
+
+def _optional(values: Float64[np.ndarray, "K"]) -> list[float | None]:
+    return [None if np.isnan(value) else value for value in values.tolist()]

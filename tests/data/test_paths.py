@@ -1,10 +1,20 @@
 """File names stay inside the image folder, by their spelling and by what links lead to."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
-from retina.data.paths import is_listed, links_outside, list_folders, name_problem
+from retina.data.paths import (
+    folder_stamps,
+    folders_of,
+    is_free_of_links,
+    is_listed,
+    links_outside,
+    list_folders,
+    name_problem,
+)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +115,32 @@ def test_links_that_lead_out(folder: Path) -> None:
     found = links_outside(folder, inside + outside + ["none.jpg", "none/none.jpg"])
     assert sorted(found) == list(range(len(inside), len(inside) + len(outside)))
     assert found[len(inside)] == str(folder.parent / "other" / "c.jpg")
+
+
+def test_folders_without_links_need_no_look_at_names(folder: Path) -> None:
+    (folder / "plain" / "deep").mkdir(parents=True)
+    (folder / "plain" / "a.jpg").touch()
+    (folder / "here").symlink_to(".")
+    free = ["plain/a.jpg", "plain/deep/b.jpg", "plain/../plain/a.jpg", "plain/deep/", "none/a.jpg"]
+    assert is_free_of_links(folder, folders_of(free), {})
+    for name in ["a.jpg", "sub/b.jpg", "other/c.jpg", "other/../a.jpg", "here/..", "plain/..", "plain/../a.jpg"]:
+        assert not is_free_of_links(folder, folders_of([*free, name]), {}), name
+    assert list(links_outside(folder, ["here/..", *free])) == [0]
+
+
+def test_a_folder_has_another_stamp_once_something_was_put_there(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "a.jpg").touch()
+    assert folder_stamps(tmp_path, ["old", "none"]) == {}, "too young to be sure"
+    time.sleep(2.1)
+    stamps = folder_stamps(tmp_path, ["old", "none"])
+    assert list(stamps) == ["old"]
+    assert is_free_of_links(tmp_path, ["old"], stamps)
+    before = (tmp_path / "old").stat()
+    (tmp_path / "old" / "a.jpg").unlink()
+    (tmp_path / "old" / "a.jpg").symlink_to("/")
+    os.utime(tmp_path / "old", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert not is_free_of_links(tmp_path, ["old"], stamps)
 
 
 def test_the_image_folder_itself_may_be_a_link(folder: Path) -> None:

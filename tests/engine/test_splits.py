@@ -1,6 +1,7 @@
 """From settings to checked annotations: what stops, what is left out, what is told."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from ranks import in_processes
 
+from retina.data import annotation_cache
 from retina.data.coco_checks import RecordsError
 from retina.data.report import DataReport
 from retina.engine.config import DataConfig, SplitConfig
+from retina.engine.data import load_checked
 from retina.engine.splits import check_data, load_split, named_splits
 from retina.errors import ConfigError, DataError
 
@@ -165,3 +169,31 @@ def test_checking_is_light() -> None:
     code = "import sys, retina.engine.splits; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+def test_one_process_of_a_machine_parses_for_the_others(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETINA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(annotation_cache, "WORTH", 0)
+
+    def task(rank: int) -> None:
+        os.environ["LOCAL_RANK"] = str(rank)
+        loaded = load_checked(config_of(root), ["train", "val"], tmp_path / f"run_{rank}", say=print)
+        mapped = [annotations.image_ids.base is not None for annotations in loaded]
+        assert mapped == [rank > 0] * 2
+        (tmp_path / f"fingerprints_{rank}").write_text(str([annotations.fingerprint() for annotations in loaded]))
+
+    assert in_processes(task, tmp_path) == [0, 0]
+    assert (tmp_path / "fingerprints_0").read_text() == (tmp_path / "fingerprints_1").read_text()
+
+
+def test_a_fault_of_the_first_process_ends_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = DataConfig(name="tiny", root=str(tmp_path / "nowhere"))
+
+    def task(rank: int) -> None:
+        os.environ["LOCAL_RANK"] = str(rank)
+        load_checked(config, ["train"], tmp_path / "run", say=print)
+
+    assert in_processes(task, tmp_path) == [1, 2]
+    assert "Traceback" in capfd.readouterr().err

@@ -36,7 +36,7 @@ def step_peak(who: str, side: int, device: str) -> int:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     ours, theirs = pair()
-    ours.to(device, memory_format=torch.channels_last)
+    ours.to(device).to(memory_format=torch.channels_last)
     theirs.to(device)
     batch = make_batch(2, side, side, torch.device(device))
     check_losses(ours, theirs, batch)

@@ -25,7 +25,7 @@ def run(bench: Bench) -> list[Row]:
     if bench.quick:
         images, height, width = 2, 128, 128
     ours, theirs = pair()
-    ours.to(bench.device, memory_format=torch.channels_last)
+    ours.to(bench.device).to(memory_format=torch.channels_last)
     theirs.to(bench.device)
     batch = make_batch(images, height, width, bench.device)
     check_losses(ours, theirs, batch)
