@@ -54,13 +54,14 @@ def train_step(
     statistics = distributed.running_statistics(model)
     before = distributed.flatten(statistics)
     sums = torch.zeros(3, device=device)
+    # keeps fp16 gradients in range until the true divisor is known; others need none, and by 1 nothing is scaled
+    divisor = len(micro_batches[0].images) if scaler.is_enabled() else 1
     for i, batch in enumerate(micro_batches):
         waits = isinstance(model, DistributedDataParallel) and i + 1 < len(micro_batches)
         with model.no_sync() if waits else nullcontext():  # type: ignore[operator]
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 losses = criterion(model(batch.images), batch.targets)
-            # a constant divisor keeps fp16 gradients in range; the true one replaces it below
-            scaler.scale((losses.classification + losses.box) / len(batch.images)).backward()
+            scaler.scale((losses.classification + losses.box) / divisor).backward()
         sums += torch.stack(losses).detach() + 0 * batch.targets.boxes.sum()  # 0 * inf is NaN: all ranks will know
     own = sums.clone()
     if watched:
@@ -68,7 +69,7 @@ def train_step(
     distributed.all_reduce_sum(sums)
     positives = sums[2].clamp(min=1)
     scaler.unscale_(optimizer)
-    factor = len(micro_batches[0].images) * distributed.world_size() / positives  # DDP takes means over ranks
+    factor = divisor * distributed.world_size() / positives  # DDP takes means over ranks
     norm = scale_and_clip(model.parameters(), factor, clip_norm)
     updated = (sums.sum() + norm).isfinite()
     step_where(optimizer, updated)
