@@ -1,10 +1,6 @@
 """Batches by worker processes: PyTorch's DataLoader, with its traps closed."""
 
-import os
-import signal
 import sys
-import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +8,6 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
-import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
@@ -20,10 +15,9 @@ from retina.data.collate import collate
 from retina.data.dataset import DetectionDataset
 from retina.data.sampler import DetectionBatchSampler, EvalSampler
 from retina.data.transforms import Sample
+from retina.data.workers import LockFreeFork, start_worker, workers_started
 from retina.errors import DataError, RetinaError
 from retina.types import Batch
-
-_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class BatchLoader(DataLoader[Any]):
@@ -63,10 +57,10 @@ class BatchLoader(DataLoader[Any]):
         self.max_bad = min(int(max_bad_fraction * len(dataset) + 1e-9), len(dataset) - 1)
         workers: dict[str, Any] = {}
         if num_workers > 0:
-            workers = {"worker_init_fn": _start_worker, "persistent_workers": persistent}
+            workers = {"worker_init_fn": start_worker, "persistent_workers": persistent}
             if sys.platform == "linux":
                 # forked workers share the annotations' memory; macOS frameworks do not survive a fork
-                workers["multiprocessing_context"] = "fork"
+                workers["multiprocessing_context"] = LockFreeFork()
         super().__init__(
             _Guarded(dataset, self.max_bad, substitute),
             batch_sampler=sampler,
@@ -80,7 +74,7 @@ class BatchLoader(DataLoader[Any]):
         )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        with _workers_started(), self._watched(lambda: self._iterator):
+        with workers_started(), self._watched(lambda: self._iterator):
             fetched = super().__iter__()
         return self._checked(fetched)
 
@@ -254,40 +248,3 @@ def _collate(items: list[_Read | RetinaError], **options: Any) -> _Fetched | Ret
             " - lower data.num_workers or the batch size, or enlarge /dev/shm (docker: --shm-size)"
         )
     return _Fetched(batch, faults)
-
-
-@contextmanager
-def _workers_started() -> Iterator[None]:
-    """Around the start of workers.
-
-    Until `_start_worker` has run, a worker would obey signals as this process does, whose handlers it inherits: so they
-    are held back meanwhile. And DataLoader's own SIGCHLD handler is taken out again: it would raise the death of a
-    worker anywhere in the main process, in the middle of a checkpoint too; `next` finds out by itself, seconds later.
-    """
-    before = signal.getsignal(signal.SIGCHLD)
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGCHLD) is not before:
-            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-
-
-def _start_worker(worker: int) -> None:
-    cv2.setNumThreads(0)  # its pool's threads did not survive the fork; PyTorch limits its own threads by itself
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # it names no file, and what matters is an error here
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        threading.Thread(target=_obey_main_process, args=[os.getppid()], daemon=True).start()  # SIGTERM stays held back
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    else:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
-
-
-def _obey_main_process(main: int) -> None:
-    """Ends this worker when SIGTERM comes from the main process, whose last means that is, and from nobody else."""
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main:
-        pass
-    os._exit(0)

@@ -23,6 +23,7 @@ from retina.data.dataset import DetectionDataset
 from retina.data.loader import BatchLoader, eval_loader, train_loader
 from retina.data.sampler import DetectionBatchSampler, EvalSampler
 from retina.data.transforms import LargeScaleJitter, Pipeline, ResizeShortSide, eval_pipeline
+from retina.data.workers import Flag
 from retina.errors import ConfigError, DataError, RetinaError
 
 PAD = (124, 116, 104)
@@ -449,6 +450,7 @@ def test_a_worker_that_is_killed_is_one_line_where_batches_are_taken(annotations
     batches = iter(loader)
     next(batches)
     killed, other = workers_of(loader)
+    assert isinstance(loader._iterator._workers_done_event, Flag)  # one with a lock might never be free again
     os.kill(killed, signal.SIGKILL)
     time.sleep(0.3)  # here, DataLoader's own handler would raise
     assert signal.getsignal(signal.SIGCHLD) is before
