@@ -173,7 +173,7 @@ MUTANTS = [
     ),
     Mutant(
         "workers heed Ctrl-C",
-        "retina/data/loader.py",
+        "retina/data/workers.py",
         "signal.signal(signal.SIGINT, signal.SIG_IGN)",
         "pass",
         "tests/data/test_loader.py",
