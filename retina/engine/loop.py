@@ -99,7 +99,8 @@ def fit(
     logger.resume(progress.step, pending_evaluation=due(progress))
     meter.load_state(progress.meter, device)
     if config.compile:
-        model.compile()
+        for one in {model, keeper.best_model}:
+            one.compile()
     net = parallel(model, device)
     model.train()
     progress.stopped_early = config.patience is not None and progress.evaluations_without_gain >= config.patience
