@@ -149,12 +149,10 @@ def test_the_compiler_accepts_what_the_interpreter_does(
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", list(cases()))
+@pytest.mark.parametrize("name", [name for name, case in cases().items() if sum(case[4]) == 1])  # weights of an alpha
 def test_on_a_gpu(name: str):
     pytest.importorskip("triton")
     logits, labels, positive, negative, weights, gamma, _ = cases()[name]
-    if sum(weights) != 1:
-        pytest.skip("class_focal_loss has no such alpha")
     expected, slope = oracle(logits, labels, positive, negative, weights, gamma)
     x = logits.cuda().requires_grad_()
     roles = (labels[:, 0].cuda(), positive[:, 0].cuda(), negative[:, 0].cuda())

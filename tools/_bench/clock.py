@@ -97,32 +97,36 @@ class Row:
 
 def speedup(measure: str, times: Mapping[str, Times], *, must: float | None, goal: float | None) -> Row:
     """How many times faster `ours` is than `reference`."""
-    ours, theirs = times["ours"], times["reference"]
-    return Row(
-        measure=measure,
-        ours=ours.median * 1000,
-        reference=theirs.median * 1000,
-        unit="ms",
-        ratio=theirs.median / ours.median,
-        ratio_of_minima=theirs.minimum / ours.minimum,
-        must=must,
-        goal=goal,
-    )
+    ratios = [times["reference"].median / times["ours"].median, times["reference"].minimum / times["ours"].minimum]
+    return _timed(measure, times, *ratios, must, goal, lower_is_better=False)
 
 
 def cost(measure: str, times: Mapping[str, Times], *, must: float | None, goal: float | None) -> Row:
     """What `ours` costs in units of `reference`."""
-    ours, theirs = times["ours"], times["reference"]
+    ratios = [times["ours"].median / times["reference"].median, times["ours"].minimum / times["reference"].minimum]
+    return _timed(measure, times, *ratios, must, goal, lower_is_better=True)
+
+
+def _timed(
+    measure: str,
+    times: Mapping[str, Times],
+    ratio: float,
+    ratio_of_minima: float,
+    must: float | None,
+    goal: float | None,
+    *,
+    lower_is_better: bool,
+) -> Row:
     return Row(
         measure=measure,
-        ours=ours.median * 1000,
-        reference=theirs.median * 1000,
+        ours=times["ours"].median * 1000,
+        reference=times["reference"].median * 1000,
         unit="ms",
-        ratio=ours.median / theirs.median,
-        ratio_of_minima=ours.minimum / theirs.minimum,
+        ratio=ratio,
+        ratio_of_minima=ratio_of_minima,
         must=must,
         goal=goal,
-        lower_is_better=True,
+        lower_is_better=lower_is_better,
     )
 
 
