@@ -56,10 +56,10 @@ def run(bench: Bench) -> list[Row]:
     values: dict[str, list[float]] = {}
     for side, (two, four) in counted.items():
         values[side] = [
-            two.waiting.total(),
+            float(two.waiting.total()),
             (four.waiting.total() - two.waiting.total()) / 2,
             (four.total - two.total) / 2,
-            two.total,
+            float(two.total),
         ]
     names = (
         "operations that wait for the device, per step of two images",
