@@ -97,13 +97,13 @@ class Row:
 
 def speedup(measure: str, times: Mapping[str, Times], *, must: float | None, goal: float | None) -> Row:
     """How many times faster `ours` is than `reference`."""
-    ratios = [times["reference"].median / times["ours"].median, times["reference"].minimum / times["ours"].minimum]
+    ratios = (times["reference"].median / times["ours"].median, times["reference"].minimum / times["ours"].minimum)
     return _timed(measure, times, *ratios, must, goal, lower_is_better=False)
 
 
 def cost(measure: str, times: Mapping[str, Times], *, must: float | None, goal: float | None) -> Row:
     """What `ours` costs in units of `reference`."""
-    ratios = [times["ours"].median / times["reference"].median, times["ours"].minimum / times["reference"].minimum]
+    ratios = (times["ours"].median / times["reference"].median, times["ours"].minimum / times["reference"].minimum)
     return _timed(measure, times, *ratios, must, goal, lower_is_better=True)
 
 
