@@ -77,8 +77,7 @@ def build_optimizer(factory: Callable[..., Optimizer], model: nn.Module, *, scal
     """`factory(groups)` with its learning rate multiplied by `scale`.
 
     Only convolution and linear weights are decayed: norms and biases, all the one-dimensional parameters, are not.
-    On a GPU the optimizer is fused, if it can be and the factory leaves that open (torch's fused SGD on a CPU is slower
-    than the plain one).
+    The optimizer is fused, if it can be and the factory leaves that open.
 
     Raises ConfigError when nothing is left to train or the factory refuses its values."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
@@ -86,7 +85,7 @@ def build_optimizer(factory: Callable[..., Optimizer], model: nn.Module, *, scal
     if not decayed:
         raise ConfigError("model.frozen_stages: nothing is left to train - give a smaller number")
     open_to_choice = {name for name, p in inspect.signature(factory).parameters.items() if p.default is None}
-    fused = {"fused": True} if decayed[0].is_cuda and {"fused", "foreach"} <= open_to_choice else {}
+    fused = {"fused": True} if {"fused", "foreach"} <= open_to_choice else {}
     try:
         optimizer = factory([{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}], **fused)
     except (TypeError, ValueError) as fault:
@@ -103,29 +102,35 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
     return float(optimizer.param_groups[0]["lr"])
 
 
-@torch.no_grad()
-def scale_and_clip(parameters: Iterable[nn.Parameter], factor: Tensor, clip_norm: float | None) -> Tensor:
-    """Multiplies all gradients by `factor` (a scalar on the device) and then clips their norm to `clip_norm`.
-
-    Returns the norm before clipping. Both are one pass over the gradients and never wait for the device."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients) * factor
+def norm_and_divisor(
+    parameters: Iterable[nn.Parameter], divisor: Tensor, clip_norm: float | None
+) -> tuple[Tensor, Tensor]:
+    """The norm of all gradients divided by `divisor` (a scalar on the device), and the divisor that also clips that
+    norm to `clip_norm`. One pass that reads the gradients; never waits for the device."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]) / divisor
     if clip_norm is not None:
-        factor = factor * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, factor)
-    return norm
+        divisor = divisor * ((norm + 1e-6) / clip_norm).clamp(min=1.0)
+    return norm, divisor
 
 
-def step_where(optimizer: Optimizer, wanted: Tensor) -> None:
-    """Makes the update if `wanted` (a bool scalar on the device) is True.
+@torch.no_grad()
+def step_where(optimizer: Optimizer, wanted: Tensor, divisor: Tensor) -> None:
+    """Makes the update by the gradients divided by `divisor` if `wanted` is True (both scalars on the device).
 
-    A fused optimizer is told on the device, so nothing waits for the answer. Others wait, and so does the first update,
-    for it creates the optimizer's state: a skipped one would leave a fused SGD with momentum that was never set."""
-    if not (optimizer.state and all(group.get("fused") for group in optimizer.param_groups)):
-        if bool(wanted):
-            optimizer.step()
+    A fused optimizer divides on its way and is told on the device whether to update, so nothing waits for the answer.
+    Others wait, and so does the first update, for it creates the optimizer's state: a skipped one would leave a fused
+    SGD with momentum that was never set. Fused kernels take for granted that gradients lie in memory as their
+    parameters do, which autograd sees to."""
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    if not (optimizer.state and fused) and not bool(wanted):
         return
     flagged: Any = optimizer  # torch's own GradScaler hands them over by these attributes too
-    flagged.grad_scale, flagged.found_inf = None, (~wanted).float()
+    if fused:
+        flagged.grad_scale, flagged.found_inf = divisor, (~wanted).float()
+    else:
+        torch._foreach_div_(
+            [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], divisor
+        )
     optimizer.step()
-    del flagged.grad_scale, flagged.found_inf
+    if fused:
+        del flagged.grad_scale, flagged.found_inf

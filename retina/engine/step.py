@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from retina import distributed
-from retina.engine.optim import scale_and_clip, step_where
+from retina.engine.optim import norm_and_divisor, step_where
 from retina.evaluation.evaluate import Criterion
 from retina.types import Batch
 
@@ -55,13 +55,13 @@ def train_step(
     before = distributed.flatten(statistics)
     sums = torch.zeros(3, device=device)
     # keeps fp16 gradients in range until the true divisor is known; others need none, and by 1 nothing is scaled
-    divisor = len(micro_batches[0].images) if scaler.is_enabled() else 1
+    scale = len(micro_batches[0].images) if scaler.is_enabled() else 1
     for i, batch in enumerate(micro_batches):
         waits = isinstance(model, DistributedDataParallel) and i + 1 < len(micro_batches)
         with model.no_sync() if waits else nullcontext():  # type: ignore[operator]
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 losses = criterion(model(batch.images), batch.targets)
-            scaler.scale((losses.classification + losses.box) / divisor).backward()
+            scaler.scale((losses.classification + losses.box) / scale).backward()
         sums += torch.stack(losses).detach() + 0 * batch.targets.boxes.sum()  # 0 * inf is NaN: all ranks will know
     own = sums.clone()
     if watched:
@@ -69,10 +69,10 @@ def train_step(
     distributed.all_reduce_sum(sums)
     positives = sums[2].clamp(min=1)
     scaler.unscale_(optimizer)
-    factor = divisor * distributed.world_size() / positives  # DDP takes means over ranks
-    norm = scale_and_clip(model.parameters(), factor, clip_norm)
+    # DDP takes means over ranks
+    norm, divisor = norm_and_divisor(model.parameters(), positives / (scale * distributed.world_size()), clip_norm)
     updated = (sums.sum() + norm).isfinite()
-    step_where(optimizer, updated)
+    step_where(optimizer, updated, divisor)
     if statistics:
         distributed.average_into(statistics, torch.where(updated, distributed.flatten(statistics), before))
     scaler.update()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from retina.engine.optim import Cosine, MultiStep, build_optimizer, scale_and_clip, set_learning_rate, step_where
+from retina.engine.optim import Cosine, MultiStep, build_optimizer, norm_and_divisor, set_learning_rate, step_where
 from retina.errors import ConfigError
 
 RUN = {"total": 1000, "steps_per_epoch": 100}
@@ -49,22 +49,23 @@ def test_frozen_parameters_are_left_out_and_wrong_values_are_one_line() -> None:
         build_optimizer(lambda groups: torch.optim.SGD(groups, lr=1.0), model)
 
 
-def test_scale_and_clip() -> None:
-    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
-    unused = nn.Parameter(torch.zeros(1))
+def test_norm_and_divisor() -> None:
+    a, b, unused = (nn.Parameter(torch.zeros(n)) for n in (2, 1, 1))
     a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
-    assert scale_and_clip([a, b, unused], torch.tensor(2.0), None).item() == pytest.approx(10)
-    assert a.grad.tolist() == [6, 0]
-    assert scale_and_clip([a, b, unused], torch.tensor(0.5), 1.0).item() == pytest.approx(5)
-    assert torch.stack([*a.grad, *b.grad]).norm().item() == pytest.approx(1, abs=1e-5)
-    assert scale_and_clip([a, b, unused], torch.tensor(1.0), 10.0).item() == pytest.approx(1, abs=1e-5)
-    assert b.grad.item() == pytest.approx(0.8, abs=1e-5)
+
+    def both(divisor: float, clip_norm: float | None) -> list[float]:
+        return [x.item() for x in norm_and_divisor([a, b, unused], torch.tensor(divisor), clip_norm)]
+
+    assert both(0.5, None) == pytest.approx([10, 0.5])
+    assert both(2.0, 1.0) == pytest.approx([2.5, 5], abs=1e-5), "a norm of 5 becomes one of 1"
+    assert both(1.0, 10.0) == pytest.approx([5, 1]), "what is short enough stays"
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_an_update_that_is_not_wanted_changes_nothing(kind: type[torch.optim.Optimizer], fused: bool) -> None:
-    """The same as not calling the optimizer at all, whether it was the first update or a later one."""
+    """The same as not calling the optimizer at all, whether it was the first update or a later one; others are by the
+    gradients divided by what is asked for."""
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     models = [nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
@@ -74,7 +75,9 @@ def test_an_update_that_is_not_wanted_changes_nothing(kind: type[torch.optim.Opt
         for model in models:
             for p, gradient in zip(model.parameters(), gradients, strict=True):
                 p.grad = gradient.clone() if wanted else torch.full_like(gradient, torch.nan)
-        step_where(optimizers[0], torch.tensor(wanted))
+                if model is models[0]:
+                    p.grad *= 4
+        step_where(optimizers[0], torch.tensor(wanted), torch.tensor(4.0))
         if wanted:
             optimizers[1].step()
         for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):

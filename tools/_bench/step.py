@@ -87,9 +87,9 @@ def make_batch(images: int, height: int, width: int, device: torch.device, num_c
     return Batch(pixels, sizes, targets, torch.arange(images, device=device), sizes)
 
 
-def our_step(model: RetinaNet, batch: Batch, dtype: torch.dtype, fused: bool | None = None) -> Callable[[], object]:
-    """With the optimizer as training builds it; `fused` as on a GPU."""
-    sgd = partial(torch.optim.SGD, lr=1e-6, momentum=0.9, weight_decay=1e-4, fused=fused)
+def our_step(model: RetinaNet, batch: Batch, dtype: torch.dtype) -> Callable[[], object]:
+    """With the optimizer as training builds it."""
+    sgd = partial(torch.optim.SGD, lr=1e-6, momentum=0.9, weight_decay=1e-4)
     optimizer = build_optimizer(sgd, model)
     scaler = torch.amp.GradScaler(batch.images.device.type, enabled=False)
     criterion = DetectionLoss()

@@ -48,7 +48,7 @@ def run(bench: Bench) -> list[Row]:
     focal._CHUNK = 2**40  # as on a GPU: a CPU takes the loss through its cache in chunks, more of them for more images
     try:
         counted = {
-            "ours": [count(our_step(ours, batch, torch.bfloat16, fused=True)) for batch in batches],
+            "ours": [count(our_step(ours, batch, torch.bfloat16)) for batch in batches],
             "reference": [count(torchvision_step(theirs, batch, amp=False)) for batch in batches],
         }
     finally:
