@@ -42,6 +42,17 @@ class Batch(NamedTuple):
     """(height, width) of the image file after EXIF rotation, before any resize."""
 
 
+class Assignment(NamedTuple):
+    """What every anchor is trained to be. One that is neither positive nor negative is ignored."""
+
+    matched: Int64[Tensor, "B A"]
+    """The object an anchor belongs to, 0..M-1; it means something at positive anchors only."""
+    positive: Bool[Tensor, "B A"]
+    negative: Bool[Tensor, "B A"]
+    quality: Float[Tensor, "B A"] | None = None
+    """The score in [0, 1] that a positive anchor should reach; None: 1. Only soft classification losses read it."""
+
+
 class Predictions(NamedTuple):
     """Raw outputs of a detector, one entry per pyramid level, finest first. The same in training and evaluation."""
 
@@ -49,6 +60,11 @@ class Predictions(NamedTuple):
     deltas: tuple[Float[Tensor, "B A_l 4"], ...]
     anchors: tuple[Float[Tensor, "A_l 4"], ...]
     """Any tuple; `retina.ops.anchors.Anchors` also say on which grids they stand."""
+    quality: tuple[Float[Tensor, "B A_l"], ...] | None = None
+    """Logits of how well each box fits (centerness or IoU), where the head has such a branch."""
+    bins: tuple[Float[Tensor, "B A_l 4 _"], ...] | None = None
+    """Logits over the distances 0, 1, 2, ... strides from an anchor's centre to the left, top, right and bottom of the
+    box, where the head predicts distributions; `deltas` then hold the boxes of their means."""
 
 
 class Losses(NamedTuple):

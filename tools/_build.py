@@ -15,7 +15,7 @@ from retina.errors import ConfigError
 ALLOWED_TARGETS = {
     "augment": ("albumentations.", "retina.data.transforms.", "retina.data.color."),
     "data": ("retina.data.shapes.",),
-    "loss": ("retina.losses.",),
+    "loss": ("retina.losses.", "retina.ops.assigners."),
     "optimizer": ("torch.optim.",),
     "postprocess": ("retina.postprocess.",),
     "schedule": ("retina.engine.optim.",),

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from retina import distributed
 from retina.engine.optim import build_optimizer
 from retina.engine.step import parallel, train_step
-from retina.losses import DetectionLoss
+from retina.losses.detection import DetectionLoss
 from retina.model.retinanet import RetinaNet, retinanet
 from retina.types import Batch, Losses, Predictions, Targets
 

@@ -17,7 +17,7 @@ from retina.data.shapes import write_shapes
 from retina.engine.data import build_eval_loader
 from retina.errors import DataError
 from retina.evaluation.evaluate import Evaluation, evaluate
-from retina.losses import DetectionLoss
+from retina.losses.detection import DetectionLoss
 from retina.postprocess import postprocess
 from retina.types import Batch, Losses, Predictions, Targets
 

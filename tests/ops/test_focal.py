@@ -201,7 +201,7 @@ def test_threads_do_not_change_the_result(gamma: float):
 
 @pytest.mark.parametrize("alpha", [0.25, None])
 def test_what_a_compiler_gets_is_the_same(alpha: float | None, monkeypatch: pytest.MonkeyPatch):
-    """Truly compiled in `test_losses` and in `tools/benchmark.py focal`: the type checks here keep a compiler out."""
+    """Truly compiled in `losses/test_detection` and `tools/benchmark.py focal`: the type checks here keep it out."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     problem = random_problem(2, 40, 5)
     loss, grad = value_and_grad(class_focal_loss, *problem, alpha=alpha)

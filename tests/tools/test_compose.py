@@ -18,7 +18,8 @@ import torch
 from _build import build, call
 from _compose import CONFIGS, compose, entry, sweep, typed
 
-import retina.losses
+import retina.losses.boxes
+import retina.losses.detection
 from retina.data.coco_checks import RecordsError
 from retina.distributed import choose_device
 from retina.engine.config import DataConfig, TrainConfig, from_mapping
@@ -115,7 +116,7 @@ def test_nested_sections_are_built_also_in_lists() -> None:
     some = build({"_target_": "albumentations.OneOf", "transforms": [blur, blur | {"p": 1}]}, "augment.some")
     assert [transform.p for transform in some.transforms] == [0.25, 1]
     loss = build(compose("train", ["+loss.box_loss.beta=0.5"])["loss"], "loss")
-    assert isinstance(loss, retina.losses.DetectionLoss)
+    assert isinstance(loss, retina.losses.detection.DetectionLoss)
 
 
 def test_partial_and_extra_arguments() -> None:
@@ -154,11 +155,11 @@ def test_partial_and_extra_arguments() -> None:
         ("optimizer", "torch.optim.lr_scheduler.partial"),
         ("optimizer", "torch.optim.optimizer.torch.hub.load"),
         # what is its own, but no public class or function
-        ("loss", "retina.losses._with_one_padding"),
-        ("loss", "retina.losses.__loader__.get_data"),
-        ("loss", "retina.losses.__builtins__"),
-        ("loss", "retina.losses.DetectionLoss.forward"),
-        ("loss", "retina.losses.DetectionLoss.__init__.__globals__"),
+        ("loss", "retina.losses.detection._with_one_padding"),
+        ("loss", "retina.losses.boxes.__loader__.get_data"),
+        ("loss", "retina.losses.boxes.__builtins__"),
+        ("loss", "retina.losses.detection.DetectionLoss.forward"),
+        ("loss", "retina.losses.detection.DetectionLoss.__init__.__globals__"),
         ("augment", "albumentations.Blur.from_pretrained"),
         ("augment", "albumentations.core.serialization.SerializableMeta"),
         # functions of other libraries: these read files and call the network
@@ -191,12 +192,12 @@ def test_what_only_pretends_to_be_at_home_is_refused(monkeypatch: pytest.MonkeyP
     def pretender() -> None: ...
 
     for function in (smooth_l1, pretender):
-        function.__module__, function.__qualname__ = "retina.losses", "smooth_l1"
-    monkeypatch.setattr(retina.losses, "pretender", pretender, raising=False)
-    monkeypatch.setattr(retina.losses, "short", functools.partial(print), raising=False)
-    monkeypatch.setattr(retina.losses, "nameless", lambda: None, raising=False)
+        function.__module__, function.__qualname__ = "retina.losses.boxes", "smooth_l1"
+    monkeypatch.setattr(retina.losses.boxes, "pretender", pretender, raising=False)
+    monkeypatch.setattr(retina.losses.boxes, "short", functools.partial(print), raising=False)
+    monkeypatch.setattr(retina.losses.boxes, "nameless", lambda: None, raising=False)
     for name in ("pretender", "short", "nameless"):
-        assert "is not allowed" in fault_of(build, {"_target_": f"retina.losses.{name}"}, "loss")
+        assert "is not allowed" in fault_of(build, {"_target_": f"retina.losses.boxes.{name}"}, "loss")
 
 
 def test_a_module_of_ones_own_can_be_allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -332,7 +333,7 @@ def test_a_signal_ends_the_start_up_at_once(
     number: signal.Signals, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     """At a random instant after the program has begun: while torch is loaded, data is made or the model is built."""
-    words = ["runs=runs", "data.root=shapes", "model.backbone=resnet18", "train.device=cpu", "debug=smoke"]
+    words = ["runs=runs", "data.root=shapes", "model.backbone=resnet18", "train.device=cpu", "experiment=smoke"]
     process = start("-v", CONFIGS.parent / "tools" / "train.py", *words, cwd=tmp_path)
     assert process.stderr is not None
     for line in process.stderr:  # -v names the modules as they are imported: the handlers are set before this one is

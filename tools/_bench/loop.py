@@ -19,7 +19,7 @@ from retina.engine.logging import RunLogger
 from retina.engine.loop import fit
 from retina.engine.optim import MultiStep, build_optimizer, set_learning_rate
 from retina.engine.step import train_step
-from retina.losses import DetectionLoss
+from retina.losses.detection import DetectionLoss
 from retina.model.retinanet import RetinaNet, retinanet
 from retina.model.weights import DetectorCard
 from retina.types import Batch

@@ -25,7 +25,7 @@ from _bench.step import make_batch
 from retina import distributed
 from retina.engine.optim import build_optimizer
 from retina.engine.step import parallel, train_step
-from retina.losses import DetectionLoss
+from retina.losses.detection import DetectionLoss
 from retina.model.retinanet import RetinaNet, retinanet
 from retina.types import Batch, Targets
 

@@ -11,7 +11,7 @@ from _bench.clock import Bench, Row, Times, cost, speedup
 from _bench.torchvision_model import pair, target_dicts, unit_images
 from retina.engine.optim import build_optimizer
 from retina.engine.step import train_step
-from retina.losses import DetectionLoss
+from retina.losses.detection import DetectionLoss
 from retina.model.retinanet import RetinaNet
 from retina.types import Batch, Predictions, Targets
 

@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import box_iou, generalized_box_iou_loss
+from torchvision.ops import box_iou
 
-from retina.losses import DetectionLoss, giou, smooth_l1
+from retina.losses.boxes import giou, smooth_l1
+from retina.losses.detection import DetectionLoss
 from retina.ops.anchors import AnchorGenerator
+from retina.ops.assigners import MaxIoU
 from retina.ops.coding import encode
 from retina.types import Losses, Predictions, Targets
 
@@ -155,7 +157,12 @@ def test_an_object_takes_its_best_anchor_over_all_levels():
     assert losses.num_positives >= 1
     assert fine.abs().sum() > 0
     assert coarse.abs().sum() == 0
-    assert DetectionLoss(low_quality=False)(predictions, make_targets([(60.0, 60.0, 68.0, 68.0, 2)])).num_positives == 0
+    assert (
+        DetectionLoss(assigner=MaxIoU(low_quality=False))(
+            predictions, make_targets([(60.0, 60.0, 68.0, 68.0, 2)])
+        ).num_positives
+        == 0
+    )
 
 
 @pytest.mark.parametrize("compiling", [False, True])
@@ -183,21 +190,6 @@ def test_a_perfect_box_has_no_loss():
     torch.testing.assert_close(giou(deltas, anchors, boxes), torch.zeros(3), rtol=0, atol=1e-5)
 
 
-def test_smooth_l1_of_literals():
-    anchors = torch.tensor([[0.0, 0, 10, 10]])
-    deltas = torch.tensor([[0.05, -0.2, 0.0, 1.0]])
-    assert smooth_l1(deltas, anchors, anchors).item() == pytest.approx(1.25)
-    expected = 0.05**2 / 0.2 + (0.2 - 0.05) + (1 - 0.05)
-    assert smooth_l1(deltas, anchors, anchors, beta=0.1).item() == pytest.approx(expected)
-
-
-def test_giou_loss_equals_torchvision():
-    anchors = ANCHORS[1][100:110]
-    boxes = anchors.roll(1, dims=0)
-    expected = generalized_box_iou_loss(anchors, boxes)
-    torch.testing.assert_close(giou(torch.zeros(10, 4), anchors, boxes), expected)
-
-
 def test_any_callable_is_a_box_loss_and_the_weight_scales_it():
     predictions, targets = random_predictions(1), make_targets(random_objects(3))
     plain = DetectionLoss(box_loss=partial(smooth_l1, beta=0.5))(predictions, targets)
@@ -210,7 +202,7 @@ def test_any_callable_is_a_box_loss_and_the_weight_scales_it():
 @pytest.mark.parametrize("box_loss", [smooth_l1, giou])
 def test_bfloat16_predictions_are_computed_in_float32(box_loss):
     narrow = random_predictions(2, dtype=torch.bfloat16)
-    wide = Predictions(*(tuple(t.detach().float() for t in tensors) for tensors in narrow))
+    wide = Predictions(*(tuple(t.detach().float() for t in tensors) for tensors in narrow[:3]))
     targets = make_targets(random_objects(3), random_objects(4, 1))
     with torch.autocast("cpu", torch.bfloat16):
         losses = DetectionLoss(box_loss=box_loss)(narrow, targets)
@@ -282,7 +274,7 @@ def compile_and_compare() -> None:
 def test_on_a_gpu_nothing_waits_and_the_result_is_the_same():
     predictions, targets = random_predictions(2), make_targets(random_objects(3), random_objects(4, 1))
     expected = DetectionLoss()(predictions, targets)
-    there = Predictions(*(tuple(t.detach().cuda() for t in tensors) for tensors in predictions))
+    there = Predictions(*(tuple(t.detach().cuda() for t in tensors) for tensors in predictions[:3]))
     for tensor in (*there.logits, *there.deltas):
         tensor.requires_grad_()
     targets_there = Targets(*(t.cuda() for t in targets))
@@ -299,11 +291,8 @@ def test_on_a_gpu_nothing_waits_and_the_result_is_the_same():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"alpha": 1.5}, "alpha"),
-        ({"gamma": -1.0}, "gamma"),
         ({"box_weight": -1.0}, "box_weight"),
         ({"box_weight": float("nan")}, "box_weight"),
-        ({"positive_iou": 0.3}, "negative_iou <= positive_iou"),
     ],
 )
 def test_settings_out_of_range_are_refused_in_one_line(settings: dict, message: str):

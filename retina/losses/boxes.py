@@ -1,0 +1,36 @@
+"""Box losses of the positive anchors: any callable like these can take their place."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from retina.ops.boxes import generalized_iou
+from retina.ops.coding import decode, encode
+
+BoxLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(deltas [... A 4], anchors [A 4], boxes [... A 4]) -> [... A]: predicted offsets against the objects' boxes."""
+
+
+def smooth_l1(
+    deltas: Float[Tensor, "*batch A 4"],
+    anchors: Float[Tensor, "A 4"],
+    boxes: Float[Tensor, "*batch A 4"],
+    *,
+    beta: float = 0.0,
+) -> Float[Tensor, "*batch A"]:
+    """Smooth L1 between predicted and encoded deltas, summed over the 4 coordinates.
+
+    Per coordinate with difference d: d^2 / (2 beta) if |d| < beta, else |d| - beta / 2; beta 0 is plain L1, as
+    torchvision and detectron2 train RetinaNet. Choose beta with `functools.partial(smooth_l1, beta=0.1)`.
+    Source: Girshick, Fast R-CNN, ICCV 2015, equations 2 and 3.
+    """
+    return F.smooth_l1_loss(deltas, encode(boxes, anchors), beta=beta, reduction="none").sum(dim=-1)
+
+
+def giou(
+    deltas: Float[Tensor, "*batch A 4"], anchors: Float[Tensor, "A 4"], boxes: Float[Tensor, "*batch A 4"]
+) -> Float[Tensor, "*batch A"]:
+    """1 - generalized IoU of the decoded box with the object's box, in [0, 2]."""
+    return 1 - generalized_iou(decode(deltas, anchors), boxes)
