@@ -29,18 +29,20 @@ def postprocess(
 
     A candidate is an (anchor, class) pair with score sigmoid(logit) > `score_threshold`. The best
     `candidates_per_level` of each level are decoded and clipped to the image's content `sizes` (height, width), not to
-    the padded canvas. Of the candidates of one class that overlap by more than `nms_iou`, the best stays; then the best
-    `max_detections` of the image.
+    the padded canvas. With `predictions.quality`, scores are then multiplied by sigmoid(quality) of their anchor, and
+    may fall below the threshold. Of the candidates of one class that overlap by more than `nms_iou`, the best stays;
+    then the best `max_detections` of the image.
 
-    Ties of score go to the finer level, then the lower anchor, then the lower class. Boxes that are NaN, and
-    anchors with a NaN logit, never survive; `count_non_finite` tells of them. float32 inside; boxes and scores are
-    float32.
+    Ties of score go to the finer level, then the higher score before quality, then the lower anchor, then the lower
+    class. Boxes that are NaN, and anchors with a NaN logit or quality, never survive; `count_non_finite` tells of them.
+    float32 inside; boxes and scores are float32.
 
     Args:
         class_agnostic: suppress overlapping candidates whatever their class.
 
     Raises ValueError for settings out of range.
-    Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, section 4 "Inference".
+    Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, section 4 "Inference"; for quality, Zhang et
+    al., ATSS, CVPR 2020, as mmdetection applies it.
     """
     if not 0 <= score_threshold < 1:
         raise ValueError(f"score_threshold must be in [0, 1), got {score_threshold}")
@@ -51,7 +53,10 @@ def postprocess(
 
     boxes, scores, labels, image = _candidates(predictions, score_threshold, candidates_per_level)
     boxes = clip_boxes(boxes, sizes.to(boxes.device)[image])
-    keep = (boxes[:, 2:] >= boxes[:, :2]).all(dim=1).nonzero().squeeze(1)  # False for NaN
+    sound = (boxes[:, 2:] >= boxes[:, :2]).all(dim=1)  # False for NaN
+    if predictions.quality is not None:
+        sound &= scores >= 0
+    keep = sound.nonzero().squeeze(1)
     keep = keep[_best_first(scores[keep], image[keep])]
     boxes, scores, labels, image = boxes[keep], scores[keep], labels[keep], image[keep]
     groups = image if class_agnostic else image * predictions.logits[0].shape[-1] + labels
@@ -60,15 +65,21 @@ def postprocess(
 
 
 def count_non_finite(predictions: Predictions) -> Int64[Tensor, ""]:
-    """How many anchors, over all images, have a logit or delta that is NaN or infinite. Stays on the device."""
+    """How many anchors, over all images, have a logit, delta or quality that is NaN or infinite. Stays on the device.
+
+    A distribution that is not finite shows in the deltas of its mean."""
     device = predictions.logits[0].device
-    if device.type == "cpu" and all(bool(x.sum().isfinite()) for x in (*predictions.logits, *predictions.deltas)):
+    quality = predictions.quality or ()
+    tensors = *predictions.logits, *predictions.deltas, *quality
+    if device.type == "cpu" and all(bool(x.sum().isfinite()) for x in tensors):
         return torch.zeros((), dtype=torch.int64)  # a sum is finite only if all its terms are; and it is the cheaper
     wide = torch.float32 if device.type == "mps" else torch.float64  # finite float32 numbers add up to a finite sum
     finite = [
         (logits.sum(dim=-1, dtype=wide) + deltas.sum(dim=-1, dtype=wide)).isfinite()
         for logits, deltas in zip(predictions.logits, predictions.deltas, strict=True)
     ]
+    for level, logit in zip(finite, quality, strict=False):  # or without any quality
+        level &= logit.isfinite()
     return torch.stack([(~one).sum() for one in finite]).sum()
 
 
@@ -113,7 +124,8 @@ def grouped_nms(
 def _candidates(
     predictions: Predictions, threshold: float, limit: int
 ) -> tuple[Float[Tensor, "N 4"], Float[Tensor, "N"], Int64[Tensor, "N"], Int64[Tensor, "N"]]:
-    """Decoded boxes, scores, labels and image of the best pairs of every level, by level, image and then best first.
+    """Decoded boxes, scores, labels and image of the best pairs of every level, by level, image and then best first
+    (before quality).
 
     Shapes that depend on the data make a GPU wait: there are two here, whatever the number of images and levels."""
     num_images, num_classes = len(predictions.logits[0]), predictions.logits[0].shape[-1]
@@ -121,7 +133,7 @@ def _candidates(
     promising = torch.cat([(best >= low).flatten() for best, low in lowest]).nonzero().squeeze(1)
     ends = torch.tensor([0, *(best.numel() for best, _ in lowest)]).cumsum(0)
     bounds = torch.searchsorted(promising, ends.to(promising.device)).tolist()
-    rows, deltas, anchors, groups = [], [], [], []
+    rows, deltas, anchors, groups, fits = [], [], [], [], []
     for level, (first, last) in enumerate(pairwise(bounds)):
         row = promising[first:last] - ends[level]
         num_anchors = len(predictions.anchors[level])
@@ -129,14 +141,17 @@ def _candidates(
         deltas.append(predictions.deltas[level].reshape(-1, 4)[row].float())
         anchors.append(predictions.anchors[level][row % num_anchors])
         groups.append(row // num_anchors + level * num_images)
+        if predictions.quality is not None:
+            fits.append(predictions.quality[level].flatten()[row].float())
     logits, group = torch.cat(rows), torch.cat(groups)
     low = torch.cat([low.flatten() for _, low in lowest])
     pair, label = ((logits >= low[group, None]) & (logits.sigmoid() > threshold)).nonzero(as_tuple=True)
     scores, group = logits[pair, label].sigmoid(), group[pair]
     best = _best_first(scores, group, limit)
     pair, group = pair[best], group[best]
+    scores = scores[best] * torch.cat(fits)[pair].sigmoid() if fits else scores[best]
     boxes = decode(torch.cat(deltas)[pair], torch.cat(anchors)[pair])
-    return boxes, scores[best], label[best], group % num_images
+    return boxes, scores, label[best], group % num_images
 
 
 def _lowest_logit(

@@ -19,7 +19,9 @@ import retina
 from retina.data.images import read_image
 from retina.errors import CheckpointError, ConfigError, DataError
 from retina.inference import Detector, as_array, check_postprocess
-from retina.model.weights import read_card
+from retina.model.retinanet import retinanet
+from retina.model.weights import DetectorCard, read_card, save_detector
+from retina.postprocess import postprocess
 from retina.types import Detections
 
 
@@ -200,6 +202,48 @@ def test_precision(run: Path, files: list[Path]) -> None:
     assert len(coarse.predict(files[:1])) == 1
     with pytest.raises(ConfigError, match="precision: 'int8' is not known"):
         Detector.load(run, precision="int8")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+def test_a_detector_with_every_switch(norm: str, precision: str, files: list[Path], tmp_path: Path) -> None:
+    """Merged norms and all, it finds what its model and `postprocess` find."""
+    torch.manual_seed(0)
+    model = retinanet(
+        num_classes=3, backbone="resnet18", norm=norm, norm_eps=1e-3, fpn_channels=32, head_convs=1, head_norm="group",
+        levels=[2, 3, 4, 5, 6], neck="pafpn", p6_from="p5", p7_relu=False, head_quality=True, box_bins=9,
+        anchor_scales=[2.0], anchor_ratios=[1.0], anchor_offset=0.5, prior=0.1,
+    )  # fmt: skip
+    with torch.no_grad():
+        model.head.classification.predict.weight.normal_(std=0.5)
+        model.head.box.predict.weight.normal_(std=0.3)
+        model.head.box.quality.weight.normal_(std=0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 2.0)
+    preprocessing = PREPROCESSING | {"precision": precision}
+    options = {"score_threshold": 0.3, "max_detections": 20}
+    card = DetectorCard(
+        model=model.arguments,
+        classes=["a", "b", "c"],
+        category_ids=[1, 2, 3],
+        preprocessing=preprocessing,
+        postprocess=options,
+    )
+    save_detector(tmp_path / "best.safetensors", model.state_dict(), card)
+    detector = retina.load(tmp_path, device="cpu")
+    assert not [name for name, _ in detector.model.named_buffers() if name.endswith("running_var")]
+    assert detector.model.arguments == model.arguments
+    images = [torch.from_numpy(read_image(file)[:64, :96]).permute(2, 0, 1).contiguous() for file in files[:2]]
+    found = detector.predict(images)
+    with torch.no_grad():
+        expected = postprocess(model.eval()(torch.stack(images)), torch.tensor([[64, 96]] * 2), **options)
+    assert all(len(one.scores) == 20 for one in found)
+    if precision == "fp32":
+        assert_equal(found, expected, tolerance=1e-2)
+    else:  # of numbers with 8 bits, the order differs
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one.scores, other.scores, rtol=0, atol=0.1)
 
 
 def fault_of(file: Path) -> str:

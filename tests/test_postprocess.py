@@ -13,11 +13,14 @@ ANCHORS = AnchorGenerator((32.0, 64.0))(((16, 24), (8, 12)), (8, 16), "cpu")
 SIZES = torch.tensor([[128, 192], [100, 150], [128, 80]])
 
 
-def random_predictions(num_images: int, num_classes: int, *, bias: float = -2.0, seed: int = 0) -> Predictions:
+def random_predictions(
+    num_images: int, num_classes: int, *, bias: float = -2.0, seed: int = 0, quality: bool = False
+) -> Predictions:
     generator = torch.Generator().manual_seed(seed)
     logits = tuple(torch.randn(num_images, len(a), num_classes, generator=generator) * 1.5 + bias for a in ANCHORS)
     deltas = tuple(torch.randn(num_images, len(a), 4, generator=generator) * 0.5 for a in ANCHORS)
-    return Predictions(logits, deltas, ANCHORS)
+    fits = tuple(torch.randn(num_images, len(a), generator=generator) * 2 for a in ANCHORS)
+    return Predictions(logits, deltas, ANCHORS, fits if quality else None)
 
 
 def nothing(num_images: int = 1, num_classes: int = 3) -> Predictions:
@@ -33,14 +36,15 @@ def slow_reference(
     detections = []
     for b, (height, width) in enumerate(sizes.tolist()):
         boxes, scores, labels = [], [], []
-        for logits, deltas, anchors in zip(*predictions, strict=True):
+        quality = predictions.quality or [None] * len(predictions.logits)
+        for logits, deltas, anchors, fits in zip(*predictions[:3], quality, strict=True):
             flat = logits[b].flatten().sigmoid()
             candidates = (flat > threshold).nonzero().squeeze(1)
             candidates = candidates[flat[candidates].argsort(descending=True, stable=True)[:limit]]
             anchor = candidates // logits.shape[-1]
             box = decode(deltas[b, anchor], anchors[anchor])
             boxes.append(torchvision.ops.clip_boxes_to_image(box, (height, width)))
-            scores.append(flat[candidates])
+            scores.append(flat[candidates] if fits is None else flat[candidates] * fits[b, anchor].sigmoid())
             labels.append(candidates % logits.shape[-1])
         box, score, label = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
         group = torch.zeros_like(label) if agnostic else label
@@ -67,6 +71,46 @@ def test_equals_the_slow_reference(num_classes: int, threshold: float, limit: in
         torch.testing.assert_close(one.scores, other.scores)
 
 
+@pytest.mark.parametrize("agnostic", [False, True])
+@pytest.mark.parametrize("limit", [50, 1000])
+@pytest.mark.parametrize("threshold", [0.05, 0.0])
+def test_quality_multiplies_the_scores_of_the_candidates(threshold: float, limit: int, agnostic: bool):
+    """Candidates are chosen without it; it decides the order, what suppresses what, and what is kept."""
+    predictions = random_predictions(3, 4, quality=True)
+    settings = {"score_threshold": threshold, "candidates_per_level": limit, "max_detections": 100}
+    ours = postprocess(predictions, SIZES, nms_iou=0.5, class_agnostic=agnostic, **settings)
+    assert_same(ours, slow_reference(predictions, SIZES, threshold, limit, 0.5, 100, agnostic))
+    without = postprocess(predictions._replace(quality=None), SIZES, class_agnostic=agnostic, **settings)
+    for one, other in zip(ours, without, strict=True):
+        assert len(one.scores) > 20
+        assert one.scores.max() < other.scores.max()
+    narrow = predictions._replace(quality=tuple(q.bfloat16() for q in predictions.quality))
+    wide = predictions._replace(quality=tuple(q.float() for q in narrow.quality))
+    assert_same(postprocess(narrow, SIZES), postprocess(wide, SIZES))
+
+
+def test_quality_may_lift_a_box_over_a_better_classified_one_and_below_the_threshold():
+    predictions = nothing(num_classes=1)._replace(quality=tuple(torch.zeros(1, len(a)) for a in ANCHORS))
+    predictions.logits[0][0, 1839, 0], predictions.logits[0][0, 1840, 0] = 2.0, 1.0  # of one cell, overlapping
+    predictions.quality[0][0, 1839], predictions.quality[0][0, 1840] = -5.0, -4.0
+    (detections,) = postprocess(predictions, SIZES[:1], score_threshold=0.3, nms_iou=0.3)
+    assert detections.scores.tolist() == pytest.approx([torch.tensor([1.0, -4.0]).sigmoid().prod().item()])
+    assert detections.scores[0] < 0.3
+    torch.testing.assert_close(detections.boxes[0], ANCHORS[0][1840].clamp(min=0))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_quality_that_is_not_finite_is_counted_and_nan_never_survives(value: float):
+    predictions = random_predictions(2, 3, bias=0.0, quality=True)
+    predictions.quality[0][0, ::3] = value
+    predictions.quality[1][1, 5] = value
+    predictions.logits[1][1, 5, 0] = torch.nan  # the same anchor
+    assert int(count_non_finite(predictions)) == len(ANCHORS[0][::3]) + 1
+    for one in postprocess(predictions, SIZES[:2], max_detections=5000):
+        assert len(one.scores) > 20
+        assert one.scores.isfinite().all()
+
+
 def assert_same(ours: list[Detections], expected: list[Detections]) -> None:
     assert len(ours) == len(expected)
     for one, other in zip(ours, expected, strict=True):
@@ -79,7 +123,7 @@ def test_looks_on_until_enough_survive():
     """Hundreds of boxes of one spot come first, then an image without anything, then one with few."""
     predictions = random_predictions(3, 2, bias=-4.0)
     anchors = ANCHORS[0]
-    for level, (logits, deltas, boxes) in enumerate(zip(*predictions, strict=True)):
+    for level, (logits, deltas, boxes) in enumerate(zip(*predictions[:3], strict=True)):
         logits[1] = -20.0
         if level == 0:
             logits[0, 600:1200, 1] = torch.linspace(2, 3, 600)
@@ -279,10 +323,10 @@ def test_one_bad_number_among_all_levels_is_counted(which: int):
 @pytest.mark.parametrize("count", [5, 300])
 def test_a_gpu_finds_the_same(count: int, agnostic: bool):
     """There, one NMS serves the whole batch."""
-    predictions = random_predictions(3, 7)
+    predictions = random_predictions(3, 7, quality=True)
     settings = {"max_detections": count, "nms_iou": 0.3, "class_agnostic": agnostic, "candidates_per_level": 200}
     expected = postprocess(predictions, SIZES, **settings)
-    there = Predictions(*(tuple(t.cuda() for t in tensors) for tensors in predictions))
+    there = Predictions(*(tuple(t.cuda() for t in tensors) for tensors in predictions[:4]))
     found = postprocess(there, SIZES.cuda(), **settings)
     assert_same([Detections(*(t.cpu() for t in one)) for one in found], expected)
     assert int(count_non_finite(there)) == 0

@@ -12,6 +12,8 @@ from jaxtyping import Int64, Shaped
 from numpy import ndarray
 from torch.utils.data import Sampler
 
+from retina.data.repeats import Repeats, draw, random_keys
+
 
 class DetectionBatchSampler(Sampler[list[tuple[int, int]]]):
     """Yields micro-batches of this process for one epoch as lists of (epoch, index): `accumulate` lists per step.
@@ -24,9 +26,10 @@ class DetectionBatchSampler(Sampler[list[tuple[int, int]]]):
         accumulate: micro-batches per optimizer step.
         seed: of the order.
         shuffle: otherwise images come in the order of `sizes` (within each orientation).
+        repeats: how often each image is drawn (`retina.data.repeats`), for rare classes; None is every image once.
 
     The last global batch of an epoch is filled up with the epoch's first images, so that every epoch has the same
-    number of steps and shows every image at least once.
+    number of steps and shows everything that was drawn.
 
     Raises ValueError if there are no images or `total_batch` cannot be cut evenly.
     """
@@ -42,9 +45,12 @@ class DetectionBatchSampler(Sampler[list[tuple[int, int]]]):
         seed: int = 0,
         shuffle: bool = True,
         group_by_aspect: bool = True,
+        repeats: Repeats | None = None,
     ) -> None:
         if len(sizes) == 0:
             raise ValueError("there are no images to draw batches from")
+        if repeats is not None and repeats.images.max() >= len(sizes):
+            raise ValueError(f"repeats are of image {repeats.images.max()}, but there are {len(sizes)} images")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in 0..{world_size - 1}, got {rank}")
         if min(total_batch, accumulate) < 1:
@@ -60,6 +66,8 @@ class DetectionBatchSampler(Sampler[list[tuple[int, int]]]):
         self.total_batch = total_batch
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.seed, self.shuffle = seed, shuffle
+        self._repeats = repeats
+        self.images_per_epoch = len(sizes) if repeats is None else repeats.num_draws
         self._orientations = np.sign(sizes[:, 1] - sizes[:, 0]) if group_by_aspect else np.zeros(len(sizes), np.int64)
         self.start(0, 0)
 
@@ -71,7 +79,7 @@ class DetectionBatchSampler(Sampler[list[tuple[int, int]]]):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of a whole epoch."""
-        return -(-len(self._orientations) // self.total_batch)
+        return -(-self.images_per_epoch // self.total_batch)
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration yields this epoch, from its beginning."""
@@ -85,10 +93,9 @@ class DetectionBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def global_batches(self, epoch: int) -> Int64[ndarray, "steps total_batch"]:
         """The images of every optimizer step of an epoch; it does not depend on processes or accumulation."""
-        if self.shuffle:
-            order = _permutation(len(self._orientations), self.seed, epoch)
-        else:
-            order = np.arange(len(self._orientations))
+        num = len(self._orientations)
+        images = np.arange(num) if self._repeats is None else draw(self._repeats, self.seed, epoch)
+        order = _shuffled(images, self.seed, epoch) if self.shuffle else images
         arranged = _group(order, self._orientations, self.total_batch)
         return np.resize(arranged, (self.steps_per_epoch, self.total_batch))  # repeats from the start to fill up
 
@@ -101,6 +108,46 @@ class DetectionBatchSampler(Sampler[list[tuple[int, int]]]):
         batches = self.global_batches(epoch)[self.step :]
         own = batches.reshape(len(batches) * self.accumulate, self.world_size, self.micro_batch)[:, self.rank]
         return ([(epoch, index) for index in indices.tolist()] for indices in own)
+
+
+class RepeatSampler(Sampler[int]):
+    """Yields the indices of an epoch for torch's DataLoader, each image as often as it is drawn, in random order.
+
+        images = ImageFolder(root, transform)
+        sampler = RepeatSampler(class_balanced(images.targets))
+        loader = DataLoader(images, batch_size=64, sampler=sampler)
+
+    Of several processes each takes every `world_size`-th index, from `rank` on, of the order filled up from its start
+    to equal shares: with batches that much smaller, the same images meet in the same steps. The order is a function of
+    seed and epoch: call `set_epoch` before every epoch.
+    """
+
+    def __init__(self, repeats: Repeats, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in 0..{world_size - 1}, got {rank}")
+        self.repeats, self.seed = repeats, seed
+        self.rank, self.world_size = rank, world_size
+        self.share = -(-repeats.num_draws // world_size)
+        self.start(0, 0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration yields this epoch, from its beginning."""
+        self.start(epoch, 0)
+
+    def start(self, epoch: int, taken: int) -> None:
+        """The next iteration yields this epoch without the first `taken` indices of this process."""
+        if not 0 <= taken <= self.share:
+            raise ValueError(f"taken must lie in 0..{self.share}, got {taken}")
+        self.epoch, self.taken = epoch, taken
+
+    def __len__(self) -> int:
+        """Indices that the next iteration yields."""
+        return self.share - self.taken
+
+    def __iter__(self) -> Iterator[int]:
+        order = _shuffled(draw(self.repeats, self.seed, self.epoch), self.seed, self.epoch)
+        own = np.resize(order, (self.share, self.world_size))[self.taken :, self.rank]
+        return iter(own.tolist())
 
 
 class EvalSampler(Sampler[list[tuple[int, int]]]):
@@ -132,17 +179,12 @@ def eval_shard(num: int, rank: int, world_size: int) -> Int64[ndarray, "share"]:
     return np.arange(rank, num, world_size)
 
 
-def _permutation(num: int, seed: int, epoch: int) -> Int64[ndarray, "N"]:
-    """A random order, the same under every version of numpy.
-
-    numpy promises the raw stream of a bit generator forever, but not what `Generator.permutation` makes of it
-    (NEP 19); so we sort random keys ourselves. Equal keys (odds below 1e-5 for ten million images) keep their order.
-    """
-    keys = np.random.PCG64(np.random.SeedSequence((seed, epoch))).random_raw(num)
-    return np.argsort(keys, kind="stable")
+def _shuffled(images: Int64[ndarray, "N"], seed: int, epoch: int) -> Int64[ndarray, "N"]:
+    """In random order. Equal keys (odds below 1e-5 for ten million images) keep theirs."""
+    return images[np.argsort(random_keys(len(images), seed, epoch), kind="stable")]
 
 
-def _group(order: Int64[ndarray, "N"], groups: Shaped[ndarray, "N"], total_batch: int) -> Int64[ndarray, "N"]:
+def _group(order: Int64[ndarray, "D"], groups: Shaped[ndarray, "N"], total_batch: int) -> Int64[ndarray, "D"]:
     """Rearrange so that consecutive runs of `total_batch` are of one group, leftovers of all groups at the end.
 
     Each group fills a batch of its own as the order goes by, and a batch is placed when it becomes full: the order of

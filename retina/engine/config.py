@@ -16,6 +16,7 @@ Length = int | float | str
 """How long: an integer is optimizer steps, a fraction below 1 is a share of the run, `"3ep"` is three epochs."""
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+SAMPLINGS = ("repeat_factor", "class_balanced")
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
@@ -98,6 +99,11 @@ class DataConfig:
     eval_batch_size: int | None = None
     """Images per forward in evaluation and process; null takes the training micro-batch."""
     group_by_aspect: bool = True
+    sampling: str | None = None
+    """How often an image is drawn per epoch: null is once, "repeat_factor" repeats images of rare classes (LVIS),
+    "class_balanced" draws every class equally often."""
+    repeat_threshold: float = 0.001
+    """Of `sampling: repeat_factor`: classes that fewer than this share of the images show are repeated."""
     canvases: list[Any] | None = None
     """[height, width] of the only canvases there may be, for a compiled model; null pads as little as can be."""
     min_size: float = 1.0
@@ -124,6 +130,10 @@ class DataConfig:
         for canvas in self.canvases or []:
             sides = isinstance(canvas, list) and len(canvas) == 2 and all(isinstance(s, int) and s > 0 for s in canvas)
             _check(sides, "data.canvases", canvas, "give a list of [height, width]")
+        sampling = f"choose {' or '.join(SAMPLINGS)}, or null"
+        _check(self.sampling is None or self.sampling in SAMPLINGS, "data.sampling", self.sampling, sampling)
+        threshold = self.repeat_threshold
+        _check(0 < threshold <= 1, "data.repeat_threshold", threshold, "give a share of the images above 0, at most 1")
         _check(self.min_size > 0, "data.min_size", self.min_size, "give pixels above 0")
         _check(self.on_error in ("stop", "skip"), "data.on_error", self.on_error, "choose stop or skip")
         _check(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "give pixels")

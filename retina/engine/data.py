@@ -9,6 +9,7 @@ from retina.data.coco import Annotations
 from retina.data.dataset import DetectionDataset
 from retina.data.images import MAX_PIXELS
 from retina.data.loader import BatchLoader, eval_loader, train_loader
+from retina.data.repeats import repeats_of
 from retina.data.report import DataReport
 from retina.data.sampler import DetectionBatchSampler, EvalSampler
 from retina.data.transforms import Pipeline, eval_pipeline
@@ -62,6 +63,7 @@ def build_train_loader(
     pin_memory: bool,
 ) -> tuple[BatchLoader, DetectionBatchSampler]:
     """This rank's micro-batches. Raises ConfigError when the batch size cannot be cut evenly."""
+    repeats = repeats_of(annotations, config.sampling, threshold=config.repeat_threshold)
     try:
         sampler = DetectionBatchSampler(
             annotations.sizes,
@@ -71,6 +73,7 @@ def build_train_loader(
             accumulate=train.accumulate,
             seed=train.seed,
             group_by_aspect=config.group_by_aspect,
+            repeats=repeats,
         )
     except ValueError as fault:
         raise ConfigError(f"train.batch_size: {fault}") from None

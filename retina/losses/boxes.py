@@ -1,4 +1,8 @@
-"""Box losses of the positive anchors: any callable like these can take their place."""
+"""Box losses of the positive anchors: any callable like these can take their place.
+
+The first two compare offsets from the anchor. The others decode the box and compare its overlap with the object's, and
+so weigh large and small objects alike; their formulas are in `retina.ops.boxes`.
+"""
 
 from collections.abc import Callable
 
@@ -6,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from retina.ops.boxes import generalized_iou
+from retina.ops.boxes import complete_iou, distance_iou, generalized_iou, paired_iou
 from retina.ops.coding import decode, encode
 
 BoxLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -29,8 +33,36 @@ def smooth_l1(
     return F.smooth_l1_loss(deltas, encode(boxes, anchors), beta=beta, reduction="none").sum(dim=-1)
 
 
+def l1(
+    deltas: Float[Tensor, "*batch A 4"], anchors: Float[Tensor, "A 4"], boxes: Float[Tensor, "*batch A 4"]
+) -> Float[Tensor, "*batch A"]:
+    """Absolute difference between predicted and encoded deltas, summed over the 4 coordinates: smooth L1 of beta 0."""
+    return smooth_l1(deltas, anchors, boxes)
+
+
+def iou(
+    deltas: Float[Tensor, "*batch A 4"], anchors: Float[Tensor, "A 4"], boxes: Float[Tensor, "*batch A 4"]
+) -> Float[Tensor, "*batch A"]:
+    """1 - IoU of the decoded box with the object's box, in [0, 1]; no gradient where they do not overlap."""
+    return 1 - paired_iou(decode(deltas, anchors), boxes)
+
+
 def giou(
     deltas: Float[Tensor, "*batch A 4"], anchors: Float[Tensor, "A 4"], boxes: Float[Tensor, "*batch A 4"]
 ) -> Float[Tensor, "*batch A"]:
     """1 - generalized IoU of the decoded box with the object's box, in [0, 2]."""
     return 1 - generalized_iou(decode(deltas, anchors), boxes)
+
+
+def diou(
+    deltas: Float[Tensor, "*batch A 4"], anchors: Float[Tensor, "A 4"], boxes: Float[Tensor, "*batch A 4"]
+) -> Float[Tensor, "*batch A"]:
+    """1 - distance IoU of the decoded box with the object's box, in [0, 2]."""
+    return 1 - distance_iou(decode(deltas, anchors), boxes)
+
+
+def ciou(
+    deltas: Float[Tensor, "*batch A 4"], anchors: Float[Tensor, "A 4"], boxes: Float[Tensor, "*batch A 4"]
+) -> Float[Tensor, "*batch A"]:
+    """1 - complete IoU of the decoded box with the object's box, in [0, 2.5)."""
+    return 1 - complete_iou(decode(deltas, anchors), boxes)

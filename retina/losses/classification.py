@@ -1,14 +1,24 @@
-"""Classification losses of a detector: sums over all anchors that are positive or negative."""
+"""Classification losses of a detector: sums over all anchors that are positive or negative.
+
+Cross entropy is `Focal(gamma=0, alpha=None)`, alpha-balanced cross entropy `Focal(gamma=0, alpha=0.75)`.
+"""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int64
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torchvision.ops import nms
 
-from retina.ops.focal import check_focal, class_focal_loss
+from retina.ops.boxes import pairwise_iou
+from retina.ops.class_focal import class_focal_loss
+from retina.ops.focal import check_focal
+from retina.ops.soft_focal import ghm_loss, quality_focal_loss, varifocal_loss
 from retina.types import Assignment, Predictions
+
+_CHUNK = 2**24  # logits that are copied at a time
 
 
 @runtime_checkable
@@ -19,7 +29,9 @@ class ClassLoss(Protocol):
         self, predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
     ) -> Float[Tensor, ""]:
         """The sum over anchors and classes; anchors that are neither positive nor negative count for nothing. `labels`
-        are those of the objects that the anchors belong to, and say something at positive anchors only."""
+        are those of the objects that the anchors belong to, and say something at positive anchors only.
+
+        A loss with an attribute `needs_quality` that is true also reads `assigned.quality`, which then is a tensor."""
         ...
 
 
@@ -47,3 +59,192 @@ class Focal:
         parts = (part.split(counts, dim=1) for part in (labels, assigned.positive, assigned.negative))
         levels = zip(predictions.logits, *parts, strict=True)
         return torch.stack([class_focal_loss(*level, alpha=self.alpha, gamma=self.gamma) for level in levels]).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityFocal:
+    """The quality focal loss: |y - p|^gamma BCE(p, y), where y is a positive's quality at its label, 0 elsewhere.
+
+    Args:
+        gamma: focusing exponent; 0 is the cross entropy with soft targets.
+
+    Raises ValueError for values out of range.
+    Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 2."""
+
+    gamma: float = 2.0
+    needs_quality: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_focal(None, self.gamma)
+
+    def __call__(
+        self, predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
+    ) -> Float[Tensor, ""]:
+        logits, quality = _logits_of_labels(predictions, labels, assigned), _quality(assigned)
+        own = torch.where(assigned.positive, quality_focal_loss(logits, quality, gamma=self.gamma), 0).sum()
+        return own + _of_negatives(self.gamma, predictions, labels, assigned)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Varifocal:
+    """The varifocal loss: q BCE(p, q) at a positive's label, with q its quality, and alpha p^gamma BCE(p, 0) elsewhere.
+
+    Args:
+        alpha: weight of the negatives.
+        gamma: focusing exponent of the negatives.
+
+    Raises ValueError for values out of range.
+    Source: Zhang et al., VarifocalNet, CVPR 2021, equation 2."""
+
+    alpha: float = 0.75
+    gamma: float = 2.0
+    needs_quality: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_focal(self.alpha, self.gamma)
+
+    def __call__(
+        self, predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
+    ) -> Float[Tensor, ""]:
+        logits, quality = _logits_of_labels(predictions, labels, assigned), _quality(assigned)
+        own = varifocal_loss(logits, quality, alpha=self.alpha, gamma=self.gamma)
+        own = torch.where(assigned.positive, own, 0).sum()
+        return own + self.alpha * _of_negatives(self.gamma, predictions, labels, assigned)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GHM:
+    """GHM-C: the cross entropy, divided by how many anchors and classes have a gradient of that length.
+
+    The published loss is a mean already. It is multiplied with the batch's positives (at least 1), by which the caller
+    divides. One histogram over all images and levels, without memory of earlier batches. Holds a copy of all logits.
+
+    Args:
+        num_bins: of the histogram of gradient lengths.
+
+    Raises ValueError for no bins.
+    Source: Li, Liu and Wang, Gradient Harmonized Single-stage Detector, AAAI 2019, equation 10."""
+
+    num_bins: int = 30
+
+    def __post_init__(self) -> None:
+        if self.num_bins < 1:
+            raise ValueError(f"num_bins must be at least 1, got {self.num_bins}")
+
+    def __call__(
+        self, predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
+    ) -> Float[Tensor, ""]:
+        logits = torch.cat(predictions.logits, dim=1)
+        classes = torch.arange(logits.shape[-1], device=logits.device)
+        targets = assigned.positive[..., None] & (labels[..., None] == classes)
+        valid = (assigned.positive | assigned.negative)[..., None].expand_as(targets)
+        loss = ghm_loss(logits, targets.to(logits.dtype), valid, num_bins=self.num_bins).sum()
+        return loss * assigned.positive.sum().clamp(min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OHEM:
+    """Online hard example mining, as the focal loss was compared with it: cross entropy of few anchors per image.
+
+    An anchor is as hard as its cross entropy, summed over classes. From hard to easy, an anchor is taken if it overlaps
+    none taken before by more than `nms_iou`, until there are `batch_size`. With `one_to_three`, positives and negatives
+    are taken apart: at most a quarter are positives, and three negatives go with each of them (or with none, three).
+
+    Only the 64 x `batch_size` hardest anchors of an image are looked at: of the paper's, none overlaps more than 52
+    others by 0.5, so no more are needed. Other devices than CPUs take them in `batch_size` small steps, without waiting.
+
+    Args:
+        batch_size: anchors taken from one image.
+
+    Raises ValueError for values out of range.
+    Source: Shrivastava, Gupta and Girshick, Training Region-based Object Detectors with Online Hard Example Mining,
+    CVPR 2016; settings: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, table 2d."""
+
+    batch_size: int = 128
+    nms_iou: float = 0.5
+    one_to_three: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 4:
+            raise ValueError(f"batch_size must be at least 4, got {self.batch_size}")
+        if not 0 <= self.nms_iou <= 1:
+            raise ValueError(f"nms_iou must be in [0, 1], got {self.nms_iou}")
+
+    def __call__(
+        self, predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
+    ) -> Float[Tensor, ""]:
+        hardness, anchors = _cross_entropy(predictions, labels, assigned), torch.cat(list(predictions.anchors))
+        positive, negative = assigned.positive, assigned.negative
+        if self.one_to_three:
+            quarter = self.batch_size // 4
+            positive = self._hardest(hardness, positive, anchors, quarter)
+            limit = 3 * positive.sum(dim=1, keepdim=True).clamp(min=1)
+            negative = self._hardest(hardness, negative, anchors, 3 * quarter, limit)
+        else:
+            hardest = self._hardest(hardness, positive | negative, anchors, self.batch_size)
+            positive, negative = positive & hardest, negative & hardest
+        taken = assigned._replace(positive=positive, negative=negative)
+        return Focal(alpha=None, gamma=0.0)(predictions, labels, taken)
+
+    @torch.no_grad()
+    def _hardest(
+        self,
+        hardness: Float[Tensor, "B A"],
+        eligible: Bool[Tensor, "B A"],
+        anchors: Float[Tensor, "A 4"],
+        count: int,
+        limit: Int64[Tensor, "B 1"] | None = None,
+    ) -> Bool[Tensor, "B A"]:
+        """The `count` hardest anchors of each image after suppression, or only the first `limit` of them."""
+        hardness, index = hardness.masked_fill(~eligible, -torch.inf).topk(min(64 * count, len(anchors)), dim=1)
+        boxes, left = anchors[index], hardness > -torch.inf
+        taken = torch.zeros_like(left)
+        if left.device.type == "cpu" and not torch.compiler.is_compiling():
+            for b, some in enumerate(left.sum(dim=1).tolist()):
+                kept = nms(boxes[b, :some], hardness[b, :some], self.nms_iou)
+                taken[b, kept[: count if limit is None else min(count, int(limit[b]))]] = True
+            return torch.zeros_like(eligible).scatter(1, index, taken)
+        places = torch.arange(left.shape[1], device=left.device)
+        for number in range(count):
+            place = torch.where(left, places, len(places)).amin(dim=1, keepdim=True)
+            hardest = places == place  # nothing where none is left
+            box = boxes.gather(1, place.clamp(max=len(places) - 1)[..., None].expand(-1, -1, 4))
+            left = left & ~hardest & (pairwise_iou(box, boxes)[:, 0] <= self.nms_iou)
+            taken = taken | (hardest if limit is None else hardest & (number < limit))
+        return torch.zeros_like(eligible).scatter(1, index, taken)
+
+
+def _quality(assigned: Assignment) -> Float[Tensor, "B A"]:
+    if assigned.quality is None:
+        raise ValueError("this loss needs the quality of positive anchors: an assigner that gives it, or DetectionLoss")
+    return assigned.quality
+
+
+@torch.no_grad()
+def _cross_entropy(
+    predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
+) -> Float[Tensor, "B A"]:
+    """Of every anchor, summed over classes: softplus(x), less x at a positive's label."""
+    sums = []
+    for logits in predictions.logits:
+        rows = max(1, _CHUNK // max(1, len(logits) * logits.shape[-1]))
+        sums += [F.softplus(part.float()).sum(dim=-1) for part in logits.split(rows, dim=1)]
+    own = _logits_of_labels(predictions, labels, assigned).float()
+    return torch.cat(sums, dim=1) - torch.where(assigned.positive, own, 0)
+
+
+def _of_negatives(
+    gamma: float, predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
+) -> Float[Tensor, ""]:
+    """p^gamma BCE(p, 0) summed over all but the labels of positives: the focal loss that gives those the weight 0."""
+    return Focal(alpha=0.0, gamma=gamma)(predictions, labels, assigned)
+
+
+def _logits_of_labels(
+    predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
+) -> Float[Tensor, "B A"]:
+    """The logit of each positive anchor's own class; elsewhere, that of the first class."""
+    counts = [len(anchors) for anchors in predictions.anchors]
+    labels = torch.where(assigned.positive, labels, 0)[..., None]
+    levels = zip(predictions.logits, labels.split(counts, dim=1), strict=True)
+    return torch.cat([logits.gather(2, own) for logits, own in levels], dim=1).squeeze(2)

@@ -4,6 +4,7 @@ Everything is batched over images, and no shape or branch depends on the data, s
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,11 @@ from torch import Tensor
 
 from retina.losses.boxes import BoxLoss, smooth_l1
 from retina.losses.classification import ClassLoss, Focal
+from retina.ops.anchors import Anchors
 from retina.ops.assigners import Assigner, MaxIoU
+from retina.ops.boxes import paired_iou
+from retina.ops.coding import decode, encode_distances
+from retina.ops.soft_focal import distribution_focal_loss
 from retina.types import Assignment, Losses, Predictions, Targets
 
 
@@ -24,64 +29,153 @@ class DetectionLoss:
     anchor is its best over all levels. An anchor that is not positive for an object, and has at least `positive_iou` of
     its own area inside one crowd region, is ignored: nobody knows what is there (COCO scores crowds by the same ratio).
 
+    What the head predicts of its boxes' fit (`quality`) and as distributions (`bins`) is trained at the positives, and
+    added to the box loss. An assigner that gives a quality of its own (`TaskAligned`) thereby weighs the box and
+    distribution losses, and `num_positives` is its sum. Other recipes weigh these losses by centerness (ATSS) or score
+    (GFL) and divide by the sum of weights; here every positive counts 1, so that one divisor serves all.
+
     Without objects, in an image or the whole batch (M = 0 too), the losses and gradients are finite and the box loss is
     0. Computed in float32 for narrower predictions.
 
     Args:
         assigner: which anchors stand for which objects.
-        classification: loss of the class logits.
+        classification: loss of the class logits. If it has a `needs_quality` that is true, and the assigner gave no
+            quality, it gets the IoU of each positive's predicted box with its object.
         box_loss: `smooth_l1`, `giou` or any callable like them.
         box_weight: factor of the box loss.
+        quality: what the quality branch predicts: the `centerness` of the anchor in its object, or the `iou` of its
+            predicted box. None: the head has no such branch.
+        quality_weight: factor of the branch's binary cross entropy.
+        distribution_weight: factor of the distribution focal loss, averaged over the four sides. None: the head
+            predicts no distributions.
 
-    Raises ValueError for hyper-parameters out of range.
-    Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, sections 3 and 4.
+    Raises ValueError for hyper-parameters out of range and, when called, for a head that they do not fit.
+    Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, sections 3 and 4; centerness: Tian et al.,
+    FCOS, ICCV 2019, equation 3; distributions: Li et al., Generalized Focal Loss, NeurIPS 2020, section 3.
     """
 
     assigner: Assigner = field(default_factory=MaxIoU)
     classification: ClassLoss = field(default_factory=Focal)
     box_loss: BoxLoss = smooth_l1
     box_weight: float = 1.0
+    quality: Literal["centerness", "iou"] | None = None
+    quality_weight: float = 1.0
+    distribution_weight: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("assigner", "classification", "box_loss"):
             if not callable(getattr(self, name)):
                 raise ValueError(f"{name} must be a callable, got {getattr(self, name)!r}")
-        if not 0 <= self.box_weight < float("inf"):
-            raise ValueError(f"box_weight must be finite and at least 0, got {self.box_weight}")
+        for name in ("box_weight", "quality_weight", "distribution_weight"):
+            if not 0 <= (getattr(self, name) or 0) < float("inf"):
+                raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+        if self.quality not in ("centerness", "iou", None):
+            raise ValueError(f"quality must be centerness, iou or None, got {self.quality!r}")
 
     def __call__(self, predictions: Predictions, targets: Targets) -> Losses:
+        self._check_head(predictions)
         if targets.boxes.shape[1] == 0:
             targets = _with_one_padding(targets)
         assigned = self.assigner(predictions, targets)
+        weights = assigned.quality
+        positives = _Positives(predictions, targets, assigned)
+        if weights is None and getattr(self.classification, "needs_quality", False):
+            assigned = assigned._replace(quality=positives.spread(positives.iou()))
         labels = targets.labels.gather(1, assigned.matched)
-        classification = self.classification(predictions, labels, assigned)
-
-        deltas, anchors = torch.cat(predictions.deltas, dim=1), torch.cat(list(predictions.anchors))
+        box = self.box_loss(positives.deltas, positives.anchors, positives.boxes)
+        box = self.box_weight * positives.sum(box, weights)
+        if self.quality:
+            box = box + self.quality_weight * positives.sum(self._quality_loss(predictions, positives))
+        if self.distribution_weight is not None:
+            box = box + self.distribution_weight * positives.sum(_distribution_loss(predictions, positives), weights)
         return Losses(
-            classification=classification,
-            box=self.box_weight * self._box(deltas, anchors, targets.boxes, assigned),
-            num_positives=assigned.positive.sum(dtype=torch.float32),
+            classification=self.classification(predictions, labels, assigned),
+            box=box,
+            num_positives=(assigned.positive if weights is None else weights).sum(dtype=torch.float32),
         )
 
-    def _box(
-        self,
-        deltas: Float[Tensor, "B A 4"],
-        anchors: Float[Tensor, "A 4"],
-        boxes: Float[Tensor, "B M 4"],
-        assigned: Assignment,
-    ) -> Float[Tensor, ""]:
-        """Sum of the box loss over the positive anchors."""
-        matched, positive = assigned.matched, assigned.positive
-        dtype = torch.promote_types(deltas.dtype, torch.float32)
-        if deltas.device.type == "cpu" and not torch.compiler.is_compiling():
-            # Only the few that count. By way of numpy, since elsewhere their number would have to be waited for.
-            image, anchor = (torch.from_numpy(indices) for indices in positive.numpy().nonzero())
-            chosen = boxes[image, matched[image, anchor]]
-            return self.box_loss(deltas[image, anchor].to(dtype), anchors[anchor], chosen).sum()
-        # Masked before and after: a wild delta of an anchor that does not count must not put NaN into the gradient.
-        deltas = torch.where(positive[..., None], deltas, 0).to(dtype)
-        chosen = boxes.gather(1, matched[..., None].expand(-1, -1, 4))
-        return torch.where(positive, self.box_loss(deltas, anchors, chosen), 0).sum()
+    def _check_head(self, predictions: Predictions) -> None:
+        fits = (self.quality is None) == (predictions.quality is None)
+        if not fits and self.quality:
+            raise ValueError(f"quality is {self.quality!r}, but the head has no quality branch (model.head_quality)")
+        if not fits:
+            raise ValueError("the head has a quality branch, which nothing trains: set quality to centerness or iou")
+        fits = (self.distribution_weight is None) == (predictions.bins is None)
+        if not fits and predictions.bins is None:
+            raise ValueError("distribution_weight is set, but the head predicts no distributions (model.box_bins)")
+        if not fits:
+            raise ValueError(
+                "the head predicts distributions: set distribution_weight (0.25 in Generalized Focal Loss)"
+            )
+        if predictions.bins is not None and not isinstance(predictions.anchors, Anchors):
+            raise ValueError("distributions need anchors that know their strides (retina.ops.anchors.Anchors)")
+
+    def _quality_loss(self, predictions: Predictions, positives: "_Positives") -> Float[Tensor, "*p"]:
+        assert predictions.quality is not None
+        logits = positives.take(torch.cat(predictions.quality, dim=1))
+        targets = positives.iou() if self.quality == "iou" else positives.centerness()
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+def _distribution_loss(predictions: Predictions, positives: "_Positives") -> Float[Tensor, "*p"]:
+    assert predictions.bins is not None
+    assert isinstance(predictions.anchors, Anchors)
+    levels = zip(predictions.anchors, predictions.anchors.strides, strict=True)
+    strides = positives.of_anchors(torch.cat([level.new_full((len(level), 1), stride) for level, stride in levels]))
+    logits = positives.take(torch.cat(predictions.bins, dim=1))
+    distances = encode_distances(positives.boxes, positives.anchors) / strides
+    return distribution_focal_loss(logits, distances).mean(dim=-1)
+
+
+class _Positives:
+    """The positive anchors of a batch: on a CPU the few themselves [P]; elsewhere every anchor [B A], masked before and
+    after, so that no shape depends on the data and nothing is waited for."""
+
+    def __init__(self, predictions: Predictions, targets: Targets, assigned: Assignment) -> None:
+        self._mask, self._indices = assigned.positive, None
+        if self._mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            # By way of numpy, since elsewhere their number would have to be waited for.
+            self._indices = tuple(torch.from_numpy(indices) for indices in self._mask.numpy().nonzero())
+            image, anchor = self._indices
+            self.boxes = targets.boxes[image, assigned.matched[image, anchor]]
+        else:
+            self.boxes = targets.boxes.gather(1, assigned.matched[..., None].expand(-1, -1, 4))
+        self.deltas = self.take(torch.cat(predictions.deltas, dim=1))
+        self.anchors = self.of_anchors(torch.cat(list(predictions.anchors)))
+
+    def take(self, values: Float[Tensor, "B A *n"]) -> Float[Tensor, "..."]:
+        """What is predicted of them. Masked, since a wild value elsewhere must not put NaN into the gradient."""
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        if self._indices:
+            return values[self._indices].to(dtype)
+        mask = self._mask.reshape(*self._mask.shape, *[1] * (values.ndim - 2))
+        return torch.where(mask, values, 0).to(dtype)
+
+    def of_anchors(self, values: Float[Tensor, "A n"]) -> Float[Tensor, "*p n"]:
+        """What is known of anchors, whatever their image."""
+        return values[self._indices[1]] if self._indices else values
+
+    def sum(self, losses: Float[Tensor, "*p"], weights: Float[Tensor, "B A"] | None = None) -> Float[Tensor, ""]:
+        if weights is not None:
+            losses = losses * self.take(weights)
+        return losses.sum() if self._indices else torch.where(self._mask, losses, 0).sum()
+
+    def spread(self, values: Float[Tensor, "*p"]) -> Float[Tensor, "B A"]:
+        """Values of the positives among all anchors, 0 elsewhere."""
+        if not self._indices:
+            return torch.where(self._mask, values, 0)
+        return torch.zeros(self._mask.shape, dtype=values.dtype).index_put(self._indices, values)
+
+    @torch.no_grad()
+    def iou(self) -> Float[Tensor, "*p"]:
+        """Of the predicted boxes with their objects."""
+        return paired_iou(decode(self.deltas, self.anchors), self.boxes)
+
+    def centerness(self) -> Float[Tensor, "*p"]:
+        """1 for an anchor in the middle of its object, 0 on its border and outside."""
+        before, after = encode_distances(self.boxes, self.anchors).split(2, dim=-1)
+        x, y = (torch.minimum(before, after).clamp(min=0) / torch.maximum(before, after).clamp(min=1e-6)).unbind(-1)
+        return (x * y).sqrt()
 
 
 def _with_one_padding(targets: Targets) -> Targets:

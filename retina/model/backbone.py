@@ -1,5 +1,6 @@
 """Bottom-up networks: torchvision's ResNets as a source of the maps C2..C5 with declared strides and channels."""
 
+import math
 import sys
 import tarfile
 import zipfile
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
 
 from retina.errors import CheckpointError, ConfigError
 from retina.model.conv_norm import FoldedBatchNorm2d, FoldedFrozenBatchNorm2d, fold_norms
@@ -41,17 +43,30 @@ class ResNet(nn.Module):
 
     strides: tuple[int, ...] = (4, 8, 16, 32)
 
-    def __init__(self, name: str, *, norm: str, frozen_stages: int, last_level: int = 5) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        norm: str,
+        frozen_stages: int,
+        last_level: int = 5,
+        norm_eps: float = 1e-5,
+        stride_in_1x1: bool = False,
+    ) -> None:
         """`frozen_stages` counts from the input: 1 is the stem, 2 adds C2's stage, up to 5. Parameters of frozen stages
-        need no gradient and their BatchNorm keeps its statistics."""
+        need no gradient and their BatchNorm keeps its statistics. `stride_in_1x1`: a bottleneck that halves the map
+        does so in its first convolution (He et al., CVPR 2016, and weights made for Caffe), not in its 3x3 one."""
         super().__init__()
         if name not in RESNETS:
             raise ConfigError(f"model.backbone: {name!r} is not known - choose one of {', '.join(RESNETS)}")
         if norm not in NORMS:
             raise ConfigError(f"model.norm: {norm!r} is not known - choose one of {', '.join(NORMS)}")
-        if not 0 <= frozen_stages <= 5:
-            raise ConfigError(f"model.frozen_stages: {frozen_stages} is out of range - give 0 (none) to 5 (all)")
-        net = torchvision.models.get_model(name, weights=None, norm_layer=_norm_layer(norm))
+        check_frozen_stages(frozen_stages)
+        if not 0 <= norm_eps < math.inf:
+            raise ConfigError(f"model.norm_eps: {norm_eps} is out of range - give a small number, e.g. 1e-5")
+        net = torchvision.models.get_model(name, weights=None, norm_layer=_norm_layer(norm, norm_eps))
+        if stride_in_1x1:
+            _move_strides(net, name)
         self.stem = nn.Sequential()
         for part in ("conv1", "bn1", "relu", "maxpool"):
             self.stem.add_module(part, getattr(net, part))
@@ -77,18 +92,23 @@ class ResNet(nn.Module):
         """Loads classification weights: a torchvision weights name (`DEFAULT`, `IMAGENET1K_V1`, ...) or a local file.
 
         Raises CheckpointError for a file that is missing, unreadable or of another architecture, or is not fetched."""
-        state = read_weights(Path(weights)) if _is_file_name(weights) else _download(name, weights)
+        state = read_weights(Path(weights)) if is_file_name(weights) else _download(name, weights)
         state = {_renamed(key): value for key, value in state.items() if not key.startswith("fc.")}
-        own = self.state_dict()
-        missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-        wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
-        if missing or wrong:
-            key = (missing or wrong)[0]
-            raise CheckpointError(
-                f"{weights}: {key}: {'missing' if missing else 'of another shape'}, so these are not weights of {name} "
-                f"with this norm - give the file that belongs to model.backbone={name}"
-            )
-        self.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
+        load_backbone(self, state, name=name, weights=weights)
+
+
+def load_backbone(module: nn.Module, state: dict[str, Tensor], *, name: str, weights: str) -> None:
+    """Loads `state`, which may hold more than `module` (a classifier). Raises CheckpointError if it does not fit."""
+    own = module.state_dict()
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if missing or wrong:
+        key = (missing or wrong)[0]
+        raise CheckpointError(
+            f"{weights}: {key}: {'missing' if missing else 'of another shape'}, so these are not weights of {name} "
+            f"with this norm - give the file that belongs to model.backbone={name}"
+        )
+    module.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -155,7 +175,8 @@ def _download(name: str, weights: str) -> dict[str, Tensor]:
     return read_weights(file)  # torchvision's own loader would unpickle whatever lies in the cache
 
 
-def _is_file_name(weights: str) -> bool:
+def is_file_name(weights: str) -> bool:
+    """Whether `model.weights` is a file, not a name."""
     return Path(weights).suffix in {".safetensors", ".pth", ".pt"} or "/" in weights
 
 
@@ -163,10 +184,25 @@ def _renamed(key: str) -> str:
     return f"stem.{key}" if key.startswith(("conv1.", "bn1.")) else key
 
 
-def _norm_layer(norm: str) -> Callable[[int], nn.Module]:
+def check_frozen_stages(count: int) -> None:
+    """Raises ConfigError for a number of stages that no backbone has."""
+    if not 0 <= count <= 5:
+        raise ConfigError(f"model.frozen_stages: {count} is out of range - give 0 (none) to 5 (all)")
+
+
+def _norm_layer(norm: str, eps: float) -> Callable[[int], nn.Module]:
     if norm == "batch":
-        return FoldedBatchNorm2d
-    return FoldedFrozenBatchNorm2d if norm == "frozen" else partial(nn.GroupNorm, 32)
+        return partial(FoldedBatchNorm2d, eps=eps)
+    return partial(FoldedFrozenBatchNorm2d, eps=eps) if norm == "frozen" else partial(nn.GroupNorm, 32, eps=eps)
+
+
+def _move_strides(net: nn.Module, name: str) -> None:
+    """Puts the strides of all bottlenecks from their 3x3 into their first 1x1 convolution."""
+    blocks = [module for module in net.modules() if isinstance(module, Bottleneck)]
+    if not blocks:
+        raise ConfigError(f"model.stride_in_1x1: {name} has no bottlenecks - give false, or resnet50 and larger")
+    for block in blocks:
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
 
 
 def _out_channels(stage: nn.Module) -> int:

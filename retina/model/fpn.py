@@ -1,5 +1,7 @@
-"""Feature pyramid (Lin et al., "Feature Pyramid Networks for Object Detection", arXiv 1612.03144), with RetinaNet's
-extra levels P6 and P7 (arXiv 1708.02002, section 4)."""
+"""Feature pyramids: top-down (Lin et al., "Feature Pyramid Networks for Object Detection", arXiv 1612.03144) with
+RetinaNet's extra levels P6 and P7 (arXiv 1708.02002, section 4), and with a bottom-up path behind it (PAFPN)."""
+
+from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -11,50 +13,96 @@ P6_SOURCES = ("c5", "p5")
 
 
 class FPN(nn.Module):
-    """Maps C2..C5 to the wanted consecutive levels, e.g. P3..P7, all with the same number of channels.
+    """Maps of a backbone, the coarsest C5, to the wanted consecutive levels, e.g. P3..P7, all with the same number of
+    channels.
 
     Levels that end below 5 need no C5, and take the maps up to their last level.
 
     P_l for l <= 5: 1x1 lateral of C_l plus the nearest-neighbour upsampled level above, then a 3x3 convolution.
-    P6: stride-2 3x3 convolution of C5 (the paper's) or P5 (torchvision's first recipe). P_l for l >= 7: ReLU, then a
-    stride-2 3x3 convolution of the level below.
+    P6: stride-2 3x3 convolution of C5 (the paper's) or P5 (torchvision's first recipe). P_l for l >= 7: ReLU (left out
+    without `p7_relu`, as mmdetection does), then a stride-2 3x3 convolution of the level below.
     """
 
-    def __init__(self, in_channels: tuple[int, ...], *, channels: int, levels: tuple[int, ...], p6_from: str) -> None:
-        """`in_channels` of C2..C5. `levels` are consecutive and rise, and start at 2..5."""
+    def __init__(
+        self,
+        in_channels: tuple[int, ...],
+        *,
+        channels: int,
+        levels: tuple[int, ...],
+        p6_from: str = "c5",
+        p7_relu: bool = True,
+    ) -> None:
+        """`in_channels` of the backbone's maps, the finest first. `levels` are consecutive and rise, and start at
+        2..5."""
         super().__init__()
-        first, last = (levels[0], levels[-1]) if levels else (0, 0)
-        if not levels or tuple(levels) != tuple(range(first, last + 1)) or not 2 <= first <= 5:
+        if not levels or levels != tuple(range(levels[0], levels[-1] + 1)) or not 2 <= levels[0] <= 5:
             raise ConfigError(
                 f"model.levels: {list(levels)} is no pyramid - give consecutive levels that start at 2..5, "
                 "e.g. [3,4,5,6,7]"
             )
         if p6_from not in P6_SOURCES:
             raise ConfigError(f"model.p6_from: {p6_from!r} is not known - choose c5 or p5")
-        self.first, self.p6_from = first, p6_from
+        self.p6_from, self.p7_relu = p6_from, p7_relu
         self.strides = tuple(2**level for level in levels)
-        inputs = in_channels[first - 2 :]
+        inputs = in_channels[-sum(level <= 5 for level in levels) :]
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in inputs)
         self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in inputs)
         self.extra = nn.ModuleList()
-        for level in range(6, last + 1):
+        for level in range(6, levels[-1] + 1):
             c = in_channels[-1] if level == 6 and p6_from == "c5" else channels
             self.extra.append(nn.Conv2d(c, channels, 3, stride=2, padding=1))
         for conv in (*self.lateral, *self.output, *self.extra):
-            nn.init.kaiming_uniform_(conv.weight, a=1)
-            nn.init.zeros_(conv.bias)
+            _initialize(conv)
 
     def forward(self, features: tuple[Float[Tensor, "B _ _ _"], ...]) -> tuple[Float[Tensor, "B C _ _"], ...]:
-        """`features` are C2..C5 (or up to the last level); returns the levels, finest first."""
-        inputs = features[self.first - 2 :]
-        merged = [self.lateral[-1](inputs[-1])]
-        for lateral, feature in zip(self.lateral[-2::-1], inputs[-2::-1], strict=True):
-            above = F.interpolate(merged[-1], size=feature.shape[-2:], mode="nearest")
-            merged.append(lateral(feature).add_(above))  # a convolution's backward needs no output
-        pyramid = [conv(x) for conv, x in zip(self.output, reversed(merged), strict=True)]
+        """`features` are the backbone's maps; returns the levels, finest first."""
+        pyramid = self.merge(features[-len(self.lateral) :])
         for i, conv in enumerate(self.extra):
             if i == 0:
                 pyramid.append(conv(features[-1] if self.p6_from == "c5" else pyramid[-1]))
             else:
-                pyramid.append(conv(F.relu(pyramid[-1])))
+                pyramid.append(conv(F.relu(pyramid[-1]) if self.p7_relu else pyramid[-1]))
         return tuple(pyramid)
+
+    def merge(self, inputs: tuple[Float[Tensor, "B _ _ _"], ...]) -> list[Float[Tensor, "B C _ _"]]:
+        """The levels up to P5, from as many maps."""
+        merged = [self.lateral[-1](inputs[-1])]
+        for lateral, feature in zip(self.lateral[-2::-1], inputs[-2::-1], strict=True):
+            above = F.interpolate(merged[-1], size=feature.shape[-2:], mode="nearest")
+            merged.append(lateral(feature).add_(above))  # a convolution's backward needs no output
+        return [conv(x) for conv, x in zip(self.output, reversed(merged), strict=True)]
+
+
+class PAFPN(FPN):
+    """An FPN whose levels up to P5 are then passed from fine to coarse too.
+
+    N_l for the finest level is P_l. Above: N_l = P_l plus a stride-2 3x3 convolution of N_(l-1); what comes out is a
+    3x3 convolution of N_l. No activations between, and P6 from P5 takes the new P5, as mmdetection builds it.
+    Source: Liu et al., Path Aggregation Network for Instance Segmentation, CVPR 2018, section 3.1.
+    """
+
+    def __init__(self, in_channels: tuple[int, ...], *, channels: int, **options: Any) -> None:
+        super().__init__(in_channels, channels=channels, **options)
+        steps = len(self.lateral) - 1
+        self.down = nn.ModuleList(nn.Conv2d(channels, channels, 3, stride=2, padding=1) for _ in range(steps))
+        self.down_output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(steps))
+        for conv in (*self.down, *self.down_output):
+            _initialize(conv)
+
+    def merge(self, inputs: tuple[Float[Tensor, "B _ _ _"], ...]) -> list[Float[Tensor, "B C _ _"]]:
+        first, *others = super().merge(inputs)
+        pyramid, below = [first], first
+        for level, down, output in zip(others, self.down, self.down_output, strict=True):
+            below = down(below).add_(level)
+            pyramid.append(output(below))
+        return pyramid
+
+
+NECKS = {"fpn": FPN, "pafpn": PAFPN}
+
+
+def _initialize(conv: nn.Module) -> None:
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.bias is not None
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    nn.init.zeros_(conv.bias)

@@ -1,6 +1,7 @@
 """Classification and box towers, shared over pyramid levels (Lin et al., arXiv 1708.02002, section 4)."""
 
 import math
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -10,10 +11,19 @@ from retina.errors import ConfigError
 
 class Tower(nn.Module):
     """`num_convs` 3x3 convolutions with ReLU (GroupNorm between them as an option), then one 3x3 convolution that gives
-    `num_outputs` numbers for each of a cell's anchors. Weights N(0, 0.01), biases 0."""
+    `num_outputs` numbers for each of a cell's anchors, and with `quality` another that gives one. Weights N(0, 0.01),
+    biases 0."""
 
     def __init__(
-        self, in_channels: int, *, channels: int, num_convs: int, norm: str | None, num_anchors: int, num_outputs: int
+        self,
+        in_channels: int,
+        *,
+        channels: int,
+        num_convs: int,
+        norm: str | None,
+        num_anchors: int,
+        num_outputs: int,
+        quality: bool = False,
     ) -> None:
         super().__init__()
         if norm not in (None, "group"):
@@ -25,25 +35,50 @@ class Tower(nn.Module):
                 layers.append(nn.GroupNorm(math.gcd(32, channels), channels))
             layers.append(nn.ReLU(inplace=True))
         self.convs = nn.Sequential(*layers)
-        self.predict = nn.Conv2d(channels if num_convs else in_channels, num_anchors * num_outputs, 3, padding=1)
+        last_channels = channels if num_convs else in_channels
+        self.predict = nn.Conv2d(last_channels, num_anchors * num_outputs, 3, padding=1)
         self.num_outputs = num_outputs
         for layer in (*self.convs, self.predict):
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, std=0.01)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+            _initialize(layer)
+        self.quality = None
+        if quality:
+            self.quality = nn.Conv2d(last_channels, num_anchors, 3, padding=1)
+            _initialize(self.quality)
 
-    def forward(self, features: tuple[Float[Tensor, "B C _ _"], ...]) -> tuple[Float[Tensor, "B A_l _"], ...]:
-        """One entry per level, anchors in the order [H W cell-anchor]: in channels_last memory that is a free view."""
-        maps = (self.predict(self.convs(feature)) for feature in features)
-        return tuple(x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.num_outputs) for x in maps)
+    def forward(
+        self, features: tuple[Float[Tensor, "B C _ _"], ...]
+    ) -> tuple[tuple[Float[Tensor, "B A_l _"], ...], tuple[Float[Tensor, "B A_l"], ...]]:
+        """The numbers and the quality of every level (nothing without `quality`), anchors in the order
+        [H W cell-anchor]: in channels_last memory those are free views."""
+        numbers, quality = [], []
+        for feature in features:
+            x = self.convs(feature)
+            numbers.append(_by_anchor(self.predict(x), self.num_outputs))
+            if self.quality is not None:
+                quality.append(_by_anchor(self.quality(x), 1).squeeze(-1))
+        return tuple(numbers), tuple(quality)
+
+
+def _initialize(layer: nn.Module) -> None:
+    if isinstance(layer, nn.Conv2d):
+        nn.init.normal_(layer.weight, std=0.01)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def _by_anchor(x: Float[Tensor, "B _ _ _"], num_outputs: int) -> Float[Tensor, "B A_l _"]:
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, num_outputs)
 
 
 class Head(nn.Module):
-    """A tower for class logits and one for box deltas.
+    """A tower for class logits and one for boxes.
 
     The last classification bias is -log((1 - prior) / prior), so that at the start every anchor scores `prior` and the
-    many easy negatives do not swamp the first steps (section 3.3 of the paper)."""
+    many easy negatives do not swamp the first steps (section 3.3 of the paper).
+
+    What the box tower predicts of an anchor: 4 deltas, or with `bins` R the logits of R distances to each of 4 sides
+    (Li et al., Generalized Focal Loss, NeurIPS 2020); with `quality` also one logit of how well the box fits, from a
+    convolution of its own, as the centerness of ATSS (Zhang et al., CVPR 2020)."""
 
     def __init__(
         self,
@@ -55,17 +90,24 @@ class Head(nn.Module):
         num_convs: int,
         norm: str | None,
         prior: float,
+        quality: bool = False,
+        bins: int | None = None,
     ) -> None:
         super().__init__()
         if not 0 < prior < 1:
             raise ConfigError(f"model.prior: {prior} is no probability - give a number between 0 and 1, e.g. 0.01")
-        tower = {"channels": channels, "num_convs": num_convs, "num_anchors": num_anchors}
+        if bins is not None and bins < 2:
+            raise ConfigError(f"model.box_bins: {bins} is no distribution - give at least 2, e.g. 17, or null")
+        self.bins = bins
+        tower: dict[str, Any] = {"channels": channels, "num_convs": num_convs, "num_anchors": num_anchors}
         self.classification = Tower(in_channels, norm=norm, num_outputs=num_classes, **tower)
-        self.box = Tower(in_channels, norm=norm, num_outputs=4, **tower)
+        self.box = Tower(in_channels, norm=norm, num_outputs=4 * (bins or 1), quality=quality, **tower)
         assert self.classification.predict.bias is not None
         nn.init.constant_(self.classification.predict.bias, -math.log((1 - prior) / prior))
 
     def forward(
         self, features: tuple[Float[Tensor, "B C _ _"], ...]
-    ) -> tuple[tuple[Float[Tensor, "B A_l K"], ...], tuple[Float[Tensor, "B A_l 4"], ...]]:
-        return self.classification(features), self.box(features)
+    ) -> tuple[tuple[Float[Tensor, "B A_l K"], ...], tuple[Float[Tensor, "B A_l _"], ...], tuple[Tensor, ...]]:
+        """Class logits, what says the box (4 or 4 R numbers), and quality logits (nothing without the branch)."""
+        logits, _ = self.classification(features)
+        return logits, *self.box(features)

@@ -1,7 +1,7 @@
 """The detector: backbone, pyramid, head and anchors; and the builder that derives every size from a few numbers."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
@@ -9,10 +9,24 @@ from torch import Tensor, nn
 
 from retina.errors import ConfigError
 from retina.model.backbone import ResNet
-from retina.model.fpn import FPN
+from retina.model.fpn import FPN, NECKS
 from retina.model.head import Head
+from retina.model.timm_backbone import PREFIX, TimmBackbone
 from retina.ops.anchors import AnchorGenerator
+from retina.ops.coding import distances_to_deltas, mean_distances
 from retina.types import Predictions
+
+
+class _Levels(NamedTuple):
+    """What a forward computes of every level."""
+
+    logits: tuple[Tensor, ...]
+    deltas: tuple[Tensor, ...]
+    quality: tuple[Tensor, ...]
+    """Nothing without this branch; the same with `bins`."""
+    bins: tuple[Tensor, ...]
+    shapes: tuple[tuple[int, int], ...]
+    """Height and width in cells."""
 
 
 class RetinaNet(nn.Module):
@@ -24,11 +38,13 @@ class RetinaNet(nn.Module):
 
     mean: Tensor
     std: Tensor
+    sides: Tensor
+    """Width and height of a cell's anchors on each level, in strides; only where the head predicts distributions."""
 
     def __init__(
         self,
         *,
-        backbone: ResNet,
+        backbone: ResNet | TimmBackbone,
         fpn: FPN,
         head: Head,
         anchors: AnchorGenerator,
@@ -43,6 +59,10 @@ class RetinaNet(nn.Module):
         self._levels = RetinaNet._compute_levels
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        if head.bins is not None:
+            cells = [anchors.cell(size) / stride for size, stride in zip(anchors.sizes, fpn.strides, strict=True)]
+            sides = torch.stack([cell[:, 2:] - cell[:, :2] for cell in cells])
+            self.register_buffer("sides", sides.float(), persistent=False)
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -64,16 +84,22 @@ class RetinaNet(nn.Module):
         self._levels = torch.compile(RetinaNet._compute_levels, dynamic=False, **options)
 
     def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> Predictions:
-        logits, deltas, shapes = self._levels(self, images)
-        return Predictions(logits, deltas, self.anchors(shapes, self.strides, images.device))
+        logits, deltas, quality, bins, shapes = self._levels(self, images)
+        anchors = self.anchors(shapes, self.strides, images.device)
+        return Predictions(logits, deltas, anchors, quality or None, bins or None)
 
-    def _compute_levels(
-        self, images: UInt8[Tensor, "B 3 H W"]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[tuple[int, int], ...]]:
-        """Logits and deltas of every level, and its height and width in cells."""
+    def _compute_levels(self, images: UInt8[Tensor, "B 3 H W"]) -> _Levels:
         pyramid = self.fpn(self.backbone(self.normalize(images)))
-        logits, deltas = self.head(pyramid)
-        return logits, deltas, tuple((level.shape[-2], level.shape[-1]) for level in pyramid)
+        logits, deltas, quality = self.head(pyramid)
+        bins: tuple[Tensor, ...] = ()
+        if self.head.bins is not None:
+            bins = tuple(level.unflatten(-1, (4, self.head.bins)) for level in deltas)
+            deltas = tuple(self._deltas_of(*level) for level in zip(bins, self.sides, strict=True))
+        return _Levels(logits, deltas, quality, bins, tuple((level.shape[-2], level.shape[-1]) for level in pyramid))
+
+    def _deltas_of(self, bins: Float[Tensor, "B A_l 4 R"], sides: Float[Tensor, "N 2"]) -> Float[Tensor, "B A_l 4"]:
+        distances = mean_distances(bins)
+        return distances_to_deltas(distances, sides.repeat(distances.shape[1] // len(sides), 1))
 
     def normalize(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         return (images - self.mean).div_(self.std)
@@ -86,28 +112,45 @@ def retinanet(
     weights: str | None = None,
     norm: str | None = None,
     frozen_stages: int | None = None,
+    norm_eps: float = 1e-5,
+    stride_in_1x1: bool = False,
     levels: Sequence[int] = (3, 4, 5, 6, 7),
+    neck: str = "fpn",
     fpn_channels: int = 256,
     p6_from: str = "c5",
+    p7_relu: bool = True,
     head_convs: int = 4,
     head_channels: int | None = None,
     head_norm: str | None = None,
+    head_quality: bool = False,
+    box_bins: int | None = None,
     prior: float = 0.01,
     anchor_sizes: Sequence[float] | None = None,
     anchor_scales: Sequence[float] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3)),
     anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
     anchors_rounded: bool = False,
+    anchor_offset: float = 0.0,
     mean: Sequence[float] = (123.675, 116.28, 103.53),
     std: Sequence[float] = (58.395, 57.12, 57.375),
 ) -> RetinaNet:
     """Builds a RetinaNet; the defaults are the paper's.
 
+    backbone: a ResNet of torchvision, or `timm:NAME` (see `TimmBackbone` for what `weights`, `norm` and
+        `frozen_stages` mean there).
     weights: ImageNet weights of the backbone: a torchvision name, a file, or None for random ones.
     norm: `batch`, `frozen` (BatchNorm with fixed statistics) or `group`. None: `frozen` with weights, else `batch`.
     frozen_stages: stages without gradients, from the input. None: 2 (stem and C2) with weights, else 0.
+    norm_eps: added to the variance in every norm of the ResNet.
+    stride_in_1x1: bottlenecks halve the map in their first 1x1 convolution, for weights trained so (MSRA's, Caffe's).
+    neck: `fpn` or `pafpn`.
+    p7_relu: False for weights of mmdetection, which has no ReLU before P7.
     head_channels: None is `fpn_channels`.
+    head_quality: predict how well each box fits; `postprocess` multiplies scores by it.
+    box_bins: predict each side of a box as a distribution over 0..box_bins - 1 strides from the anchor's centre, 17 in
+        the paper of generalized focal loss. None: deltas.
     anchor_sizes: one per level in pixels. None: four strides, which is 32..512 on P3..P7.
     anchors_rounded: whole-pixel anchors as torchvision makes them, for its weights.
+    anchor_offset: of the anchors' centres, in strides: 0.5 for centres of cells.
     mean, std: per RGB channel on the scale 0..255 (ImageNet's).
 
     Raises ConfigError for values that do not fit each other, CheckpointError for unusable weights.
@@ -117,21 +160,31 @@ def retinanet(
     frozen_stages = (2 if weights else 0) if frozen_stages is None else frozen_stages
     if num_classes < 1:
         raise ConfigError(f"num_classes: {num_classes} - annotations must name at least one category")
-    last_level = min(5, max(levels, default=5))
-    body = ResNet(backbone, norm=norm, frozen_stages=frozen_stages, last_level=last_level)
-    if weights:
-        body.load_imagenet(backbone, weights)
-    fpn = FPN(body.channels, channels=fpn_channels, levels=tuple(levels), p6_from=p6_from)
+    if neck not in NECKS:
+        raise ConfigError(f"model.neck: {neck!r} is not known - choose {' or '.join(NECKS)}")
+    body = _backbone(
+        backbone,
+        weights,
+        norm=norm,
+        frozen_stages=frozen_stages,
+        norm_eps=norm_eps,
+        stride_in_1x1=stride_in_1x1,
+        levels=tuple(levels),
+    )
+    fpn = NECKS[neck](body.channels, channels=fpn_channels, levels=tuple(levels), p6_from=p6_from, p7_relu=p7_relu)
     sizes = [4 * stride for stride in fpn.strides] if anchor_sizes is None else anchor_sizes
     if len(sizes) != len(fpn.strides):
         raise ConfigError(
             f"model.anchor_sizes: {len(sizes)} sizes for {len(fpn.strides)} levels - give one size per level"
         )
+    if not 0 <= anchor_offset <= 1:
+        raise ConfigError(f"model.anchor_offset: {anchor_offset} is out of range - give 0 to 1 stride, 0.5 for centres")
     anchors = AnchorGenerator(
         sizes=tuple(float(s) for s in sizes),
         scales=tuple(float(s) for s in anchor_scales),
         ratios=tuple(float(r) for r in anchor_ratios),
         rounded=anchors_rounded,
+        offset=anchor_offset,
     )
     head = Head(
         fpn_channels,
@@ -141,6 +194,31 @@ def retinanet(
         num_convs=head_convs,
         norm=head_norm,
         prior=prior,
+        quality=head_quality,
+        bins=box_bins,
     )
     arguments |= {"norm": norm, "frozen_stages": frozen_stages, "weights": None}
     return RetinaNet(backbone=body, fpn=fpn, head=head, anchors=anchors, mean=mean, std=std, arguments=arguments)
+
+
+def _backbone(
+    name: str,
+    weights: str | None,
+    *,
+    norm: str,
+    frozen_stages: int,
+    norm_eps: float,
+    stride_in_1x1: bool,
+    levels: tuple[int, ...],
+) -> ResNet | TimmBackbone:
+    last_level = min(5, max(levels, default=5))
+    stages: dict[str, Any] = {"norm": norm, "frozen_stages": frozen_stages, "last_level": last_level}
+    if name.startswith(PREFIX):
+        if stride_in_1x1 or norm_eps != 1e-5:
+            key = "stride_in_1x1" if stride_in_1x1 else "norm_eps"
+            raise ConfigError(f"model.{key}: a timm backbone has its own - leave it at its default")
+        return TimmBackbone(name.removeprefix(PREFIX), weights=weights, first_level=min(levels, default=2), **stages)
+    body = ResNet(name, norm_eps=norm_eps, stride_in_1x1=stride_in_1x1, **stages)
+    if weights:
+        body.load_imagenet(name, weights)
+    return body

@@ -20,6 +20,10 @@ from torch import Tensor
 
 from retina.errors import CheckpointError, RetinaError
 from retina.files import write_whole
+from retina.model.class_rows import match_classes, merge_rows
+from retina.model.formats.convert import convert_detector
+from retina.model.formats.read import FOREIGN_SUFFIXES, read_foreign
+from retina.model.formats.torchvision import PREFIX, fetch_published
 from retina.model.retinanet import RetinaNet, retinanet
 
 SCHEMA_VERSION = 1
@@ -101,45 +105,112 @@ def load_detector(file: Path, device: torch.device) -> tuple[RetinaNet, Detector
     return model.to(device).eval(), card
 
 
-def init_from(model: torch.nn.Module, file_or_run: Path, *, classes: Sequence[str]) -> list[str]:
+def init_from(
+    model: torch.nn.Module,
+    source: str | Path,
+    *,
+    classes: Sequence[str],
+    remap: Mapping[str, str] | None = None,
+) -> list[str]:
     """Starts a model that was just built from the weights of another: those that fit by name and shape, and nothing
     else of the run they come from. Returns lines that say what was taken and what was not.
 
-    file_or_run: a run's folder, its best.safetensors, a checkpoint's folder or any .safetensors state dict of ours.
-    classes: of the data to train on. Unless the file names the same ones in the same order, the layer that predicts
-        classes keeps the start it was built with, the prior bias among it.
+    source: a run's folder, its best.safetensors, a checkpoint's folder or any .safetensors state dict of ours; a
+        detector of another program (.pth, .pt or .pkl); or `torchvision:NAME`, the COCO weights torchvision publishes.
+    classes: of the data to train on. Of the layer that predicts classes, the rows of a class that the file names too
+        are taken; the others keep the start they were built with, the prior bias among it.
+    remap: names of classes there to names here, for what is called otherwise.
 
-    Raises CheckpointError when nothing fits."""
-    file = file_or_run
-    if file.is_dir():
-        found = [file / name for name in ("best.safetensors", "model.safetensors") if (file / name).is_file()]
-        file = found[0] if found else file / "best.safetensors"
-    header, data = _read_header(file)
-    card = _card(file, header, data) if "retina" in header else None
-    state = load(data)
-    if key := first_non_finite(state):
-        raise CheckpointError(f"{file}: {key} is not finite - give other weights for init_from")
+    Raises CheckpointError when nothing fits, ConfigError for a `remap` of classes that are not there."""
+    start = _read_start(str(source))
+    if key := first_non_finite(start.state):
+        raise CheckpointError(f"{start.file}: {key} is not finite - give other weights for init_from")
     own = model.state_dict()
+    matched = match_classes(start.classes, classes, remap or {})
+    same = start.classes == list(classes) and len(matched) == len(classes)
     anew: dict[str, str] = {}
+    taken: dict[str, Tensor] = {}
     for key, value in own.items():
-        if key not in state:
+        other = start.state.get(key)
+        if other is None:
             anew[key] = "not in the file"
-        elif key.startswith("head.classification.predict.") and (card is None or card.classes != list(classes)):
-            anew[key] = "other classes" if card else "the file names no classes"
-        elif state[key].shape != value.shape:
-            anew[key] = f"{list(state[key].shape)} there, {list(value.shape)} here"
-    taken = {key: state[key] for key in own if key not in anew}
-    unused = [key for key in state if key not in own]
+        elif key.startswith("head.classification.predict.") and not matched:
+            anew[key] = "other classes" if start.classes else "the file names no classes"
+        elif key.startswith("head.classification.predict.") and not same:
+            merged = merge_rows(value, other, matched, num_own=len(classes), num_other=len(start.classes))
+            if merged is None:
+                anew[key] = f"{list(other.shape)} there for {len(start.classes)} classes, {list(value.shape)} here"
+            else:
+                taken[key] = merged
+        elif other.shape != value.shape:
+            anew[key] = f"{list(other.shape)} there, {list(value.shape)} here"
+        else:
+            taken[key] = other
     if not taken:
-        raise CheckpointError(f"{file}: holds nothing that fits this model - give other weights for init_from")
+        raise CheckpointError(f"{start.file}: holds nothing that fits this model - give other weights for init_from")
     model.load_state_dict(taken, strict=False)
-    lines = [f"init_from: {len(taken)} of {len(own)} tensors are those of {file}"]
+    lines = [*start.notes, f"init_from: {len(taken)} of {len(own)} tensors are those of {start.file}"]
+    if matched and not same:
+        there = {classes[i]: start.classes[k] for i, k in matched.items()}
+        kept = [our if our == their else f"{our} ({their} there)" for our, their in there.items()]
+        others = [name for name in classes if name not in there]
+        lines.append(f"classes: {len(kept)} keep what they have learned: {_some(kept)}")
+        lines += [f"classes: {len(others)} start anew with the prior bias: {_some(others)}"] if others else []
     if anew:
         listed = _some([f"{key} ({reason})" for key, reason in anew.items()])
         lines.append(f"model: {len(anew)} tensors start anew: {listed}")
-    if unused:
+    if unused := [key for key in start.state if key not in own]:
         lines.append(f"init_from: {len(unused)} tensors of the file have no use here: {_some(unused)}")
-    return lines
+    return lines + _other_settings(start.model, getattr(model, "arguments", {}))
+
+
+@dataclass(frozen=True)
+class _Start:
+    file: Path
+    state: dict[str, Tensor]
+    classes: list[str]
+    """Empty where the file names none."""
+    model: dict[str, Any]
+    notes: list[str]
+
+
+def _read_start(source: str) -> _Start:
+    file = fetch_published(source) if source.startswith(PREFIX) else Path(source)
+    if file.suffix in FOREIGN_SUFFIXES:
+        foreign = read_foreign(file)
+        if not foreign.is_detector:
+            raise CheckpointError(f"{file}: {foreign.program}, which detects nothing - import it, for model.weights")
+        found = convert_detector(foreign, file)
+        return _Start(file, found.state, found.classes, found.model, found.notes)
+    if file.is_dir():
+        present = [file / name for name in ("best.safetensors", "model.safetensors") if (file / name).is_file()]
+        file = present[0] if present else file / "best.safetensors"
+    header, data = _read_header(file)
+    card = _card(file, header, data) if "retina" in header else None
+    return _Start(file, load(data), card.classes if card else [], card.model if card else {}, [])
+
+
+_UNSEEN = (  # settings of a model that its tensors fit whatever they are
+    "mean",
+    "std",
+    "norm_eps",
+    "stride_in_1x1",
+    "p7_relu",
+    "anchor_sizes",
+    "anchor_scales",
+    "anchor_ratios",
+    "anchors_rounded",
+    "anchor_offset",
+)
+
+
+def _other_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """One line, as overrides, if weights were made under settings that change what they compute."""
+    names = [name for name in _UNSEEN if name in theirs and name in ours and theirs[name] != ours[name]]
+    if not names:
+        return []
+    words = [f"model.{name}={json.dumps(theirs[name], separators=(',', ':'))}" for name in names]
+    return [f"init_from: the weights were trained with other settings, to go on with those give {' '.join(words)}"]
 
 
 def _some(names: Sequence[str], limit: int = 8) -> str:

@@ -39,16 +39,17 @@ class AnchorGenerator:
     """Anchors of every pyramid level: boxes of each ratio and scale around every cell.
 
     On a level of size s, an anchor of scale c and ratio r has area (s c)^2 and height / width = r. It is centred on
-    (column x stride, row x stride), without an offset of half a cell, as in torchvision and detectron2.
+    ((column + offset) x stride, (row + offset) x stride).
 
     Args:
         sizes: side in pixels of the anchor of scale 1 and ratio 1, one per level, finest first.
         scales: factors of the side; the default spans one octave in three steps.
         ratios: height / width.
         rounded: reproduce torchvision's `retinanet_resnet50_fpn`, for weights trained there: sides truncated to whole
-            pixels, then corners rounded (half to even).
+            pixels, then corners rounded (half to even), both before the offset.
+        offset: of the centres, in strides: 0 as in torchvision, detectron2 and mmdetection, 0.5 for centres of cells.
 
-    Raises ValueError for values that are not finite and positive, and for none at all.
+    Raises ValueError for values that are not finite and positive, for none at all, and for an offset outside [0, 1].
     Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, section 4: sizes 32 to 512 on P3 to P7.
     """
 
@@ -56,8 +57,11 @@ class AnchorGenerator:
     scales: tuple[float, ...] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     rounded: bool = False
+    offset: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.offset <= 1:
+            raise ValueError(f"offset must be between 0 and 1 stride, got {self.offset}")
         for name in ("sizes", "scales", "ratios"):
             values = tuple(float(value) for value in getattr(self, name))
             if not values or not all(0 < value < math.inf for value in values):
@@ -87,7 +91,7 @@ class AnchorGenerator:
         return _pyramid(self, tuple((h, w) for h, w in shapes), tuple(strides), torch.device(device))
 
     def cell(self, size: float) -> Float[Tensor, "N 4"]:
-        """The anchors around (0, 0) on a level of this size, float64, in the order [ratio scale]."""
+        """The anchors around the point (0, 0) on a level of this size, float64, in the order [ratio scale]."""
         sides = [size * scale for scale in self.scales]
         if self.rounded:
             sides = [float(int(side)) for side in sides]
@@ -108,7 +112,7 @@ def _pyramid(
     # backward.
     with torch.inference_mode(False):
         levels = (
-            _level(generator.cell(size).to(device, torch.float32), height, width, stride)
+            _level((generator.cell(size) + generator.offset * stride).to(device, torch.float32), height, width, stride)
             for size, (height, width), stride in zip(generator.sizes, shapes, strides, strict=True)
         )
         return Anchors(levels, shapes, strides)

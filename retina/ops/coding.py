@@ -1,4 +1,4 @@
-"""Boxes as offsets from anchors, and back."""
+"""Boxes as offsets from anchors, and back; and as distances from an anchor's centre to their four sides."""
 
 import math
 
@@ -39,3 +39,38 @@ def decode(deltas: Float[Tensor, "*#batch 4"], anchors: Float[Tensor, "*#batch 4
     centre = deltas[..., :2] * anchor_size + anchor_centre
     half = 0.5 * (deltas[..., 2:].clamp(max=LARGEST_LOG_SCALE).exp() * anchor_size)
     return torch.cat((centre - half, centre + half), dim=-1)
+
+
+def encode_distances(
+    boxes: Float[Tensor, "*#batch 4"], anchors: Float[Tensor, "*#batch 4"]
+) -> Float[Tensor, "*batch 4"]:
+    """Pixels from the anchor's centre to the left, top, right and bottom of the box; negative where it is outside.
+
+    Source: Tian et al., FCOS, ICCV 2019, equation 1.
+    """
+    centre = 0.5 * (anchors[..., :2] + anchors[..., 2:])
+    return torch.cat((centre - boxes[..., :2], boxes[..., 2:] - centre), dim=-1)
+
+
+def distances_to_deltas(
+    distances: Float[Tensor, "*#batch 4"], sides: Float[Tensor, "*#batch 2"]
+) -> Float[Tensor, "*batch 4"]:
+    """The deltas of the box at these distances from the anchor's centre: `decode` of them is that box.
+
+    With distances l, t, r, b and the anchor's `sides` w_a, h_a in the same unit: dx = (r - l) / (2 w_a),
+    dw = log((l + r) / w_a), and the same along y. A side of the box below 1e-6 counts as 1e-6. A box of more than 62.5
+    times its anchor's sides comes back smaller, as `decode` cuts it.
+    """
+    before, after = distances[..., :2], distances[..., 2:]
+    size = (before + after).clamp(min=_SMALLEST_SIDE)
+    return torch.cat((0.5 * (after - before) / sides, (size / sides).log()), dim=-1)
+
+
+def mean_distances(logits: Float[Tensor, "*batch R"]) -> Float[Tensor, "*batch"]:
+    """Means, in 0..R-1, of the distributions over the distances 0, 1, ..., R-1 whose logits these are.
+
+    float32 for narrower logits. Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 5.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    distances = torch.arange(logits.shape[-1], device=logits.device, dtype=dtype)
+    return (logits.softmax(dim=-1, dtype=dtype) * distances).sum(dim=-1)

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
-from retina.data.sampler import DetectionBatchSampler, EvalSampler, eval_shard
+from retina.data.repeats import Repeats, class_balanced, draw, repeat_factors
+from retina.data.sampler import DetectionBatchSampler, EvalSampler, RepeatSampler, eval_shard
 
 
 def make_sizes(num, seed=0):
@@ -134,6 +136,142 @@ def test_senseless_settings_are_refused():
         EvalSampler(make_sizes(4), batch_size=0)
     with pytest.raises(ValueError, match="rank must"):
         eval_shard(4, 3, 3)
+
+
+def rare_classes(num, seed=0):
+    """About 1 image in 2, 10 and 40 of three classes; the rest is empty."""
+    drawn = np.random.default_rng(seed).random((num, 3)) < [0.5, 0.1, 0.025]
+    images, labels = np.nonzero(drawn)
+    return labels, images
+
+
+REPEATS = {
+    "repeat_factor": lambda num: repeat_factors(*rare_classes(num), num_images=num, threshold=0.5),
+    "class_balanced": lambda num: class_balanced(*rare_classes(num), num_images=num),
+}
+
+
+@pytest.mark.parametrize("name", REPEATS)
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (2, 2), (4, 1), (1, 4), (16, 1)])
+def test_repeated_images_are_exact_across_processes_and_accumulation(name, world_size, accumulate):
+    sizes, repeats = make_sizes(203), REPEATS[name](203)
+    options = {"total_batch": 16, "seed": 5, "repeats": repeats}
+    alone = DetectionBatchSampler(sizes, **options)
+    shares = [
+        DetectionBatchSampler(sizes, rank=rank, world_size=world_size, accumulate=accumulate, **options)
+        for rank in range(world_size)
+    ]
+    epochs = []
+    for epoch in range(3):
+        for sampler in [alone, *shares]:
+            sampler.set_epoch(epoch)
+        steps = [images_of([batch]) for batch in alone]
+        epochs.append(steps)
+        assert len(steps) == alone.steps_per_epoch == -(-repeats.num_draws // 16)
+        parts = [list(sampler) for sampler in shares]
+        for number, step in enumerate(steps):
+            rows = slice(number * accumulate, (number + 1) * accumulate)
+            assert sorted(index for part in parts for index in images_of(part[rows])) == sorted(step)
+        # exactly what was drawn, and the filling is from the start
+        images = [index for step in steps for index in step]
+        assert sorted(images[: repeats.num_draws]) == draw(repeats, 5, epoch).tolist()
+        assert images[repeats.num_draws :] == images[: len(images) - repeats.num_draws]
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("name", REPEATS)
+def test_repeated_images_resume_at_every_step(name):
+    options = {"total_batch": 12, "rank": 1, "world_size": 2, "accumulate": 3, "seed": 8, "repeats": REPEATS[name](117)}
+    whole = DetectionBatchSampler(make_sizes(117), **options)
+    whole.set_epoch(4)
+    expected = list(whole)
+    for step in range(whole.steps_per_epoch + 1):
+        resumed = DetectionBatchSampler(make_sizes(117), **options)
+        resumed.start(4, step)
+        assert list(resumed) == expected[step * 3 :]
+        assert len(resumed) == len(expected) - step * 3
+
+
+def test_repeated_images_are_grouped_by_aspect_too():
+    sizes = make_sizes(203)
+    batches = DetectionBatchSampler(sizes, total_batch=8, repeats=REPEATS["repeat_factor"](203)).global_batches(0)
+    orientations = np.sign(sizes[:, 1] - sizes[:, 0])
+    assert sum(len(set(orientations[batch].tolist())) > 1 for batch in batches) <= 3
+
+
+def test_images_drawn_once_each_are_the_plain_epoch():
+    sizes = make_sizes(100)
+    ones = Repeats(np.arange(100), np.ones(100), np.zeros(100, np.int64))
+    plain, repeated = (DetectionBatchSampler(sizes, total_batch=16, seed=2, repeats=r) for r in (None, ones))
+    for epoch in range(3):
+        np.testing.assert_array_equal(plain.global_batches(epoch), repeated.global_batches(epoch))
+
+
+def test_repeats_without_shuffle_come_in_order():
+    labels = np.repeat([0, 1], [6, 2])
+    sampler = DetectionBatchSampler(np.full((8, 2), 5), total_batch=8, shuffle=False, repeats=class_balanced(labels))
+    [images] = sampler.global_batches(0).tolist()
+    assert images == sorted(images)
+    assert images[4:] == [6, 6, 7, 7]
+
+
+def test_repeats_of_other_images_are_refused():
+    with pytest.raises(ValueError, match="image 19, but there are 8"):
+        DetectionBatchSampler(make_sizes(8), total_batch=4, repeats=class_balanced(np.zeros(20, np.int64)))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_classifiers_batches_are_the_same_over_processes(world_size):
+    labels = np.repeat([0, 1, 2], [80, 15, 8])
+    repeats = class_balanced(labels)
+    alone = RepeatSampler(repeats, seed=6)
+    parts = [RepeatSampler(repeats, seed=6, rank=rank, world_size=world_size) for rank in range(world_size)]
+    seen = []
+    for epoch in range(3):
+        for sampler in [alone, *parts]:
+            sampler.set_epoch(epoch)
+        order = list(alone)
+        seen.append(order)
+        assert sorted(order) == draw(repeats, 6, epoch).tolist()
+        shares = [list(part) for part in parts]
+        assert {len(share) for share in shares} == {len(parts[0])}
+        size = 16 // world_size
+        for first in range(0, len(order) // 16 * 16, 16):
+            step = [index for share in shares for index in share[first // world_size :][:size]]
+            assert sorted(step) == sorted(order[first : first + 16])
+        filled = [index for together in zip(*shares, strict=True) for index in together]
+        assert filled == order + order[: len(filled) - len(order)]
+    assert seen[0] != seen[1] != seen[2]
+
+
+def test_a_classifiers_epoch_resumes_at_every_index():
+    repeats = class_balanced(np.repeat([0, 1], [20, 3]))
+    options = {"seed": 6, "rank": 1, "world_size": 2}
+    whole = RepeatSampler(repeats, **options)
+    whole.set_epoch(2)
+    expected = list(whole)
+    assert len(expected) == len(whole) == 12
+    for taken in range(13):
+        resumed = RepeatSampler(repeats, **options)
+        resumed.start(2, taken)
+        assert list(resumed) == expected[taken:]
+        assert len(resumed) == 12 - taken
+
+
+def test_torchs_loader_takes_the_classifiers_sampler():
+    labels = np.repeat([0, 1], [60, 4])
+    loader = DataLoader(labels, batch_size=16, sampler=RepeatSampler(class_balanced(labels)))
+    drawn = [label for batch in loader for label in batch.tolist()]
+    assert (drawn.count(0), drawn.count(1)) == (32, 32)
+    assert len(loader) == 4
+
+
+def test_a_classifiers_senseless_settings_are_refused():
+    repeats = class_balanced(np.arange(4))
+    with pytest.raises(ValueError, match="rank must"):
+        RepeatSampler(repeats, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="taken must"):
+        RepeatSampler(repeats).start(0, 5)
 
 
 @pytest.mark.parametrize("num", [0, 1, 5, 64, 101])

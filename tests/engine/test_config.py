@@ -45,6 +45,26 @@ def test_a_missing_key_is_named() -> None:
         from_mapping(DataConfig, {}, "data")
 
 
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (
+            {"sampling": "rare"},
+            "data.sampling: 'rare' is not allowed - choose repeat_factor or class_balanced, or null",
+        ),
+        ({"sampling": True}, "data.sampling: True is of the wrong type - give str or null"),
+        ({"repeat_threshold": 0}, "data.repeat_threshold: 0.0 is not allowed - give a share of the images above 0"),
+        ({"repeat_threshold": 1.5}, "data.repeat_threshold: 1.5 is not allowed - give a share of the images above 0"),
+        ({"repeat_threshold": None}, "data.repeat_threshold: None is of the wrong type - give float"),
+    ],
+)
+def test_a_wrong_sampling_is_one_line(values: dict[str, object], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(DataConfig, {"name": "x", **values}, "data")
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
 def test_sides_must_fit() -> None:
     with pytest.raises(ConfigError, match="short_side"):
         DataConfig(name="x", short_side=100, long_side=50)

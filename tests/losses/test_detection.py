@@ -1,24 +1,33 @@
+import re
 import subprocess
 import sys
 from collections import Counter
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, generalized_box_iou_loss
 
 from retina.losses.boxes import giou, smooth_l1
+from retina.losses.classification import GHM, OHEM, QualityFocal, Varifocal
 from retina.losses.detection import DetectionLoss
-from retina.ops.anchors import AnchorGenerator
-from retina.ops.assigners import MaxIoU
-from retina.ops.coding import encode
-from retina.types import Losses, Predictions, Targets
+from retina.ops.anchors import AnchorGenerator, Anchors
+from retina.ops.assigners import ATSS, MaxIoU, TaskAligned
+from retina.ops.coding import decode, distances_to_deltas, encode, encode_distances, mean_distances
+from retina.ops.soft_focal import distribution_focal_loss
+from retina.postprocess import postprocess
+from retina.types import Assignment, Losses, Predictions, Targets
 
+ROOT = Path(__file__).parents[2]
 K = 5
+BINS = 17
 ANCHORS = AnchorGenerator((32.0, 64.0))(((16, 24), (8, 12)), (8, 16), "cpu")  # a pyramid of 2 levels over 128 x 192
 
 
@@ -29,6 +38,27 @@ def random_predictions(num_images: int, *, seed: int = 0, dtype: torch.dtype = t
         return torch.randn(num_images, len(anchors), columns, generator=generator).to(dtype).requires_grad_()
 
     return Predictions(tuple(level(a, K) for a in ANCHORS), tuple(level(a, 4) for a in ANCHORS), ANCHORS)
+
+
+def with_branches(predictions: Predictions, *, quality: bool = True, bins: bool = True, seed: int = 1) -> Predictions:
+    """The same head with a quality branch and distributions, at random; the deltas are those of the distributions."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [level.shape[:2] for level in predictions.logits]
+    if quality:
+        branch = tuple(torch.randn(*shape, generator=generator).requires_grad_() for shape in shapes)
+        predictions = predictions._replace(quality=branch)
+    if bins:
+        levels = tuple(torch.randn(*shape, 4, BINS, generator=generator).requires_grad_() for shape in shapes)
+        predictions = predictions._replace(bins=levels, deltas=deltas_of(levels, predictions.anchors))
+    return predictions
+
+
+def deltas_of(bins: tuple[Tensor, ...], anchors: Anchors) -> tuple[Tensor, ...]:
+    """What the model does."""
+    return tuple(
+        distances_to_deltas(stride * mean_distances(level), box[:, 2:] - box[:, :2])
+        for level, box, stride in zip(bins, anchors, anchors.strides, strict=True)
+    )
 
 
 def make_targets(*images: list[tuple[float, ...]], pad_to: int = 0) -> Targets:
@@ -227,15 +257,44 @@ class CountOperations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("box_loss", [smooth_l1, giou])
-def test_no_waiting_and_the_same_operations_for_any_batch(box_loss, monkeypatch):
-    monkeypatch.setattr("retina.ops.focal._CHUNK", 2**20)  # on a CPU the loss goes chunk by chunk: one is enough here
+RECIPES = {
+    "paper": DetectionLoss(),
+    "giou": DetectionLoss(box_loss=giou),
+    "ohem": DetectionLoss(classification=OHEM(batch_size=8, one_to_three=True)),
+    "ghm": DetectionLoss(classification=GHM()),
+    "varifocal": DetectionLoss(classification=Varifocal(), quality="iou"),
+    "atss": DetectionLoss(assigner=ATSS(), box_loss=giou, quality="centerness"),
+    "gfl": DetectionLoss(assigner=ATSS(), classification=QualityFocal(), box_loss=giou, distribution_weight=0.25),
+    "tal": DetectionLoss(assigner=TaskAligned(), classification=QualityFocal(), box_loss=giou),
+    "tal and all branches": DetectionLoss(
+        assigner=TaskAligned(), classification=QualityFocal(), quality="iou", distribution_weight=0.25
+    ),
+}
+
+
+def predictions_for(recipe: DetectionLoss, num_images: int) -> Predictions:
+    bins = recipe.distribution_weight is not None
+    return with_branches(random_predictions(num_images), quality=recipe.quality is not None, bins=bins)
+
+
+def leaves(predictions: Predictions) -> list[Tensor]:
+    """What a head would learn: no deltas where they come from distributions."""
+    parts = (predictions.logits, predictions.bins or predictions.deltas, predictions.quality or ())
+    return [level for part in parts for level in part]
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_waiting_and_the_same_operations_for_any_batch(name: str, compiling: bool, monkeypatch):
+    """Also in the form for GPUs and compilers."""
+    monkeypatch.setattr("retina.ops.class_focal._CHUNK", 2**20)  # on a CPU the loss goes by chunks: one is enough here
     counts = []
     for num_images in (2, 5):
-        predictions = random_predictions(num_images)
+        predictions = predictions_for(RECIPES[name], num_images)
         targets = make_targets(*(random_objects(3 + b, b) for b in range(num_images)))
-        with CountOperations() as operations:
-            losses = DetectionLoss(box_loss=box_loss)(predictions, targets)
+        with monkeypatch.context() as patch, CountOperations() as operations:
+            patch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+            losses = RECIPES[name](predictions, targets)
             (losses.classification + losses.box).backward()
         counts.append(operations.calls)
         for waiting in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "unique_dim", "item"):
@@ -243,6 +302,140 @@ def test_no_waiting_and_the_same_operations_for_any_batch(box_loss, monkeypatch)
         assert operations.masked == 0
     assert counts[0] == counts[1]
     assert counts[0].total() > 50  # the counter did count
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_form_for_gpus_gives_the_same(name: str, monkeypatch):
+    targets = make_targets(random_objects(3), random_objects(5, 1))
+    results = []
+    for compiling in (False, True):
+        predictions = predictions_for(RECIPES[name], 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+            losses = RECIPES[name](predictions, targets)
+        results.append((list(losses), torch.autograd.grad(losses.classification + losses.box, leaves(predictions))))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("pad_to", [0, 3])
+def test_every_recipe_is_finite_without_objects_and_its_box_loss_zero(name: str, pad_to: int):
+    predictions = predictions_for(RECIPES[name], 2)
+    losses = RECIPES[name](predictions, make_targets([], [], pad_to=pad_to))
+    assert losses.num_positives == losses.box == 0
+    assert losses.classification > 0
+    for grad in torch.autograd.grad(losses.classification + losses.box, leaves(predictions)):
+        assert grad.isfinite().all()  # and connected, or DDP would wait for that part of the head
+
+
+def at_positives(predictions: Predictions, targets: Targets, assigned: Assignment) -> tuple[Tensor, Tensor, Tensor]:
+    """Predicted boxes, anchors and objects' boxes of the positives."""
+    anchors = torch.cat(list(predictions.anchors))
+    image, anchor = assigned.positive.nonzero(as_tuple=True)
+    boxes = decode(torch.cat(predictions.deltas, dim=1)[image, anchor], anchors[anchor])
+    return boxes, anchors[anchor], targets.boxes[image, assigned.matched[image, anchor]]
+
+
+def test_soft_targets_are_the_iou_of_the_predicted_boxes():
+    predictions, targets = random_predictions(2), make_targets(random_objects(3), random_objects(5, 1))
+    assigned = MaxIoU()(predictions, targets)
+    boxes, _, objects = at_positives(predictions, targets, assigned)
+    quality = torch.zeros(assigned.positive.shape)
+    quality[assigned.positive] = box_iou(boxes, objects).diagonal().detach()
+    assert quality.amax() > 0.3
+    labels = targets.labels.gather(1, assigned.matched)
+    expected = QualityFocal()(predictions, labels, assigned._replace(quality=quality))
+    losses = DetectionLoss(classification=QualityFocal())(predictions, targets)
+    torch.testing.assert_close(losses.classification, expected)
+    assert losses.num_positives == assigned.positive.sum()
+    assert losses.box == DetectionLoss()(predictions, targets).box
+
+
+@pytest.mark.parametrize("kind", ["centerness", "iou"])
+def test_the_quality_branch_learns_how_well_a_box_fits(kind: str):
+    predictions = with_branches(random_predictions(2), bins=False)
+    targets = make_targets(random_objects(3), random_objects(5, 1))
+    assigned = MaxIoU()(predictions, targets)
+    boxes, anchors, objects = at_positives(predictions, targets, assigned)
+    goal = box_iou(boxes, objects).diagonal().detach()
+    if kind == "centerness":
+        left, top, right, bottom = encode_distances(objects, anchors).unbind(-1)
+        goal = (torch.minimum(left, right) / torch.maximum(left, right)).clamp(min=0)
+        goal = (goal * torch.minimum(top, bottom).clamp(min=0) / torch.maximum(top, bottom)).sqrt()
+    logits = torch.cat(predictions.quality, dim=1)[assigned.positive]
+    expected = 3 * F.binary_cross_entropy_with_logits(logits, goal, reduction="sum")
+    losses = DetectionLoss(quality=kind, quality_weight=3.0)(predictions, targets)
+    plain = DetectionLoss()(predictions._replace(quality=None), targets)
+    torch.testing.assert_close(losses.box - plain.box, expected, rtol=1e-4, atol=0)
+    assert losses.classification == plain.classification
+
+
+def test_centerness_of_literals():
+    """An object of 40 x 40 px: an anchor in its middle, one at a quarter of its width, one on its border."""
+    boxes = torch.tensor([[0.0, 0, 8, 8], [-10, 0, -2, 8], [-20, 0, -12, 8]]) + 16
+    anchors = Anchors([boxes], ((1, 3),), (8,))
+    nothing = tuple(torch.zeros(1, 3, columns) for columns in (K, 4))
+    predictions = Predictions((nothing[0],), (nothing[1],), anchors, quality=(torch.full((1, 3), 4.0),))
+    loss = DetectionLoss(quality="centerness", box_weight=0.0, assigner=lambda *_: EVERYTHING)
+    expected = F.binary_cross_entropy_with_logits(torch.full((3,), 4.0), torch.tensor([1, (1 / 3) ** 0.5, 0]))
+    assert loss(predictions, make_targets([(0.0, 0, 40, 40, 1)])).box.item() == pytest.approx(3 * expected.item())
+
+
+EVERYTHING = Assignment(
+    torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.bool)
+)
+
+
+def test_distributions_learn_the_distances_in_strides():
+    predictions = with_branches(random_predictions(2), quality=False)
+    targets = make_targets(random_objects(3), random_objects(5, 1))
+    assigned = MaxIoU()(predictions, targets)
+    _, anchors, objects = at_positives(predictions, targets, assigned)
+    strides = torch.cat([torch.full((len(a),), s) for a, s in zip(ANCHORS, ANCHORS.strides, strict=True)])
+    distances = encode_distances(objects, anchors) / strides[assigned.positive.nonzero()[:, 1], None]
+    logits = torch.cat(predictions.bins, dim=1)[assigned.positive]
+    expected = 0.5 * distribution_focal_loss(logits, distances).mean(dim=-1).sum()
+    losses = DetectionLoss(distribution_weight=0.5)(predictions, targets)
+    plain = DetectionLoss()(predictions._replace(bins=None), targets)
+    torch.testing.assert_close(losses.box - plain.box, expected, rtol=1e-4, atol=0)
+
+
+def test_the_quality_of_an_assigner_weighs_boxes_and_divides_all():
+    predictions = with_branches(random_predictions(2), quality=False)
+    targets = make_targets(random_objects(3), random_objects(5, 1))
+    assigned = TaskAligned()(predictions, targets)
+    boxes, _, objects = at_positives(predictions, targets, assigned)
+    weights = assigned.quality[assigned.positive]
+    losses = DetectionLoss(
+        assigner=TaskAligned(), classification=QualityFocal(), box_loss=giou, box_weight=2.0, distribution_weight=0.0
+    )(predictions, targets)
+    torch.testing.assert_close(losses.num_positives, weights.sum())
+    assert 0 < losses.num_positives < assigned.positive.sum()
+    torch.testing.assert_close(losses.box, 2 * (weights * generalized_box_iou_loss(boxes, objects)).sum())
+    labels = targets.labels.gather(1, assigned.matched)
+    torch.testing.assert_close(losses.classification, QualityFocal()(predictions, labels, assigned))
+
+
+@pytest.mark.parametrize(
+    ("settings", "branches", "message"),
+    [
+        ({"quality": "iou"}, {"quality": False, "bins": False}, "no quality branch"),
+        ({}, {"bins": False}, "set quality"),
+        ({"distribution_weight": 0.25}, {"quality": False, "bins": False}, "no distributions"),
+        ({}, {"quality": False}, "set distribution_weight"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused_in_one_line(settings: dict, branches: dict, message: str):
+    predictions = with_branches(random_predictions(1), **branches)
+    with pytest.raises(ValueError, match=message) as error:
+        DetectionLoss(**settings)(predictions, make_targets(random_objects(2)))
+    assert "\n" not in str(error.value)
+
+
+def test_distributions_need_strides():
+    predictions = with_branches(random_predictions(1), quality=False)._replace(anchors=tuple(ANCHORS))
+    with pytest.raises(ValueError, match="strides"):
+        DetectionLoss(distribution_weight=0.25)(predictions, make_targets(random_objects(2)))
 
 
 def test_the_counter_sees_what_it_forbids():
@@ -288,11 +481,66 @@ def test_on_a_gpu_nothing_waits_and_the_result_is_the_same():
     torch.testing.assert_close([grad.cpu() for grad in grads], gradients(expected, predictions), rtol=1e-4, atol=1e-6)
 
 
+def commanded(name: str) -> tuple[DetectionLoss, dict[str, Any]]:
+    """The loss of `loss=NAME`, and the model that the command in its header asks for."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    from _build import build
+    from _compose import compose
+
+    header = (ROOT / "configs" / "loss" / f"{name}.yaml").read_text().partition("_target_")[0]
+    words = re.findall(r"model\.\S+", header)
+    settings = compose("train", [f"loss={name}", *words])
+    return build(settings["loss"], "loss"), settings["model"]
+
+
+CONFIGS = sorted(file.stem for file in (ROOT / "configs" / "loss").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_finds_its_objects(name: str):
+    """With the outputs themselves as parameters: no step of a network is as quick."""
+    criterion, model = commanded(name)
+    generator = AnchorGenerator((32.0, 64.0), tuple(model["anchor_scales"]), tuple(model["anchor_ratios"]))
+    anchors = generator(((16, 24), (8, 12)), (8, 16), "cpu")
+    targets = make_targets(
+        [(12.0, 20.0, 60.0, 75.0, 3), (100.0, 30.0, 190.0, 110.0, 1)], [(70.0, 40.0, 130.0, 90.0, 4)]
+    )
+
+    def zeros(*shape: int) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros(2, len(level), *shape, requires_grad=True) for level in anchors)
+
+    logits = tuple((level.detach() - 4.6).requires_grad_() for level in zeros(K))
+    quality = zeros() if model["head_quality"] else None
+    bins = zeros(4, model["box_bins"]) if model["box_bins"] else None
+    deltas = zeros(4)
+    optimizer = torch.optim.Adam([*logits, *(quality or ()), *(bins or deltas)], lr=0.2)
+    first = None
+    for step in range(60):
+        optimizer.param_groups[0]["lr"] = 0.2 * (1 - step / 60)
+        optimizer.zero_grad()
+        predictions = Predictions(logits, deltas_of(bins, anchors) if bins else deltas, anchors, quality, bins)
+        losses = criterion(predictions, targets)
+        total = (losses.classification + losses.box) / losses.num_positives.clamp(min=1)
+        first = first or total.item()
+        total.backward()
+        optimizer.step()
+    assert total < 0.5 * first
+    for b, found in enumerate(postprocess(predictions, torch.tensor([[128, 192]] * 2))):
+        objects, count = targets.boxes[b][targets.valid[b]], int(targets.valid[b].sum())
+        overlap, match = box_iou(found.boxes[:count], objects).max(dim=1)
+        assert sorted(match.tolist()) == list(range(count))
+        assert (overlap > 0.9).all()
+        assert torch.equal(found.labels[:count], targets.labels[b][match])
+        assert (found.scores[:count] > 0.5).all()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"box_weight": -1.0}, "box_weight"),
         ({"box_weight": float("nan")}, "box_weight"),
+        ({"quality_weight": -1.0}, "quality_weight"),
+        ({"distribution_weight": float("inf")}, "distribution_weight"),
     ],
 )
 def test_settings_out_of_range_are_refused_in_one_line(settings: dict, message: str):

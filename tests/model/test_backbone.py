@@ -1,3 +1,4 @@
+import functools
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from safetensors.torch import save_file
 from torchvision.ops import FrozenBatchNorm2d
@@ -64,6 +66,60 @@ def test_weights_of_another_architecture_are_one_line(tmp_path: Path) -> None:
     save_file(torchvision.models.resnet34(weights=None).state_dict(), file)
     with pytest.raises(CheckpointError, match=r"^[^\n]*layer1\.0\.[^\n]* - [^\n]*resnet50[^\n]*$"):
         ResNet("resnet50", norm="batch", frozen_stages=0).load_imagenet("resnet50", str(file))
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch", "group"])
+def test_norm_eps_is_that_of_every_norm(norm: str) -> None:
+    """Against torchvision's own layers with that epsilon; some of ours are frozen."""
+    torch.manual_seed(0)
+    ours = ResNet("resnet18", norm=norm, frozen_stages=2 if norm == "batch" else 0, norm_eps=0.5).eval()
+    kinds = {
+        "frozen": FrozenBatchNorm2d,
+        "batch": torch.nn.BatchNorm2d,
+        "group": lambda channels, **options: torch.nn.GroupNorm(32, channels, **options),
+    }
+    norm_layer = functools.partial(kinds[norm], eps=0.5)
+    theirs = torchvision.models.resnet18(weights=None, norm_layer=norm_layer).eval()
+    state = {key.removeprefix("stem."): value for key, value in ours.state_dict().items()}
+    theirs.load_state_dict(state, strict=False)
+    body = torchvision.models._utils.IntermediateLayerGetter(theirs, {f"layer{i}": str(i) for i in range(1, 5)})
+    x = torch.randn(1, 3, 64, 64)
+    for mine, expected in zip(ours(x), body(x).values(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+    usual = ResNet("resnet18", norm=norm, frozen_stages=0)
+    usual.load_state_dict(ours.state_dict(), strict=False)
+    assert not torch.allclose(usual.eval()(x)[0], ours(x)[0], rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d"])
+def test_stride_in_1x1_moves_the_stride_and_nothing_else(name: str) -> None:
+    torch.manual_seed(0)
+    plain = ResNet(name, norm="frozen", frozen_stages=0, last_level=3)
+    moved = ResNet(name, norm="frozen", frozen_stages=0, last_level=3, stride_in_1x1=True)
+    moved.load_state_dict(plain.state_dict())
+    differ = {
+        key: (tuple(one.stride), tuple(other.stride))
+        for (key, one), (_, other) in zip(plain.named_modules(), moved.named_modules(), strict=True)
+        if isinstance(one, torch.nn.Conv2d) and one.stride != other.stride
+    }
+    assert differ == {"layer2.0.conv1": ((1, 1), (2, 2)), "layer2.0.conv2": ((2, 2), (1, 1))}
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(plain(x)[0], moved(x)[0])
+    # the first block of C3, convolution by convolution; its norms are identities at the start
+    state, c2 = moved.state_dict(), moved(x)[0]
+    groups = moved.layer2[0].conv2.groups
+    y = F.conv2d(c2, state["layer2.0.conv1.weight"], stride=2).relu()
+    y = F.conv2d(y, state["layer2.0.conv2.weight"], padding=1, groups=groups).relu()
+    y = F.conv2d(y, state["layer2.0.conv3.weight"]) + F.conv2d(c2, state["layer2.0.downsample.0.weight"], stride=2)
+    torch.testing.assert_close(moved.layer2[0](c2), y.relu(), rtol=1e-3, atol=1e-4)
+
+
+def test_settings_that_a_resnet_cannot_have_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"model\.stride_in_1x1: resnet34 has no bottlenecks"):
+        ResNet("resnet34", norm="batch", frozen_stages=0, stride_in_1x1=True)
+    for eps in (-1e-5, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=r"model\.norm_eps"):
+            ResNet("resnet18", norm="batch", frozen_stages=0, norm_eps=eps)
 
 
 def test_unknown_weights_name_lists_the_known() -> None:

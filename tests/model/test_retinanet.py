@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection import retinanet_resnet50_fpn
@@ -17,6 +18,7 @@ from retina.losses.classification import Focal
 from retina.losses.detection import DetectionLoss
 from retina.model.retinanet import RetinaNet, retinanet
 from retina.ops.assigners import MaxIoU
+from retina.ops.coding import decode
 from retina.postprocess import postprocess
 from retina.types import Targets
 
@@ -192,18 +194,28 @@ def test_normalisation_is_per_channel_and_leaves_the_images_alone() -> None:
     assert (images == 40).all()
 
 
-@pytest.mark.parametrize("norm", ["batch", pytest.param("frozen", marks=pytest.mark.slow)])
-def test_compiles_once_per_canvas_and_mode(norm: str) -> None:
+COMPILED = {
+    "batch": {"norm": "batch"},
+    "frozen": {"norm": "frozen"},
+    "switches": {"norm": "batch", "neck": "pafpn", "head_norm": "group", "head_quality": True, "box_bins": 6},
+    "timm": {"norm": "batch", "backbone": "timm:test_convnext"},
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["batch", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(COMPILED)[1:])]
+)
+def test_compiles_once_per_canvas_and_mode(kind: str) -> None:
     """In a process of its own: here, every function is wrapped in type checks that a compiler cannot trace."""
-    subprocess.run([sys.executable, __file__, norm], check=True, timeout=280)
+    subprocess.run([sys.executable, __file__, kind], check=True, timeout=280)
 
 
-def compile_and_compare(norm: str) -> None:
+def compile_and_compare(kind: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    plain = retinanet(**TINY, levels=(3, 4), norm=norm, frozen_stages=2).to(memory_format=torch.channels_last)
+    plain = retinanet(**TINY | COMPILED[kind], levels=(3, 4), frozen_stages=2).to(memory_format=torch.channels_last)
     compiled = copy.deepcopy(plain)
-    compiled.compile(backend="eager" if norm == "batch" else "aot_eager")
+    compiled.compile(backend="eager" if kind == "batch" else "aot_eager")
     assert list(compiled.state_dict()) == list(plain.state_dict())
     canvases = [torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8) for size in ((64, 96), (96, 64))]
 
@@ -215,6 +227,7 @@ def compile_and_compare(norm: str) -> None:
             model.zero_grad()
             predictions = model(images)
             outputs = [*predictions.logits, *predictions.deltas]
+            outputs += [*(predictions.quality or ()), *(predictions.bins or ())]
             torch.stack([output.square().mean() for output in outputs]).sum().backward()
             grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
             model.eval()
@@ -235,13 +248,114 @@ def compile_and_compare(norm: str) -> None:
     compiled.load_state_dict(plain.state_dict())  # other weights, the same graphs
     for ours, theirs in zip(use(compiled), use(plain), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert norm == "frozen" or not torch.equal(first[0][-1], use(compiled)[0][-1])  # statistics went on
+    went_on = not torch.equal(first[0][-1], use(compiled)[0][-1])
+    assert went_on == (kind in ("batch", "switches"))  # learned statistics; the others have none
     assert counters["stats"]["unique_graphs"] == stats["unique_graphs"], "compiled again"
 
 
+def test_names_in_the_default_state_dict_stay() -> None:
+    """Weights files of every version hold them."""
+    with torch.device("meta"):
+        model = retinanet(num_classes=3)
+        resnet = torchvision.models.resnet50(weights=None)
+    stem = ("conv1.", "bn1.")
+    backbone = [
+        f"backbone.{'stem.' if key.startswith(stem) else ''}{key}"
+        for key in resnet.state_dict()
+        if not key.startswith("fc.")
+    ]
+    layers = [f"fpn.{part}.{i}" for part, count in (("lateral", 3), ("output", 3), ("extra", 2)) for i in range(count)]
+    for tower in ("classification", "box"):
+        layers += [f"head.{tower}.convs.{i}" for i in (0, 2, 4, 6)] + [f"head.{tower}.predict"]
+    assert list(model.state_dict()) == backbone + [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+    assert sum(p.numel() for p in model.parameters()) == 36_371_327
+
+
+def test_arguments_of_earlier_versions_still_build_the_same_model() -> None:
+    """A card lacks what came later, and the defaults of that are what was then."""
+    later = {"norm_eps", "stride_in_1x1", "neck", "p7_relu", "head_quality", "box_bins", "anchor_offset"}
+    model = retinanet(**TINY)
+    assert later < model.arguments.keys()
+    again = retinanet(**{key: value for key, value in model.arguments.items() if key not in later})
+    again.load_state_dict(model.state_dict())
+    assert again.arguments == model.arguments
+    images = torch.randint(0, 256, (1, 3, 128, 128), dtype=torch.uint8)
+    for one, other in zip(again.eval()(images)[:3], model.eval()(images)[:3], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+SWITCHES = {
+    "head_quality": {"head_quality": True},
+    "box_bins": {"box_bins": 17},
+    "neck": {"neck": "pafpn"},
+    "p2": {"levels": (2, 3, 4, 5)},
+    "p6 from p5": {"p6_from": "p5", "p7_relu": False},
+    "centres": {"anchor_offset": 0.5},
+    "one anchor": {"anchor_scales": (2.0,), "anchor_ratios": (1.0,)},
+    "group": {"head_norm": "group"},
+}
+SWITCHES["all"] = {key: value for switch in SWITCHES.values() for key, value in switch.items()}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_every_switch_goes_forward_and_backward(name: str) -> None:
+    torch.manual_seed(0)
+    model = retinanet(**TINY | SWITCHES[name]).to(memory_format=torch.channels_last)
+    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    predictions = model(images)
+    counts = [len(anchors) for anchors in predictions.anchors]
+    cells = [math.ceil(64 / stride) * math.ceil(96 / stride) for stride in model.strides]
+    assert counts == [n * model.anchors.num_per_cell for n in cells]
+    assert [x.shape for x in predictions.logits] == [(2, n, 3) for n in counts]
+    assert [x.shape for x in predictions.deltas] == [(2, n, 4) for n in counts]
+    assert (predictions.quality is None) == (not model.arguments["head_quality"])
+    assert (predictions.bins is None) == (model.arguments["box_bins"] is None)
+    if predictions.quality is not None:
+        assert [x.shape for x in predictions.quality] == [(2, n) for n in counts]
+    if predictions.bins is not None:
+        assert [x.shape for x in predictions.bins] == [(2, n, 4, 17) for n in counts]
+    outputs = (*predictions.logits, *predictions.deltas, *(predictions.quality or ()), *(predictions.bins or ()))
+    torch.cat([x.flatten() for x in outputs]).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    with torch.device("meta"):
+        assert retinanet(**model.arguments).state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_deltas_of_distributions_decode_to_the_box_of_their_means(rounded: bool, dtype: torch.dtype) -> None:
+    """On every level, for every anchor of a cell: centre of the anchor +- mean x stride."""
+    torch.manual_seed(0)
+    model = retinanet(**TINY, box_bins=9, anchors_rounded=rounded, anchor_offset=0.5).eval()
+    torch.nn.init.normal_(model.head.box.predict.weight, std=2.0)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        predictions = model(torch.randint(0, 256, (2, 3, 128, 192), dtype=torch.uint8))
+    assert predictions.bins is not None
+    levels = zip(predictions.bins, predictions.deltas, predictions.anchors, model.strides, strict=True)
+    for bins, deltas, anchors, stride in levels:
+        assert bins.dtype == dtype
+        assert deltas.dtype == torch.float32
+        means = (bins.double().softmax(dim=-1) * torch.arange(9)).sum(dim=-1) * stride
+        assert means.std() > 0.1 * stride  # they differ
+        centre = (anchors[:, :2] + anchors[:, 2:]) / 2
+        expected = torch.cat((centre - means[..., :2], centre + means[..., 2:]), dim=-1)
+        torch.testing.assert_close(decode(deltas, anchors).double(), expected, rtol=0, atol=1e-3)
+
+
+def test_distributions_keep_their_start_whatever_the_anchor() -> None:
+    """Uniform, so that every box reaches (R - 1) / 2 strides to each side."""
+    model = retinanet(**TINY, box_bins=17)
+    torch.nn.init.zeros_(model.head.box.predict.weight)
+    predictions = model(torch.zeros(1, 3, 128, 128, dtype=torch.uint8))
+    for deltas, anchors, stride in zip(predictions.deltas, predictions.anchors, model.strides, strict=True):
+        boxes = decode(deltas[0], anchors)
+        torch.testing.assert_close(boxes[:, 2:] - boxes[:, :2], torch.full((len(boxes), 2), 16.0 * stride))
+
+
 def test_arguments_rebuild_the_model() -> None:
-    model = retinanet(**TINY, anchor_ratios=(0.5, 2.0), levels=(3, 4, 5))
+    model = retinanet(**TINY, anchor_ratios=(0.5, 2.0), levels=(3, 4, 5), anchor_offset=0.5, norm_eps=1e-3)
     again = retinanet(**model.arguments)
+    assert again.backbone.stem.bn1.eps == 1e-3
     assert again.arguments == model.arguments
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert again.anchors == model.anchors
@@ -261,6 +375,11 @@ def test_arguments_rebuild_the_model() -> None:
         ({"head_norm": "batch"}, "model.head_norm"),
         ({"prior": 0.0}, "model.prior"),
         ({"anchor_sizes": (32.0, 64.0)}, "model.anchor_sizes"),
+        ({"anchor_offset": -0.5}, "model.anchor_offset"),
+        ({"neck": "bifpn"}, "model.neck"),
+        ({"box_bins": 1}, "model.box_bins"),
+        ({"norm_eps": -1.0}, "model.norm_eps"),
+        ({"stride_in_1x1": True}, "model.stride_in_1x1"),
         ({"num_classes": 0}, "num_classes"),
     ],
 )

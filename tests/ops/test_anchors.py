@@ -9,6 +9,7 @@ from torchvision.models.detection.retinanet import _default_anchorgen
 
 from retina.ops.anchors import AnchorGenerator
 from retina.ops.boxes import box_area
+from retina.ops.matching import match_boxes
 
 SIZES = (32.0, 64.0, 128.0, 256.0, 512.0)
 STRIDES = (8, 16, 32, 64, 128)
@@ -52,10 +53,47 @@ def test_centres_are_multiples_of_the_stride_row_by_row():
     assert anchors.dtype == torch.float32
 
 
+def test_an_offset_moves_every_centre_by_a_share_of_the_stride():
+    shapes, strides = ((2, 3), (1, 2)), (8, 16)
+    plain = AnchorGenerator((32.0, 100.0), rounded=True)(shapes, strides, "cpu")
+    moved = AnchorGenerator((32.0, 100.0), rounded=True, offset=0.5)(shapes, strides, "cpu")
+    for one, other, stride in zip(plain, moved, strides, strict=True):
+        assert torch.equal(one + stride / 2, other)
+    (anchors,) = AnchorGenerator((32.0,), scales=(1.0,), ratios=(1.0,), offset=0.5)(((2, 2),), (8,), "cpu")
+    assert ((anchors[:, :2] + anchors[:, 2:]) / 2).tolist() == [[4, 4], [12, 4], [4, 12], [12, 12]]
+
+
+@pytest.mark.parametrize("offset", [-0.1, 1.1, float("nan")])
+def test_an_offset_is_within_a_stride(offset: float):
+    with pytest.raises(ValueError, match="offset must be between 0 and 1 stride"):
+        AnchorGenerator((32.0,), offset=offset)
+
+
+@pytest.mark.parametrize("offset", [0.5, 0.3, 1.0])
+def test_matching_in_windows_equals_the_matrix_with_an_offset(offset: float):
+    generator = AnchorGenerator(SIZES, offset=offset)
+    anchors = generator(shapes_of(256, 384), STRIDES, "cpu")
+    for seed in range(10):
+        random = torch.Generator().manual_seed(seed)
+        centre = torch.rand(2, 12, 2, generator=random) * torch.tensor([400, 270])
+        side = torch.exp(torch.rand(2, 12, 2, generator=random) * 6.5)  # 1 to 665 px
+        boxes = torch.cat((centre - side / 2, centre + side / 2), dim=-1)
+        boxes[0, ::3] = boxes[0, ::3].round()
+        boxes[1, ::4] = torch.cat(list(anchors))[torch.randint(0, 5000, (3,), generator=random)]
+        kind = torch.rand(2, 12, generator=random)
+        valid, crowd = kind > 0.2, kind < 0.1
+        found, expected = (match_boxes(kept, boxes, valid, crowd) for kept in (anchors, tuple(anchors)))
+        assert torch.equal(found.positive, expected.positive)
+        assert torch.equal(found.negative, expected.negative)
+        assert torch.equal(found.index[found.positive], expected.index[expected.positive])
+        assert found.positive.any()
+
+
 def test_a_level_is_its_first_cell_moved_over_the_grid():
     """What matching in windows builds on, to the last bit."""
-    for rounded in (False, True):
-        anchors = AnchorGenerator((32.0, 41.3), rounded=rounded)(((5, 7), (3, 2)), (8, 12), "cpu")
+    for rounded, offset in ((False, 0.0), (True, 0.0), (False, 0.5), (False, 0.3)):
+        generator = AnchorGenerator((32.0, 41.3), rounded=rounded, offset=offset)
+        anchors = generator(((5, 7), (3, 2)), (8, 12), "cpu")
         for level, (height, width), stride in zip(anchors, anchors.shapes, anchors.strides, strict=True):
             for row, column, n in product(range(height), range(width), range(9)):
                 shift = torch.tensor([column, row, column, row]) * stride
@@ -74,6 +112,7 @@ def test_cached_per_generator_shape_and_stride():
     first = AnchorGenerator((32.0,))(shapes, strides, "cpu")
     assert AnchorGenerator((32.0,))(shapes, strides, "cpu")[0] is first[0]
     assert AnchorGenerator((32.0,), rounded=True)(shapes, strides, "cpu")[0] is not first[0]
+    assert AnchorGenerator((32.0,), offset=0.5)(shapes, strides, "cpu")[0] is not first[0]
     assert not torch.equal(AnchorGenerator((32.0,))(shapes, (16,), "cpu")[0], first[0])
 
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torchvision.ops
@@ -8,7 +10,10 @@ from torch import Tensor
 from retina.ops.boxes import (
     box_area,
     clip_boxes,
+    complete_iou,
+    distance_iou,
     generalized_iou,
+    paired_iou,
     pairwise_intersection,
     pairwise_iou,
     xywh_to_xyxy,
@@ -81,17 +86,53 @@ def test_giou_equals_torchvision():
     )
 
 
-def test_giou_gradient():
+def test_paired_iou_is_the_diagonal_of_the_pairwise_one():
+    boxes1, boxes2 = random_boxes(40), random_boxes(40, seed=1)
+    assert torch.equal(paired_iou(boxes1, boxes2), pairwise_iou(boxes1, boxes2).diagonal())
+
+
+def test_diou_and_ciou_equal_torchvision():
+    boxes1, boxes2 = random_boxes(40).double(), random_boxes(40, seed=1).double()
+    for ours, theirs in (
+        (distance_iou, torchvision.ops.distance_box_iou_loss),
+        (complete_iou, torchvision.ops.complete_box_iou_loss),
+    ):
+        boxes1.requires_grad_()
+        expected = theirs(boxes1, boxes2, eps=1e-12)
+        loss = 1 - ours(boxes1, boxes2)
+        torch.testing.assert_close(loss, expected)
+        grads = [torch.autograd.grad(value.sum(), boxes1)[0] for value in (loss, expected)]
+        torch.testing.assert_close(*grads)
+
+
+def test_diou_and_ciou_of_literal_pairs():
+    """Side by side: no overlap, centres 10 apart, hull 20 x 10. One half the other: v = (2 / pi atan(1/3))^2."""
+    square, beside, half = torch.tensor([[0.0, 0, 10, 10], [10, 0, 20, 10], [0, 0, 10, 5]])
+    assert distance_iou(square, beside).item() == pytest.approx(-100 / 500)
+    assert complete_iou(square, beside).item() == pytest.approx(-100 / 500)
+    assert distance_iou(square, half).item() == pytest.approx(0.5 - 6.25 / 200)
+    v = (2 / math.pi * math.atan(1 / 3)) ** 2
+    assert complete_iou(square, half).item() == pytest.approx(0.5 - 6.25 / 200 - v * v / (0.5 + v))
+
+
+@pytest.mark.parametrize("overlap", [paired_iou, generalized_iou, distance_iou])
+def test_gradients(overlap):
+    """Not of the complete IoU, whose factor a is held constant on purpose."""
     boxes1, boxes2 = random_boxes(6).double().requires_grad_(), random_boxes(6, seed=1).double()
-    assert torch.autograd.gradcheck(lambda boxes: generalized_iou(boxes, boxes2), boxes1)
+    assert torch.autograd.gradcheck(lambda boxes: overlap(boxes, boxes2), boxes1)
 
 
-def test_giou_is_finite_with_its_gradient_for_boxes_without_area():
-    boxes1 = DEGENERATE[:, None].clone().requires_grad_()
-    loss = generalized_iou(boxes1, DEGENERATE[None])
-    loss.sum().backward()
-    assert loss.isfinite().all()
+@pytest.mark.parametrize("overlap", [paired_iou, generalized_iou, distance_iou, complete_iou])
+def test_overlaps_are_finite_with_their_gradients_for_boxes_without_area_and_far_away(overlap):
+    far = torch.tensor([[1e6, -1e6, 1e6 + 1, -1e6 + 2], [-1e9, -1e9, 1e9, 1e9], [3, 3, 3 + 1e-5, 1e8]])
+    boxes = torch.cat((DEGENERATE, far))
+    boxes1 = boxes[:, None].clone().requires_grad_()
+    values = overlap(boxes1, boxes[None])
+    values.sum().backward()
+    assert values.isfinite().all()
     assert boxes1.grad.isfinite().all()
+    proper = (boxes[:, 2:] >= boxes[:, :2]).all(dim=1)
+    assert ((values[proper][:, proper] >= -1.5) & (values[proper][:, proper] <= 1 + 1e-6)).all()
 
 
 def test_clip_uses_the_size_of_each_image():

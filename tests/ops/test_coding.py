@@ -1,8 +1,18 @@
+import math
+
+import pytest
 import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 
-from retina.ops.coding import LARGEST_LOG_SCALE, decode, encode
+from retina.ops.coding import (
+    LARGEST_LOG_SCALE,
+    decode,
+    distances_to_deltas,
+    encode,
+    encode_distances,
+    mean_distances,
+)
 
 TORCHVISION = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
 
@@ -64,3 +74,49 @@ def test_bfloat16_deltas_give_float32_boxes():
     boxes = decode(deltas, anchors)
     assert boxes.dtype == torch.float32
     assert torch.equal(boxes, decode(deltas.float(), anchors))
+
+
+def test_distances_of_a_literal():
+    anchor, box = torch.tensor([[0.0, 0, 10, 20]]), torch.tensor([[4.0, -2, 8, 50]])  # centre (5, 10)
+    assert encode_distances(box, anchor).tolist() == [[1.0, 12.0, 3.0, 40.0]]
+    outside = torch.tensor([[6.0, 11, 8, 12]])
+    assert encode_distances(outside, anchor).tolist() == [[-1.0, -1.0, 3.0, 2.0]]
+    deltas = distances_to_deltas(torch.tensor([1.0, 12.0, 3.0, 40.0]), torch.tensor([10.0, 20.0]))
+    torch.testing.assert_close(deltas, torch.tensor([0.1, 0.7, math.log(0.4), math.log(2.6)]))
+
+
+def test_deltas_of_distances_are_those_of_the_box():
+    """Whether or not the anchor's centre is inside, and in any unit."""
+    boxes, anchors = random_boxes(60, 0).reshape(3, 20, 4).double(), random_boxes(20, 1).double()
+    distances, sides = encode_distances(boxes, anchors), anchors[:, 2:] - anchors[:, :2]
+    torch.testing.assert_close(distances_to_deltas(distances, sides), encode(boxes, anchors))
+    torch.testing.assert_close(distances_to_deltas(distances / 8, sides / 8), encode(boxes, anchors))
+    torch.testing.assert_close(decode(distances_to_deltas(distances, sides), anchors), boxes)
+    assert torch.autograd.gradcheck(lambda d: distances_to_deltas(d, sides), distances.requires_grad_())
+
+
+def test_mean_distances():
+    logits = torch.zeros(2, 3, 5)
+    logits[1, 2, 3] = 100.0
+    expected = torch.full((2, 3), 2.0)
+    expected[1, 2] = 3.0
+    torch.testing.assert_close(mean_distances(logits), expected)
+    assert mean_distances(torch.randn(4, 9).bfloat16()).dtype == torch.float32
+    inputs = torch.randn(4, 4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(mean_distances, inputs)
+    weighted = sum(k * share for k, share in enumerate(inputs.softmax(dim=-1).unbind(-1)))
+    torch.testing.assert_close(mean_distances(inputs), weighted)
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
+def test_gradients_through_distributions_are_finite(scale: float):
+    """Also of a box without any side, whose distances are all 0."""
+    logits = torch.randn(50, 4, 17, generator=torch.Generator().manual_seed(0)) * scale
+    logits[0, :, 0] = logits[0].max() + 3 * scale
+    logits.requires_grad_()
+    deltas = distances_to_deltas(mean_distances(logits), torch.tensor([4.0, 4.0]))
+    assert deltas.isfinite().all()
+    decode(deltas, torch.tensor([0.0, 0.0, 32.0, 32.0])).square().sum().backward()
+    deltas = distances_to_deltas(mean_distances(logits), torch.tensor([4.0, 4.0]))
+    deltas.square().sum().backward()
+    assert logits.grad.isfinite().all()

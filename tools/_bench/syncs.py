@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from _bench.clock import Bench, Row
 from _bench.step import make_batch, our_step, torchvision_step
 from _bench.torchvision_model import pair
-from retina.ops import focal
+from retina.ops import class_focal
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_", "is_nonzero", "equal.default")
 """Operations whose result the host must have before it can go on."""
@@ -44,15 +44,17 @@ def run(bench: Bench) -> list[Row]:
     ours.to(bench.device).to(memory_format=torch.channels_last)
     theirs.to(bench.device)
     batches = [make_batch(images, height, width, bench.device) for images in (2, 4)]
-    chunk = focal._CHUNK
-    focal._CHUNK = 2**40  # as on a GPU: a CPU takes the loss through its cache in chunks, more of them for more images
+    chunk = class_focal._CHUNK
+    class_focal._CHUNK = (
+        2**40
+    )  # as on a GPU: a CPU takes the loss through its cache in chunks, more of them for more images
     try:
         counted = {
             "ours": [count(our_step(ours, batch, torch.bfloat16)) for batch in batches],
             "reference": [count(torchvision_step(theirs, batch, amp=False)) for batch in batches],
         }
     finally:
-        focal._CHUNK = chunk
+        class_focal._CHUNK = chunk
     values: dict[str, list[float]] = {}
     for side, (two, four) in counted.items():
         values[side] = [

@@ -1,0 +1,143 @@
+"""What the classification loss is made of, told cheaply while a detector trains.
+
+An element is one class of one anchor that is positive or negative: positive for the class of the anchor's own object,
+negative for every other. p_t is the probability that is given to an element's truth.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from retina.losses.classification import ClassLoss, Focal
+from retina.losses.detection import DetectionLoss
+from retina.ops.focal import focal_of_error
+from retina.types import Assignment, Predictions
+
+# Logits at a time: in the second-level cache, or bounding the memory.
+_CHUNK = 2**16
+_CHUNK_OF_DEVICE = 2**24
+# Where the prior holds, the loss is about that of the prior and negatives score about the prior. With biases of 0 they
+# score 50 times a prior of 0.01; with some outliers among the logits, the loss alone is far off.
+_LOSS_TIMES = 10.0
+_SCORE_TIMES = 4.0
+
+
+class Diagnosis:
+    """Takes the place of a criterion's classification loss: it returns what that returns, and adds up `diagnose` on the
+    way, so that anchors need not be matched twice."""
+
+    def __init__(self, classification: ClassLoss, *, prior: float) -> None:
+        """`prior`: the score that a new head gives to every anchor."""
+        self.classification, self.prior = classification, prior
+        self.needs_quality = getattr(classification, "needs_quality", False)
+        self.sums: Float[Tensor, "_"] | None = None
+        """Of all batches so far, of this process alone, still on the device; None without any."""
+
+    def __call__(
+        self, predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
+    ) -> Float[Tensor, ""]:
+        loss = self.classification(predictions, labels, assigned)
+        known = loss if isinstance(self.classification, Focal) else None
+        sums = diagnose(self.classification, predictions, labels, assigned, prior=self.prior, loss=known)
+        self.sums = sums if self.sums is None else self.sums + sums
+        return loss
+
+
+def with_diagnosis(criterion: DetectionLoss, *, prior: float) -> tuple[DetectionLoss, Diagnosis]:
+    """A criterion of the same losses, and what it tells on the way."""
+    diagnosis = Diagnosis(criterion.classification, prior=prior)
+    return replace(criterion, classification=diagnosis), diagnosis
+
+
+@torch.no_grad()
+def diagnose(
+    classification: ClassLoss,
+    predictions: Predictions,
+    labels: Int64[Tensor, "B A"],
+    assigned: Assignment,
+    *,
+    prior: float,
+    loss: Float[Tensor, ""] | None = None,
+) -> Float[Tensor, "_"]:
+    """Sums that may be added over batches and processes, for `summarize`.
+
+    In this order: positive elements, their p_t, negative elements, their scores (1 - p_t), the loss of the positives,
+    of all, and of all if every score were `prior`; then the positive anchors of each level.
+
+    The losses are those of a `Focal` classification loss, and plain cross entropy beside any other: what OHEM or GHM
+    make of an element depends on all others, and soft targets have no analytic start. `loss` is that of all elements,
+    where it is known. float32; no shape depends on the data; no level of logits is copied whole on a CPU.
+    """
+    focal = classification if isinstance(classification, Focal) else Focal(alpha=None, gamma=0.0)
+    weights = (1.0, 1.0) if focal.alpha is None else (focal.alpha, 1 - focal.alpha)
+    counts = [len(anchors) for anchors in predictions.anchors]
+    positive, counted = assigned.positive, assigned.positive | assigned.negative
+    of_level = [part.sum(dtype=torch.float32) for part in positive.split(counts, dim=1)]
+
+    own = torch.where(positive, _logits_of_labels(predictions, torch.where(positive, labels, 0)), 0)
+    p_t = torch.where(positive, own.sigmoid(), 0).sum()
+    scores = torch.where(counted, torch.cat([_sum_of_scores(logits) for logits in predictions.logits], dim=1), 0).sum()
+    num_positives = torch.stack(of_level).sum()
+    num_negatives = counted.sum(dtype=torch.float32) * predictions.logits[0].shape[-1] - num_positives
+    positives_loss = weights[0] * torch.where(positive, focal_of_error(-own, focal.gamma), 0).sum()
+    at_prior = num_positives * (weights[0] * (1 - prior) ** focal.gamma * -math.log(prior)) + num_negatives * (
+        weights[1] * prior**focal.gamma * -math.log1p(-prior)
+    )
+    if loss is None:
+        loss = focal(predictions, labels, assigned)
+    return torch.stack(
+        [num_positives, p_t, num_negatives, scores - p_t, positives_loss, loss.detach().float(), at_prior, *of_level]
+    )
+
+
+def summarize(sums: Sequence[float], levels: Sequence[int]) -> dict[str, float]:
+    """What to log of the sums of `diagnose`; what cannot be said without positives is left out.
+
+    `p_t_positives` and `p_t_negatives`, means over elements; `loss_share_of_positives`; `loss_over_prior`, the loss
+    over that of a head that gives every anchor the prior (1 at the start, if the initialisation is as in the paper);
+    `positives_p3` and so on: positive anchors of each level."""
+    num_positives, p_t, num_negatives, scores, positives_loss, loss, at_prior, *of_level = sums
+    told = {}
+    if num_positives:
+        told |= {
+            "p_t_positives": p_t / num_positives,
+            "loss_share_of_positives": positives_loss / loss if loss else 0.0,
+        }
+    if num_negatives:
+        told["p_t_negatives"] = 1 - scores / num_negatives
+    if at_prior:
+        told["loss_over_prior"] = loss / at_prior
+    return told | {f"positives_p{level}": count for level, count in zip(levels, of_level, strict=True)}
+
+
+def prior_is_lost(told: dict[str, float], prior: float) -> str | None:
+    """A warning if the first steps of training do not start from the prior, given what `summarize` says of them.
+
+    With biases of 0 instead of -log((1 - prior) / prior), the loss of all easy negatives together is hundreds of times
+    that of the positives, and the first updates only unlearn it, or diverge (Lin et al., Focal Loss for Dense Object
+    Detection, ICCV 2017, section 3.3)."""
+    ratio, score = told.get("loss_over_prior", 1.0), 1 - told.get("p_t_negatives", 1.0)
+    if not (ratio > _LOSS_TIMES or score > _SCORE_TIMES * prior):  # of NaN, others tell
+        return None
+    return (
+        f"the prior-probability initialisation is lost: negatives score {score:.2g} instead of {prior:g}, and the "
+        f"classification loss is {ratio:,.1f} times what that would give - give the head's last bias "
+        "-log((1 - prior) / prior) again, or model.prior the value that it was made with"
+    )
+
+
+def _logits_of_labels(predictions: Predictions, labels: Int64[Tensor, "B A"]) -> Float[Tensor, "B A"]:
+    of_level = labels[..., None].split([len(anchors) for anchors in predictions.anchors], dim=1)
+    levels = zip(predictions.logits, of_level, strict=True)
+    return torch.cat([logits.gather(2, own)[..., 0].float() for logits, own in levels], dim=1)
+
+
+def _sum_of_scores(logits: Float[Tensor, "B A_l K"]) -> Float[Tensor, "B A_l"]:
+    """Over classes."""
+    chunk = _CHUNK if logits.device.type == "cpu" else _CHUNK_OF_DEVICE
+    rows = max(1, chunk // max(1, len(logits) * logits.shape[-1]))
+    return torch.cat([part.float().sigmoid().sum(dim=-1) for part in logits.split(rows, dim=1)], dim=1)

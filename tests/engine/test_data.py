@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+
+from retina.data.coco import locate_split, read_coco
+from retina.data.repeats import repeats_of
+from retina.data.shapes import write_shapes
+from retina.data.transforms import Pipeline
+from retina.engine.config import DataConfig, TrainConfig
+from retina.engine.data import build_train_loader
+from retina.errors import ConfigError
+
+
+def loader_of(root: Path, *, batch_size: int = 4, accumulate: int = 1, **data: object):
+    write_shapes(root, num_train=24, num_val=1, image_size=(64, 96))
+    annotations = read_coco(*locate_split(root, "train"))
+    return annotations, *build_train_loader(
+        annotations,
+        Pipeline({}),
+        DataConfig(name="shapes", short_side=64, long_side=96, num_workers=0, **data),
+        TrainConfig(batch_size=batch_size, accumulate=accumulate, seed=3),
+        divisor=32,
+        pad_value=(0, 0, 0),
+        pin_memory=False,
+    )
+
+
+@pytest.mark.parametrize("sampling", [None, "repeat_factor", "class_balanced"])
+def test_the_setting_decides_which_images_are_loaded(tmp_path: Path, sampling: str | None) -> None:
+    annotations, loader, sampler = loader_of(tmp_path / "shapes", sampling=sampling, repeat_threshold=0.8)
+    repeats = repeats_of(annotations, sampling, threshold=0.8)
+    assert sampler.images_per_epoch == (24 if repeats is None else repeats.num_draws)
+    assert (sampler.images_per_epoch > 24) == (sampling == "repeat_factor")
+    loaded = [index for batch in loader for index in batch.indices.tolist()]
+    assert loaded == sampler.global_batches(0).ravel().tolist()
+    assert (len(set(loaded)) == 24) == (sampling != "class_balanced")
+
+
+def test_a_batch_that_cannot_be_cut_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^train\.batch_size: a total batch of 4 images cannot be cut evenly"):
+        loader_of(tmp_path / "shapes", accumulate=3)

@@ -1,0 +1,73 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from retina.errors import ConfigError
+from retina.model.head import Head
+
+SETTINGS = {"num_classes": 3, "channels": 32, "num_convs": 2, "norm": None, "prior": 0.01}
+
+
+def features() -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    return torch.randn(2, 8, 4, 6), torch.randn(2, 8, 2, 3)
+
+
+@pytest.mark.parametrize("norm", [None, "group"])
+@pytest.mark.parametrize("num_anchors", [1, 3])
+@pytest.mark.parametrize("quality", [False, True])
+@pytest.mark.parametrize("bins", [None, 5])
+def test_shapes_parameters_and_gradients(bins: int | None, quality: bool, num_anchors: int, norm: str | None) -> None:
+    head = Head(8, **SETTINGS | {"norm": norm}, num_anchors=num_anchors, bins=bins, quality=quality)
+    logits, boxes, fits = head(features())
+    cells = (24, 6)
+    assert [x.shape for x in logits] == [(2, n * num_anchors, 3) for n in cells]
+    assert [x.shape for x in boxes] == [(2, n * num_anchors, 4 * (bins or 1)) for n in cells]
+    assert [x.shape for x in fits] == ([(2, n * num_anchors) for n in cells] if quality else [])
+    plain = Head(8, **SETTINGS | {"norm": norm}, num_anchors=num_anchors)
+    more = num_anchors * (4 * ((bins or 1) - 1) + quality) * (32 * 9 + 1)  # outputs x (weights and a bias)
+    assert sum(p.numel() for p in head.parameters()) == sum(p.numel() for p in plain.parameters()) + more
+    torch.cat([x.flatten() for x in (*logits, *boxes, *fits)]).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+
+
+def test_quality_is_of_the_anchor_that_it_stands_beside() -> None:
+    """It comes from the box tower, one number per anchor in the order [H W cell-anchor]."""
+    head = Head(8, **SETTINGS, num_anchors=3, quality=True)
+    assert head.box.quality is not None
+    with torch.no_grad():
+        head.box.quality.weight.zero_()
+        head.box.quality.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    *_, fits = head(features())
+    assert fits[1].tolist() == [[1.0, 2.0, 3.0] * 6] * 2
+    towers = head.box.convs(features()[0])
+    with torch.no_grad():
+        head.box.quality.weight.normal_()
+    *_, fits = head(features())
+    expected = head.box.quality(towers)  # [B anchors H W]
+    assert torch.equal(fits[0].view(2, 4, 6, 3).permute(0, 3, 1, 2), expected)
+
+
+def test_what_is_added_leaves_the_start_of_the_others_alone() -> None:
+    heads = []
+    for quality in (False, True):
+        torch.manual_seed(0)
+        heads.append(Head(8, **SETTINGS, num_anchors=3, quality=quality).state_dict())
+    assert set(heads[1]) - set(heads[0]) == {"box.quality.weight", "box.quality.bias"}
+    assert all(torch.equal(heads[1][key], value) for key, value in heads[0].items())
+    prior = heads[0]["classification.predict.bias"].sigmoid()
+    torch.testing.assert_close(prior, torch.full_like(prior, 0.01))
+    assert heads[1]["box.quality.bias"].eq(0).all()
+    assert heads[1]["box.quality.weight"].std().item() == pytest.approx(0.01, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [({"bins": 1}, "model.box_bins"), ({"bins": 0}, "model.box_bins"), ({"norm": "batch"}, "model.head_norm"),
+     ({"prior": math.nan}, "model.prior")],
+)  # fmt: skip
+def test_values_out_of_range_are_named(wrong: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        Head(8, **SETTINGS | {"num_anchors": 1} | wrong)

@@ -1,0 +1,242 @@
+"""How well the anchors of a pyramid cover the objects of a data set.
+
+Of all anchors of one shape, the one whose centre is nearest to an object's overlaps it most, as their intersection
+falls with the distance along x and along y. So an object's best IoU takes one look at every shape on every level,
+wherever the anchors stand. Which anchors become positive is asked of `retina.ops.matching.match_boxes` itself.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from retina.data.annotations import Annotations
+from retina.data.transforms import Pipeline, Sample, stable_hash
+from retina.ops.anchors import AnchorGenerator
+from retina.ops.assigners import MaxIoU
+from retina.ops.boxes import pairwise_iou
+from retina.ops.matching import match_boxes
+
+SIZES = {"small": (0.0, 32.0), "medium": (32.0, 96.0), "large": (96.0, float("inf"))}
+"""COCO's, of the square root of a box's area; here in pixels after the resize."""
+_CHUNK = 2**14
+_IMAGES_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """Anchors, and the strides in pixels that they stand at."""
+
+    anchors: AnchorGenerator
+    strides: tuple[int, ...]
+
+    def cells(self, canvas: Int64[Tensor, "N 2"]) -> Int64[Tensor, "N L 2"]:
+        """(columns, rows) of every level on canvases of (height, width)."""
+        strides = torch.tensor(self.strides)
+        return -(-canvas.flip(-1)[:, None] // strides[:, None])
+
+    def around_origin(self) -> Float[Tensor, "L n 4"]:
+        """The anchors of cell (0, 0) of each level."""
+        return torch.stack(tuple(self.anchors([(1, 1)] * len(self.strides), self.strides, "cpu")))
+
+
+class Objects(NamedTuple):
+    """The objects of a data set at the size that a detector sees them; crowd regions are none."""
+
+    boxes: Float[Tensor, "N 4"]
+    labels: Int64[Tensor, "N"]
+    image: Int64[Tensor, "N"]
+    """Ascending."""
+    canvas: Int64[Tensor, "N 2"]
+    """(height, width) of the padded image that each lies in."""
+
+    def sides(self) -> Float[Tensor, "N 2"]:
+        """Width and height."""
+        return self.boxes[:, 2:] - self.boxes[:, :2]
+
+    def size(self) -> Float[Tensor, "N"]:
+        """Square root of the area."""
+        return self.sides().prod(dim=-1).sqrt()
+
+    def of(self, rows: Tensor) -> "Objects":
+        return Objects(*(part[rows] for part in self))
+
+
+class Coverage(NamedTuple):
+    """One entry for each object."""
+
+    iou: Float[Tensor, "N L"]
+    """With the best anchor of each level."""
+    matched: Bool[Tensor, "N"]
+    """Whether its image was matched; the counts are 0 elsewhere."""
+    positives: Int64[Tensor, "N L"]
+    """Anchors of each level that are positive for it, low-quality matches included."""
+    above: Int64[Tensor, "N L"]
+    """Those of them that reach the threshold."""
+
+    def best(self) -> Float[Tensor, "N"]:
+        return self.iou.amax(dim=1)
+
+
+def resized_objects(
+    annotations: Annotations, pipeline: Pipeline, *, seed: int, divisor: int, images: Iterable[int]
+) -> Objects:
+    """The objects of these images after `pipeline`, which resizes only: as `DetectionDataset` has it in epoch 0, on the
+    canvas that the image would have alone in its batch."""
+    pixel = np.zeros((1, 1, 3), dtype=np.uint8)  # the arithmetic of boxes reads no other
+    parts: list[tuple[np.ndarray, ...]] = []
+    for row in images:
+        rows = slice(annotations.offsets[row], annotations.offsets[row + 1])
+        height, width = map(int, annotations.sizes[row])
+        boxes, labels, crowd = annotations.boxes[rows], annotations.labels[rows], annotations.crowd[rows]
+        if crowd.all():
+            continue
+        drawn = stable_hash(seed, 0, int(annotations.image_ids[row]))
+        sample = Sample(pixel, boxes.astype(np.float32), labels, crowd, row, (height, width), (height, width))
+        sample = pipeline.without_last_resize(sample, drawn)
+        kept = ~sample.crowd
+        canvas = [-(-side // divisor) * divisor for side in sample.size or ()]
+        count = int(kept.sum())
+        parts.append((sample.boxes[kept], sample.labels[kept], np.full(count, row), np.tile(canvas, (count, 1))))
+    empty = (np.zeros((0, 4), np.float32), *(np.zeros(shape, np.int64) for shape in (0, 0, (0, 2))))
+    return Objects(*(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(empty, *parts, strict=True)))
+
+
+def distances(objects: Objects, pyramid: Pyramid) -> Float[Tensor, "N L 2"]:
+    """Along x and y, from each object's centre to that of the nearest anchor on each level."""
+    first = pyramid.around_origin()[:, 0]
+    to_first = ((objects.boxes[:, :2] + objects.boxes[:, 2:])[:, None] - (first[:, :2] + first[:, 2:])) / 2
+    strides = torch.tensor(pyramid.strides)[:, None]
+    cell = (to_first / strides).round().clamp(min=0).minimum(pyramid.cells(objects.canvas) - 1)
+    return (to_first - cell * strides).abs()
+
+
+def iou_at(
+    sides: Float[Tensor, "*#n 2"], distance: Float[Tensor, "*#n 2"], anchors: Float[Tensor, "*#n 2"]
+) -> Float[Tensor, "*n"]:
+    """IoU of objects with anchors, both as (width, height), whose centres are this far apart. Differentiable."""
+    shared = [
+        torch.minimum((side + other) / 2 - apart, torch.minimum(side, other)).clamp(min=0)
+        for side, apart, other in zip(sides.unbind(-1), distance.unbind(-1), anchors.unbind(-1), strict=True)
+    ]
+    intersection = shared[0] * shared[1]
+    return intersection / (sides.prod(dim=-1) + anchors.prod(dim=-1) - intersection)
+
+
+def best_iou(objects: Objects, pyramid: Pyramid) -> Float[Tensor, "N L"]:
+    """With any anchor of each level."""
+    around = pyramid.around_origin()
+    anchors = around[..., 2:] - around[..., :2]
+    far = distances(objects, pyramid)
+    chunks = zip(objects.sides().split(_CHUNK), far.split(_CHUNK), strict=True)
+    return torch.cat([iou_at(sides[:, None, None], apart[:, :, None], anchors).amax(dim=-1) for sides, apart in chunks])
+
+
+def cover(objects: Objects, pyramid: Pyramid, rule: MaxIoU, batches: Iterable[Int64[Tensor, "n"]]) -> Coverage:
+    """`batches`: rows of the objects that are matched too, from `batches_of_images`."""
+    shape = len(objects.boxes), len(pyramid.strides)
+    matched = torch.zeros(shape[0], dtype=torch.bool)
+    counts = torch.zeros(2, shape[0] * shape[1], dtype=torch.int64)
+    for rows in batches:
+        matched[rows] = True
+        place, iou = _positives(objects, rows, pyramid, rule)
+        counts[0] += torch.bincount(place, minlength=counts.shape[1])
+        counts[1] += torch.bincount(place[iou >= rule.positive_iou], minlength=counts.shape[1])
+    return Coverage(best_iou(objects, pyramid), matched, *(one.view(shape) for one in counts))
+
+
+def draw_images(objects: Objects, count: int, generator: torch.Generator) -> Bool[Tensor, "N"]:
+    """The objects of at most so many images."""
+    images, number = objects.image.unique(return_inverse=True)
+    return (torch.randperm(len(images), generator=generator) < count)[number]
+
+
+def batches_of_images(objects: Objects, drawn: Bool[Tensor, "N"]) -> list[Int64[Tensor, "n"]]:
+    """Rows of the objects drawn, a few images at a time whose canvas is the same."""
+    rows = drawn.nonzero()[:, 0]
+    kinds, kind = objects.canvas[rows].unique(dim=0, return_inverse=True)
+    batches: list[Tensor] = []
+    for one in range(len(kinds)):
+        same = rows[kind == one]
+        number = objects.image[same].unique(return_inverse=True)[1] // _IMAGES_AT_ONCE
+        batches += same.split(torch.bincount(number).tolist())
+    return batches
+
+
+def _positives(
+    objects: Objects, rows: Int64[Tensor, "n"], pyramid: Pyramid, rule: MaxIoU
+) -> tuple[Int64[Tensor, "P"], Float[Tensor, "P"]]:
+    """Every positive anchor as its place in [N L] and its IoU, of images that share a canvas."""
+    columns, heights = pyramid.cells(objects.canvas[rows[:1]])[0].unbind(-1)
+    shapes = list(zip(heights.tolist(), columns.tolist(), strict=True))
+    anchors = pyramid.anchors(shapes, pyramid.strides, "cpu")
+    image, first, count = _runs(objects.image[rows])
+    number = torch.arange(len(rows)) - first[image]
+    boxes = torch.zeros(len(first), int(count.max()), 4)
+    boxes[image, number] = objects.boxes[rows]
+    valid = torch.arange(boxes.shape[1]) < count[:, None]
+    index, positive, _ = match_boxes(
+        anchors, boxes, valid, torch.zeros_like(valid), positive_iou=rule.positive_iou, negative_iou=rule.negative_iou
+    )
+    where, anchor = positive.nonzero(as_tuple=True)
+    chosen = index[where, anchor]
+    # the same arithmetic as the matching's, so that the same ones reach the threshold
+    iou = pairwise_iou(torch.cat(anchors)[anchor, None], boxes[where, chosen, None])[:, 0, 0]
+    level = torch.bucketize(anchor, torch.tensor([len(one) for one in anchors]).cumsum(0), right=True)
+    return rows[first[where] + chosen] * len(pyramid.strides) + level, iou
+
+
+def _runs(values: Int64[Tensor, "n"]) -> tuple[Int64[Tensor, "n"], Int64[Tensor, "r"], Int64[Tensor, "r"]]:
+    """Of equal neighbours: the number of the run each is in, where every run begins, and how long it is."""
+    _, run, count = values.unique_consecutive(return_inverse=True, return_counts=True)
+    return run, count.cumsum(0) - count, count
+
+
+def summarize(
+    objects: Objects, coverage: Coverage, rule: MaxIoU, levels: Sequence[int], classes: Sequence[str]
+) -> dict[str, Any]:
+    """All of it as JSON knows it: over all objects, by size, by level of the best anchor and by class."""
+    best, size = coverage.best(), objects.size()
+
+    def groups(masks: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {name: describe(best, coverage, rule, mask) for name, mask in masks.items() if mask.any()}
+
+    level = coverage.iou.argmax(dim=1)
+    positives = coverage.positives.sum(dim=0).tolist()
+    octaves = {f"{2**k}-{2 ** (k + 1)}": (size >= 2**k) & (size < 2 ** (k + 1)) for k in range(15)}
+    quantiles = (0.05, 0.25, 0.5, 0.75, 0.95)
+    found = np.quantile(best.numpy(), quantiles).tolist()
+    return {
+        **describe(best, coverage, rule, torch.ones_like(coverage.matched)),
+        "quantiles_of_best_iou": {f"{q:g}": value for q, value in zip(quantiles, found, strict=True)},
+        "by_size": groups({name: (size >= low) & (size < high) for name, (low, high) in SIZES.items()}),
+        "by_octave": groups(octaves),
+        "by_level": groups({f"P{name}": level == i for i, name in enumerate(levels)}),
+        "positive_anchors_by_level": {f"P{name}": count for name, count in zip(levels, positives, strict=True)},
+        "by_class": groups({name: objects.labels == label for label, name in enumerate(classes)}),
+    }
+
+
+def describe(best: Float[Tensor, "N"], coverage: Coverage, rule: MaxIoU, rows: Bool[Tensor, "N"]) -> dict[str, Any]:
+    """The numbers of one group of objects, that has at least one."""
+    known = rows & coverage.matched
+    iou = best[rows].double()
+    every, above = (count[known].sum(dim=1).double() for count in (coverage.positives, coverage.above))
+    means = {
+        "positives": every,
+        "positives_without_low_quality": above,
+        "without_positive": (every == 0).double(),
+        "without_positive_without_low_quality": (above == 0).double(),
+    }
+    return {
+        "objects": int(rows.sum()),
+        "best_iou": iou.mean().item(),
+        "recall_50": (iou >= 0.5).double().mean().item(),
+        "recall_at_threshold": (iou >= rule.positive_iou).double().mean().item(),
+        "objects_matched": int(known.sum()),
+        **{name: one.mean().item() if len(one) else None for name, one in means.items()},
+    }

@@ -1,0 +1,162 @@
+"""Draws losses of the family and their gradients, as in Figure 1 of the focal loss paper.
+
+python tools/lab.py curves
+python tools/lab.py curves losses=quality_focal output=out/quality_focal.svg
+python tools/lab.py curves 'losses=[focal,balanced_cross_entropy]' output=out/two.png
+
+Every curve is computed by the library's own function, and every gradient by differentiating it. The gradient is that
+with respect to the logit, which is what reaches the network. GHM has no curve: it depends on the batch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from _compose import Settings, entry, typed
+
+from _lab.figures import check_format, save
+from retina.engine.config import unknown_key
+from retina.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
+
+class Curve(NamedTuple):
+    """A loss of one element that is predicted with probability p, for each value of one parameter."""
+
+    loss: Callable[["Tensor", float], "Tensor"]
+    """(logits, value) -> losses."""
+    parameter: str
+    values: Sequence[float]
+    formula: str
+    soft: bool = False
+    """Whether p is the score, against targets anywhere in [0, 1]; otherwise p is the probability of the truth."""
+
+
+def focal(logits: "Tensor", gamma: float) -> "Tensor":
+    from retina.ops.focal import sigmoid_focal_loss
+
+    return sigmoid_focal_loss(logits, logits.new_ones(logits.shape), alpha=None, gamma=gamma)
+
+
+def balanced_cross_entropy(logits: "Tensor", alpha: float) -> "Tensor":
+    from retina.ops.focal import sigmoid_focal_loss
+
+    return sigmoid_focal_loss(logits, logits.new_ones(logits.shape), alpha=alpha, gamma=0.0)
+
+
+def balanced_focal(logits: "Tensor", alpha: float) -> "Tensor":
+    from retina.ops.focal import sigmoid_focal_loss
+
+    return sigmoid_focal_loss(logits, logits.new_ones(logits.shape), alpha=alpha, gamma=2.0)
+
+
+def quality_focal(logits: "Tensor", target: float) -> "Tensor":
+    from retina.ops.soft_focal import quality_focal_loss
+
+    return quality_focal_loss(logits, logits.new_full(logits.shape, target))
+
+
+def varifocal(logits: "Tensor", target: float) -> "Tensor":
+    from retina.ops.soft_focal import varifocal_loss
+
+    return varifocal_loss(logits, logits.new_full(logits.shape, target))
+
+
+CURVES = {
+    "focal": Curve(focal, "gamma", (0, 0.5, 1, 2, 5), "(1 - p)^gamma CE(p)"),
+    "cross_entropy": Curve(focal, "gamma", (0,), "CE(p) = -log p"),
+    "balanced_cross_entropy": Curve(balanced_cross_entropy, "alpha", (0.25, 0.5, 0.75, 1), "alpha CE(p), of positives"),
+    "balanced_focal": Curve(balanced_focal, "alpha", (0.25, 0.5, 0.75, 1), "alpha (1 - p)^2 CE(p), of positives"),
+    "quality_focal": Curve(
+        quality_focal, "target", (0, 0.25, 0.5, 0.75, 1), "|target - p|^2 BCE(p, target)", soft=True
+    ),
+    "varifocal": Curve(
+        *(varifocal, "target", (0, 0.25, 0.5, 0.75, 1)),
+        formula="target BCE(p, target); of negatives 0.75 p^2 BCE(p, 0)",
+        soft=True,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvesConfig:
+    """configs/lab_curves.yaml says what each is."""
+
+    losses: str | list[str]
+    values: list[float] | None
+    output: str
+    traceback: bool
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if name not in CURVES:
+                known = unknown_key(str(name), CURVES).replace("no such key", "no such loss")
+                raise ConfigError(f"losses: {known.partition(' - --cfg')[0]} - choose among {', '.join(CURVES)}")
+        if self.values is not None and len({CURVES[name].parameter for name in self.names}) > 1:
+            raise ConfigError("values: of which parameter? - give values for one loss, or null")
+        if self.values is not None and not all(
+            isinstance(value, (int, float)) and not isinstance(value, bool) for value in self.values
+        ):
+            raise ConfigError(f"values: {self.values!r} are no numbers - give a list such as [0,1,2]")
+        if not self.names or self.values == []:
+            raise ConfigError("losses: nothing to draw - give at least one loss and one value")
+        check_format(Path(self.output), "output")
+
+    @property
+    def names(self) -> list[str]:
+        return [self.losses] if isinstance(self.losses, str) else self.losses
+
+
+@entry("lab_curves")
+def main(settings: Settings) -> None:
+    config = typed(CurvesConfig, settings)
+    output = Path(config.output)
+
+    from matplotlib.figure import Figure  # slow to import, and a wrong setting should not wait for it
+
+    figure = Figure(figsize=(11, 4.2 * len(config.names)), layout="constrained")
+    rows = figure.subplots(len(config.names), 2, squeeze=False)
+    for name, (left, right) in zip(config.names, rows, strict=True):
+        draw(CURVES[name], name, config.values, left, right)
+    save(figure, output)
+    print(f"written: {output}")
+
+
+def draw(curve: Curve, name: str, values: Sequence[float] | None, left: "Axes", right: "Axes") -> None:
+    """The loss on the left, the size of its gradient on the right."""
+    for value in values or curve.values:
+        p, loss, gradient = sample(curve, value)
+        label = f"{curve.parameter} = {value:g}"
+        left.plot(p, loss, label=label)
+        right.plot(p, gradient.abs(), label=label)
+    left.set(ylim=(0, 5), ylabel="loss")
+    right.set(ylim=(0, None), ylabel="|d loss / d logit|")
+    for axes in (left, right):
+        meaning = "score" if curve.soft else "probability of the truth"
+        axes.set(xlim=(0, 1), xlabel=f"{meaning} p", title=f"{name.replace('_', ' ')}: {curve.formula}")
+        axes.title.set_fontsize("medium")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        if not curve.soft:
+            axes.axvspan(0.5, 1, color="0.93", zorder=0)
+            axes.text(0.97, 0.5, "well classified", transform=axes.transAxes, ha="right", color="0.4")
+
+
+def sample(curve: Curve, value: float) -> tuple["Tensor", "Tensor", "Tensor"]:
+    """Probabilities strictly between 0 and 1, the loss at each and its derivative with respect to the logit.
+
+    Raises ConfigError for a value that the loss does not take."""
+    import torch
+
+    p = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+    logits = p.logit().requires_grad_()
+    try:
+        loss = curve.loss(logits, value)
+    except ValueError as fault:
+        raise ConfigError(f"values: {fault} - correct it") from None
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    return p, loss.detach(), gradient

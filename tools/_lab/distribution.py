@@ -1,0 +1,177 @@
+"""Where the classification loss of a trained detector comes from, as in Figure 4 of the focal loss paper.
+
+python tools/lab.py distribution checkpoint=runs/shapes
+python tools/lab.py distribution checkpoint=runs/mine data=coco data.root=/data/other split=train
+
+One forward pass over the images. Every class of every anchor that is not ignored is one element: positive for the class
+of an anchor's object, negative for all others. Their losses under other gamma and alpha follow from the same logits.
+Writes distribution.json, cumulative.png (positives and negatives under each gamma, easiest elements first) and
+hardest.png (share of the loss that the hardest 1 % carry, by class and pyramid level). Images that cannot be read are
+left out and listed; the exit code is then 3.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from _build import build, call
+from _compose import Settings, entry, typed
+from eval import data_of
+
+from _lab.figures import FORMATS, save
+from _lab.shares import describe, draw_cumulative, draw_hardest, summary
+from retina.engine.config import DataConfig
+from retina.engine.run_folder import read_settings
+from retina.errors import ConfigError
+from retina.files import write_whole
+
+if TYPE_CHECKING:
+    from _lab.elements import Elements
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributionConfig:
+    """configs/lab_distribution.yaml says what each is."""
+
+    checkpoint: str
+    output: str
+    split: str
+    gammas: list[float]
+    alphas: list[float]
+    figures: str
+    batch_size: int | None
+    device: str
+    precision: str | None
+    data: dict[str, Any]
+    loss: dict[str, Any]
+    traceback: bool
+
+    def __post_init__(self) -> None:
+        if self.split not in ("train", "val"):
+            raise ConfigError(f"split: {self.split} is not known - choose train, or val for any other file")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(f"batch_size: {self.batch_size} is not allowed - give 1 or more, or null")
+        if f".{self.figures}" not in FORMATS:
+            raise ConfigError(f"figures: {self.figures} is no known format - choose png or svg")
+        check_numbers("gammas", self.gammas, float("inf"))
+        check_numbers("alphas", self.alphas, 1)
+
+
+def check_numbers(key: str, values: Sequence[Any], most: float) -> None:
+    for value in values:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 0 <= value <= most
+            or value == most > 1
+        ):
+            wanted = "finite and at least 0" if most > 1 else "from 0 to 1"
+            raise ConfigError(f"{key}: {value!r} is not allowed - give numbers {wanted}")
+    if not values:
+        raise ConfigError(f"{key}: empty - give at least one number")
+
+
+@entry("lab_distribution")
+def main(settings: Settings) -> int:
+    config = typed(DistributionConfig, settings)
+    checkpoint, output = Path(config.checkpoint), Path(config.output)
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    trained = read_settings(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    names = ["distribution.json", *(f"{name}.{config.figures}" for name in ("cumulative", "hardest"))]
+    open_output(output, names)
+    note_other_rule(trained.get("loss"), config.loss)
+
+    elements, told = collect(config, trained.get("data") or {}, output)
+    result = told | describe(elements, told["classes"], told["levels"], config.gammas, config.alphas)
+    write_whole(output / names[0], (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    save(draw_cumulative(result), output / names[1])
+    save(draw_hardest(result), output / names[2])
+    print(f"{summary(result)}\n\nwritten: {output}/{', '.join(names)}")
+    for line in told["skipped"]:
+        print(f"skipped: {line}", file=sys.stderr)
+    return 3 if told["skipped"] else 0
+
+
+def collect(config: DistributionConfig, trained: Mapping[str, Any], output: Path) -> tuple["Elements", dict[str, Any]]:
+    """The elements of all images, and what they are of."""
+    # torch takes seconds to load, and a wrong setting should not wait for it
+    from dataclasses import replace
+    from functools import partial
+
+    import torch
+
+    from _lab.elements import Elements
+    from retina import distributed
+    from retina.engine.data import build_eval_loader, load_checked
+    from retina.inference import Detector
+    from retina.types import to_device
+
+    device = call(distributed.choose_device, "device", name=config.device)
+    criterion = build(config.loss, "loss")
+    detector = Detector.load(config.checkpoint, device=str(device), precision=config.precision)
+    data: DataConfig = data_of(trained, config.data, detector.card.preprocessing)
+    if data.prepare and data.root:
+        build(data.prepare, "data.prepare", root=Path(data.root))
+    complain = partial(print, file=sys.stderr)
+    (annotations,) = load_checked(data, [config.split], output, classes=detector.classes, say=complain)
+    loader = build_eval_loader(
+        annotations,
+        short_side=data.short_side,
+        long_side=data.long_side,
+        batch_size=config.batch_size or detector.card.preprocessing["batch_size"],
+        num_workers=data.num_workers,
+        divisor=data.pad_multiple or detector.divisor,
+        pad_value=detector.pad_value,
+        pin_memory=device.type == "cuda",
+        canvases=data.canvases,
+        max_pixels=data.max_pixels,
+        max_bad_fraction=data.max_bad_fraction,
+    )
+    elements = Elements(len(detector.classes), len(detector.model.strides))
+    criterion = replace(criterion, classification=elements)
+    with torch.no_grad():
+        for batch in progress(loader, len(loader)):
+            on_device = to_device(batch, device)
+            with torch.autocast(device.type, detector.dtype, enabled=detector.dtype != torch.float32):
+                criterion(detector.model(on_device.images), on_device.targets)
+    skipped = sorted(loader.faults.values())
+    return elements, {
+        "checkpoint": config.checkpoint,
+        "annotations": str(annotations.file),
+        "images": len(annotations) - len(skipped),
+        "skipped": skipped,
+        "assigner": config.loss["assigner"],
+        "classes": list(detector.classes),
+        "levels": [f"P{stride.bit_length() - 1}" for stride in detector.model.strides],
+    }
+
+
+def progress(items: Iterable[Any], total: int) -> Iterable[Any]:
+    """The items, with a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(items, "looking", total, console=console, transient=True, disable=not console.is_terminal)
+
+
+def note_other_rule(trained: Mapping[str, Any] | None, given: Mapping[str, Any]) -> None:
+    """Settings in a run's folder make no objects, so its assigner must be given; a line says when it was another."""
+    theirs = (trained or {}).get("assigner")
+    if theirs and theirs != given["assigner"]:
+        print(f"note: the run was trained with loss.assigner {theirs}, this uses {given['assigner']}", file=sys.stderr)
+
+
+def open_output(output: Path, names: Sequence[str]) -> None:
+    """The folder, made if need be. Raises ConfigError for one that holds anything but an earlier distribution."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        others = {path.name for path in output.iterdir()} - {*names, "data_report.json"}
+    except OSError as fault:
+        raise ConfigError(f"output: {output} cannot be written ({fault.strerror}) - choose another folder") from None
+    others = {name for name in others if not name.startswith((".", "cumulative.", "hardest."))}
+    if others:
+        raise ConfigError(f"output: {output} holds other files - choose another folder")

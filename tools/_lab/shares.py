@@ -1,0 +1,135 @@
+"""What the histograms of a detector's elements say: numbers, a summary and two figures."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from retina.errors import plain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from _lab.elements import Elements
+    from _lab.histogram import Bins
+
+SHARES = [*(i / 100 for i in range(100)), *(1 - 10 ** (-i / 10) for i in range(21, 60)), 1.0]
+"""Of the elements, easiest first: where the cumulative loss is told. Dense at the end, where it rises."""
+
+
+def describe(
+    elements: "Elements",
+    classes: Sequence[str],
+    levels: Sequence[str],
+    gammas: Sequence[float],
+    alphas: Sequence[float],
+) -> dict[str, Any]:
+    """All numbers, as they go into the file."""
+    groups = {"positives": elements.positives, "negatives": elements.negatives}
+    names = {"class": classes, "level": levels}
+    whole = {kind: of["class"].all() for kind, of in groups.items()}
+    anchors = max(elements.positive_anchors, 1)
+    rescored = []
+    for gamma in gammas:
+        positives, negatives = (whole[kind].total(gamma) / anchors for kind in ("positives", "negatives"))
+        for alpha in [None, *alphas]:
+            weights = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
+            parts = [weight * part for weight, part in zip(weights, (positives, negatives), strict=True)]
+            share = parts[0] / sum(parts) if sum(parts) else 0.0
+            rescored.append(
+                {"gamma": gamma, "alpha": alpha, "loss_per_positive": sum(parts), "share_of_positives": share}
+            )
+    found: dict[str, Any] = {
+        "anchors": elements.anchors,
+        "positive_anchors": elements.positive_anchors,
+        "rescored": rescored,
+        "shares": SHARES,
+    }
+    for kind, of in groups.items():
+        found[kind] = {"all": numbers(whole[kind], whole[kind], gammas, curves=True)}
+        for by in ("class", "level"):
+            found[kind][by] = {name: numbers(of[by].of(i), whole[kind], gammas) for i, name in enumerate(names[by])}
+    return found
+
+
+def numbers(bins: "Bins", whole: "Bins", gammas: Sequence[float], *, curves: bool = False) -> dict[str, Any]:
+    """Of one group of elements, under each gamma and without alpha; `share` is the group's part of the whole loss."""
+    count = int(bins.counts.sum())
+    found: dict[str, Any] = {"elements": count}
+    for gamma in gammas:
+        found[f"gamma {gamma:g}"] = {
+            "mean_loss": bins.total(gamma) / max(count, 1),
+            "share": bins.total(gamma) / (whole.total(gamma) or 1),
+            "hardest_1_percent": bins.hardest(gamma, 0.01),
+            "hardest_10_percent": bins.hardest(gamma, 0.1),
+        }
+        if curves:
+            found[f"gamma {gamma:g}"]["cumulative"] = bins.cumulative(gamma, SHARES)
+    return found
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """What the screen shows."""
+    kinds = ("positives", "negatives")
+    counts = ", ".join(f"{result[kind]['all']['elements']:,} {kind}" for kind in kinds)
+    lines = [
+        f"{result['images']:,} images, {result['positive_anchors']:,} of {result['anchors']:,} anchors positive",
+        f"elements: {counts}",
+        "",
+        "share of the loss that the hardest 1 % and 10 % carry:",
+        f"{'gamma':<8}" + "".join(f"{kind:>22}" for kind in kinds),
+    ]
+    for gamma in (key for key in result["positives"]["all"] if key.startswith("gamma ")):
+        cells = (result[kind]["all"][gamma] for kind in kinds)
+        shown = (f"{of['hardest_1_percent']:.1%} {of['hardest_10_percent']:7.1%}" for of in cells)
+        lines.append(f"{gamma.removeprefix('gamma '):<8}" + "".join(f"{cell:>22}" for cell in shown))
+    lines += [
+        "",
+        "the same logits under other losses:",
+        f"{'gamma':<8}{'alpha':<8}{'per positive':>14}{'of positives':>14}",
+    ]
+    for row in result["rescored"]:
+        alpha = "none" if row["alpha"] is None else f"{row['alpha']:g}"
+        told = f"{row['loss_per_positive']:>14.4g}{row['share_of_positives']:>14.1%}"
+        lines.append(f"{row['gamma']:<8g}{alpha:<8}{told}")
+    return "\n".join(lines)
+
+
+def draw_cumulative(result: Mapping[str, Any]) -> "Figure":
+    """As the paper's Figure 4: the loss that the easiest elements have together."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, 2), ("positives", "negatives"), strict=True):
+        of = result[kind]["all"]
+        for gamma in (key for key in of if key.startswith("gamma ")):
+            axes.plot(result["shares"], of[gamma]["cumulative"], label=gamma.replace(" ", " = "))
+        axes.set(
+            xlim=(0, 1), ylim=(0, 1), xlabel=f"share of {kind}, easiest first", ylabel="cumulative normalised loss"
+        )
+        axes.set_title(f"{of['elements']:,} {kind}", fontsize="medium")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper left")
+    return figure
+
+
+def draw_hardest(result: Mapping[str, Any]) -> "Figure":
+    """The share of the loss that the hardest 1 % of the elements carry, by class and by level."""
+    from matplotlib.figure import Figure
+
+    heights = [max(len(result["positives"][by]), 3) for by in ("class", "level")]
+    figure = Figure(figsize=(11, 1.6 + 0.24 * sum(heights)), layout="constrained")
+    rows = figure.subplots(2, 2, sharex=True, squeeze=False, height_ratios=heights)
+    for row, by in zip(rows, ("class", "level"), strict=True):
+        for axes, kind in zip(row, ("positives", "negatives"), strict=True):
+            groups = {plain(name): of for name, of in result[kind][by].items() if of["elements"]}
+            for gamma in (key for key in result[kind]["all"] if key.startswith("gamma ")):
+                shares = [of[gamma]["hardest_1_percent"] for of in groups.values()]
+                axes.plot(shares, range(len(groups)), "o", label=gamma.replace(" ", " = "), alpha=0.8)
+            labels = [f"{name} ({of['elements']:,})" for name, of in groups.items()]
+            axes.set_yticks(range(len(groups)), labels, fontsize="small")
+            axes.set(xlim=(0, 1), ylim=(len(groups) - 0.5, -0.5))
+            axes.set_title(f"{kind} by {by}", fontsize="medium")
+            axes.grid(alpha=0.3)
+    for axes in rows[1]:
+        axes.set_xlabel("share of the loss that the hardest 1 % carry")
+    rows[0][1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
