@@ -66,7 +66,7 @@ def bring_in(config: ImportConfig, output: Path) -> list[str]:
     classes = read_classes(config.classes)
     file = fetch_published(config.source) if config.source.startswith(PREFIX) else Path(config.source)
     foreign = read_foreign(file)
-    options = {"conventions": config.conventions, "ignore_unknown": config.ignore_unknown}
+    options: dict[str, Any] = {"conventions": config.conventions, "ignore_unknown": config.ignore_unknown}
     if not foreign.is_detector:
         state, model, lines = convert_backbone(foreign, file, **options)
         write_whole(output, serialize(state))

@@ -110,8 +110,8 @@ def draw(repeats: Repeats, seed: int, epoch: int) -> Int64[ndarray, "draws"]:
     ends = np.cumsum(repeats.times[order])
     ends *= repeats.num_draws / ends[-1]
     comb = np.arange(repeats.num_draws) + (int(keys[0]) >> 11) / 2**53
-    rows = np.searchsorted(ends, comb, side="right")
-    return np.sort(repeats.images[order[np.minimum(rows, len(order) - 1)]])  # a last end rounded to below its tooth
+    rows = np.searchsorted(ends[:-1], comb, side="right")  # rounding may put the last end before the last tooth
+    return np.sort(repeats.images[order[rows]])
 
 
 def random_keys(num: int, *seed: int) -> UInt64[ndarray, "num"]:

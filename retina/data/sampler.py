@@ -14,6 +14,9 @@ from torch.utils.data import Sampler
 
 from retina.data.repeats import Repeats, draw, random_keys
 
+_FURTHER = 2**32
+"""The k-th further time that an epoch shows an image has the key epoch + k * _FURTHER: it is augmented anew."""
+
 
 class DetectionBatchSampler(Sampler[list[tuple[int, int]]]):
     """Yields micro-batches of this process for one epoch as lists of (epoch, index): `accumulate` lists per step.
@@ -26,7 +29,9 @@ class DetectionBatchSampler(Sampler[list[tuple[int, int]]]):
         accumulate: micro-batches per optimizer step.
         seed: of the order.
         shuffle: otherwise images come in the order of `sizes` (within each orientation).
-        repeats: how often each image is drawn (`retina.data.repeats`), for rare classes; None is every image once.
+        repeats: how often each image is drawn (`retina.data.repeats`), for rare classes; None is every image once. An
+            image that comes again in an epoch has another number in the place of `epoch`, so that the data set, which
+            augments by key, does not show the same picture again.
 
     The last global batch of an epoch is filled up with the epoch's first images, so that every epoch has the same
     number of steps and shows everything that was drawn.
@@ -105,9 +110,13 @@ class DetectionBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
-        batches = self.global_batches(epoch)[self.step :]
-        own = batches.reshape(len(batches) * self.accumulate, self.world_size, self.micro_batch)[:, self.rank]
-        return ([(epoch, index) for index in indices.tolist()] for indices in own)
+        images = self.global_batches(epoch)
+        epochs = np.full_like(images, epoch)
+        if self._repeats is not None:
+            epochs += _times_before(images) * _FURTHER
+        keys = np.stack([epochs, images], axis=-1)[self.step :]
+        own = keys.reshape(len(keys) * self.accumulate, self.world_size, self.micro_batch, 2)[:, self.rank]
+        return ([(key, index) for key, index in part.tolist()] for part in own)
 
 
 class RepeatSampler(Sampler[int]):
@@ -182,6 +191,15 @@ def eval_shard(num: int, rank: int, world_size: int) -> Int64[ndarray, "share"]:
 def _shuffled(images: Int64[ndarray, "N"], seed: int, epoch: int) -> Int64[ndarray, "N"]:
     """In random order. Equal keys (odds below 1e-5 for ten million images) keep theirs."""
     return images[np.argsort(random_keys(len(images), seed, epoch), kind="stable")]
+
+
+def _times_before(images: Int64[ndarray, "*shape"]) -> Int64[ndarray, "*shape"]:
+    """How often each image has come before in the epoch."""
+    order = np.argsort(images, axis=None, kind="stable")
+    _, first, inverse = np.unique(images.ravel()[order], return_index=True, return_inverse=True)
+    times = np.empty_like(order)
+    times[order] = np.arange(len(order)) - first[inverse]
+    return times.reshape(images.shape)
 
 
 def _group(order: Int64[ndarray, "D"], groups: Shaped[ndarray, "N"], total_batch: int) -> Int64[ndarray, "D"]:

@@ -151,7 +151,7 @@ class OHEM:
     are taken apart: at most a quarter are positives, and three negatives go with each of them (or with none, three).
 
     Only the 64 x `batch_size` hardest anchors of an image are looked at: of the paper's, none overlaps more than 52
-    others by 0.5, so no more are needed. Other devices than CPUs take them in `batch_size` small steps, without waiting.
+    others by 0.5, so no more are needed. A GPU takes them one by one, in `batch_size` small steps without waiting.
 
     Args:
         batch_size: anchors taken from one image.
@@ -198,20 +198,44 @@ class OHEM:
         """The `count` hardest anchors of each image after suppression, or only the first `limit` of them."""
         hardness, index = hardness.masked_fill(~eligible, -torch.inf).topk(min(64 * count, len(anchors)), dim=1)
         boxes, left = anchors[index], hardness > -torch.inf
-        taken = torch.zeros_like(left)
-        if left.device.type == "cpu" and not torch.compiler.is_compiling():
-            for b, some in enumerate(left.sum(dim=1).tolist()):
-                kept = nms(boxes[b, :some], hardness[b, :some], self.nms_iou)
-                taken[b, kept[: count if limit is None else min(count, int(limit[b]))]] = True
-            return torch.zeros_like(eligible).scatter(1, index, taken)
-        places = torch.arange(left.shape[1], device=left.device)
-        for number in range(count):
-            place = torch.where(left, places, len(places)).amin(dim=1, keepdim=True)
-            hardest = places == place  # nothing where none is left
-            box = boxes.gather(1, place.clamp(max=len(places) - 1)[..., None].expand(-1, -1, 4))
-            left = left & ~hardest & (pairwise_iou(box, boxes)[:, 0] <= self.nms_iou)
-            taken = taken | (hardest if limit is None else hardest & (number < limit))
+        on_cpu = left.device.type == "cpu" and not torch.compiler.is_compiling()
+        order = (_suppress_on_cpu if on_cpu else _suppress)(boxes, left, count, self.nms_iou)
+        taken = order < (count if limit is None else limit)
         return torch.zeros_like(eligible).scatter(1, index, taken)
+
+
+def _suppress(
+    boxes: Float[Tensor, "B P 4"], left: Bool[Tensor, "B P"], count: int, nms_iou: float
+) -> Int64[Tensor, "B P"]:
+    """0, 1, 2, ... for the first `count` boxes that overlap none before, and `count` for all others.
+
+    Boxes come in the order in which they are to be taken; those of `left` alone count."""
+    places = torch.arange(left.shape[1], device=left.device)
+    order = torch.full_like(places, count).expand_as(left)
+    for number in range(count):
+        place = torch.where(left, places, len(places)).amin(dim=1, keepdim=True)
+        taken = places == place  # nothing where none is left
+        box = boxes.gather(1, place.clamp(max=len(places) - 1)[..., None].expand(-1, -1, 4))
+        left = left & ~taken & (pairwise_iou(box, boxes)[:, 0] <= nms_iou)
+        order = torch.where(taken, number, order)
+    return order
+
+
+def _suppress_on_cpu(
+    boxes: Float[Tensor, "B P 4"], left: Bool[Tensor, "B P"], count: int, nms_iou: float
+) -> Int64[Tensor, "B P"]:
+    """The same, image by image; more boxes are compared only if too few of the first remain."""
+    order = torch.full(left.shape, count)
+    for image, those, available in zip(order, boxes, left.sum(dim=1).tolist(), strict=True):
+        looked = min(4 * count, available)
+        while True:
+            falling = -torch.arange(looked, dtype=torch.float32)
+            kept = nms(those[:looked], falling, nms_iou)[:count]
+            if len(kept) == count or looked == available:
+                break
+            looked = min(4 * looked, available)
+        image[kept] = torch.arange(len(kept))
+    return order
 
 
 def _quality(assigned: Assignment) -> Float[Tensor, "B A"]:

@@ -101,7 +101,7 @@ def summarize(sums: Sequence[float], levels: Sequence[int]) -> dict[str, float]:
     over that of a head that gives every anchor the prior (1 at the start, if the initialisation is as in the paper);
     `positives_p3` and so on: positive anchors of each level."""
     num_positives, p_t, num_negatives, scores, positives_loss, loss, at_prior, *of_level = sums
-    told = {}
+    told: dict[str, float] = {}
     if num_positives:
         told |= {
             "p_t_positives": p_t / num_positives,

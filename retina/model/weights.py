@@ -20,11 +20,11 @@ from torch import Tensor
 
 from retina.errors import CheckpointError, RetinaError
 from retina.files import write_whole
-from retina.model.class_rows import match_classes, merge_rows
 from retina.model.formats.convert import convert_detector
 from retina.model.formats.read import FOREIGN_SUFFIXES, read_foreign
 from retina.model.formats.torchvision import PREFIX, fetch_published
 from retina.model.retinanet import RetinaNet, retinanet
+from retina.model.transfer import CLASS_LAYER, fit, match_classes, other_settings
 
 SCHEMA_VERSION = 1
 _NO_DIGEST = "0" * 64
@@ -127,41 +127,23 @@ def init_from(
         raise CheckpointError(f"{start.file}: {key} is not finite - give other weights for init_from")
     own = model.state_dict()
     matched = match_classes(start.classes, classes, remap or {})
-    same = start.classes == list(classes) and len(matched) == len(classes)
-    anew: dict[str, str] = {}
-    taken: dict[str, Tensor] = {}
-    for key, value in own.items():
-        other = start.state.get(key)
-        if other is None:
-            anew[key] = "not in the file"
-        elif key.startswith("head.classification.predict.") and not matched:
-            anew[key] = "other classes" if start.classes else "the file names no classes"
-        elif key.startswith("head.classification.predict.") and not same:
-            merged = merge_rows(value, other, matched, num_own=len(classes), num_other=len(start.classes))
-            if merged is None:
-                anew[key] = f"{list(other.shape)} there for {len(start.classes)} classes, {list(value.shape)} here"
-            else:
-                taken[key] = merged
-        elif other.shape != value.shape:
-            anew[key] = f"{list(other.shape)} there, {list(value.shape)} here"
-        else:
-            taken[key] = other
+    taken, anew = fit(own, start.state, matched, num_own=len(classes), num_theirs=len(start.classes))
     if not taken:
         raise CheckpointError(f"{start.file}: holds nothing that fits this model - give other weights for init_from")
     model.load_state_dict(taken, strict=False)
     lines = [*start.notes, f"init_from: {len(taken)} of {len(own)} tensors are those of {start.file}"]
-    if matched and not same:
-        there = {classes[i]: start.classes[k] for i, k in matched.items()}
+    there = {classes[our]: start.classes[their] for our, their in matched.items()}
+    if start.classes != [there.get(name) for name in classes] and any(key.startswith(CLASS_LAYER) for key in taken):
         kept = [our if our == their else f"{our} ({their} there)" for our, their in there.items()]
-        others = [name for name in classes if name not in there]
         lines.append(f"classes: {len(kept)} keep what they have learned: {_some(kept)}")
-        lines += [f"classes: {len(others)} start anew with the prior bias: {_some(others)}"] if others else []
+        if others := [name for name in classes if name not in there]:
+            lines.append(f"classes: {len(others)} start anew with the prior bias: {_some(others)}")
     if anew:
         listed = _some([f"{key} ({reason})" for key, reason in anew.items()])
         lines.append(f"model: {len(anew)} tensors start anew: {listed}")
     if unused := [key for key in start.state if key not in own]:
         lines.append(f"init_from: {len(unused)} tensors of the file have no use here: {_some(unused)}")
-    return lines + _other_settings(start.model, getattr(model, "arguments", {}))
+    return lines + other_settings(start.model, getattr(model, "arguments", {}))
 
 
 @dataclass(frozen=True)
@@ -188,29 +170,6 @@ def _read_start(source: str) -> _Start:
     header, data = _read_header(file)
     card = _card(file, header, data) if "retina" in header else None
     return _Start(file, load(data), card.classes if card else [], card.model if card else {}, [])
-
-
-_UNSEEN = (  # settings of a model that its tensors fit whatever they are
-    "mean",
-    "std",
-    "norm_eps",
-    "stride_in_1x1",
-    "p7_relu",
-    "anchor_sizes",
-    "anchor_scales",
-    "anchor_ratios",
-    "anchors_rounded",
-    "anchor_offset",
-)
-
-
-def _other_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """One line, as overrides, if weights were made under settings that change what they compute."""
-    names = [name for name in _UNSEEN if name in theirs and name in ours and theirs[name] != ours[name]]
-    if not names:
-        return []
-    words = [f"model.{name}={json.dumps(theirs[name], separators=(',', ':'))}" for name in names]
-    return [f"init_from: the weights were trained with other settings, to go on with those give {' '.join(words)}"]
 
 
 def _some(names: Sequence[str], limit: int = 8) -> str:

@@ -142,7 +142,7 @@ class TaskAligned:
         rows, first = max(self.topk, pairs // max(1, valid.numel())), 0
         for level in zip(predictions.logits, predictions.deltas, predictions.anchors, strict=True):
             for logits, deltas, anchors in zip(*(part.split(rows, dim=-2) for part in level), strict=True):
-                score = logits.gather(2, labels.expand(-1, len(anchors), -1)).float().sigmoid().mT
+                score = logits.gather(2, labels.expand(-1, len(anchors), -1)).mT.float().contiguous().sigmoid()
                 predicted = decode(deltas, anchors).mT.contiguous().mT  # a CPU reads one coordinate after the other
                 iou = pairwise_iou(boxes, predicted)
                 aligned = (score**self.alpha * iou**self.beta).masked_fill(~valid, 0)

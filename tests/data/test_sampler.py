@@ -192,6 +192,20 @@ def test_repeated_images_resume_at_every_step(name):
         assert len(resumed) == len(expected) - step * 3
 
 
+@pytest.mark.parametrize("name", REPEATS)
+def test_an_image_that_comes_again_is_augmented_anew(name):
+    """The data set augments by key, so no key may come twice; the first time is that of an epoch without repeats."""
+    sampler = DetectionBatchSampler(make_sizes(117), total_batch=8, repeats=REPEATS[name](117))
+    for epoch in (0, 7):
+        sampler.set_epoch(epoch)
+        keys = [key for batch in sampler for key in batch]
+        assert len(set(keys)) == len(keys) > len({index for _, index in keys})
+        first = {}
+        for number, index in keys:
+            first.setdefault(index, number)
+        assert set(first.values()) == {epoch}
+
+
 def test_repeated_images_are_grouped_by_aspect_too():
     sizes = make_sizes(203)
     batches = DetectionBatchSampler(sizes, total_batch=8, repeats=REPEATS["repeat_factor"](203)).global_batches(0)

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import albumentations
 import pytest
 
 from retina.data.coco import locate_split, read_coco
@@ -11,14 +12,14 @@ from retina.engine.data import build_train_loader
 from retina.errors import ConfigError
 
 
-def loader_of(root: Path, *, batch_size: int = 4, accumulate: int = 1, **data: object):
+def loader_of(root: Path, *, accumulate: int = 1, transforms: dict[str, object] | None = None, **data: object):
     write_shapes(root, num_train=24, num_val=1, image_size=(64, 96))
     annotations = read_coco(*locate_split(root, "train"))
     return annotations, *build_train_loader(
         annotations,
-        Pipeline({}),
+        Pipeline(transforms or {}),
         DataConfig(name="shapes", short_side=64, long_side=96, num_workers=0, **data),
-        TrainConfig(batch_size=batch_size, accumulate=accumulate, seed=3),
+        TrainConfig(batch_size=4, accumulate=accumulate, seed=3),
         divisor=32,
         pad_value=(0, 0, 0),
         pin_memory=False,
@@ -34,6 +35,17 @@ def test_the_setting_decides_which_images_are_loaded(tmp_path: Path, sampling: s
     loaded = [index for batch in loader for index in batch.indices.tolist()]
     assert loaded == sampler.global_batches(0).ravel().tolist()
     assert (len(set(loaded)) == 24) == (sampling != "class_balanced")
+
+
+def test_repeats_of_an_image_are_augmented_each_in_its_own_way(tmp_path: Path) -> None:
+    noise = {"noise": albumentations.GaussNoise(std_range=(0.2, 0.4), p=1.0)}
+    _, loader, _ = loader_of(tmp_path / "shapes", transforms=noise, sampling="class_balanced")
+    seen = [
+        (index, image.numpy().tobytes())
+        for batch in loader
+        for index, image in zip(batch.indices.tolist(), batch.images, strict=True)
+    ]
+    assert len({index for index, _ in seen}) < len(seen) == len(set(seen))
 
 
 def test_a_batch_that_cannot_be_cut_is_one_line(tmp_path: Path) -> None:

@@ -142,3 +142,16 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     logger.resume(1)
     logger.close()
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_named_values_of_a_step_get_a_group_of_their_own(tmp_path: Path) -> None:
+    logger = RunLogger(tmp_path, active=True)
+    for step, share in ((20, 0.25), (40, math.nan)):
+        logger.scalars(step, "train", {"loss": 0.5, "diagnosis": {"p_t_positives": share, "positives_p3": 7.0}})
+    logger.close()
+    assert [record["diagnosis"]["p_t_positives"] for record in read(tmp_path)] == [0.25, None]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"train/loss", "train/diagnosis/p_t_positives", "train/diagnosis/positives_p3"} <= set(
+        board.Tags()["scalars"]
+    )
+    assert [(event.step, event.value) for event in board.Scalars("train/diagnosis/positives_p3")] == [(20, 7), (40, 7)]

@@ -96,7 +96,7 @@ def test_methods_differ_in_one_thing_each() -> None:
 def test_your_own_folder_is_learned_and_left_alone(tmp_path: Path) -> None:
     write_colors(tmp_path / "mine")
     before = bytes_of(tmp_path / "mine")
-    found = example.main(["--data", str(tmp_path / "mine"), "--epochs", "12", "--seeds", "1"])
+    found = example.main(["--data", str(tmp_path / "mine"), "--epochs", "8", "--seeds", "1"])
     assert found["resampled"] == [[1.0, 1.0]]
     assert all(recalls[0] == 1.0 for [recalls] in found.values())
     assert bytes_of(tmp_path / "mine") == before

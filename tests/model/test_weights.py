@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from formats.states import yhenon
 from safetensors.torch import load_file, save_file
 
-from retina.errors import CheckpointError
+from retina.errors import CheckpointError, ConfigError
 from retina.model.retinanet import RetinaNet, retinanet
 from retina.model.weights import DetectorCard, init_from, load_detector, read_card, save_detector
 
@@ -159,7 +160,7 @@ def test_a_run_starts_from_another_of_the_same_classes(tmp_path: Path, model: Re
         assert all(torch.equal(value, model.state_dict()[key]) for key, value in new.state_dict().items())
 
 
-@pytest.mark.parametrize("classes", [["dog", "cat"], ["cat", "dog", "cow"], ["cat"]])
+@pytest.mark.parametrize("classes", [["ant", "bee"], ["Cat", "Dog", "cow"], ["ant"]])
 def test_other_classes_start_anew_with_the_prior_bias(
     tmp_path: Path, model: RetinaNet, card: DetectorCard, classes: list[str]
 ) -> None:
@@ -178,6 +179,94 @@ def test_other_classes_start_anew_with_the_prior_bias(
         source = start if key.startswith("head.classification.predict.") else model.state_dict()
         assert torch.equal(value, source[key]), key
     torch.testing.assert_close(new.head.classification.predict.bias.sigmoid(), torch.full([9 * len(classes)], 0.02))
+
+
+@pytest.mark.parametrize("classes", [["dog", "cat"], ["cow", "cat", "ant", "dog"], ["dog"]])
+def test_classes_of_the_same_name_keep_their_rows(
+    tmp_path: Path, model: RetinaNet, card: DetectorCard, classes: list[str]
+) -> None:
+    file = tmp_path / "best.safetensors"
+    with torch.no_grad():
+        model.head.classification.predict.bias.copy_(torch.arange(18.0))
+    save_detector(file, model.state_dict(), card)
+    new = another(len(classes), prior=0.02)
+    lines = init_from(new, file, classes=classes)
+    kept = [name for name in classes if name in card.classes]
+    others = [name for name in classes if name not in card.classes]
+    assert f"classes: {len(kept)} keep what they have learned: " in lines[1]
+    assert lines[2:] == ([f"classes: 2 start anew with the prior bias: {', '.join(others)}"] if others else [])
+    bias = new.head.classification.predict.bias.detach().view(9, len(classes))
+    weight = new.head.classification.predict.weight.view(9, len(classes), -1)
+    old = model.head.classification.predict.weight.view(9, 2, -1)
+    for k, name in enumerate(classes):
+        if name in others:
+            torch.testing.assert_close(bias[:, k].sigmoid(), torch.full([9], 0.02))
+        else:
+            assert bias[:, k].tolist() == [2.0 * n + card.classes.index(name) for n in range(9)]
+            assert torch.equal(weight[:, k], old[:, card.classes.index(name)])
+
+
+def test_a_class_can_be_called_otherwise(tmp_path: Path, model: RetinaNet, card: DetectorCard) -> None:
+    file = tmp_path / "best.safetensors"
+    save_detector(file, model.state_dict(), card)
+    new = another(2)
+    lines = init_from(new, file, classes=["hound", "dog"], remap={"dog": "hound"})
+    assert lines[1:3] == [
+        "classes: 1 keep what they have learned: hound (dog there)",
+        "classes: 1 start anew with the prior bias: dog",
+    ]
+    ours, theirs = (m.head.classification.predict.weight.view(9, 2, -1) for m in (new, model))
+    assert torch.equal(ours[:, 0], theirs[:, 1])
+    swapped = another(2)
+    lines = init_from(swapped, file, classes=["cat", "dog"], remap={"dog": "cat", "cat": "dog"})
+    assert lines[1] == "classes: 2 keep what they have learned: dog (cat there), cat (dog there)"
+    with pytest.raises(ConfigError, match="'cow' is no class of the weights"):
+        init_from(new, file, classes=["cat"], remap={"cow": "cat"})
+
+
+def test_other_numbers_of_anchors_start_anew(tmp_path: Path, model: RetinaNet, card: DetectorCard) -> None:
+    file = tmp_path / "best.safetensors"
+    save_detector(file, model.state_dict(), card)
+    lines = init_from(another(3, anchor_scales=[1.0]), file, classes=["dog", "cat", "cow"])
+    assert "head.classification.predict.bias ([18] there for 2 classes, [9] here)" in "".join(lines)
+    assert not any(line.startswith("classes:") for line in lines)
+
+
+def test_settings_that_no_tensor_tells_are_named(tmp_path: Path, model: RetinaNet, card: DetectorCard) -> None:
+    file = tmp_path / "best.safetensors"
+    save_detector(file, model.state_dict(), card)
+    lines = init_from(another(2, std=[1.0, 1.0, 1.0], norm_eps=1e-3), file, classes=["cat", "dog"])
+    assert lines[-1].endswith("to go on with those give model.std=[58.395,57.12,57.375] model.norm_eps=1e-05")
+
+
+def test_a_detector_of_another_program_is_imported_on_the_way(tmp_path: Path) -> None:
+    theirs = yhenon(3)
+    torch.save(theirs, tmp_path / "yhenon.pt")
+    new = retinanet(num_classes=2, backbone="resnet18", fpn_channels=8, norm="frozen", anchor_offset=0.5)
+    lines = init_from(new, tmp_path / "yhenon.pt", classes=["class 2", "bee"])
+    assert lines[0].startswith("recognised: yhenon's pytorch-retinanet")
+    assert "classes: 1 keep what they have learned: class 2" in lines
+    expected = theirs["classificationModel.conv1.weight"]
+    assert torch.equal(new.head.classification.convs[0].weight, expected)
+    backbone = {key: value for key, value in theirs.items() if key.startswith(("conv1", "bn1", "layer"))}
+    torch.save(backbone, tmp_path / "backbone.pt")
+    with pytest.raises(CheckpointError, match="which detects nothing"):
+        init_from(new, tmp_path / "backbone.pt", classes=["bee"])
+
+
+def test_torchvision_s_weights_are_taken_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    new = another(1)
+    with pytest.raises(
+        CheckpointError, match=r"^torchvision:[^\n]*put retinanet_resnet50_fpn_v2_coco-5905b1c5\.pth into"
+    ):
+        init_from(new, "torchvision:retinanet_resnet50_fpn_v2", classes=["x"])
+    with pytest.raises(ConfigError, match="not known - choose torchvision:retinanet_resnet50_fpn or"):
+        init_from(new, "torchvision:resnet50", classes=["x"])
+    torch.save(yhenon(3), tmp_path / "checkpoints" / "retinanet_resnet50_fpn_v2_coco-5905b1c5.pth")
+    lines = init_from(new, "torchvision:retinanet_resnet50_fpn_v2", classes=["x"])
+    assert lines[0].startswith("recognised: ")  # whatever lies there is read like any foreign file
 
 
 def test_bare_weights_and_other_shapes_are_listed(tmp_path: Path, model: RetinaNet) -> None:

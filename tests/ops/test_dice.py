@@ -93,8 +93,10 @@ def test_ignored_pixels_count_for_nothing():
     torch.testing.assert_close(loss, sigmoid_dice_loss(logits[~ignored][None], masks[~ignored][None]))
     logits, classes = random_classes(1, 3, 6, 6)
     expected = softmax_dice_loss(logits.movedim(1, -1)[~ignored].T[None], classes[~ignored][None])
-    hot = F.one_hot(classes, 3).movedim(-1, 1).masked_fill(ignored[:, None], 255)
-    for targets in (classes.masked_fill(ignored, 255), hot):
+    hot = F.one_hot(classes, 3).movedim(-1, 1)
+    partly = hot.clone()
+    partly[:, 0][ignored] = 255  # one ignored label of a pixel is enough
+    for targets in (classes.masked_fill(ignored, 255), hot.masked_fill(ignored[:, None], 255), partly):
         torch.testing.assert_close(softmax_dice_loss(logits, targets, ignore_index=255), expected)
 
 

@@ -147,6 +147,8 @@ def test_ignored_elements_of_integer_masks_count_for_nothing():
 def test_unsigned_targets_do_not_take_the_default_for_156():
     """-100 is 156 in eight bits."""
     assert sigmoid_focal_loss(torch.zeros(1, 200), torch.tensor([156], dtype=torch.uint8)).sum() > 0
+    with pytest.raises(ValueError, match="got 156"):
+        sigmoid_focal_loss(torch.zeros(1), torch.tensor([156], dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])

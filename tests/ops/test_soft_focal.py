@@ -205,3 +205,12 @@ def test_other_settings_out_of_range_are_refused():
         ghm_loss(logits, targets, targets > 2, num_bins=0)
     with pytest.raises(ValueError, match="at least 2 bins"):
         distribution_focal_loss(logits[:, None], targets)
+
+
+def test_shapes_are_never_stretched():
+    logits, targets = random_problem(6)
+    for loss in (quality_focal_loss, varifocal_loss):
+        with pytest.raises(ValueError, match=r"shape of the logits \[6, 1\], got \[6\]"):
+            loss(logits[:, None], targets)
+    with pytest.raises(ValueError, match="one distance per distribution"):
+        distribution_focal_loss(logits.reshape(2, 3), targets)

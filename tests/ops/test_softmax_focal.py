@@ -150,6 +150,12 @@ def test_several_labels_are_their_mean(weight):
         torch.testing.assert_close(loss[row], each.mean())
 
 
+def test_a_position_with_one_ignored_label_is_ignored():
+    logits, _ = random_problem(2, 4)
+    targets = torch.tensor([[1, 0, -100, 0], [0, 1, 0, 0]])
+    assert softmax_focal_loss(logits, targets)[0] == 0
+
+
 def test_soft_labels_are_those_of_cross_entropy():
     logits, classes = random_problem(50, 4)
     smooth = one_hot(classes) * 0.9 + 0.025

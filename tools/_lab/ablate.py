@@ -18,7 +18,6 @@ from pathlib import Path
 from _compose import Settings, entry, typed
 
 from _lab.jobs import finished, run_all
-from _lab.speed import time_inference
 from _lab.study import plan, read_study
 from _lab.table import comma_separated, markdown, measure
 from retina.errors import ConfigError, RetinaError
@@ -47,11 +46,16 @@ class AblateConfig:
 
 
 OWN = tuple(field.name for field in fields(AblateConfig))
-ONE_BY_ONE = {"name": "into", "train.seed": "seeds", "overwrite": "another into"}
-"""Words of tools/train.py that would make all runs one, and what to give instead."""
+NOT_FOR_ALL = {
+    "name": "every run has its own - give into=NAME for the study",
+    "train.seed": "every run has its own - give seeds=[0,1,2]",
+    "overwrite": "would train again what is finished, every time - give into=NAME for a new study",
+}
+"""Words of tools/train.py that make no sense for all runs, and why."""
 
 
-def main(argv: Sequence[str], command: str = "ablate") -> int:
+def main(argv: Sequence[str], *, command: str = "ablate", given: Sequence[str] = ()) -> int:
+    """`given` are words that `command` stands for."""
     keys = [word.lstrip("+~").partition("=")[0] for word in argv]
     own = [word for word, key in zip(argv, keys, strict=True) if key in OWN or word.startswith("-")]
     words = [word for word, key in zip(argv, keys, strict=True) if key not in OWN and not word.startswith("-")]
@@ -59,12 +63,12 @@ def main(argv: Sequence[str], command: str = "ablate") -> int:
     @entry("lab_ablate")
     def task(settings: Settings) -> int:
         config = typed(AblateConfig, settings)
-        for key in ONE_BY_ONE:
+        for key, reason in NOT_FOR_ALL.items():
             if key in keys:
-                raise ConfigError(f"{key}: is different in every run - give {ONE_BY_ONE[key]}=...")
+                raise ConfigError(f"{key}: {reason}")
         return ablate(config, words, shlex.join(["python", "tools/lab.py", command, *argv]))
 
-    task(own)
+    task([*given, *own])
 
 
 def ablate(config: AblateConfig, words: Sequence[str], command: str) -> int:
@@ -76,9 +80,11 @@ def ablate(config: AblateConfig, words: Sequence[str], command: str) -> int:
     )
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
+    refuse_to_overwrite(output / f"{name}.md", f"# {name}: ")
+    refuse_to_overwrite(output / f"{name}.csv", "label,row,")
     faults: dict[Path, str] = {}
 
-    def write(speed: dict[str, float]) -> None:
+    def write(speed: dict[str, float] | None) -> None:
         measured = [measure([job for job in line.jobs if finished(job)]) for line in lines]
         text = markdown(name, study, lines, measured, seeds=config.seeds, command=command, faults=faults, speed=speed)
         write_whole(output / f"{name}.md", text.encode())
@@ -86,10 +92,21 @@ def ablate(config: AblateConfig, words: Sequence[str], command: str) -> int:
 
     # seed by seed, so that a table of all rows is there early
     jobs = [line.jobs[i] for i in range(len(config.seeds)) for line in lines if line.jobs]
-    run_all(jobs, faults, lambda: write({}))
-    write(time_inference(lines) if study.speed else {})
+    run_all(jobs, faults, lambda: write({} if study.speed else None))
+    speed = None
+    if study.speed:
+        from _lab.speed import time_inference  # loads torch
+
+        speed = time_inference(lines)
+    write(speed)
     print(f"written: {output}/{name}.md, {name}.csv")
     if faults:
         folder, fault = next(iter(faults.items()))
         raise RetinaError(f"{len(faults)} of {len(jobs)} runs failed, as {folder.name} did: {fault}")
     return 0
+
+
+def refuse_to_overwrite(file: Path, begin: str) -> None:
+    """Raises ConfigError for a file that is there and is no table of this study."""
+    if file.is_symlink() or (file.exists() and not file.read_bytes().startswith(begin.encode())):
+        raise ConfigError(f"output: {file} is there already and is no table of this study - choose another folder")

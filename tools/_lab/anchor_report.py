@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ _COLUMNS = {
     "none *": ("without_positive_without_low_quality", "{:.1%}"),
 }
 _MOST_DOTS = 4000
+_MOST_CLASSES = 20  # on the screen: those with most objects
 _FEWEST = 10  # objects of a size that a point is drawn for
 
 
@@ -63,6 +64,8 @@ def describe(result: Mapping[str, Any]) -> str:
         names = [*dict.fromkeys([*now[kind], *fitted[kind]])]
         if kind == "by_level":
             names.sort()
+        if kind == "by_class":
+            names = sorted(names, key=lambda one: -now[kind][one]["objects"])[:_MOST_CLASSES]
         groups |= {_name(kind, name): (now[kind].get(name), fitted[kind].get(name)) for name in names}
     width = max(map(len, groups))
     lines = [
@@ -115,9 +118,10 @@ def draw(
         _scatter(one, objects.of(shown), coverages[name].best()[shown], pyramid, result[name]["model"]["levels"])
         one.set_title(f"{name}: mean best IoU {result[name]['coverage']['best_iou']:.3f}")
     sides = [one.get_xlim() + one.get_ylim() for one in axes[:2]]
+    low, high = min(map(min, sides)), max(map(max, sides))
     for one in axes[:2]:
-        for axis in "xy":
-            _pixels(one, axis, min(map(min, sides)), max(map(max, sides)))
+        _pixels(one, "x", low, high)
+        _pixels(one, "y", low, high)
         one.set(xlabel="width in pixels", ylabel="height in pixels")
     figure.colorbar(axes[1].collections[0], ax=axes[1], label="best IoU of an object")
     _by_size(axes[2], objects, coverages)
@@ -136,7 +140,7 @@ def _scatter(axes: "Axes", objects: Objects, best: torch.Tensor, pyramid: Pyrami
     axes.legend(loc="upper left", fontsize="small")
 
 
-def _pixels(axes: "Axes", axis: Literal["x", "y"], low: float, high: float) -> None:
+def _pixels(axes: "Axes", axis: str, low: float, high: float) -> None:
     """Powers of two along an axis, as strides and sizes are."""
     ticks = [2**k for k in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
     axes.set(**{f"{axis}scale": "log", f"{axis}lim": (low, high), f"{axis}ticks": ticks})

@@ -11,6 +11,7 @@ from _lab.anchor_fit import LEAST_IMAGES, WORTH, Gain, fit, gain, halves, held_o
 from _lab.coverage import Objects, Pyramid, best_iou
 
 _TIMES = 3  # that the images are cut into halves
+_WORTH_OF_LEVEL = 0.03  # the least gain of recall that one more level is worth: it makes four times as many anchors
 
 
 class Trial(NamedTuple):
@@ -74,9 +75,8 @@ def try_levels(
 def decide(objects: Objects, trials: Sequence[Trial], levels: list[int], threshold: float) -> Decision:
     """The first trial is that of the levels as they are; another has one level more below, or one less.
 
-    One more level must lift the recall, for it makes four times as many anchors; one less must cost neither best IoU
-    nor recall. Then the anchors change if one of the two rises and none falls, counting what `Gain.counts`; or if a
-    level is saved and none falls."""
+    One more level must lift the recall by 0.03; one less must cost neither best IoU nor recall. Then the anchors change
+    if one of the two rises and none falls, counting what `Gain.counts`; or if a level is saved and none falls."""
     if not trials:
         return Decision(levels, False, f"no change: fewer than {LEAST_IMAGES} images with objects say nothing of noise")
     same, *others = trials
@@ -85,23 +85,25 @@ def decide(objects: Objects, trials: Sequence[Trial], levels: list[int], thresho
         iou = gain(objects, other.scores, same.scores)
         recall = gain(objects, *((trial.scores >= threshold).float() for trial in (other, same)))
         costs_nothing = len(other.levels) < len(levels) and not (iou.falls or recall.falls)
-        if recall.rises or costs_nothing:
+        if (recall.rises and recall.mean >= _WORTH_OF_LEVEL) or costs_nothing:
             chosen = other
             break
-    return _judged(chosen, saves=len(chosen.levels) < len(levels))
+    return _judged(chosen, len(levels))
 
 
-def _judged(trial: Trial, *, saves: bool) -> Decision:
+def _judged(trial: Trial, number: int) -> Decision:
+    """`number`: of levels as they are."""
     iou, recall = trial.iou, trial.recall
     if iou.falls or recall.falls:
         change, why = False, "what one gains the other loses"
     elif iou.rises or recall.rises:
         change, why = True, "more than noise"
-    elif saves:
+    elif len(trial.levels) < number:
         change, why = True, "one level less costs nothing"
     elif max(iou.mean - iou.noise, recall.mean - recall.noise) > 0:
         change, why = False, f"a gain below {WORTH:g} is worth no change"
     else:
         change, why = False, "the gain is within noise"
+    where = "" if len(trial.levels) == number else f" from P{trial.levels[0]} on"
     told = f"{why}: mean best IoU {iou}, recall {recall} on images not fitted to"
-    return Decision(trial.levels, change, f"{'fitted anchors are better' if change else 'no change'}, {told}")
+    return Decision(trial.levels, change, f"{'change' if change else 'no change'}{where}, {told}")

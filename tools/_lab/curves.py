@@ -155,7 +155,7 @@ def sample(curve: Curve, value: float) -> tuple["Tensor", "Tensor", "Tensor"]:
     p = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
     logits = p.logit().requires_grad_()
     try:
-        loss = curve.loss(logits, value)
+        loss = curve.loss(logits, float(value))
     except ValueError as fault:
         raise ConfigError(f"values: {fault} - correct it") from None
     (gradient,) = torch.autograd.grad(loss.sum(), logits)

@@ -12,13 +12,14 @@ left out and listed; the exit code is then 3.
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _build import build, call
 from _compose import Settings, entry, typed
+from doctor import progress
 from eval import data_of
 
 from _lab.figures import FORMATS, save
@@ -133,7 +134,7 @@ def collect(config: DistributionConfig, trained: Mapping[str, Any], output: Path
     elements = Elements(len(detector.classes), len(detector.model.strides))
     criterion = replace(criterion, classification=elements)
     with torch.no_grad():
-        for batch in progress(loader, len(loader)):
+        for batch in progress(loader, "looking", len(loader)):
             on_device = to_device(batch, device)
             with torch.autocast(device.type, detector.dtype, enabled=detector.dtype != torch.float32):
                 criterion(detector.model(on_device.images), on_device.targets)
@@ -147,15 +148,6 @@ def collect(config: DistributionConfig, trained: Mapping[str, Any], output: Path
         "classes": list(detector.classes),
         "levels": [f"P{stride.bit_length() - 1}" for stride in detector.model.strides],
     }
-
-
-def progress(items: Iterable[Any], total: int) -> Iterable[Any]:
-    """The items, with a bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(items, "looking", total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def note_other_rule(trained: Mapping[str, Any] | None, given: Mapping[str, Any]) -> None:

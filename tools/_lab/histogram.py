@@ -35,7 +35,7 @@ class Bins(NamedTuple):
     def losses(self, gamma: float) -> NDArray[np.float64]:
         """The sum of each bin, without alpha."""
         z = torch.from_numpy(self.logits)
-        return self.counts * sigmoid_focal_loss(z, torch.zeros_like(z), alpha=None, gamma=gamma).numpy()
+        return self.counts * sigmoid_focal_loss(z, torch.zeros_like(z), alpha=None, gamma=float(gamma)).numpy()
 
     def total(self, gamma: float) -> float:
         return float(self.losses(gamma).sum())

@@ -13,4 +13,4 @@ from _lab import ablate
 
 
 def main(argv: Sequence[str]) -> int:
-    return ablate.main(["study=ladder", *argv], command="ladder")
+    return ablate.main(argv, command="ladder", given=["study=ladder"])

@@ -90,40 +90,57 @@ def markdown(
     seeds: Sequence[int],
     command: str,
     faults: Mapping[Path, str],
-    speed: Mapping[str, float],
+    speed: Mapping[str, float] | None,
 ) -> str:
+    """`faults` of runs that failed, by their folders; `speed` of inference by labels, None where none is told."""
     best = best_lines(lines, measured)
     rarest = next((one.rarest for one in measured if one.rarest), "rarest class")
     columns = ["setting", "runs", *METRICS, f"AP of {rarest}", "training, ms per image"]
-    columns += ["inference, ms per image"] if study.speed else []
-    columns += ["published AP", *(["published ms"] if study.speed else [])]
-    rows = []
-    for line, of_line in zip(lines, measured, strict=True):
-        published = line.published if line.label in best or of_row(line, lines) == 1 else {}
-        cells = [f"**{line.label}**" if line.label in best else line.label]
-        cells += [f"{of_line.num_runs} of {len(line.jobs)}" if line.jobs else ""]
-        cells += [spread(of_line.metrics[metric]) for metric in (*METRICS, "rarest")]
-        cells += [f"{mean(of_line.milliseconds):.1f}" if of_line.num_runs else ""]
-        cells += [f"{speed[line.label]:.1f}" if line.label in speed else ""] if study.speed else []
-        cells += [told(published.get(key)) for key in ("AP", *(["ms"] if study.speed else []))]
-        rows.append(cells)
-    num_done = sum(of_line.num_runs for of_line in measured)
-    num_jobs = sum(len(line.jobs) for line in lines)
-    parts = [
-        f"# {name}: {study.title}",
-        f"Metrics in percent on the validation split at the end of training; mean ± standard deviation over the seeds "
-        f"{', '.join(map(str, seeds))}. {num_done} of {num_jobs} runs are in the table."
-        + (" Of the lines of one row, the best by mean AP is bold (chosen on the same data)." if best else "")
-        + (f" Published, for orientation: COCO, {study.paper}." if study.paper else ""),
-        "\n".join(["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
-                  + ["| " + " | ".join(cells) + " |" for cells in rows]),
-    ]  # fmt: skip
+    columns += ["inference, ms per image"] if speed is not None else []
+    columns += ["published AP", *(["published ms"] if speed is not None else [])]
+    rows = [
+        _cells(line, of_line, best, lines, speed if study.speed else None)
+        for line, of_line in zip(lines, measured, strict=True)
+    ]
+    table = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    parts = [f"# {name}: {study.title}", _preamble(study, lines, measured, seeds, best)]
+    parts += ["\n".join(f"| {' | '.join(row)} |" for row in table)]
     if faults:
         parts += ["Failed:", "\n".join(f"- {folder.name}: {fault}" for folder, fault in faults.items())]
-    parts += ["Again, or on:", f"```\n{command}\n```"]
-    parts += ["The runs of the first seed:"]
-    parts += ["```\n" + "\n".join(train_command(line.jobs[0]) for line in lines if line.jobs) + "\n```"]
+    parts += ["The table again, after the runs that it still lacks:", f"```\n{command}\n```"]
+    commands = [train_command(line.jobs[0]) for line in lines if line.jobs]
+    parts += ["One of the runs of each line:", "\n".join(["```", *commands, "```"])]
     return "\n\n".join(parts) + "\n"
+
+
+def _preamble(
+    study: Study, lines: Sequence[Line], measured: Sequence[Measured], seeds: Sequence[int], best: set[str]
+) -> str:
+    several = len(seeds) > 1
+    over = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if several else f"seed {seeds[0]}"
+    sentences = [f"Metrics in percent, on the validation split at the end of training, {over}."]
+    if (done := sum(one.num_runs for one in measured)) < (jobs := sum(len(line.jobs) for line in lines)):
+        sentences += [f"{done} of {jobs} runs so far."]
+    if best:
+        sentences += ["Of several lines of one row, the best by mean AP is bold (chosen on the same data)."]
+    if study.speed:
+        sentences += ["Inference is that of one thread on a CPU, or of the GPU."]
+    if study.paper:
+        sentences += [f"Published, for orientation: COCO, {study.paper}."]
+    return " ".join(sentences)
+
+
+def _cells(
+    line: Line, measured: Measured, best: set[str], lines: Sequence[Line], speed: Mapping[str, float] | None
+) -> list[str]:
+    published = line.published if line.label in best or of_row(line, lines) == 1 else {}
+    cells = [f"**{line.label}**" if line.label in best else line.label]
+    cells += [f"{measured.num_runs} of {len(line.jobs)}" if line.jobs else ""]
+    cells += [spread(measured.metrics[metric]) for metric in (*METRICS, "rarest")]
+    cells += [f"{mean(measured.milliseconds):.1f}" if measured.num_runs else ""]
+    cells += [] if speed is None else [f"{speed[line.label]:.1f}" if line.label in speed else ""]
+    cells += [told(published.get("AP"))]
+    return cells if speed is None else [*cells, told(published.get("ms"))]
 
 
 def of_row(line: Line, lines: Sequence[Line]) -> int:
@@ -138,7 +155,7 @@ def train_command(job: Job) -> str:
     return shlex.join(["python", "tools/train.py", *job.words])
 
 
-def comma_separated(lines: Sequence[Line], measured: Sequence[Measured], *, speed: Mapping[str, float]) -> str:
+def comma_separated(lines: Sequence[Line], measured: Sequence[Measured], *, speed: Mapping[str, float] | None) -> str:
     """A record per line of the table, with the values of all seeds; published numbers in columns of their own."""
     best = best_lines(lines, measured)
     published = sorted({key for line in lines for key in line.published})
@@ -152,7 +169,7 @@ def comma_separated(lines: Sequence[Line], measured: Sequence[Measured], *, spee
         for runs in of_line.metrics.values():
             cells += [f"{mean(runs):.4f}" if runs else "", f"{stdev(runs):.4f}" if len(runs) > 1 else ""]
             cells += [" ".join(f"{value:.4f}" for value in runs)]
-        cells += [f"{mean(of_line.milliseconds):.3f}" if of_line.num_runs else "", speed.get(line.label, "")]
+        cells += [f"{mean(of_line.milliseconds):.3f}" if of_line.num_runs else "", (speed or {}).get(line.label, "")]
         cells += [told(line.published.get(key)) for key in published]
         writer.writerow([*cells, train_command(line.jobs[0]) if line.jobs else ""])
     return buffer.getvalue()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from retina.errors import CheckpointError, ConfigError
-from retina.model.formats.coco import coco_rows
+from retina.model.formats.classes import class_rows
 from retina.model.formats.foreign import IMAGENET_STD, Conventions, Foreign
 from retina.model.formats.shapes import (
     BOX_LAYER,
@@ -59,7 +59,7 @@ def convert_detector(
     told = given_conventions(foreign.conventions, conventions or {})
     state = _floats(foreign.state)
     anchors = num_anchors(state, file, told)
-    rows = _class_rows(foreign, file, state, anchors, classes)
+    rows = class_rows(foreign, file, state, anchors, classes)
     _apply(state, told, anchors, rows.kept, file)
     arguments = model_arguments(state, file, told, num_classes=len(rows.names))
     with torch.device("meta"):
@@ -135,7 +135,7 @@ def _floats(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def given_conventions(usual: Conventions, given: Mapping[str, Any]) -> Conventions:
     """The usual ones with those that are given (not None) in their place."""
     known = [f.name for f in fields(Conventions)]
-    for name, value in given.items():
+    for name in given:
         if name not in known:
             raise ConfigError(f"conventions.{name}: does not exist - choose among {', '.join(known)}")
     return replace(usual, **{name: _like(usual, name, value) for name, value in given.items() if value is not None})
@@ -154,52 +154,6 @@ def _like(usual: Conventions, name: str, value: Any) -> Any:
         return value
     example = "[32, 64]" if default is None else default
     raise ConfigError(f"conventions.{name}: {value!r} is of the wrong type - give the like of {example}")
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Which rows of the class layer are kept, for each anchor, and what they stand for."""
-
-    kept: list[int]
-    names: list[str]
-    ids: list[int]
-    note: str
-
-
-def _class_rows(
-    foreign: Foreign, file: Path, state: dict[str, Tensor], anchors: int, given: Sequence[str] | None
-) -> _Rows:
-    (total,) = shape_of(state, f"{CLASS_LAYER}.bias", 1, file)
-    count, rest = divmod(total, anchors)
-    if rest or not count:
-        raise CheckpointError(f"{file}: {total} class logits per cell for {anchors} anchors - give another file")
-    coco = coco_rows()
-    names: list[str | None]
-    if given is not None:
-        names = list(given)
-        if foreign.background_first and len(names) == count - 1:
-            names = [None, *names]
-        if len(names) != count:
-            raise ConfigError(
-                f"classes: {len(names)} names for {count} classes of {file} - name them all, in its order"
-            )
-        why = "as given"
-    elif foreign.classes is not None and len(foreign.classes) == count:
-        names, why = foreign.classes, "as the file says"
-    elif foreign.background_first and count == len(coco):
-        names, why = coco, "COCO's by their category ids; rows of the background and of ids COCO does not use left out"
-    elif count == 80:
-        names, why = [name for name in coco if name], "COCO's, because there are 80"
-    else:
-        names, why = [f"class {k}" for k in range(count)], "numbered: the file does not name them, give classes=[...]"
-    kept = [row for row, name in enumerate(names) if name is not None]
-    found = [name for name in names if name is not None]
-    if len(set(found)) < len(found):
-        raise ConfigError(f"classes: some of {file} have the same name - give classes=[...] with {count} of their own")
-    ids = [foreign.first_id + row for row in kept]
-    if set(found) <= set(coco) and count in (80, len(coco)):
-        ids = [coco.index(name) for name in found]
-    return _Rows(kept, found, ids, f"classes: {len(found)}, {why}")
 
 
 def _apply(state: dict[str, Tensor], told: Conventions, anchors: int, kept: Sequence[int], file: Path) -> None:

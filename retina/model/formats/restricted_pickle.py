@@ -11,7 +11,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -51,7 +51,8 @@ class _Dtype:
     def __init__(self, name: str, align: object = False, copy: object = False) -> None:
         if name not in _NUMBERS:
             raise pickle.UnpicklingError(f"an array of {name!r:.20}, which are no numbers")
-        self.name, self.order = name, "="
+        self.name = name
+        self.order: Literal["<", ">", "|", "="] = "="
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         if state[1] not in ("<", ">", "|", "="):
@@ -75,20 +76,14 @@ class _Array:
         data, dtype, shape, order = self.parts
         if isinstance(data, str):  # Python 2's str
             data = data.encode("latin1")
-        fits = (
-            isinstance(data, (bytes, bytearray))
-            and isinstance(dtype, _Dtype)
-            and isinstance(shape, tuple)
-            and all(type(side) is int and 0 <= side < 2**40 for side in shape)
-            and len(shape) <= 8
-            and order in ("C", "F")
-        )
-        if not fits:
+        if not isinstance(data, (bytes, bytearray)) or not isinstance(dtype, _Dtype) or order not in ("C", "F"):
             raise pickle.UnpicklingError("an array that is none")
-        kind = np.dtype(dtype.name).newbyteorder(dtype.order)  # type: ignore[attr-defined]
-        if math.prod(shape) * kind.itemsize != len(data):  # type: ignore[arg-type]
+        if not isinstance(shape, tuple) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+            raise pickle.UnpicklingError("an array without a shape")
+        kind = np.dtype(dtype.name).newbyteorder(dtype.order)
+        if math.prod(shape) * kind.itemsize != len(data):
             raise pickle.UnpicklingError("an array of another size than its bytes")
-        flat = np.frombuffer(data, dtype=kind)  # type: ignore[call-overload]
+        flat = np.frombuffer(data, dtype=kind)
         return flat.reshape(shape, order=order).astype(kind.newbyteorder("="))  # a copy that can be written to
 
 

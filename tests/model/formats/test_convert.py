@@ -24,7 +24,8 @@ def imported(state: dict[str, Tensor], folder: Path, **options: object) -> Impor
 
 
 def test_an_import_is_a_detector(state: dict[str, Tensor], tmp_path: Path) -> None:
-    found = imported(state, tmp_path, conventions={"short_side": 64, "long_side": 64})
+    flat = {key: value if value.ndim < 4 else torch.zeros(value.shape) for key, value in state.items()}
+    found = imported(flat, tmp_path, conventions={"short_side": 64, "long_side": 64})
     assert found.classes == ["class 0", "class 1", "class 2"]
     assert any("numbered" in note for note in found.notes)
     detector = Detector.load(write_detector(found, tmp_path / "ours.safetensors"))
@@ -105,13 +106,17 @@ def test_conventions_can_be_given(state: dict[str, Tensor], tmp_path: Path) -> N
         {"short_side": 0},
         {"max_detections": 1.5},
         {"anchor_sizes": []},
-        {"anchor_scales": [1.0]},
         {"colour": "red"},
     ],
 )
 def test_wrong_conventions_are_one_line(state: dict[str, Tensor], tmp_path: Path, given: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=rf"^[^\n]*conventions\.{next(iter(given))}[^\n]* - [^\n]*$"):
         imported(state, tmp_path, conventions=given)
+
+
+def test_other_anchors_must_be_given(state: dict[str, Tensor], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"predicts 9 boxes per cell, where 1 scales and 3 ratios make 3 - give"):
+        imported(state, tmp_path, conventions={"anchor_scales": [1.0]})
 
 
 def test_p6_of_p5_and_other_levels_are_seen_in_the_shapes(tmp_path: Path) -> None:

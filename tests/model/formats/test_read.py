@@ -14,6 +14,7 @@ from torch import Tensor
 
 from formats.states import body, detectron2, filled, mmdetection, yhenon
 from retina.errors import CheckpointError
+from retina.model.backbone import read_weights
 from retina.model.formats.read import read_foreign, read_source
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "reliability"))
@@ -63,6 +64,7 @@ def test_missing_and_damaged_files_are_one_line(tmp_path: Path) -> None:
             read_source(tmp_path / "odd.pkl")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of pickles in protocol 4
 def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
     for name, opcodes in hostile.payloads(tmp_path).items():
         for suffix in (".pkl", ".pth"):
@@ -91,8 +93,6 @@ def test_what_lies_beside_the_weights_is_passed_over_only_if_it_is_known(tmp_pat
         read_foreign(tmp_path / "evil.pth")
     assert not (tmp_path / "canary").exists()
     with pytest.raises(CheckpointError):
-        from retina.model.backbone import read_weights
-
         read_weights(tmp_path / "known.pth")  # elsewhere nothing has become allowed
 
 

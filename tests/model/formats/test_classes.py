@@ -1,4 +1,4 @@
-from retina.model.formats.coco import coco_rows
+from retina.model.formats.classes import coco_rows
 
 
 def test_eighty_of_the_ids_have_a_name() -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from retina.errors import ConfigError
-from retina.model.class_rows import match_classes, merge_rows
+from retina.model.transfer import match_classes, merge_rows
 
 
 def test_classes_are_matched_by_name() -> None:

@@ -1,0 +1,403 @@
+"""Coverage of objects by anchors, the fit, and the decision whether it is worth a change."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from _compose import compose
+from commands import Capture, Tool, digest, one_line
+from PIL import Image
+from torch import Tensor
+
+from _lab.anchor_fit import Gain, fit, gain, halves, held_out
+from _lab.anchor_report import yaml_file
+from _lab.anchor_trials import decide, try_levels
+from _lab.anchors import pyramid_of
+from _lab.coverage import (
+    Objects,
+    Pyramid,
+    batches_of_images,
+    best_iou,
+    cover,
+    draw_images,
+    resized_objects,
+    summarize,
+)
+from retina.data.coco import locate_split, read_coco
+from retina.data.dataset import DetectionDataset
+from retina.data.shapes import write_shapes
+from retina.data.transforms import Pipeline, ResizeShortSide
+from retina.model.retinanet import retinanet
+from retina.ops.anchors import AnchorGenerator
+from retina.ops.assigners import MaxIoU
+from retina.ops.boxes import pairwise_iou
+from retina.ops.matching import match
+
+RULE = MaxIoU(positive_iou=0.5, negative_iou=0.4)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def objects_of(sides: Tensor, *, per_image: int = 4, canvas: tuple[int, int] = (128, 192), seed: int = 0) -> Objects:
+    """Objects of these widths and heights, somewhere in images of one size."""
+    height, width = canvas
+    room = torch.tensor([width, height]) - sides
+    corner = torch.rand(len(sides), 2, generator=seeded(seed)) * room
+    image = torch.arange(len(sides)) // per_image
+    return Objects(torch.cat([corner, corner + sides], dim=1), image % 3, image, torch.tensor([canvas] * len(sides)))
+
+
+def random_objects(count: int = 120) -> Objects:
+    """On canvases of two sizes, some larger than any anchor or cut by the border."""
+    sides = torch.exp(torch.randn(count, 2, generator=seeded(1)) * 0.7 + 3.2).clamp(max=120)
+    small, wide = objects_of(sides[::2]), objects_of(sides[1::2], canvas=(160, 128), seed=3)
+    both = Objects(*(torch.cat(parts) for parts in zip(small, wide, strict=True)))
+    return both._replace(image=torch.cat([small.image, wide.image + 1000]))
+
+
+GENERATORS = [
+    AnchorGenerator(sizes=(16.0, 32.0, 64.0)),
+    AnchorGenerator(sizes=(24.0, 24.0, 100.0), scales=(1.0,), ratios=(0.4, 1.3), offset=0.5),
+    AnchorGenerator(sizes=(17.0, 31.0, 67.0), rounded=True),
+]
+
+
+def anchors_on(canvas: Sequence[int], pyramid: Pyramid) -> tuple[Tensor, ...]:
+    shapes = [(-(-canvas[0] // stride), -(-canvas[1] // stride)) for stride in pyramid.strides]
+    return tuple(pyramid.anchors(shapes, pyramid.strides, "cpu"))
+
+
+@pytest.mark.parametrize("generator", GENERATORS, ids=["paper", "offset", "rounded"])
+def test_best_iou_is_that_of_all_anchors(generator: AnchorGenerator) -> None:
+    objects, pyramid = random_objects(), Pyramid(generator, (8, 16, 32))
+    expected = []
+    for box, canvas in zip(objects.boxes, objects.canvas.tolist(), strict=True):
+        expected.append([pairwise_iou(level, box[None]).max() for level in anchors_on(canvas, pyramid)])
+    torch.testing.assert_close(best_iou(objects, pyramid), torch.tensor(expected), rtol=0, atol=1e-5)
+
+
+def test_positives_are_those_of_the_matching() -> None:
+    objects, pyramid = random_objects(), Pyramid(GENERATORS[0], (8, 16, 32))
+    coverage = cover(objects, pyramid, RULE, batches_of_images(objects, torch.ones(len(objects.boxes)) > 0))
+    assert coverage.matched.all()
+    expected = torch.zeros(2, len(objects.boxes), 3, dtype=torch.int64)
+    for image in objects.image.unique():
+        rows = (objects.image == image).nonzero()[:, 0]
+        levels = anchors_on(objects.canvas[rows[0]].tolist(), pyramid)
+        iou = pairwise_iou(torch.cat(levels), objects.boxes[rows])
+        of_level = torch.cat([torch.full((len(level),), i) for i, level in enumerate(levels)])
+        for count, low_quality in zip(expected, (True, False), strict=True):
+            found = match(iou, torch.ones(len(rows)) > 0, low_quality=low_quality)
+            count.index_put_(
+                (rows[found.index[found.positive]], of_level[found.positive]), torch.tensor(1), accumulate=True
+            )
+    assert torch.equal(coverage.positives, expected[0])
+    assert torch.equal(coverage.above, expected[1])
+    assert (coverage.positives.sum(dim=1) > coverage.above.sum(dim=1)).any()
+
+
+def test_groups_and_shares() -> None:
+    sides = torch.tensor([[20.0, 20.0], [16.0, 16.0], [50.0, 50.0], [5.0, 60.0], [100.0, 100.0], [64.0, 64.0]])
+    objects = objects_of(sides, per_image=2)
+    pyramid = Pyramid(AnchorGenerator(sizes=(16.0, 64.0), scales=(1.0,), ratios=(1.0,)), (2, 4))
+    drawn = torch.tensor([True, True, True, True, False, False])
+    coverage = cover(objects, pyramid, RULE, batches_of_images(objects, drawn))
+    told = summarize(objects, coverage, RULE, [1, 2], ["a", "b", "c"])
+    assert (told["objects"], told["objects_matched"]) == (6, 4)
+    assert [told["by_size"][name]["objects"] for name in ("small", "medium", "large")] == [3, 2, 1]
+    assert {name: group["objects"] for name, group in told["by_octave"].items()} == {
+        "16-32": 3,
+        "32-64": 1,
+        "64-128": 2,
+    }
+    assert {name: group["objects"] for name, group in told["by_class"].items()} == {"a": 2, "b": 2, "c": 2}
+    assert told["recall_50"] == pytest.approx(4 / 6)  # neither the thin one nor that of 100 px
+    assert told["without_positive"] == 0
+    assert told["without_positive_without_low_quality"] == pytest.approx(1 / 4)
+    assert told["best_iou"] == pytest.approx(coverage.best().mean().item())
+    assert told["by_size"]["large"]["positives"] is None, "its image was not matched"
+    assert sum(told["positive_anchors_by_level"].values()) == coverage.positives.sum()
+    assert sum(group["objects"] for group in told["by_level"].values()) == 6
+
+
+def test_objects_are_those_a_training_sees(tiny_data: Path) -> None:
+    annotations = read_coco(*locate_split(tiny_data, "train"))
+    pipeline = Pipeline({"resize": ResizeShortSide([50, 90, 120], 150)}, min_size=12.0)
+    found = resized_objects(annotations, pipeline, seed=3, divisor=32, images=range(len(annotations)))
+    dataset, rows = DetectionDataset(annotations, pipeline, seed=3), []
+    for index in range(len(annotations)):
+        sample = dataset[0, index]
+        rows += [(*box, label, index) for box, label in zip(sample.boxes.tolist(), sample.labels, strict=True)]
+        assert sample.size is not None
+        canvases = found.canvas[found.image == index]
+        assert ((canvases - torch.tensor(sample.size) >= 0) & (canvases - torch.tensor(sample.size) < 32)).all()
+    assert 0 < len(rows) < annotations.num_objects
+    assert torch.equal(torch.tensor(rows), torch.cat([found.boxes, found.labels[:, None], found.image[:, None]], dim=1))
+    annotations.crowd[:] = True
+    assert len(resized_objects(annotations, pipeline, seed=3, divisor=32, images=range(4)).boxes) == 0
+
+
+def test_drawing_takes_whole_images() -> None:
+    objects = random_objects()
+    drawn = draw_images(objects, 7, seeded())
+    assert len(objects.image[drawn].unique()) == 7
+    assert not set(objects.image[drawn].tolist()) & set(objects.image[~drawn].tolist())
+    rows = torch.cat(batches_of_images(objects, drawn))
+    assert sorted(rows.tolist()) == drawn.nonzero()[:, 0].tolist()
+    assert draw_images(objects, 10**6, seeded()).all()
+
+
+def around(sizes: Sequence[float], ratio: float, count: int, spread: float) -> Tensor:
+    """Widths and heights about these sizes."""
+    size = torch.tensor(sizes).repeat(count // len(sizes)).log() + spread * torch.randn(count, generator=seeded(5))
+    log_ratio = math.log(ratio) + spread * torch.randn(count, generator=seeded(6))
+    return torch.stack([size - log_ratio / 2, size + log_ratio / 2], dim=1).exp()
+
+
+def test_a_fit_finds_sizes_and_ratio_and_is_repeatable() -> None:
+    objects = objects_of(around([15.0, 60.0], 1.6, 400, 0.02), canvas=(256, 256))
+    wrong = Pyramid(AnchorGenerator(sizes=(32.0, 48.0), scales=(1.0,), ratios=(1.0,)), (8, 16))
+    fitted = fit(objects, wrong, 0.5, seeded())
+    assert fitted.anchors.sizes == pytest.approx([15, 60], rel=0.1)
+    assert fitted.anchors.ratios == pytest.approx([1.6], rel=0.1)
+    assert best_iou(objects, fitted).amax(dim=1).mean() > 1.5 * best_iou(objects, wrong).amax(dim=1).mean()
+    assert fit(objects, wrong, 0.5, seeded()) == fitted
+
+
+@pytest.mark.parametrize(("scales", "ratios"), [((1.0, 1.5), (0.5, 1.0)), ((1.0,), (0.5, 1.0, 2.0))])
+def test_a_fit_keeps_the_head(scales: tuple[float, ...], ratios: tuple[float, ...]) -> None:
+    objects = objects_of(around([20.0, 30.0], 1.0, 200, 0.3), canvas=(256, 256))
+    start = AnchorGenerator(sizes=(32.0, 64.0, 128.0), scales=scales, ratios=ratios, offset=0.5)
+    fitted = fit(objects, Pyramid(start, (8, 16, 32)), 0.5, seeded())
+    assert fitted.strides == (8, 16, 32)
+    assert (fitted.anchors.num_per_cell, fitted.anchors.offset) == (start.num_per_cell, 0.5)
+    assert list(fitted.anchors.sizes) == sorted(fitted.anchors.sizes)
+    assert fitted.anchors.scales[0] == 1
+    assert list(fitted.anchors.scales) == sorted(fitted.anchors.scales)
+    for size, stride in zip(fitted.anchors.sizes[:-1], fitted.strides, strict=False):
+        assert size * fitted.anchors.scales[-1] <= 8 * stride * 1.01
+
+
+def test_every_object_is_scored_by_anchors_of_the_other_half() -> None:
+    objects = objects_of(around([20.0], 1.0, 80, 0.2))
+    cuts = halves(objects, 2, seeded())
+    assert [len(objects.image[cut].unique()) for cut in cuts] == [10, 10]
+    asked: list[set[int]] = []
+
+    def of_half(half: Objects) -> Pyramid:
+        asked.append(set(half.image.tolist()))
+        return Pyramid(AnchorGenerator(sizes=(float(10 + len(asked)),), scales=(1.0,), ratios=(1.0,)), (8,))
+
+    scores = held_out(objects, cuts, of_half)
+    for number, seen in enumerate(asked):
+        others = torch.tensor([image not in seen for image in objects.image.tolist()])
+        pyramid = Pyramid(AnchorGenerator(sizes=(float(11 + number),), scales=(1.0,), ratios=(1.0,)), (8,))
+        assert len(seen) == 10
+        assert torch.equal(scores[number // 2][others], best_iou(objects, pyramid).amax(dim=1)[others])
+    assert halves(objects_of(around([20.0], 1.0, 28, 0.2)), 3, seeded()) == [], "seven images"
+
+
+def test_noise_is_that_of_images() -> None:
+    """Objects of one image say the same: having more of them must not make the gain look surer."""
+    of_image = torch.randn(50, generator=seeded()) * 0.1 + 0.05
+    gains = []
+    for per_image in (1, 10):
+        objects = objects_of(torch.full((50 * per_image, 2), 20.0), per_image=per_image)
+        differences = of_image.repeat_interleave(per_image)
+        gains.append(gain(objects, (0.3 + differences).expand(2, -1), torch.full_like(differences, 0.3)))
+    assert gains[0].mean == pytest.approx(of_image.mean().item(), abs=1e-6)
+    assert gains[0].noise == pytest.approx(2 * of_image.std().item() / math.sqrt(50), rel=1e-4)
+    assert gains[1].noise == pytest.approx(gains[0].noise, rel=1e-4)
+    unsteady = gain(objects, torch.tensor([[0.3], [0.5]]).expand(2, 500), torch.full((500,), 0.3))
+    assert unsteady.noise == pytest.approx(2 * math.sqrt(2) * 0.1), "the two cuts disagree"
+
+
+@pytest.mark.parametrize(
+    ("mean", "noise", "rises", "falls"),
+    [(0.02, 0.01, True, False), (0.02, 0.03, False, False), (0.005, 0.001, False, False), (-0.02, 0.01, False, True)],
+)
+def test_what_counts(mean: float, noise: float, rises: bool, falls: bool) -> None:
+    assert (Gain(mean, noise).rises, Gain(mean, noise).falls) == (rises, falls)
+
+
+def decision_for(objects: Objects, levels: list[int], sizes: Sequence[float]) -> tuple[list[int], bool, str]:
+    def pyramid(which: list[int], sizes: Sequence[float]) -> Pyramid:
+        anchors = AnchorGenerator(sizes=tuple(sizes), scales=(1.0,), ratios=(1.0,))
+        return Pyramid(anchors, tuple(2**level for level in which))
+
+    now = pyramid(levels, sizes)
+    starts = [
+        (levels, now),
+        ([levels[0] - 1, *levels], pyramid([levels[0] - 1, *levels], [sizes[0] / 2, *sizes])),
+        (levels[1:], pyramid(levels[1:], sizes[1:])),
+    ]
+    trials = try_levels(objects, now, starts, 0.5, seeded())
+    return tuple(decide(objects, trials, levels, 0.5))
+
+
+def test_anchors_that_fit_are_kept_and_others_are_not() -> None:
+    objects = objects_of(around([24.0, 60.0], 1.0, 240, 0.05), canvas=(256, 256))
+    levels, change, reason = decision_for(objects, [3, 4], [24.0, 60.0])
+    assert (levels, change) == ([3, 4], False)
+    assert reason.startswith("no change")
+    levels, change, reason = decision_for(objects, [3, 4], [24.0, 120.0])
+    assert (levels, change) == ([3, 4], True)
+    assert reason.startswith("change, more than noise: mean best IoU +0.")
+
+
+def test_small_objects_ask_for_one_level_more_and_large_ones_for_one_less() -> None:
+    small = objects_of(around([6.0, 40.0], 1.0, 240, 0.05), canvas=(256, 256))
+    levels, change, reason = decision_for(small, [4, 5], [32.0, 64.0])
+    assert (levels, change) == ([3, 4, 5], True)
+    assert "from P3 on" in reason
+    large = objects_of(around([130.0], 1.0, 240, 0.05), canvas=(256, 256))
+    levels, change, reason = decision_for(large, [3, 4, 5], [32.0, 64.0, 128.0])
+    assert (levels, change) == ([4, 5], True)
+    assert "one level less costs nothing" in reason
+
+
+def test_few_images_decide_nothing() -> None:
+    levels, change, reason = decision_for(objects_of(around([20.0], 1.0, 20, 0.1)), [3, 4], [99.0, 120.0])
+    assert (levels, change) == ([3, 4], False)
+    assert "fewer than 8 images" in reason
+
+
+def test_anchors_come_from_the_settings_of_the_model() -> None:
+    model = compose("train", ["model.levels=[3,4,5]"])["model"]
+    assert pyramid_of(model, [2, 3, 4, 5]) == Pyramid(AnchorGenerator(sizes=(16.0, 32.0, 64.0, 128.0)), (4, 8, 16, 32))
+    model |= {"anchor_sizes": [20.0, 50.0, 90.0], "anchor_scales": [1.0], "anchor_offset": 0.5}
+    own = AnchorGenerator(sizes=(10.0, 20.0, 50.0, 90.0), scales=(1.0,), offset=0.5)
+    assert pyramid_of(model, [2, 3, 4, 5]) == Pyramid(own, (4, 8, 16, 32))
+    assert pyramid_of(model, [4, 5]).anchors.sizes == (50.0, 90.0)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("anchors") / "shapes"
+    write_shapes(root, num_train=40, num_val=2, image_size=[64, 96])
+    return root
+
+
+def words(root: Path, folder: Path) -> list[object]:
+    data = [f"data.root={root}", "data.prepare=null", "data.short_side=64", "data.long_side=96"]
+    model = ["model.levels=[3,4]", "model.anchor_sizes=[48.0,90.0]", "model.anchor_scales=[1.0]"]
+    return ["anchors", *data, *model, f"figures={folder / 'figures'}"]
+
+
+def test_a_fit_becomes_a_config_group(tool: Tool, shapes: Path, tmp_path: Path, capsys: Capture) -> None:
+    before, output = digest(shapes), tmp_path / "model" / "mine.yaml"
+    assert tool("lab", *words(shapes, tmp_path), f"output={output}") == 0
+    said = capsys.readouterr().out
+    assert f"written: {output} - use it as model=mine" in said
+    assert digest(shapes) == before
+
+    result = json.loads((tmp_path / "figures" / "anchors.json").read_text())
+    now, fitted = result["now"]["coverage"], result["fitted"]["coverage"]
+    assert result["change"]
+    assert fitted["best_iou"] > now["best_iou"] + 0.05
+    assert fitted["objects"] == fitted["objects_matched"] == result["data"]["objects"] > 40
+    assert f"{now['best_iou']:.3f} -> {fitted['best_iou']:.3f}" in said
+    with Image.open(tmp_path / "figures" / "anchors.png") as picture:
+        assert picture.size[0] > 2 * picture.size[1] > 500
+        assert len(picture.convert("RGB").getcolors(10**6) or []) > 100
+
+    header = [line for line in output.read_text().splitlines() if line.startswith("#")]
+    assert f"output={output}" in header[1]
+    assert result["verdict"] in "\n".join(header)
+    settings = compose("train", [f"hydra.searchpath=[file://{tmp_path}]", "model=mine"])["model"]
+    assert settings == compose("train", ["experiment=shapes"])["model"] | result["fitted"]["model"]
+    anchors = retinanet(**settings, num_classes=1).anchors
+    assert list(anchors.sizes) == result["fitted"]["model"]["anchor_sizes"]
+    by_hand = header[-1].removeprefix("#").split()
+    assert compose("train", ["experiment=shapes", *by_hand])["model"] == settings
+
+    capsys.readouterr()
+    assert tool("lab", *words(shapes, tmp_path), f"output={output}") == 2
+    assert "mine.yaml is there already - choose another file, or give overwrite=true" in one_line(capsys)
+
+    fits = [f"model.{key}={json.dumps(value)}" for key, value in result["fitted"]["model"].items()]
+    kept = output.read_bytes()
+    assert (
+        tool("lab", *words(shapes, tmp_path)[:5], *fits, f"output={output}", "overwrite=true", f"figures={tmp_path}")
+        == 0
+    )
+    assert f"not written: {output}" in capsys.readouterr().out
+    assert output.read_bytes() == kept
+    assert json.loads((tmp_path / "anchors.json").read_text())["verdict"].startswith("no change")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("split=test", "split: test is not known - choose train or val"),
+        ("images=0", "images: 0 is not allowed - give 1 or more"),
+        ("output=mine.json", "output: mine.json is no config file - end it in .yaml"),
+        ("output=SHAPES/mine.yaml", "the data set's own - choose another place"),
+        ("figures=SHAPES/figures", "the data set's own - choose another place"),
+        ("model.anchor_sizes=[1.0]", "model.anchor_sizes: 1 sizes for 2 levels"),
+        ("outptu=x.yaml", "outptu: no such key - did you mean output?"),
+        ("data.root=nowhere", "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(
+    tool: Tool, shapes: Path, tmp_path: Path, capsys: Capture, word: str, said: str
+) -> None:
+    assert tool("lab", *words(shapes, tmp_path), word.replace("SHAPES", str(shapes))) == 2
+    assert said in one_line(capsys)
+    assert not (tmp_path / "figures").exists()
+
+
+def test_data_without_objects(tool: Tool, tmp_path: Path, capsys: Capture) -> None:
+    image = {"id": 1, "file_name": "a.jpg", "width": 64, "height": 64}
+    file = tmp_path / "none.json"
+    file.write_text(json.dumps({"images": [image], "annotations": [], "categories": [{"id": 1, "name": "a"}]}))
+    data = ["data=coco", f"data.train.annotations={file}", f"data.train.images={tmp_path / 'images'}"]
+    assert tool("lab", "anchors", *data, f"figures={tmp_path / 'out'}") == 2
+    assert "none.json: no objects in it - nothing can be said about anchors" in one_line(capsys)
+
+
+def test_only_boxes_are_followed_and_other_rules_are_named(
+    tool: Tool, shapes: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    more = ["augment=strong", "loss.assigner={_target_:retina.ops.assigners.ATSS,topk:9}", "images=9"]
+    more[1] = "loss.assigner={_target_:retina.ops.assigners.MaxIoU,positive_iou:0.6,negative_iou:0.4,low_quality:true}"
+    assert tool("lab", *words(shapes, tmp_path), *more) == 0
+    said = capsys.readouterr().out
+    assert "note: not followed: augment.jitter" in said
+    assert "note: no ResizeShortSide in augment: objects are of the size that evaluation gives them" in said
+    assert "recall: at IoU 0.6" in said
+    result = json.loads((tmp_path / "figures" / "anchors.json").read_text())
+    assert result["now"]["coverage"]["objects_matched"] < result["now"]["coverage"]["objects"]
+
+
+def test_a_file_keeps_every_setting_of_the_model() -> None:
+    model = compose("train", ["experiment=bccd"])["model"]
+    coverage = {"coverage": {"best_iou": 0.5}}
+    fitted = {"levels": [3], "anchor_sizes": [9.5], "anchor_scales": [1.0], "anchor_ratios": [0.95]}
+    result = {"command": "c", "data": {"objects": 3, "annotations": "a\nb"}, "verdict": "v"}
+    text = yaml_file(model, result | {"now": coverage, "fitted": coverage | {"model": fitted}}, "mine")
+    assert "a\\nb" in text
+    assert [line for line in text.splitlines() if line.startswith("#")][-1].split()[1] == "model.levels=[3]"
+
+
+def test_blood_cells(bccd: Path) -> None:
+    """The anchors in configs/experiment/bccd.yaml were chosen by looking at the cells: the fit finds about the same."""
+    model = compose("train", ["experiment=bccd"])["model"]
+    annotations = read_coco(*locate_split(bccd, "train"))
+    pipeline = Pipeline({"resize": ResizeShortSide(384, 512)})
+    objects = resized_objects(annotations, pipeline, seed=0, divisor=32, images=range(len(annotations)))
+    now = pyramid_of(model, model["levels"])
+    fitted = fit(objects, now, 0.5, seeded())
+
+    def middles(anchors: AnchorGenerator) -> list[float]:
+        return [size * math.sqrt(anchors.scales[0] * anchors.scales[-1]) for size in anchors.sizes]
+
+    assert middles(fitted.anchors) == pytest.approx(middles(now.anchors), rel=0.2)
+    iou = [best_iou(objects, pyramid).amax(dim=1) for pyramid in (now, fitted)]
+    assert iou[1].mean() > iou[0].mean() + 0.01
+    assert all((one >= 0.5).float().mean() > 0.99 for one in iou)

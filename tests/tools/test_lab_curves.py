@@ -1,0 +1,82 @@
+"""Curves of the losses: the published formulas, drawn into the format that was asked for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from _lab.curves import CURVES, sample
+from commands import Capture, Tool, one_line
+from PIL import Image
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])
+def test_focal_and_its_gradient_are_the_papers(gamma: float) -> None:
+    """Equations 4 and, for y = 1, 11 of the paper."""
+    p, loss, gradient = sample(CURVES["focal"], gamma)
+    torch.testing.assert_close(loss, -((1 - p) ** gamma) * p.log())
+    torch.testing.assert_close(gradient, (1 - p) ** gamma * (gamma * p * p.log() + p - 1))
+
+
+def test_soft_losses_are_least_at_their_target() -> None:
+    p, loss, gradient = sample(CURVES["quality_focal"], 0.25)
+    assert p[loss.argmin()] == pytest.approx(0.25, abs=1e-3)
+    assert (gradient[p < 0.24] < 0).all()
+    assert (gradient[p > 0.26] > 0).all()
+    p, loss, _ = sample(CURVES["varifocal"], 0.0)
+    torch.testing.assert_close(loss, -0.75 * p**2 * (1 - p).log())
+    p, loss, _ = sample(CURVES["balanced_cross_entropy"], 0.75)
+    torch.testing.assert_close(loss, -0.75 * p.log())
+
+
+def test_every_loss_is_drawn_as_asked(tool: Tool, tmp_path: Path, capsys: Capture) -> None:
+    for suffix, names in {"png": ",".join(CURVES), "svg": "varifocal"}.items():
+        output = tmp_path / "figures" / f"family.{suffix}"
+        assert tool("lab", "curves", f"losses=[{names}]", f"output={output}") == 0
+        assert capsys.readouterr().out == f"written: {output}\n"
+    with Image.open(tmp_path / "figures" / "family.png") as picture:
+        assert picture.height > 3 * picture.width / 2, "a row of two panels for each"
+        assert len(picture.convert("RGB").getcolors(2**24)) > 100
+    text = (tmp_path / "figures" / "family.svg").read_text()
+    assert text.startswith("<?xml")
+    assert "varifocal" in text
+
+
+def test_the_same_command_writes_the_same_bytes(tool: Tool, tmp_path: Path) -> None:
+    command = ("lab", "curves", f"output={tmp_path / 'a.svg'}")
+    assert tool(*command) == 0
+    before = (tmp_path / "a.svg").read_bytes()
+    assert tool(*command) == 0, "replaces its own figure"
+    assert (tmp_path / "a.svg").read_bytes() == before
+    assert tool(*command, "values=[3]") == 0
+    assert (tmp_path / "a.svg").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["losses=focl"], "losses: focl: no such loss - did you mean focal? - choose among focal, cross_entropy, "),
+        (["losses=[focal,varifocal]", "values=[1]"], "values: of which parameter? - "),
+        (["values=[-1]"], "values: gamma must be finite and at least 0, got -1"),
+        (["losses=balanced_cross_entropy", "values=[2]"], "values: alpha must be in [0, 1] or None, got 2"),
+        (["values=[a]"], "values: ['a'] are no numbers"),
+        (["losses=[]"], "losses: nothing to draw"),
+        (["output=a.gif"], "output: a.gif is of no known format - end it in .png or .svg"),
+        (["gama=[1]"], "gama: no such key"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tool: Tool, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], wanted: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tool("lab", "curves", *words) == 2
+    assert one_line(capsys).startswith(f"error: {wanted}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_files_are_not_overwritten(tool: Tool, capsys: Capture, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (4, 4)).save(photo)
+    before = photo.read_bytes()
+    assert tool("lab", "curves", f"output={photo}") == 2
+    assert "is no figure of the lab" in one_line(capsys)
+    assert photo.read_bytes() == before
