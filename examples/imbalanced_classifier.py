@@ -1,6 +1,6 @@
 """An image classifier on a folder in which one class is rare: four ways to train it, side by side.
 
-    python examples/imbalanced_classifier.py             # draws 1110 machined parts first: about a minute on a CPU
+    python examples/imbalanced_classifier.py             # draws 1710 parts first: a minute or two on a CPU
     python examples/imbalanced_classifier.py --data DIR  # your own images: DIR/train/CLASS/*.png, DIR/val/CLASS/*.png
 
 Folders are those of torchvision's ImageFolder. Network, initial weights, images per epoch and learning rate are the
@@ -175,7 +175,7 @@ def draw_part(kind: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[list[float]]]:
-    """Recall of each class, for every method and seed."""
+    """Returns the recalls of the classes, by method and seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a folder with train/CLASS/ and val/CLASS/; else one is drawn")
     parser.add_argument("--drawn", type=Path, default=Path("data/parts"), help="where the drawn one is kept")
@@ -206,10 +206,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[list[float]]]:
             results.setdefault(name, []).append(found)
             print(f"seed {seed}  {name:<14} recall {' '.join(f'{recall:.3f}' for recall in found)}", flush=True)
     print(f"\n{table(results, train_split, val)}\n")
-    print(
-        f"Means of {given.seeds} seeds, {given.epochs} epochs each, on the images of val; accuracy is of val as it is."
-    )
-    print("What differs by less than the seeds do, or would after longer training, is not shown by this table.")
+    print(f"Means of {given.seeds} trainings of {given.epochs} epochs; accuracy is that on the mixture of val.")
+    print("Differences smaller than those between seeds mean nothing. Other data or more epochs: other numbers.")
     return results
 
 

@@ -83,7 +83,7 @@ def main(settings: Settings) -> int:
         model = call(retinanet, "model", **settings["model"], num_classes=len(annotations.classes))
         model = model.to(memory_format=memory_format).to(device)
         if settings["init_from"] and not run.resumes:
-            for line in init_from(model, Path(settings["init_from"]), classes=annotations.classes):
+            for line in init_from(model, settings["init_from"], classes=annotations.classes, remap=settings["remap"]):
                 logger.info(line)
         optimizer = build_optimizer(optimizer_factory, model, scale=config.batch_size / config.lr_batch_size)
 

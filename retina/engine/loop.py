@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +27,10 @@ from retina.engine.meter import Meter
 from retina.engine.optim import Schedule, set_learning_rate
 from retina.engine.step import DTYPES, StepResult, parallel, train_step
 from retina.errors import RetinaError
-from retina.evaluation.evaluate import Criterion, Evaluation
+from retina.evaluation.evaluate import Evaluation
 from retina.evaluation.metrics import DetectionArrays
+from retina.losses.detection import DetectionLoss
+from retina.losses.diagnose import Diagnosis, prior_is_lost, summarize, with_diagnosis
 from retina.model.weights import DetectorCard
 from retina.types import Batch, to_device
 from retina.visualize import batch_pictures, grid
@@ -48,7 +50,7 @@ def fit(
     config: TrainConfig,
     *,
     model: nn.Module,
-    criterion: Criterion,
+    criterion: DetectionLoss,
     optimizer: Optimizer,
     schedule: Schedule,
     loader: BatchLoader,
@@ -106,6 +108,7 @@ def fit(
     progress.stopped_early = config.patience is not None and progress.evaluations_without_gain >= config.patience
     saved = (progress.step, progress.evaluated)
     batches = _endless(loader, sampler, progress.step)
+    diagnosed, diagnosis = with_diagnosis(criterion, prior=card.model.get("prior", 0.01))
     updates: Lagged[_Update] = Lagged(LAG.get(device.type, 0))
     judge = partial(_judge, config, progress, scaler=scaler, logger=logger, annotations=annotations)
     stop = 0
@@ -143,9 +146,11 @@ def fit(
                 judge(updates.take(everything=True))
                 continue
             lr = set_learning_rate(optimizer, schedule(step, **every))
+            logging = (step + 1) % config.log_every == 0 or step + 1 == total
+            told = logging or step == 0
             result = train_step(
                 net,
-                criterion,
+                diagnosed if told else criterion,
                 micro_batches,
                 optimizer=optimizer,
                 scaler=scaler,
@@ -158,13 +163,13 @@ def fit(
             if ema is not None:
                 ema.update(step)
             updates.add(result.updated, _Update(progress.step, lr, [one.indices for one in micro_batches], result))
-            logging = progress.step % config.log_every == 0 or progress.step == total
             judge(updates.take(everything=logging or due(progress) or progress.step % save_every == 0))
             if (step == 0 or due(progress)) and config.pictures and logger.active:
                 pictures = batch_pictures(micro_batches[0], card.classes, config.pictures)
                 logger.picture(progress.step, "train/batch", grid(pictures))
+            anatomy = _read_diagnosis(diagnosis, model, logger, first=step == 0) if told else {}
             if logging and (means := meter.read()):
-                values = {"epoch": progress.step / per_epoch, "lr": lr, **means}
+                values: dict[str, Any] = {"epoch": progress.step / per_epoch, "lr": lr, **means, "diagnosis": anatomy}
                 logger.scalars(progress.step, "train", values)
                 left = (total - progress.step) * config.batch_size / values["images_per_second"]
                 logger.progress(progress.step, total, values, left)
@@ -176,6 +181,18 @@ def fit(
         keeper.save_best(progress.step, {})
     keeper.check()
     return progress, stop
+
+
+def _read_diagnosis(diagnosis: Diagnosis, model: nn.Module, logger: RunLogger, *, first: bool) -> dict[str, float]:
+    """What the classification loss of this update was made of, over all ranks; of the first one, with a warning if the
+    head does not start from its prior. Waits for the device."""
+    sums, diagnosis.sums = diagnosis.sums, None
+    assert sums is not None
+    strides: tuple[int, ...] = model.strides  # type: ignore[assignment]
+    told = summarize(distributed.all_reduce_sum(sums).tolist(), [stride.bit_length() - 1 for stride in strides])
+    if first and (warning := prior_is_lost(told, diagnosis.prior)):
+        logger.info(f"warning: {warning}")
+    return told
 
 
 def _evaluation_due(progress: Progress, *, every: int | None, total: int) -> bool:

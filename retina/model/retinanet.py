@@ -85,7 +85,11 @@ class RetinaNet(nn.Module):
 
     def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> Predictions:
         logits, deltas, quality, bins, shapes = self._levels(self, images)
-        anchors = self.anchors(shapes, self.strides, images.device)
+        anchors: tuple[Tensor, ...]
+        if self.arguments.get("anchors_spread"):
+            anchors = self.anchors.spread(shapes, (images.shape[-2], images.shape[-1]), images.device)
+        else:
+            anchors = self.anchors(shapes, self.strides, images.device)
         return Predictions(logits, deltas, anchors, quality or None, bins or None)
 
     def _compute_levels(self, images: UInt8[Tensor, "B 3 H W"]) -> _Levels:
@@ -129,6 +133,7 @@ def retinanet(
     anchor_scales: Sequence[float] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3)),
     anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
     anchors_rounded: bool = False,
+    anchors_spread: bool = False,
     anchor_offset: float = 0.0,
     mean: Sequence[float] = (123.675, 116.28, 103.53),
     std: Sequence[float] = (58.395, 57.12, 57.375),
@@ -150,6 +155,7 @@ def retinanet(
         the paper of generalized focal loss. None: deltas.
     anchor_sizes: one per level in pixels. None: four strides, which is 32..512 on P3..P7.
     anchors_rounded: whole-pixel anchors as torchvision makes them, for its weights.
+    anchors_spread: anchors canvas // cells pixels apart, where torchvision guesses them, for its weights.
     anchor_offset: of the anchors' centres, in strides: 0.5 for centres of cells.
     mean, std: per RGB channel on the scale 0..255 (ImageNet's).
 

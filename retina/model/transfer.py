@@ -95,6 +95,7 @@ _UNSEEN = (  # settings of a model that its tensors fit whatever they are
     "anchor_scales",
     "anchor_ratios",
     "anchors_rounded",
+    "anchors_spread",
     "anchor_offset",
 )
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from retina.errors import CheckpointError, RetinaError
+from retina.errors import CheckpointError, ConfigError, RetinaError
 from retina.files import write_whole
 from retina.model.formats.convert import convert_detector
 from retina.model.formats.read import FOREIGN_SUFFIXES, read_foreign
@@ -122,6 +122,8 @@ def init_from(
     remap: names of classes there to names here, for what is called otherwise.
 
     Raises CheckpointError when nothing fits, ConfigError for a `remap` of classes that are not there."""
+    if not isinstance(remap or {}, Mapping):  # from the command line
+        raise ConfigError(f"remap: {remap!r} pairs no names - give {{theirs: ours}}")
     start = _read_start(str(source))
     if key := first_non_finite(start.state):
         raise CheckpointError(f"{start.file}: {key} is not finite - give other weights for init_from")

@@ -90,6 +90,20 @@ class AnchorGenerator:
             )
         return _pyramid(self, tuple((h, w) for h, w in shapes), tuple(strides), torch.device(device))
 
+    def spread(
+        self, shapes: Sequence[tuple[int, int]], canvas: tuple[int, int], device: torch.device | str
+    ) -> tuple[Float[Tensor, "_ 4"], ...]:
+        """Anchors as ever, but canvas // shape pixels apart, on each axis and level: where torchvision puts them.
+
+        On a canvas of 800 rows, 13 cells of stride 64 are 61 pixels apart for it, and its published weights have been
+        trained with that (pytorch/vision, torchvision/models/detection/anchor_utils.py). Not cached."""
+        levels = []
+        for size, (height, width) in zip(self.sizes, shapes, strict=True):
+            strides = canvas[0] // height, canvas[1] // width
+            offset = self.offset * torch.tensor([strides[1], strides[0]] * 2, dtype=torch.float64)
+            levels.append(_level((self.cell(size) + offset).to(device, torch.float32), height, width, strides))
+        return tuple(levels)
+
     def cell(self, size: float) -> Float[Tensor, "N 4"]:
         """The anchors around the point (0, 0) on a level of this size, float64, in the order [ratio scale]."""
         sides = [size * scale for scale in self.scales]
@@ -112,14 +126,14 @@ def _pyramid(
     # backward.
     with torch.inference_mode(False):
         levels = (
-            _level((generator.cell(size) + generator.offset * stride).to(device, torch.float32), height, width, stride)
-            for size, (height, width), stride in zip(generator.sizes, shapes, strides, strict=True)
+            _level((generator.cell(size) + generator.offset * s).to(device, torch.float32), height, width, (s, s))
+            for size, (height, width), s in zip(generator.sizes, shapes, strides, strict=True)
         )
         return Anchors(levels, shapes, strides)
 
 
-def _level(cell: Float[Tensor, "N 4"], height: int, width: int, stride: int) -> Float[Tensor, "_ 4"]:
-    rows = torch.arange(height, device=cell.device, dtype=cell.dtype) * stride
-    columns = torch.arange(width, device=cell.device, dtype=cell.dtype) * stride
+def _level(cell: Float[Tensor, "N 4"], height: int, width: int, strides: tuple[int, int]) -> Float[Tensor, "_ 4"]:
+    rows = torch.arange(height, device=cell.device, dtype=cell.dtype) * strides[0]
+    columns = torch.arange(width, device=cell.device, dtype=cell.dtype) * strides[1]
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     return (torch.stack((x, y, x, y), dim=-1)[..., None, :] + cell).reshape(-1, 4)

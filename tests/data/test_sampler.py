@@ -258,6 +258,16 @@ def test_a_classifiers_batches_are_the_same_over_processes(world_size):
     assert seen[0] != seen[1] != seen[2]
 
 
+def test_a_classifiers_order_is_another_in_every_epoch():
+    sampler = RepeatSampler(class_balanced(np.arange(50)))  # always the same images
+    orders = set()
+    for epoch in range(5):
+        sampler.set_epoch(epoch)
+        orders.add(tuple(sampler))
+    assert len(orders) == 5
+    assert {tuple(sorted(order)) for order in orders} == {tuple(range(50))}
+
+
 def test_a_classifiers_epoch_resumes_at_every_index():
     repeats = class_balanced(np.repeat([0, 1], [20, 3]))
     options = {"seed": 6, "rank": 1, "world_size": 2}

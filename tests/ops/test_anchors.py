@@ -140,3 +140,12 @@ def test_settings_out_of_range_are_refused(settings: dict):
 def test_one_size_shape_and_stride_per_level():
     with pytest.raises(ValueError, match="not one per level"):
         AnchorGenerator(SIZES)(((4, 4),), (8,), "cpu")
+
+
+def test_spread_anchors_are_where_torchvision_guesses() -> None:
+    theirs = _default_anchorgen()
+    shapes = [(100, 137), (50, 69), (25, 35), (13, 18), (7, 9)]
+    images = ImageList(torch.empty(1, 3, 800, 1088), [(800, 1088)])
+    expected = theirs(images, [torch.empty(1, 1, *shape) for shape in shapes])[0]
+    ours = AnchorGenerator(SIZES, rounded=True).spread(shapes, (800, 1088), "cpu")
+    assert torch.equal(torch.cat(ours), expected)

@@ -9,10 +9,11 @@ from commands import Capture, Tool, one_line
 from PIL import Image
 
 
+@pytest.mark.parametrize("name", ["focal", "softmax_focal"])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])
-def test_focal_and_its_gradient_are_the_papers(gamma: float) -> None:
-    """Equations 4 and, for y = 1, 11 of the paper."""
-    p, loss, gradient = sample(CURVES["focal"], gamma)
+def test_focal_and_its_gradient_are_the_papers(name: str, gamma: float) -> None:
+    """Equation 4 of the paper, and its derivative in appendix B for y = 1; two classes of a softmax are a sigmoid."""
+    p, loss, gradient = sample(CURVES[name], gamma)
     torch.testing.assert_close(loss, -((1 - p) ** gamma) * p.log())
     torch.testing.assert_close(gradient, (1 - p) ** gamma * (gamma * p * p.log() + p - 1))
 

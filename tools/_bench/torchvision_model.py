@@ -10,6 +10,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from retina.model.formats.torchvision import to_torchvision
 from retina.model.retinanet import RetinaNet, retinanet
 from retina.types import Detections, Targets
 
@@ -40,7 +41,7 @@ def pair(num_classes: int = 80, *, norm: str = "frozen") -> tuple[RetinaNet, Tor
     anchors = _DeclaredStrides(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     theirs = TorchvisionRetinaNet(backbone, num_classes, anchor_generator=anchors, detections_per_img=100)
     theirs.transform.resize = lambda image, target: (image, target)
-    theirs.load_state_dict(torchvision_layout(ours.state_dict()))
+    theirs.load_state_dict(to_torchvision(ours.state_dict()))
     trained = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)]
     assert trained[0] == trained[1], f"one trains {trained[0]} numbers, the other {trained[1]}"
     return ours.train(), theirs.train()
@@ -73,29 +74,6 @@ def assert_same_detections(
         assert len(partner.unique()) == len(partner), "two detections have the same counterpart"
         torch.testing.assert_close(one.boxes, other["boxes"][partner], rtol=0, atol=pixels)
         torch.testing.assert_close(one.scores, other["scores"][partner], rtol=0, atol=score)
-
-
-def torchvision_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of an R50-FPN model under torchvision's names."""
-    names = {
-        "backbone.stem.": "backbone.body.",
-        "backbone.layer": "backbone.body.layer",
-        "fpn.extra.0.": "backbone.fpn.extra_blocks.p6.",
-        "fpn.extra.1.": "backbone.fpn.extra_blocks.p7.",
-        "head.classification.predict.": "head.classification_head.cls_logits.",
-        "head.box.predict.": "head.regression_head.bbox_reg.",
-    }
-    for i in range(3):
-        names[f"fpn.lateral.{i}."] = f"backbone.fpn.inner_blocks.{i}.0."
-        names[f"fpn.output.{i}."] = f"backbone.fpn.layer_blocks.{i}.0."
-    for i in range(4):
-        names[f"head.classification.convs.{2 * i}."] = f"head.classification_head.conv.{i}.0."
-        names[f"head.box.convs.{2 * i}."] = f"head.regression_head.conv.{i}.0."
-    renamed = {}
-    for key, value in state.items():
-        ours = next(name for name in names if key.startswith(name))
-        renamed[names[ours] + key.removeprefix(ours)] = value
-    return renamed
 
 
 class _DeclaredStrides(AnchorGenerator):

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from _lab.coverage import Objects, Pyramid, best_iou, distances, iou_at
+from _lab.coverage import Objects, Pyramid, best_iou, distances, iou_of_shapes
 from retina.ops.anchors import AnchorGenerator
 
 WORTH = 0.01
@@ -27,7 +27,7 @@ LEAST_IMAGES = 8
 """With objects: fewer cannot tell a gain from noise."""
 _MOST_OBJECTS = 1500  # that one fit looks at; a few numbers need no more
 _MOST_STRIDES = 8  # side of an anchor, but on the coarsest level: a cell sees no more. ATSS (arXiv 1912.02424) has 8
-_STEPS = 30, 50  # from every start, and on from the best one
+_ROUNDS = ((3, 10), (1, 20), (1, 50))  # so many of the starts are left after so many steps
 _RATE = 0.06  # of a log side per step
 
 
@@ -77,9 +77,11 @@ def fit(objects: Objects, pyramid: Pyramid, threshold: float, generator: torch.G
     Every way of writing the number of anchors per cell as scales x ratios is tried."""
     rows = torch.randperm(len(objects.boxes), generator=generator)[:_MOST_OBJECTS]
     data = _Data(objects.sides()[rows], distances(objects.of(rows), pyramid), torch.tensor(pyramid.strides), threshold)
-    tried = [data.climb(start, _STEPS[0]) for start in _starts(data.sides, pyramid)]
-    _, best = data.climb(max(tried, key=lambda one: one[0])[1], _STEPS[1])
-    return replace(pyramid, anchors=_anchors(data.with_idle_levels(best), pyramid))
+    tried = _starts(data.sides, pyramid)
+    for number, steps in _ROUNDS:
+        climbed = sorted((data.climb(start, steps) for start in tried), key=lambda one: -one[0])
+        tried = [logs for _, logs in climbed[:number]]
+    return replace(pyramid, anchors=_anchors(data.with_idle_levels(tried[0]), pyramid))
 
 
 def halves(objects: Objects, times: int, generator: torch.Generator) -> list[Bool[Tensor, "N"]]:
@@ -123,31 +125,41 @@ class _Data(NamedTuple):
     threshold: float
 
     def climb(self, start: Logs, steps: int) -> tuple[float, Logs]:
-        """The value reached, and where."""
-        logs = Logs(*(part.clone().requires_grad_() for part in start))
-        optimizer = torch.optim.Adam(list(logs), lr=_RATE)
+        """The value reached, and where. Adam's steps (Kingma and Ba, ICLR 2015), that end at 0."""
+        logs, mean, square = start, torch.zeros(()), torch.zeros(())
         most = (_MOST_STRIDES * self.strides).log()
         most[-1] = math.inf
-        objects = torch.arange(len(self.sides))
-        value = torch.zeros(())
         for step in range(steps + 1):
-            with torch.no_grad():  # a coarser level has no smaller anchors
-                logs.sizes.copy_(torch.minimum(logs.sizes.cummax(dim=0).values, most - logs.scales.max()))
-            winner, shapes = self.winners(logs), logs.sides()
-            # the others have no gradient, and would cost as much again
-            iou = iou_at(self.sides, self.far[objects, winner // shapes.shape[1]], shapes.flatten(0, 1)[winner])
-            value = (iou + (iou / self.threshold).clamp(max=1)).mean()
-            if step < steps:
-                optimizer.param_groups[0]["lr"] = _RATE * (1 - step / steps)
-                optimizer.zero_grad()
-                (-value).backward()
-                optimizer.step()
-        return value.item(), Logs(*(part.detach() for part in logs))
+            # a coarser level has no smaller anchors
+            sizes = torch.minimum(logs.sizes.cummax(dim=0).values, most - logs.scales.max())
+            logs = logs._replace(sizes=sizes)
+            value, slope = self.slope(logs)
+            mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope**2
+            size = (square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+            moved = torch.cat(logs) + _RATE * (1 - step / steps) * mean / (1 - 0.9 ** (step + 1)) / size
+            logs = Logs(*moved.split([len(part) for part in logs]))
+        return value, logs
 
-    @torch.no_grad()
+    def slope(self, logs: Logs) -> tuple[float, Float[Tensor, "L+s+r"]]:
+        """The value, and how it changes with every logarithm."""
+        num_scales, num_ratios = len(logs.scales), len(logs.ratios)
+        winner = self.winners(logs)
+        level, shape = winner // (num_scales * num_ratios), winner % (num_scales * num_ratios)
+        far = self.far[torch.arange(len(level)), level]
+        iou, by_side = slope_of_iou(self.sides, far, logs.sides().flatten(0, 1)[winner])
+        value = (iou + (iou / self.threshold).clamp(max=1)).mean()
+        by_width, by_height = (by_side * (1 + (iou < self.threshold) / self.threshold)[:, None] / len(iou)).unbind(-1)
+        slope = torch.zeros(sum(map(len, logs)))
+        places = level, len(logs.sizes) + shape // num_ratios, len(logs.sizes) + num_scales + shape % num_ratios
+        for place, part in zip(
+            places, (by_width + by_height, by_width + by_height, (by_height - by_width) / 2), strict=True
+        ):
+            slope.index_add_(0, place, part)
+        return value.item(), slope
+
     def winners(self, logs: Logs) -> Int64[Tensor, "N"]:
         """The best of all L x n shapes for each object."""
-        return iou_at(self.sides[:, None, None], self.far[:, :, None], logs.sides()).flatten(1).argmax(dim=1)
+        return iou_of_shapes(self.sides, self.far, logs.sides()).flatten(0, 1).max(dim=0).indices
 
     def with_idle_levels(self, logs: Logs) -> Logs:
         """The levels above and below all those that win an object follow by octaves: nothing pulled at them."""
@@ -158,6 +170,21 @@ class _Data(NamedTuple):
         for level in reversed(range(used[0])):
             sizes[level] = sizes[level + 1] - math.log(2)
         return logs._replace(sizes=sizes)
+
+
+def slope_of_iou(
+    sides: Float[Tensor, "N 2"], distance: Float[Tensor, "N 2"], anchors: Float[Tensor, "N 2"]
+) -> tuple[Float[Tensor, "N"], Float[Tensor, "N 2"]]:
+    """IoU as of `iou_of_shapes`, and its derivatives by the logarithms of the anchors' width and height.
+
+    With I the intersection, U the union and a the anchor's area: d(I / U) = (dI (U + I) - I da) / U^2."""
+    shared, which = torch.stack(((sides + anchors) / 2 - distance, sides, anchors)).min(dim=0)
+    grows = torch.tensor([0.5, 0.0, 1.0])[which] * (shared > 0)
+    shared = shared.clamp(min=0)
+    intersection, area = shared.prod(dim=-1, keepdim=True), anchors.prod(dim=-1, keepdim=True)
+    union = sides.prod(dim=-1, keepdim=True) + area - intersection
+    by_side = (grows * anchors * shared.flip(-1) * (union + intersection) - intersection * area) / union**2
+    return (intersection / union)[:, 0], by_side
 
 
 def _starts(sides: Float[Tensor, "N 2"], pyramid: Pyramid) -> list[Logs]:

@@ -148,7 +148,7 @@ def pyramid_of(model: Settings, levels: Sequence[int]) -> "Pyramid":
     from _lab.coverage import Pyramid
     from retina.model.retinanet import retinanet
 
-    if model["anchor_sizes"]:
+    if model["anchor_sizes"] and levels != model["levels"]:
         known = dict(zip(model["levels"], model["anchor_sizes"], strict=False))
         lowest = model["anchor_sizes"][0] / 2
         model = {**model, "anchor_sizes": [float(known.get(level, lowest)) for level in levels]}

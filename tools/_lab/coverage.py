@@ -115,25 +115,26 @@ def distances(objects: Objects, pyramid: Pyramid) -> Float[Tensor, "N L 2"]:
     return (to_first - cell * strides).abs()
 
 
-def iou_at(
-    sides: Float[Tensor, "*#n 2"], distance: Float[Tensor, "*#n 2"], anchors: Float[Tensor, "*#n 2"]
-) -> Float[Tensor, "*n"]:
-    """IoU of objects with anchors, both as (width, height), whose centres are this far apart. Differentiable."""
-    shared = [
-        torch.minimum((side + other) / 2 - apart, torch.minimum(side, other)).clamp(min=0)
-        for side, apart, other in zip(sides.unbind(-1), distance.unbind(-1), anchors.unbind(-1), strict=True)
-    ]
-    intersection = shared[0] * shared[1]
-    return intersection / (sides.prod(dim=-1) + anchors.prod(dim=-1) - intersection)
+def iou_of_shapes(
+    sides: Float[Tensor, "N 2"], distance: Float[Tensor, "N L 2"], anchors: Float[Tensor, "L n 2"]
+) -> Float[Tensor, "L n N"]:
+    """IoU of each object with the nearest anchor of each shape, given as width and height. Objects are the innermost
+    axis, for there are many."""
+    shared = []
+    for axis in range(2):
+        side, other = sides[:, axis].contiguous(), anchors[..., axis, None]
+        apart = side / 2 - distance[..., axis].T[:, None].contiguous()
+        shared.append(torch.minimum(apart + other / 2, torch.minimum(side, other)).clamp_(min=0))
+    intersection = shared[0].mul_(shared[1])
+    return intersection / (sides.prod(dim=-1) + anchors.prod(dim=-1)[..., None]).sub_(intersection)
 
 
 def best_iou(objects: Objects, pyramid: Pyramid) -> Float[Tensor, "N L"]:
     """With any anchor of each level."""
     around = pyramid.around_origin()
     anchors = around[..., 2:] - around[..., :2]
-    far = distances(objects, pyramid)
-    chunks = zip(objects.sides().split(_CHUNK), far.split(_CHUNK), strict=True)
-    return torch.cat([iou_at(sides[:, None, None], apart[:, :, None], anchors).amax(dim=-1) for sides, apart in chunks])
+    chunks = zip(objects.sides().split(_CHUNK), distances(objects, pyramid).split(_CHUNK), strict=True)
+    return torch.cat([iou_of_shapes(*chunk, anchors).amax(dim=1).T for chunk in chunks])
 
 
 def cover(objects: Objects, pyramid: Pyramid, rule: MaxIoU, batches: Iterable[Int64[Tensor, "n"]]) -> Coverage:

@@ -54,6 +54,16 @@ def balanced_focal(logits: "Tensor", alpha: float) -> "Tensor":
     return sigmoid_focal_loss(logits, logits.new_ones(logits.shape), alpha=alpha, gamma=2.0)
 
 
+def softmax_focal(logits: "Tensor", gamma: float) -> "Tensor":
+    """Of the first of two classes, whose logits differ by `logits`."""
+    import torch
+
+    from retina.ops.softmax_focal import softmax_focal_loss
+
+    first = torch.zeros(len(logits), dtype=torch.int64)
+    return softmax_focal_loss(torch.stack((logits, torch.zeros_like(logits)), dim=1), first, gamma=gamma)
+
+
 def quality_focal(logits: "Tensor", target: float) -> "Tensor":
     from retina.ops.soft_focal import quality_focal_loss
 
@@ -71,6 +81,7 @@ CURVES = {
     "cross_entropy": Curve(focal, "gamma", (0,), "CE(p) = -log p"),
     "balanced_cross_entropy": Curve(balanced_cross_entropy, "alpha", (0.25, 0.5, 0.75, 1), "alpha CE(p), of positives"),
     "balanced_focal": Curve(balanced_focal, "alpha", (0.25, 0.5, 0.75, 1), "alpha (1 - p)^2 CE(p), of positives"),
+    "softmax_focal": Curve(softmax_focal, "gamma", (0, 0.5, 1, 2, 5), "(1 - p)^gamma CE(p), of one class of two"),
     "quality_focal": Curve(
         quality_focal, "target", (0, 0.25, 0.5, 0.75, 1), "|target - p|^2 BCE(p, target)", soft=True
     ),

@@ -232,6 +232,7 @@ def _compare(
 def _describe(told: Conventions, arguments: Mapping[str, Any]) -> list[str]:
     order = "turned from BGR to RGB" if told.bgr else "RGB as here"
     places = "corners on whole pixels" if told.anchors_rounded else "not rounded"
+    places += ", canvas // cells pixels apart" if told.anchors_spread else ""
     turned = ", turned from [scale ratio] to [ratio scale]" if told.anchors_by_scale else ""
     scaled = any(value != 1 for value in told.delta_std)
     return [

@@ -52,6 +52,8 @@ class Conventions:
     """Of the first centre from the corner of the image, in strides."""
     anchors_rounded: bool = False
     """Corners on whole pixels."""
+    anchors_spread: bool = False
+    """Anchors are canvas // cells pixels apart, not a stride."""
     anchors_by_scale: bool = False
     """A cell's anchors go [scale ratio]; else [ratio scale] as ours."""
     delta_std: Sequence[float] = (1.0, 1.0, 1.0, 1.0)

@@ -60,7 +60,9 @@ def read(source: Source) -> Foreign:
         program=f"torchvision's RetinaNet v{2 if has_norm else 1}",
         state=renamed.state,
         names=renamed.names,
-        conventions=Conventions(anchors_rounded=True, max_detections=300, norm_eps=0.0 if published else 1e-5),
+        conventions=Conventions(
+            anchors_rounded=True, anchors_spread=True, max_detections=300, norm_eps=0.0 if published else 1e-5
+        ),
         unused=renamed.unused,
         unknown=renamed.unknown,
         first_id=0,
