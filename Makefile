@@ -1,7 +1,7 @@
 # Two commands on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := pyproject.toml Makefile $(shell find retina tools tests configs -name '*.py' -o -name '*.yaml')
+SOURCES := pyproject.toml Makefile $(shell find retina tools tests examples configs -name '*.py' -o -name '*.yaml')
 
 .PHONY: demo test test-slow bench chaos mutants lint types
 

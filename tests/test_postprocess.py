@@ -104,6 +104,7 @@ def test_quality_that_is_not_finite_is_counted_and_nan_never_survives(value: flo
     predictions = random_predictions(2, 3, bias=0.0, quality=True)
     predictions.quality[0][0, ::3] = value
     predictions.quality[1][1, 5] = value
+    assert int(count_non_finite(predictions)) == len(ANCHORS[0][::3]) + 1
     predictions.logits[1][1, 5, 0] = torch.nan  # the same anchor
     assert int(count_non_finite(predictions)) == len(ANCHORS[0][::3]) + 1
     for one in postprocess(predictions, SIZES[:2], max_detections=5000):

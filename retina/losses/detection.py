@@ -27,7 +27,8 @@ class DetectionLoss:
 
     Anchors of all levels are matched together per image (see `retina.ops.matching.match_boxes`), since an object's best
     anchor is its best over all levels. An anchor that is not positive for an object, and has at least `positive_iou` of
-    its own area inside one crowd region, is ignored: nobody knows what is there (COCO scores crowds by the same ratio).
+    its own area inside one crowd region (half of it with other assigners than `MaxIoU`), is ignored: nobody knows what
+    is there (COCO scores crowds by the same ratio).
 
     What the head predicts of its boxes' fit (`quality`) and as distributions (`bins`) is trained at the positives, and
     added to the box loss. An assigner that gives a quality of its own (`TaskAligned`) thereby weighs the box and

@@ -48,6 +48,9 @@ def test_quality_is_of_the_anchor_that_it_stands_beside() -> None:
     *_, fits = head(features())
     expected = head.box.quality(towers)  # [B anchors H W]
     assert torch.equal(fits[0].view(2, 4, 6, 3).permute(0, 3, 1, 2), expected)
+    fits[0].sum().backward()
+    trained = {name for name, p in head.named_parameters() if p.grad is not None}
+    assert trained == {name for name, _ in head.named_parameters() if name.startswith(("box.convs", "box.quality"))}
 
 
 def test_what_is_added_leaves_the_start_of_the_others_alone() -> None:

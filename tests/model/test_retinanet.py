@@ -353,9 +353,11 @@ def test_distributions_keep_their_start_whatever_the_anchor() -> None:
 
 
 def test_arguments_rebuild_the_model() -> None:
-    model = retinanet(**TINY, anchor_ratios=(0.5, 2.0), levels=(3, 4, 5), anchor_offset=0.5, norm_eps=1e-3)
+    model = retinanet(
+        **TINY, anchor_ratios=(0.5, 2.0), levels=(3, 4, 5), anchor_offset=0.5, norm_eps=1e-3, p7_relu=False
+    )
     again = retinanet(**model.arguments)
-    assert again.backbone.stem.bn1.eps == 1e-3
+    assert (again.anchors.offset, again.fpn.p7_relu, again.backbone.stem.bn1.eps) == (0.5, False, 1e-3)
     assert again.arguments == model.arguments
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert again.anchors == model.anchors

@@ -31,6 +31,7 @@ NAMES = ["test_convnext", "test_resnet", "test_efficientnet", "test_mambaout", "
 @pytest.mark.parametrize("name", NAMES)
 def test_channels_and_strides_are_what_comes_out(name: str) -> None:
     net = body(name)
+    assert all(module.training for module in net.modules())
     features = net(torch.randn(1, 3, 64, 96))
     assert net.strides == (4, 8, 16, 32)
     assert [tuple(f.shape) for f in features] == [

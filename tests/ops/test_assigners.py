@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from retina.ops.anchors import AnchorGenerator, Anchors
-from retina.ops.assigners import ATSS, MaxIoU, TaskAligned
+from retina.ops.assigners import ATSS, MaxIoU, TaskAligned, _nearest_cells
 from retina.ops.coding import decode, encode
 from retina.types import Assignment, Predictions, Targets
 
@@ -147,6 +147,20 @@ def test_atss_on_grids_of_any_size_and_objects_of_any_kind(topk: int):
             assert torch.equal(assigned.matched[b][owner >= 0], objects[owner[owner >= 0]]), seed
             found += int((owner >= 0).sum())
     assert found > 20
+
+
+@pytest.mark.parametrize("shape", [(1, 30), (30, 1), (2, 20), (3, 3), (7, 25), (20, 20)])
+@pytest.mark.parametrize("topk", [1, 4, 9])
+def test_the_nearest_cells_are_those_of_the_whole_grid(shape: tuple[int, int], topk: int):
+    """Inside and outside of it, at random, on cells and halfway between them."""
+    stride, (height, width) = 6, shape
+    size = stride * torch.tensor([width, height])
+    positions = (torch.rand(1, 300, 2, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.3) * size
+    positions[:, 100:] = (positions[:, 100:] / 3).round() * 3
+    y, x = torch.meshgrid(torch.arange(height) * stride, torch.arange(width) * stride, indexing="ij")
+    distance = (x.flatten() - positions[..., :1]) ** 2 + (y.flatten() - positions[..., 1:]) ** 2
+    expected = distance.sort(dim=-1, stable=True).indices[..., :topk]
+    assert torch.equal(_nearest_cells(positions, shape, stride, topk), expected)
 
 
 def test_atss_between_cells_takes_the_first_of_equally_near_ones():

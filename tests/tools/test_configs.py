@@ -10,6 +10,7 @@ import pytest
 import torch
 from _build import build, check_arguments
 from _compose import CONFIGS, compose
+from _lab.ablate import OWN
 
 from retina.data.transforms import Pipeline, Sample
 from retina.engine.config import DataConfig, TrainConfig, from_mapping, to_steps
@@ -20,7 +21,7 @@ from retina.model.retinanet import RetinaNet, retinanet
 
 FILES = sorted(file.relative_to(CONFIGS) for file in CONFIGS.rglob("*.yaml"))
 GROUPS = ("augment", "data", "experiment", "loss", "model", "optimizer", "schedule")
-OPTIONS = [f"{file.parent}={file.stem}" for file in FILES if len(file.parts) == 2 and not file.stem.startswith("_")]
+OPTIONS = [f"{f.parent}={f.stem}" for f in FILES if f.parts[0] in GROUPS and not f.stem.startswith("_")]
 FLOATS = ("anchor_sizes", "anchor_scales", "anchor_ratios", "mean", "std")
 
 
@@ -33,12 +34,23 @@ def commands(text: str) -> list[list[str]]:
     """Tool and overrides of every command line in a text."""
     found = re.findall(r"(?:python|torchrun [^\n]*?) tools/(\w+)\.py([^\n]*)", text)
     typed = [[tool, *shlex.split(words.partition("  #")[0])] for tool, words in found]
-    return [[word for word in words if word not in ("--cfg", "job", "-m")] for words in typed]
+    typed = [[word for word in words if word not in ("--cfg", "job", "-m")] for words in typed]
+    return [_of_the_lab(words[1:]) if words[0] == "lab" else words for words in typed]
+
+
+def _of_the_lab(words: list[str]) -> list[str]:
+    """Of a study only its own settings; those of its runs are looked at in test_lab_ablate."""
+    name, *words = words
+    if name not in ("ablate", "ladder"):
+        return [f"lab_{name}", *words]
+    own = [word for word in words if word.partition("=")[0] in OWN]
+    return ["lab_ablate", *(["study=ladder"] if name == "ladder" else []), *own]
 
 
 def test_folders_are_the_groups() -> None:
-    assert {file.parts[0] for file in FILES if len(file.parts) == 2} == set(GROUPS)
-    assert [file.stem for file in FILES if len(file.parts) == 1] == ["doctor", "eval", "infer", "train"]
+    assert {file.parts[0] for file in FILES if len(file.parts) == 2} == {*GROUPS, "studies"}
+    programs = ["doctor", "eval", "import_weights", "infer", "train"]
+    assert [f.stem for f in FILES if len(f.parts) == 1 and not f.stem.startswith("lab_")] == programs
     assert len(OPTIONS) > 15
 
 

@@ -84,8 +84,11 @@ def decide(objects: Objects, trials: Sequence[Trial], levels: list[int], thresho
     for other in others:
         iou = gain(objects, other.scores, same.scores)
         recall = gain(objects, *((trial.scores >= threshold).float() for trial in (other, same)))
-        costs_nothing = len(other.levels) < len(levels) and not (iou.falls or recall.falls)
-        if (recall.rises and recall.mean >= _WORTH_OF_LEVEL) or costs_nothing:
+        if len(other.levels) > len(levels):
+            pays = recall.rises and recall.mean >= _WORTH_OF_LEVEL
+        else:
+            pays = not (iou.falls or recall.falls)
+        if pays:
             chosen = other
             break
     return _judged(chosen, len(levels))

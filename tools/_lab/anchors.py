@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from _build import build, call
-from _compose import Settings, entry
+from _compose import Settings, entry, typed
 from doctor import progress
 from train import shapes_by_default
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     @entry("lab_anchors", default=shapes_by_default)
     def anchors(settings: Settings) -> None:
         own = {field.name: settings[field.name] for field in fields(AnchorsConfig)}
-        config = from_mapping(AnchorsConfig, own, "lab")
+        config = typed(AnchorsConfig, own)
         data = from_mapping(DataConfig, settings["data"], "data")
         check_places(config, data)
         run(settings, config, data, words)
@@ -133,6 +133,10 @@ def check_places(config: AnchorsConfig, data: DataConfig) -> None:
             if place and place.resolve().is_relative_to(Path(own).resolve()):
                 raise ConfigError(f"{key}: {place} lies in {own}, the data set's own - choose another place")
     check_format(folder / "anchors.png", "figures")
+    if (folder / "anchors.json").exists() and not (folder / "anchors.png").exists():
+        raise ConfigError(
+            f"figures: {folder / 'anchors.json'} is there already and not the lab's - choose another folder"
+        )
     if output and output.suffix != ".yaml":
         raise ConfigError(f"output: {output} is no config file - end it in .yaml")
     if output and (output.exists() or output.is_symlink()) and not config.overwrite:
