@@ -33,14 +33,16 @@ def describe_run(
     steps = to_steps(config.length, steps_per_epoch=sampler.steps_per_epoch, total=None, key="train.length")
     scale = config.batch_size / config.lr_batch_size
     lr = optimizer.param_groups[0]["initial_lr"]
-    drawn = f" of {sampler.images_per_epoch} images" if sampler.images_per_epoch != len(train) else ""
+    epoch = f"{sampler.steps_per_epoch} steps per epoch"
+    if sampler.images_per_epoch != len(train):
+        epoch += f" of {sampler.images_per_epoch} images"
     return [
         f"run      {folder}",
         f"device   {describe_device(device)}, {config.precision}" + (f", {world} processes" if world > 1 else ""),
         f"data     {len(train)} images with {train.num_objects} objects; to evaluate {len(val)} with {val.num_objects}",
         f"classes  {len(train.classes)}: {shown}{more}",
         f"model    {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained",
-        f"batch    {config.batch_size} images ({parts}), {sampler.steps_per_epoch} steps an epoch{drawn}, {steps} in all",
+        f"batch    {config.batch_size} images ({parts}), {epoch}, {steps} in all",
         f"lr       {lr:.3g} ({lr / scale:.3g} for {config.lr_batch_size} images x {scale:g})",
     ]
 
