@@ -78,15 +78,15 @@ def diagnose(
     positive, counted = assigned.positive, assigned.positive | assigned.negative
     of_level = [part.sum(dtype=torch.float32) for part in positive.split(counts, dim=1)]
 
-    own = torch.where(positive, _logits_of_labels(predictions, torch.where(positive, labels, 0)), 0)
+    own = _logits_of_labels(predictions, torch.where(positive, labels, 0))
     p_t = torch.where(positive, own.sigmoid(), 0).sum()
     scores = torch.where(counted, torch.cat([_sum_of_scores(logits) for logits in predictions.logits], dim=1), 0).sum()
     num_positives = torch.stack(of_level).sum()
     num_negatives = counted.sum(dtype=torch.float32) * predictions.logits[0].shape[-1] - num_positives
     positives_loss = weights[0] * torch.where(positive, focal_of_error(-own, focal.gamma), 0).sum()
-    at_prior = num_positives * (weights[0] * (1 - prior) ** focal.gamma * -math.log(prior)) + num_negatives * (
-        weights[1] * prior**focal.gamma * -math.log1p(-prior)
-    )
+    of_positive = weights[0] * (1 - prior) ** focal.gamma * -math.log(prior)
+    of_negative = weights[1] * prior**focal.gamma * -math.log1p(-prior)
+    at_prior = num_positives * of_positive + num_negatives * of_negative
     if loss is None:
         loss = focal(predictions, labels, assigned)
     return torch.stack(

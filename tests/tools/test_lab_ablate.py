@@ -192,6 +192,17 @@ def test_what_fails_is_told_and_the_rest_goes_on(tool: Tool, place: Path, capsys
     assert "1 of 2 runs so far." in text
 
 
+def test_runs_of_other_settings_are_told_before_any_starts(tool: Tool, place: Path, capsys: Capture) -> None:
+    job = jobs_of("two.yaml")[2]
+    pretend_finished(job, 0.3)
+    (job.folder / "best.safetensors").touch()
+    assert tool("lab", "ablate", "study=two.yaml", "seeds=[0]", "output=out", "optimizer.lr=0.5") == 2
+    assert one_line(capsys) == (
+        f"error: {job.folder}: holds another run: optimizer.lr: 0.002 there, 0.5 now - give into=NAME for a new study, "
+        "repeat its settings, or remove that folder"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [

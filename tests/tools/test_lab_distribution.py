@@ -152,6 +152,15 @@ def test_another_split_rule_and_format(tool: Tool, trained_run: Path, tmp_path: 
     assert (tmp_path / "cumulative.svg").is_file()
 
 
+def test_a_rule_of_another_head_is_only_a_rule(tool: Tool, trained_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    """loss=atss trains a quality branch, which this detector does not have; its assigner needs none."""
+    command = ("lab", "distribution", f"checkpoint={trained_run}", f"output={tmp_path}", "device=cpu", "loss=atss")
+    assert tool(*command, "gammas=[2]") == 0
+    found = read(tmp_path)
+    assert found["assigner"]["_target_"] == "retina.ops.assigners.ATSS"
+    assert found["positive_anchors"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [

@@ -107,7 +107,7 @@ def convolutions(model: RetinaNet, batch: Batch, dtype: torch.dtype) -> Callable
 
     def floor() -> None:
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            logits, deltas = model.head(model.fpn(model.backbone(images)))
+            logits, deltas, _ = model.head(model.fpn(model.backbone(images)))
         outputs = [*logits, *deltas]
         if not gradients:
             gradients.extend(torch.randn_like(output) * 1e-3 for output in outputs)

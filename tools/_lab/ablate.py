@@ -17,7 +17,7 @@ from pathlib import Path
 
 from _compose import Settings, entry, typed
 
-from _lab.jobs import finished, run_all
+from _lab.jobs import finished, refuse_others, run_all
 from _lab.study import plan, read_study
 from _lab.table import comma_separated, markdown, measure
 from retina.errors import ConfigError, RetinaError
@@ -92,6 +92,7 @@ def ablate(config: AblateConfig, words: Sequence[str], command: str) -> int:
 
     # seed by seed, so that a table of all rows is there early
     jobs = [line.jobs[i] for i in range(len(config.seeds)) for line in lines if line.jobs]
+    refuse_others(jobs)
     run_all(jobs, faults, lambda: write({} if study.speed else None))
     speed = None
     if study.speed:

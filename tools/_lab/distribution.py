@@ -99,7 +99,6 @@ def main(settings: Settings) -> int:
 def collect(config: DistributionConfig, trained: Mapping[str, Any], output: Path) -> tuple["Elements", dict[str, Any]]:
     """The elements of all images, and what they are of."""
     # torch takes seconds to load, and a wrong setting should not wait for it
-    from dataclasses import replace
     from functools import partial
 
     import torch
@@ -108,10 +107,11 @@ def collect(config: DistributionConfig, trained: Mapping[str, Any], output: Path
     from retina import distributed
     from retina.engine.data import build_eval_loader, load_checked
     from retina.inference import Detector
+    from retina.losses.detection import DetectionLoss
     from retina.types import to_device
 
     device = call(distributed.choose_device, "device", name=config.device)
-    criterion = build(config.loss, "loss")
+    assigner = build(config.loss["assigner"], "loss.assigner")
     detector = Detector.load(config.checkpoint, device=str(device), precision=config.precision)
     data: DataConfig = data_of(trained, config.data, detector.card.preprocessing)
     if data.prepare and data.root:
@@ -132,7 +132,7 @@ def collect(config: DistributionConfig, trained: Mapping[str, Any], output: Path
         max_bad_fraction=data.max_bad_fraction,
     )
     elements = Elements(len(detector.classes), len(detector.model.strides))
-    criterion = replace(criterion, classification=elements)
+    criterion = DetectionLoss(assigner=assigner, classification=elements)
     with torch.no_grad():
         for batch in progress(loader, "looking", len(loader)):
             on_device = to_device(batch, device)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from _lab.study import Job
-from retina.engine.run_folder import WORDS, compare, read_settings
+from retina.engine.run_folder import HARMLESS, WORDS, compare, holds_work, read_settings
 from retina.engine.signals import SIGNALS
 from retina.errors import ConfigError, plain
 
@@ -36,6 +36,17 @@ def finished(job: Job) -> bool:
         return False
     same = all(one.key in WORDS for one in compare(there, job.settings))
     return same and any(" finished at step " in line for line in last)
+
+
+def refuse_others(jobs: Sequence[Job]) -> None:
+    """Raises ConfigError where a run of other settings is in the place of one of these, before any is trained."""
+    for job in jobs:
+        file = job.folder / "config.yaml"
+        if file.is_file() and holds_work(job.folder):
+            grave = [one for one in compare(read_settings(file), job.settings) if one.key not in HARMLESS]
+            if grave:
+                fix = "give into=NAME for a new study, repeat its settings, or remove that folder"
+                raise ConfigError(f"{job.folder}: holds another run: {grave[0]} - {fix}")
 
 
 def run_all(jobs: Sequence[Job], faults: dict[Path, str], report: Callable[[], None]) -> None:
