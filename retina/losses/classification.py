@@ -207,7 +207,7 @@ class OHEM:
 def _suppress(
     boxes: Float[Tensor, "B P 4"], left: Bool[Tensor, "B P"], count: int, nms_iou: float
 ) -> Int64[Tensor, "B P"]:
-    """0, 1, 2, ... for the first `count` boxes that overlap none before, and `count` for all others.
+    """0, 1, 2, ... for the first `count` boxes that overlap none before, and `count` or more for all others.
 
     Boxes come in the order in which they are to be taken; those of `left` alone count."""
     places = torch.arange(left.shape[1], device=left.device)
@@ -230,8 +230,8 @@ def _suppress_on_cpu(
         looked = min(4 * count, available)
         while True:
             falling = -torch.arange(looked, dtype=torch.float32)
-            kept = nms(those[:looked], falling, nms_iou)[:count]
-            if len(kept) == count or looked == available:
+            kept = nms(those[:looked], falling, nms_iou)
+            if len(kept) >= count or looked == available:
                 break
             looked = min(4 * looked, available)
         image[kept] = torch.arange(len(kept))

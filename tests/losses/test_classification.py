@@ -88,13 +88,13 @@ def hardest(loss: Tensor, eligible: Tensor, count: int, nms_iou: float) -> Tenso
     return index[nms(torch.cat(list(ANCHORS))[index], loss[index], nms_iou)[:count]]
 
 
-@pytest.mark.parametrize(("batch_size", "nms_iou"), [(16, 0.5), (64, 0.7), (4, 0.3)])
+@pytest.mark.parametrize(("batch_size", "nms_iou"), [(16, 0.5), (64, 0.7), (4, 0.3), (12, 0.05)])
 def test_ohem_takes_the_hardest_after_nms(batch_size: int, nms_iou: float):
     predictions, (labels, assigned) = predict(), assign()
     logits, targets, counts = whole(predictions, labels, assigned)
     loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=-1)
     taken = [hardest(loss[b].detach(), counts[b], batch_size, nms_iou) for b in range(2)]
-    assert all(len(index) == batch_size for index in taken)
+    assert all(len(index) == batch_size or nms_iou < 0.1 for index in taken)
     assert box_iou(*[torch.cat(list(ANCHORS))[taken[0]]] * 2).fill_diagonal_(0).max() <= nms_iou
     expected = torch.stack([loss[b, index].sum() for b, index in enumerate(taken)]).sum()
     assert_same(OHEM(batch_size=batch_size, nms_iou=nms_iou)(predictions, labels, assigned), expected, predictions)

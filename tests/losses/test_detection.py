@@ -339,6 +339,22 @@ def at_positives(predictions: Predictions, targets: Targets, assigned: Assignmen
     return boxes, anchors[anchor], targets.boxes[image, assigned.matched[image, anchor]]
 
 
+@pytest.mark.parametrize("compiling", [False, True])
+def test_any_classification_loss_can_ask_for_quality(compiling: bool, monkeypatch):
+    class Asks:
+        needs_quality = True
+
+        def __call__(self, predictions: Predictions, labels: Tensor, assigned: Assignment) -> Tensor:
+            assert torch.equal(assigned.quality > 0, assigned.positive)
+            return assigned.quality.sum()
+
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    targets = make_targets(random_objects(3), random_objects(5, 1))
+    small = tuple((0.1 * level).detach() for level in random_predictions(2).deltas)  # boxes stay on their objects
+    losses = DetectionLoss(classification=Asks())(random_predictions(2)._replace(deltas=small), targets)
+    assert 0.3 < losses.classification / losses.num_positives < 1
+
+
 def test_soft_targets_are_the_iou_of_the_predicted_boxes():
     predictions, targets = random_predictions(2), make_targets(random_objects(3), random_objects(5, 1))
     assigned = MaxIoU()(predictions, targets)
@@ -374,19 +390,17 @@ def test_the_quality_branch_learns_how_well_a_box_fits(kind: str):
 
 
 def test_centerness_of_literals():
-    """An object of 40 x 40 px: an anchor in its middle, one at a quarter of its width, one on its border."""
-    boxes = torch.tensor([[0.0, 0, 8, 8], [-10, 0, -2, 8], [-20, 0, -12, 8]]) + 16
-    anchors = Anchors([boxes], ((1, 3),), (8,))
-    nothing = tuple(torch.zeros(1, 3, columns) for columns in (K, 4))
-    predictions = Predictions((nothing[0],), (nothing[1],), anchors, quality=(torch.full((1, 3), 4.0),))
-    loss = DetectionLoss(quality="centerness", box_weight=0.0, assigner=lambda *_: EVERYTHING)
-    expected = F.binary_cross_entropy_with_logits(torch.full((3,), 4.0), torch.tensor([1, (1 / 3) ** 0.5, 0]))
-    assert loss(predictions, make_targets([(0.0, 0, 40, 40, 1)])).box.item() == pytest.approx(3 * expected.item())
-
-
-EVERYTHING = Assignment(
-    torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.bool)
-)
+    """An object of 40 x 40 px: an anchor in its middle, one at a quarter of its width, on its border, and outside."""
+    boxes = torch.tensor([[0.0, 0, 8, 8], [-10, 0, -2, 8], [-20, 0, -12, 8], [-30, 0, -22, 8]]) + 16
+    anchors = Anchors([boxes], ((1, 4),), (8,))
+    logits = torch.full((1, 4), 2.0)
+    predictions = Predictions((torch.zeros(1, 4, K),), (torch.zeros(1, 4, 4),), anchors, quality=(logits,))
+    everything = torch.ones(1, 4, dtype=torch.bool)
+    assigned = Assignment(torch.zeros(1, 4, dtype=torch.int64), everything, ~everything)
+    loss = DetectionLoss(quality="centerness", box_weight=0.0, assigner=lambda predictions, targets: assigned)
+    goal = torch.tensor([[1, (1 / 3) ** 0.5, 0, 0]])
+    expected = F.binary_cross_entropy_with_logits(logits, goal, reduction="sum").item()
+    assert loss(predictions, make_targets([(0.0, 0, 40, 40, 1)])).box.item() == pytest.approx(expected)
 
 
 def test_distributions_learn_the_distances_in_strides():
@@ -407,14 +421,19 @@ def test_the_quality_of_an_assigner_weighs_boxes_and_divides_all():
     predictions = with_branches(random_predictions(2), quality=False)
     targets = make_targets(random_objects(3), random_objects(5, 1))
     assigned = TaskAligned()(predictions, targets)
-    boxes, _, objects = at_positives(predictions, targets, assigned)
+    boxes, anchors, objects = at_positives(predictions, targets, assigned)
     weights = assigned.quality[assigned.positive]
-    losses = DetectionLoss(
-        assigner=TaskAligned(), classification=QualityFocal(), box_loss=giou, box_weight=2.0, distribution_weight=0.0
-    )(predictions, targets)
+    recipe = {"assigner": TaskAligned(), "classification": QualityFocal(), "box_loss": giou, "box_weight": 2.0}
+    losses = DetectionLoss(**recipe, distribution_weight=0.0)(predictions, targets)
     torch.testing.assert_close(losses.num_positives, weights.sum())
     assert 0 < losses.num_positives < assigned.positive.sum()
-    torch.testing.assert_close(losses.box, 2 * (weights * generalized_box_iou_loss(boxes, objects)).sum())
+    expected = 2 * (weights * generalized_box_iou_loss(boxes, objects)).sum()
+    torch.testing.assert_close(losses.box, expected)
+    strides = torch.cat([torch.full((len(a),), s) for a, s in zip(ANCHORS, ANCHORS.strides, strict=True)])
+    distances = encode_distances(objects, anchors) / strides[assigned.positive.nonzero()[:, 1], None]
+    parts = distribution_focal_loss(torch.cat(predictions.bins, dim=1)[assigned.positive], distances)
+    both = DetectionLoss(**recipe, distribution_weight=0.25)(predictions, targets).box
+    torch.testing.assert_close(both, expected + 0.25 * (weights * parts.mean(dim=-1)).sum())
     labels = targets.labels.gather(1, assigned.matched)
     torch.testing.assert_close(losses.classification, QualityFocal()(predictions, labels, assigned))
 

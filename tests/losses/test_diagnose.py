@@ -94,6 +94,19 @@ def test_batches_add_up() -> None:
     torch.testing.assert_close(sum(parts), whole)
 
 
+def test_what_a_criterion_tells_adds_up_too() -> None:
+    batch = some_batch(2)
+    with torch.no_grad():
+        outputs = tiny_model()(batch.images)
+    probed, diagnosis = with_diagnosis(DetectionLoss(), prior=PRIOR)
+    sums = []
+    for _ in range(3):
+        probed(outputs, batch.targets)
+        assert diagnosis.sums is not None
+        sums.append(diagnosis.sums)
+    torch.testing.assert_close(sums[2], 3 * sums[0])
+
+
 def test_half_precision_is_summed_in_float32() -> None:
     single, half = (
         diagnose(Focal(), *some_assignment(dtype), prior=PRIOR) for dtype in (torch.float32, torch.bfloat16)
@@ -215,6 +228,13 @@ def test_outliers_among_the_logits_have_lost_it_too() -> None:
     told = told_of(model, PRIOR)
     assert told["loss_over_prior"] > 10 * telling["loss_over_prior"]
     assert prior_is_lost(told, PRIOR) is not None
+
+
+@pytest.mark.parametrize(
+    ("ratio", "p_t", "lost"), [(1.0, 0.99, False), (9.0, 0.97, False), (11.0, 0.98, True), (2.0, 0.95, True)]
+)
+def test_either_the_loss_or_the_scores_tell(ratio: float, p_t: float, lost: bool) -> None:
+    assert (prior_is_lost({"loss_over_prior": ratio, "p_t_negatives": p_t}, PRIOR) is not None) == lost
 
 
 def test_numbers_that_are_none_are_left_to_others() -> None:

@@ -124,7 +124,9 @@ def test_gradients(overlap):
 
 @pytest.mark.parametrize("overlap", [paired_iou, generalized_iou, distance_iou, complete_iou])
 def test_overlaps_are_finite_with_their_gradients_for_boxes_without_area_and_far_away(overlap):
-    far = torch.tensor([[1e6, -1e6, 1e6 + 1, -1e6 + 2], [-1e9, -1e9, 1e9, 1e9], [3, 3, 3 + 1e-5, 1e8]])
+    far = torch.tensor(
+        [[1e6, -1e6, 1e6 + 1, -1e6 + 2], [-1e9, -1e9, 1e9, 1e9], [3, 3, 3 + 1e-5, 1e8], [0, 0, 2e-20, 2e-20]]
+    )
     boxes = torch.cat((DEGENERATE, far))
     boxes1 = boxes[:, None].clone().requires_grad_()
     values = overlap(boxes1, boxes[None])

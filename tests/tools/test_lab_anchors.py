@@ -81,8 +81,10 @@ def test_best_iou_is_that_of_all_anchors(generator: AnchorGenerator) -> None:
     torch.testing.assert_close(best_iou(objects, pyramid), torch.tensor(expected), rtol=0, atol=1e-5)
 
 
-def test_positives_are_those_of_the_matching() -> None:
-    objects, pyramid = random_objects(), Pyramid(GENERATORS[0], (8, 16, 32))
+@pytest.mark.parametrize("generator", GENERATORS[:2], ids=["paper", "offset"])
+def test_positives_are_those_of_the_matching(generator: AnchorGenerator) -> None:
+    objects, pyramid = random_objects(), Pyramid(generator, (8, 16, 32))
+    objects.boxes[0] = torch.tensor([0.0, 0.4, 27.0, 15.6])  # best covered by the first anchor of a level, if offset
     coverage = cover(objects, pyramid, RULE, batches_of_images(objects, torch.ones(len(objects.boxes)) > 0))
     assert coverage.matched.all()
     expected = torch.zeros(2, len(objects.boxes), 3, dtype=torch.int64)
@@ -197,8 +199,32 @@ def test_a_fit_keeps_the_head(scales: tuple[float, ...], ratios: tuple[float, ..
     assert list(fitted.anchors.sizes) == sorted(fitted.anchors.sizes)
     assert fitted.anchors.scales[0] == 1
     assert list(fitted.anchors.scales) == sorted(fitted.anchors.scales)
-    for size, stride in zip(fitted.anchors.sizes[:-1], fitted.strides, strict=False):
-        assert size * fitted.anchors.scales[-1] <= 8 * stride * 1.01
+
+
+def test_a_fine_level_has_no_huge_anchors() -> None:
+    """They would overlap large objects better than those of the coarse level, which has fewer."""
+    objects = objects_of(around([90.0, 110.0], 1.0, 200, 0.1), canvas=(256, 256))
+    start = AnchorGenerator(sizes=(32.0, 64.0, 128.0), scales=(1.0, 1.5), ratios=(1.0,))
+    anchors = fit(objects, Pyramid(start, (4, 8, 32)), 0.5, seeded()).anchors
+    largest = [size * anchors.scales[-1] for size in anchors.sizes]
+    assert largest[0] <= 32 * 1.01
+    assert 60 < largest[1] <= 64 * 1.01
+    assert 80 < anchors.sizes[2] < 110
+
+
+@pytest.mark.parametrize(
+    ("size", "strides", "sizes"),
+    [
+        (24.0, (8, 16, 32), [24, 48, 96]),  # centres where only the finest level has anchors
+        (130.0, (2, 8), [65, 130]),  # far more than 8 of the finest level's strides
+    ],
+)
+def test_levels_without_objects_follow_by_octaves(size: float, strides: tuple[int, ...], sizes: list[float]) -> None:
+    centre = 8.0 * (2 * torch.randint(9, 15, (120, 2), generator=seeded()) + 1)
+    half = around([size], 1.0, 120, 0.02) / 2
+    objects = objects_of(2 * half, canvas=(384, 384))._replace(boxes=torch.cat([centre - half, centre + half], dim=1))
+    start = AnchorGenerator(sizes=tuple(2.0 * stride for stride in strides), scales=(1.0,), ratios=(1.0,))
+    assert fit(objects, Pyramid(start, strides), 0.5, seeded()).anchors.sizes == pytest.approx(sizes, rel=0.03)
 
 
 def test_every_object_is_scored_by_anchors_of_the_other_half() -> None:
