@@ -54,6 +54,11 @@ def main(settings: Settings) -> int:
     check_arguments(retinanet, [*settings["model"], "num_classes"], "model")
     refuse_frozen_noise(settings)
     criterion = build(settings["loss"], "loss")
+    branches = {
+        "quality": bool(settings["model"].get("head_quality")),
+        "bins": settings["model"].get("box_bins") is not None,
+    }
+    call(criterion.check_head, "loss", **branches)
     call(check_postprocess, "postprocess", options=without_target(settings["postprocess"]))
     postprocess = build(settings["postprocess"], "postprocess")
     schedule = build(settings["schedule"], "schedule")

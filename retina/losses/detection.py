@@ -74,7 +74,9 @@ class DetectionLoss:
             raise ValueError(f"quality must be centerness, iou or None, got {self.quality!r}")
 
     def __call__(self, predictions: Predictions, targets: Targets) -> Losses:
-        self._check_head(predictions)
+        self.check_head(quality=predictions.quality is not None, bins=predictions.bins is not None)
+        if predictions.bins is not None and not isinstance(predictions.anchors, Anchors):
+            raise ValueError("distributions need anchors that know their strides (retina.ops.anchors.Anchors)")
         if targets.boxes.shape[1] == 0:
             targets = _with_one_padding(targets)
         assigned = self.assigner(predictions, targets)
@@ -95,21 +97,18 @@ class DetectionLoss:
             num_positives=(assigned.positive if weights is None else weights).sum(dtype=torch.float32),
         )
 
-    def _check_head(self, predictions: Predictions) -> None:
-        fits = (self.quality is None) == (predictions.quality is None)
-        if not fits and self.quality:
+    def check_head(self, *, quality: bool, bins: bool) -> None:
+        """Raises ValueError unless these losses and a head with or without a quality branch and distributions fit."""
+        if self.quality and not quality:
             raise ValueError(f"quality is {self.quality!r}, but the head has no quality branch (model.head_quality)")
-        if not fits:
+        if quality and not self.quality:
             raise ValueError("the head has a quality branch, which nothing trains: set quality to centerness or iou")
-        fits = (self.distribution_weight is None) == (predictions.bins is None)
-        if not fits and predictions.bins is None:
+        if self.distribution_weight is not None and not bins:
             raise ValueError("distribution_weight is set, but the head predicts no distributions (model.box_bins)")
-        if not fits:
+        if bins and self.distribution_weight is None:
             raise ValueError(
                 "the head predicts distributions: set distribution_weight (0.25 in Generalized Focal Loss)"
             )
-        if predictions.bins is not None and not isinstance(predictions.anchors, Anchors):
-            raise ValueError("distributions need anchors that know their strides (retina.ops.anchors.Anchors)")
 
     def _quality_loss(self, predictions: Predictions, positives: "_Positives") -> Float[Tensor, "*p"]:
         assert predictions.quality is not None

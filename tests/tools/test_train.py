@@ -254,6 +254,8 @@ def test_a_run_can_start_from_the_weights_of_another(
         ({"+optimizer.speed": 1, "+optimizer.momentun": 1}, "optimizer.speed: no such key"),
         ({"train.batch_size": 3, "train.accumulate": 2}, "train.batch_size: a total batch of 3 images cannot be cut"),
         ({"+augment.flip.side": 1}, "augment.flip.side: no such key"),
+        ({"model.head_quality": "true"}, "loss: the head has a quality branch, which nothing trains"),
+        ({"loss": "gfl", "model.head_quality": "false"}, "but the head predicts no distributions (model.box_bins)"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
