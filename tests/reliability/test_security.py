@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -224,14 +225,25 @@ def dangers(source: str) -> Iterator[str]:
                 yield f"line {node.lineno}: {called}"
 
 
+KNOWN = (
+    # an unpickler that makes arrays and nothing else, and the name of what it raises
+    "retina/model/formats/read.py: imports pickle",
+    "retina/model/formats/restricted_pickle.py: imports pickle",
+    # modules that the line before has found in a list
+    "tools/_build.py: importlib.import_module",
+    "tools/lab.py: importlib.import_module",
+    # starts tools/train.py with words that were typed
+    "tools/_lab/jobs.py: imports subprocess",
+)
+
+
 @pytest.mark.parametrize("part", ["retina", "tools"])
 def test_the_source_has_no_way_to_run_what_is_in_a_file(part: str) -> None:
     files = sorted((ROOT / part).rglob("*.py"))
     assert len(files) >= 5
     found = [f"{file.relative_to(ROOT)}: {danger}" for file in files for danger in dangers(file.read_text())]
-    build = [line for line in found if line.startswith("tools/_build.py") and "importlib.import_module" in line]
-    assert len(build) <= 1
-    assert sorted(set(found) - set(build)) == []
+    found = [re.sub(r" line \d+:", "", line) for line in found]
+    assert sorted(found) == sorted(line for line in KNOWN if line.startswith(f"{part}/"))
 
 
 @pytest.mark.parametrize(
