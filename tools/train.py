@@ -47,6 +47,7 @@ def main(settings: Settings) -> int:
     from retina.evaluation.evaluate import evaluate
     from retina.evaluation.pictures import evaluation_pictures
     from retina.inference import check_postprocess
+    from retina.losses.detection import DetectionLoss
     from retina.model.retinanet import retinanet
     from retina.model.weights import DetectorCard, init_from
 
@@ -58,7 +59,8 @@ def main(settings: Settings) -> int:
         "quality": bool(settings["model"].get("head_quality")),
         "bins": settings["model"].get("box_bins") is not None,
     }
-    call(criterion.check_head, "loss", **branches)
+    if isinstance(criterion, DetectionLoss):
+        call(criterion.check_head, "loss", **branches)
     call(check_postprocess, "postprocess", options=without_target(settings["postprocess"]))
     postprocess = build(settings["postprocess"], "postprocess")
     schedule = build(settings["schedule"], "schedule")

@@ -27,7 +27,7 @@ from retina.engine.meter import Meter
 from retina.engine.optim import Schedule, set_learning_rate
 from retina.engine.step import DTYPES, StepResult, parallel, train_step
 from retina.errors import RetinaError
-from retina.evaluation.evaluate import Evaluation
+from retina.evaluation.evaluate import Criterion, Evaluation
 from retina.evaluation.metrics import DetectionArrays
 from retina.losses.detection import DetectionLoss
 from retina.losses.diagnose import Diagnosis, prior_is_lost, summarize, with_diagnosis
@@ -50,7 +50,7 @@ def fit(
     config: TrainConfig,
     *,
     model: nn.Module,
-    criterion: DetectionLoss,
+    criterion: Criterion,
     optimizer: Optimizer,
     schedule: Schedule,
     loader: BatchLoader,
@@ -108,7 +108,9 @@ def fit(
     progress.stopped_early = config.patience is not None and progress.evaluations_without_gain >= config.patience
     saved = (progress.step, progress.evaluated)
     batches = _endless(loader, sampler, progress.step)
-    diagnosed, diagnosis = with_diagnosis(criterion, prior=card.model.get("prior", 0.01))
+    diagnosed, diagnosis = criterion, None
+    if isinstance(criterion, DetectionLoss):
+        diagnosed, diagnosis = with_diagnosis(criterion, prior=card.model.get("prior", 0.01))
     updates: Lagged[_Update] = Lagged(LAG.get(device.type, 0))
     judge = partial(_judge, config, progress, scaler=scaler, logger=logger, annotations=annotations)
     stop = 0
@@ -167,7 +169,7 @@ def fit(
             if (step == 0 or due(progress)) and config.pictures and logger.active:
                 pictures = batch_pictures(micro_batches[0], card.classes, config.pictures)
                 logger.picture(progress.step, "train/batch", grid(pictures))
-            anatomy = _read_diagnosis(diagnosis, model, logger, first=step == 0) if told else {}
+            anatomy = _read_diagnosis(diagnosis, model, logger, first=step == 0) if told and diagnosis else {}
             if logging and (means := meter.read()):
                 values: dict[str, Any] = {"epoch": progress.step / per_epoch, "lr": lr, **means, "diagnosis": anatomy}
                 logger.scalars(progress.step, "train", values)
