@@ -124,7 +124,7 @@ def sweep(config_name: str, overrides: Sequence[str]) -> list[Settings]:
     """One `compose` for every combination of the values listed in overrides such as `optimizer.lr=0.1,0.2`."""
     if os.environ.get("WORLD_SIZE", "1") != "1":  # the second job would wait for its processes to meet for ever
         raise ConfigError("-m: not under torchrun - start the runs one by one")
-    choices = [_choices(word) for word in overrides]
+    choices = [values_of(word) for word in overrides]
     swept = [position for position, words in enumerate(choices) if len(words) > 1]
     jobs = []
     for words in itertools.product(*choices):
@@ -198,7 +198,7 @@ def _config(config_name: str, overrides: Sequence[str]) -> DictConfig:
             raise ConfigError(f"settings: {reason} - correct that override or YAML file") from None
 
 
-def _choices(word: str) -> list[str]:
+def values_of(word: str) -> list[str]:
     try:
         override = OverridesParser.create().parse_override(word)
         if not override.is_sweep_override():

@@ -1,14 +1,12 @@
 """Bottom-up networks: torchvision's ResNets as a source of the maps C2..C5 with declared strides and channels."""
 
 import math
-import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 import torchvision
@@ -20,6 +18,7 @@ from torchvision.models.resnet import Bottleneck
 
 from retina.errors import CheckpointError, ConfigError
 from retina.model.conv_norm import FoldedBatchNorm2d, FoldedFrozenBatchNorm2d, fold_norms
+from retina.model.fetch import fetch
 
 RESNETS = (
     "resnet18",
@@ -161,17 +160,8 @@ def _download(name: str, weights: str) -> dict[str, Tensor]:
         raise ConfigError(
             f"model.weights: {weights!r} is not known for {name} - choose {names}, a file, or null"
         ) from None
-    file = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rpartition("/")[2]
-    if not file.is_file():
-        digest = file.stem.rpartition("-")[2]  # the first digits of its SHA-256
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(entry.url, str(file), digest, progress=sys.stderr.isatty())
-        except (URLError, OSError, RuntimeError) as fault:
-            raise CheckpointError(
-                f"model.weights: {weights} of {name} could not be downloaded ({fault}) - "
-                f"put {file.name} into {file.parent}, or give model.weights=FILE, or null to train from scratch"
-            ) from None
+    otherwise = "give model.weights=FILE, or null to train from scratch"
+    file = fetch(entry.url, f"model.weights: {weights} of {name}", otherwise)
     return read_weights(file)  # torchvision's own loader would unpickle whatever lies in the cache
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from _compose import CONFIGS, Settings, _choices, compose
+from _compose import CONFIGS, Settings, compose, values_of
 
 from retina.engine.config import from_mapping
 from retina.errors import ConfigError
@@ -153,7 +153,7 @@ def data_words(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _lines(row: Row, words: Sequence[str], seeds: Sequence[int], *, runs: str) -> list[Line]:
-    choices = [_choices(word) for word in words]
+    choices = [values_of(word) for word in words]
     swept = [position for position, of_one in enumerate(choices) if len(of_one) > 1]
     lines = []
     for chosen in itertools.product(*choices):
