@@ -32,6 +32,8 @@ RESNETS = (
     "wide_resnet50_2",
     "wide_resnet101_2",
 )
+OF_DETECTOR = "backbone."
+"""What the names of a detector's backbone tensors begin with."""
 NORMS = ("batch", "frozen", "group")
 
 
@@ -97,7 +99,10 @@ class ResNet(nn.Module):
 
 
 def load_backbone(module: nn.Module, state: dict[str, Tensor], *, name: str, weights: str) -> None:
-    """Loads `state`, which may hold more than `module` (a classifier). Raises CheckpointError if it does not fit."""
+    """Loads `state`, which may hold more than `module` (a classifier, a detector of ours). Raises CheckpointError if it
+    does not fit."""
+    if any(key.startswith(OF_DETECTOR) for key in state):
+        state = {key.removeprefix(OF_DETECTOR): value for key, value in state.items() if key.startswith(OF_DETECTOR)}
     own = module.state_dict()
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     wrong = [key for key in own if key in state and own[key].shape != state[key].shape]

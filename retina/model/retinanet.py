@@ -142,7 +142,8 @@ def retinanet(
 
     backbone: a ResNet of torchvision, or `timm:NAME` (see `TimmBackbone` for what `weights`, `norm` and
         `frozen_stages` mean there).
-    weights: ImageNet weights of the backbone: a torchvision name, a file, or None for random ones.
+    weights: of the backbone: a torchvision name (ImageNet), a file, which may be a whole detector's, or None for random
+        ones.
     norm: `batch`, `frozen` (BatchNorm with fixed statistics) or `group`. None: `frozen` with weights, else `batch`.
     frozen_stages: stages without gradients, from the input. None: 2 (stem and C2) with weights, else 0.
     norm_eps: added to the variance in every norm of the ResNet.

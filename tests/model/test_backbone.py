@@ -61,6 +61,21 @@ def test_frozen_stages_keep_their_statistics_in_training() -> None:
     assert changed == {"layer2", "layer3", "layer4"}
 
 
+def test_a_detector_gives_its_backbone(tmp_path: Path) -> None:
+    """Its other tensors and the stages that are not built are left."""
+    model = retinanet(num_classes=2, backbone="resnet18", fpn_channels=16)
+    file = tmp_path / "detector.safetensors"
+    save_file(model.state_dict(), file)
+    small = retinanet(num_classes=3, backbone="resnet18", fpn_channels=8, levels=[3, 4], weights=str(file))
+    theirs = model.backbone.state_dict()
+    own = small.backbone.state_dict()
+    assert not any(key.startswith("layer4") for key in own)
+    assert all(torch.equal(value, theirs[key]) for key, value in own.items())
+    save_file({f"backbone.{key}": value for key, value in own.items()}, file)
+    with pytest.raises(CheckpointError, match=r"^[^\n]*layer4\.0\.conv1\.weight: missing[^\n]*$"):
+        retinanet(num_classes=3, backbone="resnet18", weights=str(file))
+
+
 def test_weights_of_another_architecture_are_one_line(tmp_path: Path) -> None:
     file = tmp_path / "r34.safetensors"
     save_file(torchvision.models.resnet34(weights=None).state_dict(), file)

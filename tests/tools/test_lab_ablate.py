@@ -17,7 +17,7 @@ import yaml
 from _build import build
 from _compose import compose
 from _lab.jobs import finished
-from _lab.study import STUDIES, Job, plan, read_study
+from _lab.study import STUDIES, Job, backbone_run, plan, read_study
 from _lab.table import measure
 from commands import Capture, Tool, one_line
 
@@ -29,6 +29,7 @@ NAMES = sorted(file.stem for file in STUDIES.glob("[!_]*.yaml"))
 STUDY = """
 title: Two rows
 paper: nowhere
+base: [model.weights=null]
 rows:
   - {label: gamma 0, set: [loss.classification.gamma=0], published: {AP: 31.1}}
   - {label: gamma 2, set: ["loss.classification.alpha=0.25,0.5"], published: {AP: 34.0}}
@@ -52,6 +53,9 @@ def jobs_of(study: str, *words: str, seeds: Sequence[int] = (0,), cumulative: bo
     where = {"runs": "runs/lab", "into": None}
     _, lines = plan(name, content, words, seeds, budget=None, cumulative=cumulative, **where)
     return [job for line in lines for job in line.jobs]
+
+
+FROM_SCRATCH = "model.weights=null"
 
 
 def pretend_finished(job: Job, ap: float, rare: float | None = 0.1) -> None:
@@ -79,7 +83,7 @@ def test_every_row_can_be_trained(name: str, data: str) -> None:
         model = json.loads(text)
         floats = {key: [float(x) for x in model[key]] for key in FLOATS if model[key]}
         with torch.device("meta"):
-            built = retinanet(**model | floats, num_classes=3)
+            built = retinanet(**model | floats | {"weights": None}, num_classes=3)
         assert (built.head.bins is not None) == bool(loss["distribution_weight"])
 
 
@@ -107,6 +111,20 @@ def test_a_ladder_adds_and_single_steps_do_not(place: Path) -> None:
     assert (alone["model"]["head_norm"], alone["train"]["ema"]) == (None, None)
     assert alone["loss"]["assigner"] == last["loss"]["assigner"]
     assert rows[0].settings == jobs_of("ladder", "data=shapes")[0].settings
+
+
+def test_runs_start_from_a_backbone_that_is_trained_first(place: Path) -> None:
+    """Once for all studies; not where no run wants it."""
+    (place / "short.yaml").write_text("title: Short\nrows: [{label: one, set: []}]\n")
+    name, study = read_study("short.yaml")
+    for words, wanted in [((), 1), (("data=bccd",), 1), ((FROM_SCRATCH,), 0), (("experiment=shapes",), 0)]:
+        _, lines = plan(name, study, words, (0,), budget="9", cumulative=False, runs="runs/lab", into=None)
+        found = backbone_run(lines, "runs/lab")
+        assert len(found) == wanted
+        for job in found:
+            assert compose("train", job.words) == job.settings
+            assert str(job.folder / "best.safetensors") == lines[0].jobs[0].settings["model"]["weights"]
+            assert job.settings["train"]["length"] != 9, "the budget is that of the study's runs"
 
 
 def test_image_scale_is_a_factor_on_the_data() -> None:
@@ -180,7 +198,7 @@ def test_a_run_without_records_is_no_measurement(place: Path) -> None:
 def test_what_fails_is_told_and_the_rest_goes_on(tool: Tool, place: Path, capsys: Capture) -> None:
     """tools/train.py refuses one row before it loads torch; the other is finished."""
     rows = "rows:\n  - {label: bad, set: [train.batch_size=0]}\n  - {label: good, set: []}\n"
-    Path("bad.yaml").write_text(f"title: Bad\n{rows}")
+    Path("bad.yaml").write_text(f"title: Bad\nbase: [{FROM_SCRATCH}]\n{rows}")
     pretend_finished(jobs_of("bad.yaml")[1], 0.3)
     assert tool("lab", "ablate", "study=bad.yaml", "seeds=[0]", "output=out") == 2
     out, err = capsys.readouterr()
@@ -198,7 +216,7 @@ def test_runs_of_other_settings_are_told_before_any_starts(tool: Tool, place: Pa
     (job.folder / "best.safetensors").touch()
     assert tool("lab", "ablate", "study=two.yaml", "seeds=[0]", "output=out", "optimizer.lr=0.5") == 2
     assert one_line(capsys) == (
-        f"error: {job.folder}: holds another run: optimizer.lr: 0.002 there, 0.5 now - give into=NAME for a new study, "
+        f"error: {job.folder}: holds another run: optimizer.lr: 0.001 there, 0.5 now - give into=NAME for a new study, "
         "repeat its settings, or remove that folder"
     )
 
@@ -238,7 +256,7 @@ def test_mistakes_are_one_line(tool: Tool, place: Path, capsys: Capture, words: 
 TINY = (
     *("ablate", "study=two.yaml", "seeds=[0]", "budget=12", "output=out", "data.root=tiny", "data.prepare=null"),
     *("data.short_side=64", "data.long_side=96", "model.fpn_channels=32", "train.batch_size=4", "train.log_every=2"),
-    *("train.save_every=2", "train.precision=fp32"),
+    *("train.save_every=2", "train.precision=fp32", FROM_SCRATCH),
 )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from _compose import Settings, entry, typed
 
 from _lab.jobs import finished, refuse_others, run_all
-from _lab.study import plan, read_study
+from _lab.study import backbone_run, plan, read_study
 from _lab.table import comma_separated, markdown, measure
 from retina.errors import ConfigError, RetinaError
 from retina.files import write_whole
@@ -91,7 +91,8 @@ def ablate(config: AblateConfig, words: Sequence[str], command: str) -> int:
         write_whole(output / f"{name}.csv", comma_separated(lines, measured, speed=speed).encode())
 
     # seed by seed, so that a table of all rows is there early
-    jobs = [line.jobs[i] for i in range(len(config.seeds)) for line in lines if line.jobs]
+    jobs = backbone_run(lines, config.runs)
+    jobs += [line.jobs[i] for i in range(len(config.seeds)) for line in lines if line.jobs]
     refuse_others(jobs)
     run_all(jobs, faults, lambda: write({} if study.speed else None))
     speed = None

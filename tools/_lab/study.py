@@ -120,6 +120,7 @@ def plan(
     base = [
         *EVERY_RUN,
         *start,
+        *([f"model.weights={backbone_file(runs)}"] if start and data in known_data() else []),
         *study.base,
         *study.data.get(data, []),
         *(w for w in words if not w.startswith("data=")),
@@ -141,9 +142,29 @@ def plan(
     return name, lines
 
 
+def known_data() -> dict[str, list[str]]:
+    """configs/studies/_data.yaml: words by the name of the data, and those of the run that makes the backbone."""
+    known: dict[str, list[str]] = yaml.safe_load((STUDIES / "_data.yaml").read_text(encoding="utf-8"))
+    return known
+
+
+def backbone_file(runs: str) -> Path:
+    return Path(runs, "backbone", "best.safetensors")
+
+
+def backbone_run(lines: Sequence[Line], runs: str) -> list[Job]:
+    """The run whose backbone the others start from, where one does: the place of ImageNet's weights."""
+    file = backbone_file(runs)
+    if not any(job.settings["model"]["weights"] == str(file) for line in lines for job in line.jobs):
+        return []
+    words = [*EVERY_RUN, *known_data()["_backbone"], f"runs={runs}", f"name={file.parent.name}"]
+    settings = compose("train", words)
+    return [Job(words, settings, settings["train"]["seed"])]
+
+
 def data_words(words: Sequence[str]) -> tuple[str, list[str]]:
     """The name of the data that the words choose, and the words that every run then begins with."""
-    known: dict[str, list[str]] = yaml.safe_load((STUDIES / "_data.yaml").read_text(encoding="utf-8"))
+    known = known_data()
     chosen = [word.removeprefix("data=") for word in words if word.startswith("data=")]
     recipes = [word.removeprefix("experiment=") for word in words if word.startswith("experiment=")]
     if recipes and not chosen:
