@@ -36,6 +36,7 @@ TESTED_WITH = {
     "engine/loop": "tools/test_train",
     "engine/summary": "tools/test_train",
     "tools/_build": "tools/test_compose",
+    "tools/_split": "tools/test_eval",
 }
 
 

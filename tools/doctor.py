@@ -7,12 +7,13 @@ Both splits are checked, or the only one there is. The screen shows the first fa
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from _compose import Settings, entry, typed
+from _split import progress
 
 from retina.data.report import DataReport
 from retina.engine.config import DataConfig, from_mapping
@@ -20,8 +21,6 @@ from retina.errors import ConfigError, DataError, plain
 
 if TYPE_CHECKING:
     from retina.data.coco import Annotations
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,15 +98,6 @@ def verdict(report: DataReport, output: Path) -> str:
 
     state = count(report.faults, "fault") if report.faults else "healthy"
     return f"{state}, {count(report.warnings, 'warning')} - all in {output}"
-
-
-def progress(items: Iterable[T], what: str, total: int) -> Iterable[T]:
-    """The items, with a bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(items, what, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def refuse_to_overwrite(output: Path, data: DataConfig) -> None:

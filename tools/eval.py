@@ -11,26 +11,20 @@ found; the exit code is then 3.
 
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _build import build, call
+from _build import call
 from _compose import Settings, entry, typed
+from _split import data_of, drop_nulls, open_split, progress
 
-from retina.engine.config import DataConfig, from_mapping
 from retina.engine.run_folder import read_settings
 from retina.errors import ConfigError
 
 if TYPE_CHECKING:
     from retina.data.coco import Annotations
     from retina.evaluation.metrics import DetectionArrays
-
-
-NEVER_OF_A_RUN = ("prepare", "allow_outside", "max_pixels")
-"""Settings of data that are not taken from a run's config.yaml, which may be a stranger's: they make files and open
-doors. Only this command gives them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +89,8 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
     # torch takes seconds to load, and a wrong setting should not wait for it
     from functools import partial
 
-    from rich.console import Console
-    from rich.progress import track
-
     from retina import distributed
     from retina.data.coco import write_results
-    from retina.engine.data import build_eval_loader, load_checked
     from retina.evaluation.evaluate import evaluate
     from retina.evaluation.pictures import write_evaluation_pictures
     from retina.evaluation.results import format_metrics, write_metrics
@@ -113,36 +103,12 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
         options = detector.card.postprocess | drop_nulls(config.postprocess)
         call(check_postprocess, "postprocess", options=options)
         data = data_of(trained, config.data, detector.card.preprocessing)
-        if data.prepare and data.root:
-            prepare, root = data.prepare, Path(data.root)
-            distributed.on_main(lambda: build(prepare, "data.prepare", root=root))
         output = Path(config.output) if config.output else folder / "eval"
         distributed.on_main(lambda: open_output(output) and None)
-        complain = partial(print, file=sys.stderr)
-        annotations = load_checked(data, [config.split], output, classes=detector.classes, say=complain)[0]
-        loader = build_eval_loader(
-            annotations,
-            short_side=data.short_side,
-            long_side=data.long_side,
-            batch_size=config.batch_size or detector.card.preprocessing["batch_size"],
-            num_workers=data.num_workers,
-            divisor=data.pad_multiple or detector.divisor,
-            pad_value=detector.pad_value,
-            pin_memory=device.type == "cuda",
-            canvases=data.canvases,
-            max_pixels=data.max_pixels,
-            max_bad_fraction=data.max_bad_fraction,
-        )
-        console = Console(stderr=True)
+        annotations, loader = open_split(data, config.split, detector, output, batch_size=config.batch_size)
         evaluation = evaluate(
             detector.model,
-            track(
-                loader,
-                "evaluating",
-                console=console,
-                transient=True,
-                disable=not (distributed.is_main() and console.is_terminal),
-            ),
+            progress(loader, "evaluating", len(loader)),
             annotations,
             postprocess=partial(postprocess, **options),
             device=device,
@@ -178,32 +144,6 @@ def keep_known(annotations: "Annotations", found: "DetectionArrays") -> "Detecti
     if not known.all():
         print(f"{np.count_nonzero(~known)} detections are of classes that {annotations.file} does not have: left out")
     return type(found)(*(values[known] for values in found))
-
-
-def data_of(trained: Mapping[str, Any], given: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> DataConfig:
-    """The run's own data at the detector's image size, changed by what was given.
-
-    With `data=...` nothing but the image size is the run's; another `data.root` leaves the run's places behind."""
-    given = drop_nulls(given)
-    sizes = {key: preprocessing[key] for key in ("short_side", "long_side") if key in preprocessing}
-    left_out = (*NEVER_OF_A_RUN, *(("train", "val") if "root" in given else ()))
-    own = {} if "name" in given else {key: value for key, value in trained.items() if key not in left_out}
-    from_mapping(DataConfig, {"name": "given"} | own, "data")
-    return from_mapping(DataConfig, merge({"name": "given"} | own | sizes, given), "data")
-
-
-def merge(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `given` over it, section by section."""
-    merged = dict(base)
-    for key, value in given.items():
-        merged[key] = merge(base.get(key) or {}, value) if isinstance(value, Mapping) else value
-    return merged
-
-
-def drop_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What is left after removing null, also in inner sections, and sections of nothing else."""
-    inner = {key: drop_nulls(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-    return {key: value for key, value in inner.items() if value is not None and value != {}}
 
 
 def open_output(output: Path) -> Path:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from _build import build, call
 from _compose import Settings, entry, typed
-from doctor import progress
+from _split import progress
 from train import shapes_by_default
 
 from _lab.figures import check_format, save

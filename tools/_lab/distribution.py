@@ -19,12 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from _build import build, call
 from _compose import Settings, entry, typed
-from doctor import progress
-from eval import data_of
+from _split import data_of, open_split, progress
 
 from _lab.figures import FORMATS, save
 from _lab.shares import describe, draw_cumulative, draw_hardest, summary
-from retina.engine.config import DataConfig
 from retina.engine.run_folder import read_settings
 from retina.errors import ConfigError
 from retina.files import write_whole
@@ -99,13 +97,10 @@ def main(settings: Settings) -> int:
 def collect(config: DistributionConfig, trained: Mapping[str, Any], output: Path) -> tuple["Elements", dict[str, Any]]:
     """The elements of all images, and what they are of."""
     # torch takes seconds to load, and a wrong setting should not wait for it
-    from functools import partial
-
     import torch
 
     from _lab.elements import Elements
     from retina import distributed
-    from retina.engine.data import build_eval_loader, load_checked
     from retina.inference import Detector
     from retina.losses.detection import DetectionLoss
     from retina.types import to_device
@@ -113,24 +108,8 @@ def collect(config: DistributionConfig, trained: Mapping[str, Any], output: Path
     device = call(distributed.choose_device, "device", name=config.device)
     assigner = build(config.loss["assigner"], "loss.assigner")
     detector = Detector.load(config.checkpoint, device=str(device), precision=config.precision)
-    data: DataConfig = data_of(trained, config.data, detector.card.preprocessing)
-    if data.prepare and data.root:
-        build(data.prepare, "data.prepare", root=Path(data.root))
-    complain = partial(print, file=sys.stderr)
-    (annotations,) = load_checked(data, [config.split], output, classes=detector.classes, say=complain)
-    loader = build_eval_loader(
-        annotations,
-        short_side=data.short_side,
-        long_side=data.long_side,
-        batch_size=config.batch_size or detector.card.preprocessing["batch_size"],
-        num_workers=data.num_workers,
-        divisor=data.pad_multiple or detector.divisor,
-        pad_value=detector.pad_value,
-        pin_memory=device.type == "cuda",
-        canvases=data.canvases,
-        max_pixels=data.max_pixels,
-        max_bad_fraction=data.max_bad_fraction,
-    )
+    data = data_of(trained, config.data, detector.card.preprocessing)
+    annotations, loader = open_split(data, config.split, detector, output, batch_size=config.batch_size)
     elements = Elements(len(detector.classes), len(detector.model.strides))
     criterion = DetectionLoss(assigner=assigner, classification=elements)
     with torch.no_grad():
