@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from signal import SIGINT, SIGTERM
+from signal import SIGINT, SIGTERM, Signals
 
 import pytest
 from chaos.runs import write_data
@@ -14,9 +14,16 @@ pytestmark = [
 ]
 
 
-def test_signals_lose_nothing_and_give_their_exit_status(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "instants",
+    [
+        {"evaluation": SIGTERM, "step": SIGINT},
+        pytest.param({"start-up": SIGTERM, "checkpoint": SIGINT}, marks=pytest.mark.slow),
+    ],
+    ids=",".join,
+)
+def test_signals_lose_nothing_and_give_their_exit_status(tmp_path: Path, instants: dict[str, Signals]) -> None:
     write_data(tmp_path)
-    instants = {"start-up": SIGTERM, "evaluation": SIGTERM, "checkpoint": SIGINT, "step": SIGINT}
     trials = [Trial(number, instant, "process") for instant, number in instants.items()]
     outcome = signals_stop(tmp_path, trials=trials)
     assert outcome.ok, outcome.notes
