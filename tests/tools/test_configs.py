@@ -54,6 +54,24 @@ def test_folders_are_the_groups() -> None:
     assert len(OPTIONS) > 15
 
 
+def test_the_paper_s_recipe_is_what_the_paper_says() -> None:
+    """arXiv 1708.02002, sections 3.3 and 4; it stays whatever the defaults become."""
+    settings = compose("train", ["experiment=paper", "data=coco"])
+    model, loss, optimizer = settings["model"], settings["loss"], settings["optimizer"]
+    assert (model["backbone"], model["levels"], model["fpn_channels"]) == ("resnet50", [3, 4, 5, 6, 7], 256)
+    assert (model["neck"], model["p6_from"], model["head_convs"], model["head_norm"]) == ("fpn", "c5", 4, None)
+    assert (model["anchor_sizes"], model["anchor_ratios"]) == (None, [0.5, 1.0, 2.0])
+    assert model["anchor_scales"] == pytest.approx([1, 2 ** (1 / 3), 2 ** (2 / 3)], abs=1e-12)
+    assert (model["head_quality"], model["box_bins"], model["prior"]) == (False, None, 0.01)
+    assert {key: loss["classification"][key] for key in ("alpha", "gamma")} == {"alpha": 0.25, "gamma": 2.0}
+    assert [loss["assigner"][key] for key in ("positive_iou", "negative_iou", "low_quality")] == [0.5, 0.4, True]
+    assert (loss["box_loss"]["_target_"], loss["box_weight"]) == ("retina.losses.boxes.smooth_l1", 1.0)
+    assert (optimizer["_target_"], optimizer["lr"], optimizer["momentum"]) == ("torch.optim.SGD", 0.01, 0.9)
+    assert (optimizer["weight_decay"], settings["train"]["lr_batch_size"]) == (1e-4, 16)
+    assert (settings["train"]["clip_norm"], settings["train"]["ema"]) == (None, None)
+    assert list(settings["augment"]) == ["flip", "resize"]
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_everything_is_built(option: str) -> None:
     settings = compose("train", [option])

@@ -138,7 +138,7 @@ def test_data_are_recipes_groups_or_experiments(place: Path) -> None:
     for words, begin, name in [
         ([], ["experiment=shapes"], "two-shapes"),
         (["data=bccd"], ["experiment=bccd", "data.root=data/bccd"], "two-bccd"),
-        (["data=coco", "data.root=DIR"], ["data=coco", "data.root=DIR"], "two-coco"),
+        (["data=coco", "data.root=DIR"], ["data=coco", "data.root=DIR", "experiment=paper"], "two-coco"),
         (["experiment=overfit"], ["experiment=overfit"], "two-overfit"),
     ]:
         job = jobs_of("two.yaml", *words)[0]

@@ -170,7 +170,7 @@ def data_words(words: Sequence[str]) -> tuple[str, list[str]]:
     if recipes and not chosen:
         return recipes[-1], []
     data = chosen[-1] if chosen else "shapes"
-    return data, known.get(data, [f"data={data}"])
+    return data, known.get(data, [f"data={data}", "experiment=paper"])
 
 
 def _lines(row: Row, words: Sequence[str], seeds: Sequence[int], *, runs: str) -> list[Line]:
