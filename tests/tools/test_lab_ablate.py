@@ -229,6 +229,7 @@ def test_runs_of_other_settings_are_told_before_any_starts(tool: Tool, place: Pa
         (["study=two.yaml", "seeds=[]"], "seeds: [] is not allowed"),
         (["study=two.yaml", "seeds=[1,1]"], "seeds: [1, 1] is not allowed"),
         (["study=two.yaml", "sead=3"], "sead: no such key"),
+        (["study=two.yaml", "seds=[0]"], "seds: no such key - did you mean seeds?"),
         (["study=two.yaml", "optimizer.lrr=3"], "optimizer.lrr: no such key - did you mean optimizer.lr?"),
         (["study=two.yaml", "data=cocoo"], "data=cocoo: no such option - choose one of coco, shapes"),
         (["study=two.yaml", "name=x"], "name: every run has its own - give into=NAME"),

@@ -10,6 +10,7 @@ its own; what is finished is not repeated, and the same command goes on after a 
 every run.
 """
 
+import difflib
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -66,6 +67,9 @@ def main(argv: Sequence[str], *, command: str = "ablate", given: Sequence[str] =
         for key, reason in NOT_FOR_ALL.items():
             if key in keys:
                 raise ConfigError(f"{key}: {reason}")
+        for key in keys:  # of one word, so that a slip in "seeds" is not taken for train.seed
+            if near := difflib.get_close_matches(key, OWN, n=1, cutoff=0.75) if key not in OWN else []:
+                raise ConfigError(f"{key}: no such key - did you mean {near[0]}?")
         return ablate(config, words, shlex.join(["python", "tools/lab.py", command, *argv]))
 
     task([*given, *own])
