@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 NEVER_OF_A_RUN = ("prepare", "allow_outside", "max_pixels")
 """Settings of data that are not taken from a run's config.yaml, which may be a stranger's: they make files and open
-doors. Only this command gives them."""
+doors. Only the command line gives them."""
 
 
 def data_of(trained: Mapping[str, Any], given: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> DataConfig:

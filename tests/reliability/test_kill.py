@@ -14,10 +14,11 @@ pytestmark = [
 ]
 
 
-def test_a_run_killed_at_random_instants_arrives_at_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kills", "length"), [(2, 12), pytest.param(4, 16, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_instants_arrives_at_the_same_bits(tmp_path: Path, kills: int, length: int) -> None:
     write_data(tmp_path)
-    outcome = kill_nine(tmp_path, kills=2, seed=3, train__length=12)
-    assert outcome.tried >= 2
+    outcome = kill_nine(tmp_path, kills=kills, seed=3, train__length=length)
+    assert outcome.tried >= kills
     assert outcome.ok, outcome.notes
 
 
