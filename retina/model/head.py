@@ -3,10 +3,12 @@
 import math
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from retina.errors import ConfigError
+from retina.ops.coding import even_distribution
 
 
 class Tower(nn.Module):
@@ -77,8 +79,8 @@ class Head(nn.Module):
     many easy negatives do not swamp the first steps (section 3.3 of the paper).
 
     What the box tower predicts of an anchor: 4 deltas, or with `bins` R the logits of R distances to each of 4 sides
-    (Li et al., Generalized Focal Loss, NeurIPS 2020); with `quality` also one logit of how well the box fits, from a
-    convolution of its own, as the centerness of ATSS (Zhang et al., CVPR 2020)."""
+    (Li et al., Generalized Focal Loss, NeurIPS 2020; see `start_from_anchors`); with `quality` also one logit of how
+    well the box fits, from a convolution of its own, as the centerness of ATSS (Zhang et al., CVPR 2020)."""
 
     def __init__(
         self,
@@ -104,6 +106,16 @@ class Head(nn.Module):
         self.box = Tower(in_channels, norm=norm, num_outputs=4 * (bins or 1), quality=quality, **tower)
         assert self.classification.predict.bias is not None
         nn.init.constant_(self.classification.predict.bias, -math.log((1 - prior) / prior))
+
+    def start_from_anchors(self, sides: Float[Tensor, "A 2"]) -> None:
+        """Sets the biases of distributions so that at the start every box is its anchor, of these widths and heights in
+        strides, as it is with deltas. Even distributions would begin with boxes of R - 1 strides: small objects, few as
+        their anchors are, then wait long for a box that fits, and with quality losses for a score too."""
+        assert self.bins is not None
+        assert self.box.predict.bias is not None
+        logits = even_distribution(0.5 * sides.repeat(1, 2), self.bins)
+        with torch.no_grad():
+            self.box.predict.bias.copy_(logits.flatten())
 
     def forward(
         self, features: tuple[Float[Tensor, "B C _ _"], ...]

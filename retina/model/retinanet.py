@@ -63,6 +63,7 @@ class RetinaNet(nn.Module):
             cells = [anchors.cell(size) / stride for size, stride in zip(anchors.sizes, fpn.strides, strict=True)]
             sides = torch.stack([cell[:, 2:] - cell[:, :2] for cell in cells])
             self.register_buffer("sides", sides.float(), persistent=False)
+            head.start_from_anchors(self.sides.mean(dim=0))
 
     @property
     def strides(self) -> tuple[int, ...]:

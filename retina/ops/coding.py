@@ -74,3 +74,19 @@ def mean_distances(logits: Float[Tensor, "*batch R"]) -> Float[Tensor, "*batch"]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     distances = torch.arange(logits.shape[-1], device=logits.device, dtype=dtype)
     return (logits.softmax(dim=-1, dtype=dtype) * distances).sum(dim=-1)
+
+
+def even_distribution(means: Float[Tensor, "*batch"], num_bins: int) -> Float[Tensor, "*batch R"]:
+    """Logits of distributions over the distances 0, 1, ..., R-1 that have these means, and are as even as that allows
+    (of largest entropy, so logits are linear in the distance). The other way round from `mean_distances`.
+
+    Means are held within 0.5..R-1.5, so that no distance is out of the question. float32; no gradient.
+    """
+    means = means.detach().double().clamp(0.5, num_bins - 1.5)
+    distances = torch.arange(num_bins, device=means.device, dtype=torch.float64)
+    low, high = torch.full_like(means, -4), torch.full_like(means, 4)  # the slopes of means 0.02 and R-1.02
+    for _ in range(50):
+        slope = 0.5 * (low + high)
+        below = mean_distances(slope[..., None] * distances) < means
+        low, high = torch.where(below, slope, low), torch.where(below, high, slope)
+    return (low[..., None] * distances).float()

@@ -342,14 +342,26 @@ def test_deltas_of_distributions_decode_to_the_box_of_their_means(rounded: bool,
         torch.testing.assert_close(decode(deltas, anchors).double(), expected, rtol=0, atol=1e-3)
 
 
-def test_distributions_keep_their_start_whatever_the_anchor() -> None:
-    """Uniform, so that every box reaches (R - 1) / 2 strides to each side."""
+def test_distributions_start_from_their_anchors() -> None:
+    """As deltas do, whatever the scales and ratios; with sizes that differ in strides, from the mean over levels."""
     model = retinanet(**TINY, box_bins=17)
     torch.nn.init.zeros_(model.head.box.predict.weight)
-    predictions = model(torch.zeros(1, 3, 128, 128, dtype=torch.uint8))
+    images = torch.zeros(1, 3, 128, 128, dtype=torch.uint8)
+    predictions = model(images)
+    assert len(model.anchors.cell(32.0).unique(dim=0)) == 9
+    for deltas in predictions.deltas:
+        torch.testing.assert_close(deltas, torch.zeros_like(deltas), rtol=0, atol=1e-4)
+
+    sizes = [(2.0 + level) * stride for level, stride in enumerate(model.strides)]
+    model = retinanet(**TINY, box_bins=17, anchor_sizes=sizes, anchor_scales=[1.0], anchor_ratios=[1.0])
+    torch.nn.init.zeros_(model.head.box.predict.weight)
+    predictions = model(images)
     for deltas, anchors, stride in zip(predictions.deltas, predictions.anchors, model.strides, strict=True):
         boxes = decode(deltas[0], anchors)
-        torch.testing.assert_close(boxes[:, 2:] - boxes[:, :2], torch.full((len(boxes), 2), 16.0 * stride))
+        expected = torch.full(
+            (len(boxes), 2), sum(sizes[i] / s for i, s in enumerate(model.strides)) / len(sizes) * stride
+        )
+        torch.testing.assert_close(boxes[:, 2:] - boxes[:, :2], expected)
 
 
 def test_arguments_rebuild_the_model() -> None:

@@ -11,6 +11,7 @@ from retina.ops.coding import (
     distances_to_deltas,
     encode,
     encode_distances,
+    even_distribution,
     mean_distances,
 )
 
@@ -106,6 +107,22 @@ def test_mean_distances():
     assert torch.autograd.gradcheck(mean_distances, inputs)
     weighted = sum(k * share for k, share in enumerate(inputs.softmax(dim=-1).unbind(-1)))
     torch.testing.assert_close(mean_distances(inputs), weighted)
+
+
+@pytest.mark.parametrize("num_bins", [2, 3, 17])
+def test_even_distributions_have_the_means_they_are_asked_for(num_bins: int):
+    means = torch.linspace(0.5, num_bins - 1.5, 24).reshape(2, 3, 4)
+    logits = even_distribution(means, num_bins)
+    assert logits.shape == (2, 3, 4, num_bins)
+    torch.testing.assert_close(mean_distances(logits), means, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits.diff(n=2), torch.zeros(2, 3, 4, num_bins - 2), rtol=0, atol=1e-5)
+    middle = even_distribution(torch.tensor([0.5 * (num_bins - 1)]), num_bins)
+    torch.testing.assert_close(middle, torch.zeros(1, num_bins), rtol=0, atol=1e-5)
+
+
+def test_even_distributions_exclude_no_distance():
+    means = mean_distances(even_distribution(torch.tensor([-1.0, 0.0, 100.0]), 17))
+    torch.testing.assert_close(means, torch.tensor([0.5, 0.5, 15.5]), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
