@@ -81,7 +81,8 @@ def bring_in(config: ImportConfig, output: Path) -> list[str]:
         postprocess=found.postprocess,
     )
     save_detector(output, found.state, card)
-    tune = f"python tools/train.py init_from={output} {overrides(unusual(found.model))}"
+    tune = "python tools/train.py experiment=paper data=coco data.root=DIR"
+    tune = f"{tune} init_from={output} {overrides(unusual(found.model))}"
     return [*found.notes, f"detect: python tools/infer.py checkpoint={output} source=photos/", f"fine-tune: {tune}"]
 
 

@@ -126,7 +126,9 @@ def main(settings: Settings) -> int:
             },
             postprocess=without_target(settings["postprocess"]),
         )
-        for line in describe_run(folder, config, device, annotations, val_annotations, model, optimizer, sampler):
+        for line in describe_run(
+            folder, config, device, annotations, val_annotations, model, optimizer, schedule, sampler
+        ):
             logger.info(line)
         with StopRequest() as request:
             progress, stopped = fit(

@@ -10,6 +10,7 @@ from retina import distributed
 from retina.data.coco import Annotations
 from retina.data.sampler import DetectionBatchSampler
 from retina.engine.config import TrainConfig, to_steps
+from retina.engine.optim import Schedule
 
 
 def describe_run(
@@ -20,9 +21,10 @@ def describe_run(
     val: Annotations,
     model: nn.Module,
     optimizer: Optimizer,
+    schedule: Schedule,
     sampler: DetectionBatchSampler,
 ) -> list[str]:
-    """One line each for folder, device, data, classes, model, batch and schedule."""
+    """One line each for folder, device, data, classes, model, batch and schedule, and what is wrong with the last."""
     counts = sorted(zip(train.class_counts().tolist(), train.classes, strict=True), reverse=True)
     shown = ", ".join(f"{name} {count}" for count, name in counts[:20])
     more = f", and {len(counts) - 20} more" if len(counts) > 20 else ""
@@ -36,6 +38,14 @@ def describe_run(
     epoch = f"{sampler.steps_per_epoch} steps per epoch"
     if sampler.images_per_epoch != len(train):
         epoch += f" of {sampler.images_per_epoch} images"
+    some = range(0, steps, max(1, steps // 1000))
+    peak = max(schedule(step, total=steps, steps_per_epoch=sampler.steps_per_epoch) for step in some)
+    warnings = []
+    if peak < 0.99:
+        warnings.append(
+            f"warning: the learning rate never gets beyond {peak:.0%} of that - give a schedule.warmup (or "
+            f"milestones) that fit {steps} steps, or a longer train.length"
+        )
     return [
         f"run      {folder}",
         f"device   {describe_device(device)}, {config.precision}" + (f", {world} processes" if world > 1 else ""),
@@ -44,6 +54,7 @@ def describe_run(
         f"model    {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained",
         f"batch    {config.batch_size} images ({parts}), {epoch}, {steps} in all",
         f"lr       {lr:.3g} ({lr / scale:.3g} for {config.lr_batch_size} images x {scale:g})",
+        *warnings,
     ]
 
 

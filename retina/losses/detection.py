@@ -100,14 +100,17 @@ class DetectionLoss:
     def check_head(self, *, quality: bool, bins: bool) -> None:
         """Raises ValueError unless these losses and a head with or without a quality branch and distributions fit."""
         if self.quality and not quality:
-            raise ValueError(f"quality is {self.quality!r}, but the head has no quality branch (model.head_quality)")
+            raise ValueError(
+                f"quality is {self.quality!r}, but the head has no quality branch (model.head_quality=true)"
+            )
         if quality and not self.quality:
             raise ValueError("the head has a quality branch, which nothing trains: set quality to centerness or iou")
         if self.distribution_weight is not None and not bins:
-            raise ValueError("distribution_weight is set, but the head predicts no distributions (model.box_bins)")
+            raise ValueError("distribution_weight is set, but the head predicts no distributions (model.box_bins=17)")
         if bins and self.distribution_weight is None:
             raise ValueError(
-                "the head predicts distributions: set distribution_weight (0.25 in Generalized Focal Loss)"
+                "the head predicts distributions, which nothing trains: set distribution_weight (0.25 in Generalized "
+                "Focal Loss), or take another head (model=retinanet)"
             )
 
     def _quality_loss(self, predictions: Predictions, positives: "_Positives") -> Float[Tensor, "*p"]:

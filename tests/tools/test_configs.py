@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from _build import build, check_arguments
-from _compose import CONFIGS, compose
+from _compose import CONFIGS, compose, sweep
 from _lab.ablate import OWN
+from train import shapes_by_default
 
 from retina.data.transforms import Pipeline, Sample
 from retina.engine.config import DataConfig, TrainConfig, from_mapping, to_steps
@@ -70,6 +71,32 @@ def test_the_paper_s_recipe_is_what_the_paper_says() -> None:
     assert (optimizer["weight_decay"], settings["train"]["lr_batch_size"]) == (1e-4, 16)
     assert (settings["train"]["clip_norm"], settings["train"]["ema"]) == (None, None)
     assert list(settings["augment"]) == ["flip", "resize"]
+
+
+def test_the_default_is_the_best_of_the_ladder() -> None:
+    """docs/ladder.md, for data of one's own."""
+    settings = compose("train", ["data=coco", "data.root=x"])
+    model, loss = settings["model"], settings["loss"]
+    assert (model["head_norm"], model["p6_from"], model["box_bins"]) == ("group", "c5", 17)
+    assert (model["anchor_scales"], model["anchor_ratios"]) == ([2.0], [1.0])
+    assert loss == compose("train", ["loss=gfl"])["loss"]
+    assert loss["box_loss"]["_target_"] == "retina.losses.boxes.giou"
+    assert settings["optimizer"] == compose("train", ["optimizer=adamw"])["optimizer"]
+    assert (settings["train"]["clip_norm"], list(settings["augment"])) == (10.0, ["flip", "resize"])
+
+
+def _heads() -> list[list[str]]:
+    """What may stand on a command line alone, or stands in a header: words whose model and loss fit each other."""
+    alone = [[option] for option in OPTIONS if option.startswith(("data=", "experiment="))]
+    typed = [words for file in FILES for tool, *words in commands(header(file)) if tool == "train"]
+    return [*alone, *(shapes_by_default(words) + words for words in typed)]
+
+
+@pytest.mark.parametrize("words", _heads(), ids=" ".join)
+def test_loss_and_head_fit(words: list[str]) -> None:
+    for settings in sweep("train", words):
+        quality, bins = settings["model"]["head_quality"], settings["model"]["box_bins"]
+        build(settings["loss"], "loss").check_head(quality=quality, bins=bins is not None)
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -1,10 +1,12 @@
 import json
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from _compose import compose
 from commands import Capture, Tool, one_line
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -40,12 +42,15 @@ def test_an_import_is_ready_for_use(import_weights: Tool, theirs: Path, tmp_path
     assert import_weights(*words(theirs, output, f"classes={tmp_path / 'names.txt'}", "conventions.short_side=64")) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("recognised: yhenon's pytorch-retinanet, ")
-    assert lines[-2].startswith(f"fine-tune: python tools/train.py init_from={output} model.backbone=resnet18 ")
+    tune = lines[-2].removeprefix("fine-tune: python tools/train.py ")
+    assert tune.startswith(f"experiment=paper data=coco data.root=DIR init_from={output} model.backbone=resnet18 ")
     assert "model.anchor_offset=0.5" in lines[-2]
     assert "model.num_classes" not in lines[-2]
     assert lines[-1] == f"written: {output}"
     detector = retina.load(output)
     assert detector.classes == ("ant", "bee")
+    composed = compose("train", shlex.split(tune))["model"]
+    assert composed == {key: detector.card.model.get(key, value) for key, value in composed.items()}
     assert detector.card.preprocessing["short_side"] == 64
     (found,) = detector.predict([torch.zeros(3, 64, 64, dtype=torch.uint8)])
     assert len(found.scores) > 0

@@ -81,6 +81,14 @@ def test_first_lines_say_what_will_happen(finished: subprocess.CompletedProcess[
     assert lines[4].endswith("M trained")
     assert lines[5] == "batch    4 images (1 process x 1 x 4), 3 steps per epoch, 6 in all"
     assert lines[6] == "lr       0.001 (0.002 for 8 images x 0.5)"
+    assert "warning: the learning rate" not in finished.stdout
+
+
+def test_a_warm_up_longer_than_the_run_is_told(place: Path) -> None:
+    done = run(*tiny("cold", **{"schedule.warmup": 500, "train.length": 1, "train.eval_every": "null"}), folder=place)
+    assert done.returncode == 0, done.stderr
+    told = "warning: the learning rate never gets beyond 0% of that - give a schedule.warmup (or milestones) that fit 1"
+    assert done.stdout.splitlines()[7].startswith(told)
 
 
 def test_run_folder_holds_what_the_plan_says(place: Path, finished: subprocess.CompletedProcess[str]) -> None:
@@ -255,7 +263,8 @@ def test_a_run_can_start_from_the_weights_of_another(
         ({"train.batch_size": 3, "train.accumulate": 2}, "train.batch_size: a total batch of 3 images cannot be cut"),
         ({"+augment.flip.side": 1}, "augment.flip.side: no such key"),
         ({"model.head_quality": "true"}, "loss: the head has a quality branch, which nothing trains"),
-        ({"loss": "gfl", "model.head_quality": "false"}, "but the head predicts no distributions (model.box_bins)"),
+        ({"model.box_bins": 17}, "(0.25 in Generalized Focal Loss), or take another head (model=retinanet)"),
+        ({"loss": "gfl", "model.head_quality": "false"}, "but the head predicts no distributions (model.box_bins=17)"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
