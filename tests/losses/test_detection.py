@@ -523,8 +523,8 @@ def commanded(name: str) -> tuple[DetectionLoss, dict[str, Any]]:
     from _compose import compose
 
     header = (ROOT / "configs" / "loss" / f"{name}.yaml").read_text().partition("_target_")[0]
-    words = re.findall(r"model\.\S+", header)
-    settings = compose("train", [f"loss={name}", *words])
+    words = re.findall(r"model[.=]\S+", header)
+    settings = compose("train", ["experiment=paper", f"loss={name}", *words])
     return build(settings["loss"], "loss"), settings["model"]
 
 

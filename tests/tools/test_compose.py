@@ -115,7 +115,7 @@ def test_nested_sections_are_built_also_in_lists() -> None:
     blur = {"_target_": "albumentations.Blur", "p": 0.25}
     some = build({"_target_": "albumentations.OneOf", "transforms": [blur, blur | {"p": 1}]}, "augment.some")
     assert [transform.p for transform in some.transforms] == [0.25, 1]
-    loss = build(compose("train", ["+loss.box_loss.beta=0.5"])["loss"], "loss")
+    loss = build(compose("train", ["loss=focal", "+loss.box_loss.beta=0.5"])["loss"], "loss")
     assert isinstance(loss, retina.losses.detection.DetectionLoss)
 
 

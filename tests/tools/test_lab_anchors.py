@@ -360,7 +360,7 @@ def test_few_images_decide_nothing() -> None:
 
 
 def test_anchors_come_from_the_settings_of_the_model() -> None:
-    model = compose("train", ["model.levels=[3,4,5]"])["model"]
+    model = compose("train", ["model=retinanet", "model.levels=[3,4,5]"])["model"]
     assert pyramid_of(model, [2, 3, 4, 5]) == Pyramid(AnchorGenerator(sizes=(16.0, 32.0, 64.0, 128.0)), (4, 8, 16, 32))
     model |= {"anchor_sizes": [20.0, 50.0, 90.0], "anchor_scales": [1.0], "anchor_offset": 0.5}
     own = AnchorGenerator(sizes=(10.0, 20.0, 50.0, 90.0), scales=(1.0,), offset=0.5)
