@@ -113,6 +113,23 @@ def test_a_ladder_adds_and_single_steps_do_not(place: Path) -> None:
     assert rows[0].settings == jobs_of("ladder", "data=shapes")[0].settings
 
 
+def test_each_step_is_an_experiment_with_those_before_it(place: Path) -> None:
+    """What a row measures is what its experiment trains, but for the levels and the digits of the three scales."""
+    data = ["data=coco", "data.root=x"]
+    rows = [row for row in read_study("ladder")[1].rows if row.set is not None or row.experiment is not None]
+    names = [row.experiment or "ladder_start" for row in rows[:10]]
+    steps = ["giou", "group_norm", "p6_from_c5", "adamw", "multiscale", "ema", "atss", "gfl", "tal"]
+    assert names == [f"ladder_{step}" for step in ["start", *steps]]
+    for name, job in zip(names, jobs_of("ladder", *data, cumulative=True), strict=False):
+        its = compose("train", [*data, f"experiment={name}"])
+        for part in ("augment", "loss", "model", "optimizer", "train"):
+            other = ("levels", "anchor_scales", "eval_every", "save_every", "keep_checkpoints", "pictures")
+            trained, measured = ({k: v for k, v in of[part].items() if k not in other} for of in (its, job.settings))
+            assert trained == measured, (name, part)
+        scales = its["model"]["anchor_scales"]
+        assert scales == pytest.approx(job.settings["model"]["anchor_scales"], abs=1e-3), name
+
+
 def test_runs_start_from_a_backbone_that_is_trained_first(place: Path) -> None:
     """Once for all studies; not where no run wants it."""
     (place / "short.yaml").write_text("title: Short\nrows: [{label: one, set: []}]\n")
@@ -240,6 +257,7 @@ def test_runs_of_other_settings_are_told_before_any_starts(tool: Tool, place: Pa
         (["study=word.yaml"], "word.yaml: [3] is no list of words - write [key=value, ...]"),
         (["study=same.yaml"], "same.yaml: rows: none, or two of one label"),
         (["study=yaml.yaml"], "yaml.yaml: "),
+        (["study=lost.yaml"], "study: experiment: ladder_gfll: no such file in "),
     ],
 )
 def test_mistakes_are_one_line(tool: Tool, place: Path, capsys: Capture, words: list[str], wanted: str) -> None:
@@ -248,6 +266,7 @@ def test_mistakes_are_one_line(tool: Tool, place: Path, capsys: Capture, words: 
     (place / "row.yaml").write_text("title: x\nrows: [{lable: a}]\n")
     (place / "word.yaml").write_text("title: x\nrows: [{label: a, set: [3]}]\n")
     (place / "same.yaml").write_text("title: x\nrows: [{label: a}, {label: a}]\n")
+    (place / "lost.yaml").write_text("title: x\nrows: [{label: a, experiment: ladder_gfll}]\n")
     (place / "yaml.yaml").write_text("title: [\n")
     assert tool("lab", "ablate", *words) == 2
     assert one_line(capsys).startswith(f"error: {wanted}")

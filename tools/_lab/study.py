@@ -1,8 +1,9 @@
 """From a study file to training runs: which they are, what each is called, and the words that start it."""
 
 import itertools
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +24,10 @@ class Row:
     """A line of the table; several, where `set` lists values: `optimizer.lr=0.01,0.02`."""
 
     label: str
+    experiment: str | None = None
+    """A file of configs/experiment: what it says itself, not what it begins with, are the row's first words."""
     set: list[str] | None = None
-    """Words for tools/train.py; null where a row only has published numbers."""
+    """Words for tools/train.py; null where a row only has published numbers, or an experiment's words are enough."""
     published: dict[str, Any] = field(default_factory=dict)
     """In percent, by metric; `ms` is the time of an image."""
     image_scale: float = 1.0
@@ -130,16 +133,37 @@ def plan(
     lines: list[Line] = []
     before: list[str] = []
     for row in study.rows:
-        if row.set is None:
+        if row.experiment is None and row.set is None:
             lines.append(Line(row.label, row.label, row.published, []))
             continue
-        own = [*before, *row.set, *row.data.get(data, [])]
+        own = [*before, *_words_of_experiment(row.experiment), *(row.set or []), *row.data.get(data, [])]
         before = own if cumulative else []
         lines += _lines(row, [*base, *own], seeds, runs=f"{runs}/{name}")
     names = [job.folder for line in lines for job in line.jobs]
     if twice := {str(folder) for folder in names if names.count(folder) > 1}:
         raise ConfigError(f"study: two runs would be in {min(twice)} - give the rows labels that differ in letters")
     return name, lines
+
+
+def _words_of_experiment(name: str | None) -> list[str]:
+    """The file's choices of groups, and its values one by one. Raises ConfigError if there is none of that name."""
+    if name is None:
+        return []
+    file = CONFIGS / "experiment" / f"{name}.yaml"
+    if not file.is_file():
+        raise ConfigError(f"study: experiment: {name}: no such file in {file.parent} - correct the name")
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    choices = [choice for choice in values.pop("defaults", []) if isinstance(choice, dict)]
+    groups = [f"{key.removeprefix('override /')}={value}" for choice in choices for key, value in choice.items()]
+    return [*groups, *(f"{key}={json.dumps(value)}" for key, value in _leaves(values))]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def known_data() -> dict[str, list[str]]:
