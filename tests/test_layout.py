@@ -35,7 +35,6 @@ TESTED_WITH = {
     "evaluation/matching": "evaluation/test_metrics",
     "engine/loop": "tools/test_train",
     "engine/summary": "tools/test_train",
-    "tools/_build": "tools/test_compose",
     "tools/_split": "tools/test_eval",
 }
 

@@ -5,8 +5,12 @@ import difflib
 import functools
 import importlib
 import inspect
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from retina.engine.config import unknown_key
@@ -38,12 +42,16 @@ def build(section: Any, key: str, **extra: Any) -> Any:
     partial = values.pop("_partial_", False)
     check_arguments(factory, values | extra, key, partial=partial)
     arguments = {name: _build_nested(value, f"{key}.{name}") for name, value in values.items()} | extra
-    return functools.partial(factory, **arguments) if partial else call(factory, key, **arguments)
+    if not partial:
+        return call(factory, key, **arguments)
+    _check_types(factory, arguments, key)
+    return functools.partial(factory, **arguments)
 
 
 def call(factory: Callable[..., T], key: str, **arguments: Any) -> T:
     """`factory(**arguments)`, with whatever it has to say against the values as one line that names the section."""
     check_arguments(factory, arguments, key)
+    _check_types(factory, arguments, key)
     try:
         return factory(**arguments)
     except (TypeError, ValueError) as fault:  # pydantic's ValidationError is a ValueError of several lines
@@ -63,6 +71,34 @@ def check_arguments(factory: Callable[..., Any], arguments: Iterable[str], key: 
         faults += [f"{key}.{name}: missing - give {key}.{name}=..." for name in lacking]
     if faults:
         raise ConfigError("; ".join(faults))
+
+
+def _check_types(factory: Callable[..., Any], arguments: Mapping[str, Any], key: str) -> None:
+    """Raises ConfigError for the first argument that is not what a factory of this library says it takes. Others check
+    their arguments themselves, or are annotated loosely."""
+    if not factory.__module__.startswith("retina."):
+        return
+    hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    for name, value in arguments.items():
+        if not _fits(value, hint := hints.get(name, Any)):
+            wanted = re.sub(r"(\w+\.)+", "", str(hint)) if typing.get_args(hint) else hint.__name__
+            raise ConfigError(f"{key}.{name}: {value!r} is of the wrong type - give {wanted.replace('None', 'null')}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a YAML file is of that type; of a type that no YAML file can hold, it is not asked."""
+    if hint in (Any, Path):
+        return hint is Any or isinstance(value, str | Path)
+    options, origin = typing.get_args(hint), typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, option) for option in options)
+    if origin is typing.Literal:
+        return value in options
+    if origin in (list, tuple, Sequence):
+        return isinstance(value, list | tuple) and all(_fits(item, options[0]) for item in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (bool, str, types.NoneType) else not isinstance(value, list | str)
 
 
 def _build_nested(value: Any, key: str) -> Any:

@@ -85,6 +85,9 @@ def main(settings: Settings) -> int:
         loaded = load_checked(data, splits, folder, say=logger.info)
         annotations, val_annotations = loaded[0], loaded[-1]
 
+        if isinstance(criterion, DetectionLoss):
+            call(criterion.check_classes, "loss", num_classes=len(annotations.classes))
+
         torch.manual_seed(config.seed)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         model = call(retinanet, "model", **settings["model"], num_classes=len(annotations.classes))

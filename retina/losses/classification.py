@@ -3,6 +3,7 @@
 Cross entropy is `Focal(gamma=0, alpha=None)`, alpha-balanced cross entropy `Focal(gamma=0, alpha=0.75)`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -40,12 +41,13 @@ class Focal:
     """The focal loss (Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, equation 5).
 
     Args:
-        alpha: weight of positives, 1 - alpha being that of negatives; None for weight 1 on both.
+        alpha: weight of positives, 1 - alpha being that of negatives; one number, or one per class; None for weight 1
+            on both.
         gamma: focusing exponent; 0 is the (balanced) cross entropy.
 
-    Raises ValueError for values out of range."""
+    Raises ValueError for values out of range and, when called, for another number of classes than alpha has."""
 
-    alpha: float | None = 0.25
+    alpha: float | Sequence[float] | None = 0.25
     gamma: float = 2.0
 
     def __post_init__(self) -> None:

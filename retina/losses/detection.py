@@ -3,6 +3,7 @@
 Everything is batched over images, and no shape or branch depends on the data, so a GPU never waits for Python.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -112,6 +113,12 @@ class DetectionLoss:
                 "the head predicts distributions, which nothing trains: set distribution_weight (0.25 in Generalized "
                 "Focal Loss), or take another head (model=retinanet)"
             )
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raises ValueError for a list of alphas that is longer or shorter."""
+        alpha = getattr(self.classification, "alpha", None)
+        if isinstance(alpha, Sequence) and len(alpha) != num_classes:
+            raise ValueError(f"classification.alpha has {len(alpha)} values for {num_classes} classes")
 
     def _quality_loss(self, predictions: Predictions, positives: "_Positives") -> Float[Tensor, "*p"]:
         assert predictions.quality is not None

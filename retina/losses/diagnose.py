@@ -73,7 +73,7 @@ def diagnose(
     where it is known. float32; no shape depends on the data; no level of logits is copied whole on a CPU.
     """
     focal = classification if isinstance(classification, Focal) else Focal(alpha=None, gamma=0.0)
-    weights = (1.0, 1.0) if focal.alpha is None else (focal.alpha, 1 - focal.alpha)
+    weights = _weights_of_classes(focal, predictions.logits[0])
     counts = [len(anchors) for anchors in predictions.anchors]
     positive, counted = assigned.positive, assigned.positive | assigned.negative
     of_level = [part.sum(dtype=torch.float32) for part in positive.split(counts, dim=1)]
@@ -82,16 +82,29 @@ def diagnose(
     p_t = torch.where(positive, own.sigmoid(), 0).sum()
     scores = torch.where(counted, torch.cat([_sum_of_scores(logits) for logits in predictions.logits], dim=1), 0).sum()
     num_positives = torch.stack(of_level).sum()
-    num_negatives = counted.sum(dtype=torch.float32) * predictions.logits[0].shape[-1] - num_positives
-    positives_loss = weights[0] * torch.where(positive, focal_of_error(-own, focal.gamma), 0).sum()
-    of_positive = weights[0] * (1 - prior) ** focal.gamma * -math.log(prior)
-    of_negative = weights[1] * prior**focal.gamma * -math.log1p(-prior)
-    at_prior = num_positives * of_positive + num_negatives * of_negative
+    num_counted = counted.sum(dtype=torch.float32)
+    num_negatives = num_counted * len(weights[1]) - num_positives
+    of_own, of_others = (weight[torch.where(positive, labels, 0)] * positive for weight in weights)
+    positives_loss = (of_own * focal_of_error(torch.where(positive, -own, 0), focal.gamma)).sum()
+    of_positive = (1 - prior) ** focal.gamma * -math.log(prior)
+    of_negative = prior**focal.gamma * -math.log1p(-prior)
+    at_prior = of_own.sum() * of_positive + (num_counted * weights[1].sum() - of_others.sum()) * of_negative
     if loss is None:
         loss = focal(predictions, labels, assigned)
     return torch.stack(
         [num_positives, p_t, num_negatives, scores - p_t, positives_loss, loss.detach().float(), at_prior, *of_level]
     )
+
+
+def _weights_of_classes(
+    focal: Focal, logits: Float[Tensor, "B A_l K"]
+) -> tuple[Float[Tensor, "K"], Float[Tensor, "K"]]:
+    """Of positives and of negatives."""
+    like = logits.new_ones(logits.shape[-1], dtype=torch.float32)
+    if focal.alpha is None:
+        return like, like
+    positive = like * torch.as_tensor(focal.alpha, dtype=like.dtype).to(like.device, non_blocking=True)
+    return positive, 1 - positive
 
 
 def summarize(sums: Sequence[float], levels: Sequence[int]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from retina.ops.focal import check_focal, focal_of_error
+from retina.ops.loss_common import as_tensor
 
 # Elements per thread and chunk on CPU: a handful of float32 buffers of this size stay in the second-level cache. On
 # other devices a chunk only bounds the memory of the buffers.
@@ -38,7 +39,7 @@ def class_focal_loss(
     positive: Bool[Tensor, "*batch A"],
     negative: Bool[Tensor, "*batch A"],
     *,
-    alpha: float | None = 0.25,
+    alpha: float | Float[Tensor, "K"] | Sequence[float] | None = 0.25,
     gamma: float = 2.0,
 ) -> Float[Tensor, ""]:
     """Sum of the focal loss over the K classes of every anchor that is positive or negative.
@@ -47,13 +48,21 @@ def class_focal_loss(
     of all; other anchors count for nothing. Labels are read at positive anchors only and must be in 0..K-1 there.
 
     Equals `retina.ops.focal.sigmoid_focal_loss` on the multi-hot targets, which are never built: loss and gradient come
-    from one pass over the logits, in chunks or in one Triton kernel, and the gradient takes the place that the logits'
-    gradient needs anyway. A compiler is given the plain formula, which it fuses by itself. float32 inside for narrower
-    dtypes; the sum is float32, or float64 for float64 logits. Shapes never depend on the data. Once differentiable.
+    from one pass over the logits, in chunks or (with one alpha for all classes) in one Triton kernel, and the gradient
+    takes the place that the logits' gradient needs anyway. A compiler is given the plain formula, which it fuses by
+    itself. float32 inside for narrower dtypes; the sum is float32, or float64 for float64 logits. Shapes never depend
+    on the data. Once differentiable.
+
+    Raises ValueError for values out of range, and for an alpha per class that is not as long as there are classes.
     """
     check_focal(alpha, gamma)
-    weights = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
     num_classes = logits.shape[-1]
+    if isinstance(alpha, Tensor | Sequence):
+        alpha = as_tensor(alpha)
+        if len(alpha) != num_classes:
+            raise ValueError(f"alpha must have one value per class, {num_classes}, got {len(alpha)}")
+        alpha = alpha.to(logits.device, torch.promote_types(logits.dtype, torch.float32), non_blocking=True)
+    weights: tuple[float | Tensor, float | Tensor] = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
     logits, labels = logits.reshape(-1, num_classes), labels.reshape(-1, 1)
     positive, negative = positive.reshape(-1, 1), negative.reshape(-1, 1)
     if torch.compiler.is_compiling():
@@ -110,7 +119,7 @@ def _triton_kernels(tensor: Tensor) -> ModuleType | None:
 
 
 def _loss_and_grad(logits: Tensor, *arguments: Any, grad: Tensor | None) -> Float[Tensor, ""]:
-    kernels = _triton_kernels(logits)
+    kernels = None if any(isinstance(weight, Tensor) for weight in arguments[3:5]) else _triton_kernels(logits)
     compute = kernels.loss_and_grad if kernels else _sum_over_chunks
     return compute(logits, *arguments, grad=grad)
 
@@ -120,8 +129,8 @@ def _sum_over_chunks(
     labels: Int64[Tensor, "N 1"],
     positive: Bool[Tensor, "N 1"],
     negative: Bool[Tensor, "N 1"],
-    positive_weight: float,
-    negative_weight: float,
+    positive_weight: float | Float[Tensor, "K"],
+    negative_weight: float | Float[Tensor, "K"],
     gamma: float,
     *,
     grad: Float[Tensor, "N K"] | None,
@@ -131,11 +140,13 @@ def _sum_over_chunks(
     One class of every anchor goes apart, its label's (the first, where there is none). All others are negatives.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    weights = ((positive | negative) * negative_weight).to(dtype)
+    counted = (positive | negative).to(dtype)
     labels = torch.where(positive, labels, 0)
+    per_class = negative_weight if isinstance(negative_weight, Tensor) else None
+    weights = counted if per_class is not None else counted * negative_weight
     own = logits.gather(1, labels).to(dtype)
     power, factor, softplus = _terms(torch.where(positive, -own, own), gamma, [torch.empty_like(own) for _ in range(4)])
-    power *= torch.where(positive, positive_weight, weights)
+    power *= torch.where(positive, _of_labels(positive_weight, labels), counted * _of_labels(negative_weight, labels))
     losses = [(power * softplus).sum()]
     own_grad = torch.where(positive, -power, power).mul_(factor)
     del power, factor, softplus
@@ -154,11 +165,17 @@ def _sum_over_chunks(
         if out is not None and out.dtype == dtype:
             buffers[-1] = out  # one tensor less in the cache
         power, factor, softplus = _terms(x.to(dtype), gamma, buffers)
+        if per_class is not None:
+            power *= per_class
         power.mul_(weight).scatter_(1, label, nothing[: len(x)])
         losses.append(softplus.mul_(power).sum())
         if out is not None:
             torch.mul(power, factor, out=out).scatter_(1, label, own)
     return torch.stack(losses).sum()
+
+
+def _of_labels(weight: float | Float[Tensor, "K"], labels: Int64[Tensor, "N 1"]) -> float | Float[Tensor, "N 1"]:
+    return weight[labels] if isinstance(weight, Tensor) else weight
 
 
 def _elements_of_a_chunk(device: torch.device) -> int:

@@ -3,6 +3,8 @@
 Source of all here: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, equations 1 to 5.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from retina.ops.loss_common import (
     along_classes,
+    as_tensor,
     at_least_float32,
     class_axis,
     class_indices,
@@ -23,7 +26,7 @@ def sigmoid_focal_loss(
     logits: Tensor,
     targets: Tensor,
     *,
-    alpha: float | Tensor | None = 0.25,
+    alpha: float | Tensor | Sequence[float] | None = 0.25,
     gamma: float = 2.0,
     ignore_index: int = -100,
     reduction: str = "none",
@@ -50,9 +53,11 @@ def sigmoid_focal_loss(
     """
     check_focal(alpha, gamma)
     logits = at_least_float32(logits)
-    positive: float | Tensor = 1.0 if alpha is None else alpha
-    if isinstance(positive, Tensor):
-        positive = along_classes(positive, logits, "alpha")
+    positive: float | Tensor
+    if isinstance(alpha, Tensor | Sequence):
+        positive = along_classes(as_tensor(alpha), logits, "alpha")
+    else:
+        positive = 1.0 if alpha is None else alpha
     negative = 1.0 if alpha is None else 1 - positive
     if targets.shape == logits.shape:
         targets, counted = element_targets(logits, targets, ignore_index)
@@ -93,9 +98,9 @@ def clear_of_zero(base: Tensor) -> Tensor:
     return base.clamp(min=torch.finfo(base.dtype).tiny)
 
 
-def check_focal(alpha: float | Tensor | None, gamma: float) -> None:
+def check_focal(alpha: float | Tensor | Sequence[float] | None, gamma: float) -> None:
     """Raises ValueError unless alpha (or each class's) is None or in [0, 1], and gamma is finite and at least 0."""
-    if isinstance(alpha, Tensor):
+    if isinstance(alpha, Tensor | Sequence):
         per_class(alpha, "alpha", most=1.0)
     elif alpha is not None and not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1] or None, got {alpha}")

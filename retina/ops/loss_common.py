@@ -83,6 +83,11 @@ def along_classes(values: Tensor, logits: Tensor, name: str) -> Tensor:
     return values.to(logits.device, logits.dtype).reshape([-1 if i == axis else 1 for i in range(logits.dim())])
 
 
+def as_tensor(values: Tensor | Sequence[float]) -> Tensor:
+    """Plain numbers with all their digits, for logits of any precision."""
+    return values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float64)
+
+
 def per_class(values: Tensor | Sequence[float], name: str, *, most: float = float("inf")) -> Tensor:
     """One number per class as a float tensor. Raises ValueError unless all are finite and in [0, most]."""
     values = torch.as_tensor(values, dtype=torch.float32)

@@ -48,6 +48,14 @@ def assert_same(ours: Tensor, expected: Tensor, predictions: Predictions) -> Non
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
 
 
+def test_focal_with_an_alpha_for_each_class():
+    predictions, (labels, assigned) = predict(), assign()
+    logits, targets, counts = whole(predictions, labels, assigned)
+    alpha = [0.1, 0.25, 0.5, 0.75, 0.9]
+    columns = [sigmoid_focal_loss(logits[..., k], targets[..., k], alpha=alpha[k])[counts].sum() for k in range(K)]
+    assert_same(Focal(alpha=alpha)(predictions, labels, assigned), sum(columns), predictions)
+
+
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.75, 0.0), (None, 0.0)])
 def test_focal_and_the_cross_entropies_at_its_end(alpha: float | None, gamma: float):
     predictions, (labels, assigned) = predict(), assign()
@@ -180,6 +188,8 @@ def test_without_quality_there_is_nothing_to_learn(loss: ClassLoss):
     ("kind", "settings", "message"),
     [
         (Focal, {"alpha": 1.5}, "alpha"),
+        (Focal, {"alpha": [0.5, 1.5]}, "alpha"),
+        (Focal, {"alpha": []}, "alpha"),
         (Focal, {"gamma": -1.0}, "gamma"),
         (QualityFocal, {"gamma": -1.0}, "gamma"),
         (Varifocal, {"alpha": -0.1}, "alpha"),

@@ -16,7 +16,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import box_iou, generalized_box_iou_loss
 
 from retina.losses.boxes import giou, smooth_l1
-from retina.losses.classification import GHM, OHEM, QualityFocal, Varifocal
+from retina.losses.classification import GHM, OHEM, Focal, QualityFocal, Varifocal
 from retina.losses.detection import DetectionLoss
 from retina.ops.anchors import AnchorGenerator, Anchors
 from retina.ops.assigners import ATSS, MaxIoU, TaskAligned
@@ -584,6 +584,14 @@ def test_settings_out_of_range_are_refused_in_one_line(settings: dict, message: 
     with pytest.raises(ValueError, match=message) as error:
         DetectionLoss(**settings)
     assert "\n" not in str(error.value)
+
+
+def test_alphas_are_as_many_as_classes():
+    criterion = DetectionLoss(classification=Focal(alpha=[0.1, 0.9]))
+    criterion.check_classes(2)
+    with pytest.raises(ValueError, match=r"classification\.alpha has 2 values for 3 classes"):
+        criterion.check_classes(3)
+    DetectionLoss().check_classes(3)
 
 
 if __name__ == "__main__":

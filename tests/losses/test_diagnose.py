@@ -50,13 +50,15 @@ def some_assignment(dtype: torch.dtype = torch.float32) -> tuple[Predictions, Te
     return predictions, labels, Assignment(torch.zeros_like(labels), kind == 0, kind == 1)
 
 
-@pytest.mark.parametrize("classification", [Focal(), Focal(alpha=None, gamma=0.5), OHEM()], ids=str)
+@pytest.mark.parametrize(
+    "classification", [Focal(), Focal(alpha=None, gamma=0.5), Focal(alpha=[0.1, 0.2, 0.5, 0.7, 0.9]), OHEM()], ids=str
+)
 def test_sums_are_those_of_the_plain_formula(classification: ClassLoss) -> None:
     predictions, labels, assigned = some_assignment()
     told = summarize(diagnose(classification, predictions, labels, assigned, prior=PRIOR).tolist(), levels=LEVELS[:2])
-    logits = torch.cat(predictions.logits, dim=1)
-    yes = assigned.positive[..., None] & (labels[..., None] == torch.arange(CLASSES))
-    counted = (assigned.positive | assigned.negative)[..., None].expand_as(yes)
+    logits = torch.cat(predictions.logits, dim=1).flatten(0, 1)
+    yes = (assigned.positive[..., None] & (labels[..., None] == torch.arange(CLASSES))).flatten(0, 1)
+    counted = (assigned.positive | assigned.negative).flatten()[:, None].expand_as(yes)
     no = counted & ~yes
     alpha, gamma = (classification.alpha, classification.gamma) if isinstance(classification, Focal) else (None, 0.0)
     formula = partial(sigmoid_focal_loss, targets=yes.float(), alpha=alpha, gamma=gamma)

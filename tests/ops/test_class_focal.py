@@ -36,6 +36,32 @@ def value_and_grad(function, logits: Tensor, *arguments: Tensor, **settings) -> 
     return loss.detach(), logits.grad
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_an_alpha_for_each_class(gamma: float, compiled: bool, monkeypatch: pytest.MonkeyPatch):
+    """Rows of chunks too, and what a compiler gets; equal alphas are one alpha."""
+    monkeypatch.setattr(class_focal, "_CHUNK", 40)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+    problem, alpha = random_problem(100, 4), [0.1, 0.25, 0.9, 1.0]
+    loss, grad = value_and_grad(class_focal_loss, *problem, alpha=alpha, gamma=gamma)
+    monkeypatch.undo()
+    expected, slope = value_and_grad(oracle, *problem, alpha=alpha, gamma=gamma)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(grad, slope, rtol=1e-10, atol=1e-10)
+    targets = F.one_hot(problem[1], 4) * problem[2][..., None]
+    p = torch.sigmoid(problem[0])
+    p_t, alpha_t = torch.where(targets == 1, p, 1 - p), torch.tensor(alpha, dtype=torch.float64)
+    plain = torch.where(targets == 1, alpha_t, 1 - alpha_t) * (1 - p_t) ** gamma * -p_t.log()
+    torch.testing.assert_close(loss, plain[problem[2] | problem[3]].sum(), rtol=1e-9, atol=0)
+    same = value_and_grad(class_focal_loss, *problem, alpha=[0.3] * 4, gamma=gamma)
+    torch.testing.assert_close(same, value_and_grad(class_focal_loss, *problem, alpha=0.3, gamma=gamma))
+
+
+def test_an_alpha_for_each_class_is_as_long_as_there_are_classes():
+    with pytest.raises(ValueError, match="alpha must have one value per class, 2, got 3"):
+        class_focal_loss(*random_problem(3, 2), alpha=[0.1, 0.2, 0.3])
+
+
 @pytest.mark.parametrize("alpha", [0.25, 0.0, 1.0, None])
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("shape", [(2, 50, 7), (300, 1), (2, 0, 5), (3, 2, 4, 3)])
@@ -225,7 +251,9 @@ def test_without_gradients_the_loss_is_the_same():
         assert class_focal_loss(problem[0].requires_grad_(), *problem[1:]).grad_fn is None
 
 
-@pytest.mark.parametrize("settings", [{"alpha": -0.1}, {"alpha": 1.5}, {"gamma": -1.0}, {"gamma": float("inf")}])
+@pytest.mark.parametrize(
+    "settings", [{"alpha": -0.1}, {"alpha": 1.5}, {"alpha": [0.5, 1.5]}, {"gamma": -1.0}, {"gamma": float("inf")}]
+)
 def test_settings_out_of_range_are_refused(settings: dict):
     with pytest.raises(ValueError, match=r"alpha must be|gamma must be"):
         class_focal_loss(*random_problem(3, 2), **settings)
