@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from retina.losses.classification import ClassLoss, Focal
+from retina.losses.classification import ClassLoss, Focal, QualityFocal, Varifocal
 from retina.losses.detection import DetectionLoss
 from retina.ops.focal import focal_of_error
+from retina.ops.soft_focal import quality_focal_loss, varifocal_loss
 from retina.types import Assignment, Predictions
 
 # Logits at a time: in the second-level cache, or bounding the memory.
@@ -24,6 +25,9 @@ _CHUNK_OF_DEVICE = 2**24
 # score 50 times a prior of 0.01; with some outliers among the logits, the loss alone is far off.
 _LOSS_TIMES = 10.0
 _SCORE_TIMES = 4.0
+
+Told = Focal | QualityFocal | Varifocal
+"""Losses that are a sum over elements, each by itself."""
 
 
 class Diagnosis:
@@ -41,7 +45,7 @@ class Diagnosis:
         self, predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
     ) -> Float[Tensor, ""]:
         loss = self.classification(predictions, labels, assigned)
-        known = loss if isinstance(self.classification, Focal) else None
+        known = loss if isinstance(self.classification, Told) else None
         sums = diagnose(self.classification, predictions, labels, assigned, prior=self.prior, loss=known)
         self.sums = sums if self.sums is None else self.sums + sums
         return loss
@@ -68,12 +72,11 @@ def diagnose(
     In this order: positive elements, their p_t, negative elements, their scores (1 - p_t), the loss of the positives,
     of all, and of all if every score were `prior`; then the positive anchors of each level.
 
-    The losses are those of a `Focal` classification loss, and plain cross entropy beside any other: what OHEM or GHM
-    make of an element depends on all others, and soft targets have no analytic start. `loss` is that of all elements,
-    where it is known. float32; no shape depends on the data; no level of logits is copied whole on a CPU.
+    The losses are those of a focal, quality focal or varifocal loss, and plain cross entropy beside any other: what
+    OHEM or GHM make of an element depends on all others. `loss` is that of all elements, where it is known. float32; no
+    shape depends on the data; no level of logits is copied whole on a CPU.
     """
-    focal = classification if isinstance(classification, Focal) else Focal(alpha=None, gamma=0.0)
-    weights = _weights_of_classes(focal, predictions.logits[0])
+    told = classification if isinstance(classification, Told) else Focal(alpha=None, gamma=0.0)
     counts = [len(anchors) for anchors in predictions.anchors]
     positive, counted = assigned.positive, assigned.positive | assigned.negative
     of_level = [part.sum(dtype=torch.float32) for part in positive.split(counts, dim=1)]
@@ -83,28 +86,43 @@ def diagnose(
     scores = torch.where(counted, torch.cat([_sum_of_scores(logits) for logits in predictions.logits], dim=1), 0).sum()
     num_positives = torch.stack(of_level).sum()
     num_counted = counted.sum(dtype=torch.float32)
-    num_negatives = num_counted * len(weights[1]) - num_positives
-    of_own, of_others = (weight[torch.where(positive, labels, 0)] * positive for weight in weights)
-    positives_loss = (of_own * focal_of_error(torch.where(positive, -own, 0), focal.gamma)).sum()
-    of_positive = (1 - prior) ** focal.gamma * -math.log(prior)
-    of_negative = prior**focal.gamma * -math.log1p(-prior)
-    at_prior = of_own.sum() * of_positive + (num_counted * weights[1].sum() - of_others.sum()) * of_negative
+    num_negatives = num_counted * predictions.logits[0].shape[-1] - num_positives
+    at_start = torch.full_like(own, math.log(prior) - math.log1p(-prior))
+    labels = torch.where(positive, labels, 0)
+    positive_weight, negative_weight = _weights_of_classes(told, predictions.logits[0])
+    positives_loss, from_prior = (
+        torch.where(positive, positive_weight[labels] * _of_positives(told, logits, assigned), 0).sum()
+        for logits in (own, at_start)
+    )
+    weight_of_negatives = num_counted * negative_weight.sum() - torch.where(positive, negative_weight[labels], 0).sum()
+    at_prior = from_prior + weight_of_negatives * prior**told.gamma * -math.log1p(-prior)
     if loss is None:
-        loss = focal(predictions, labels, assigned)
+        loss = told(predictions, labels, assigned)
     return torch.stack(
         [num_positives, p_t, num_negatives, scores - p_t, positives_loss, loss.detach().float(), at_prior, *of_level]
     )
 
 
-def _weights_of_classes(
-    focal: Focal, logits: Float[Tensor, "B A_l K"]
-) -> tuple[Float[Tensor, "K"], Float[Tensor, "K"]]:
-    """Of positives and of negatives."""
-    like = logits.new_ones(logits.shape[-1], dtype=torch.float32)
-    if focal.alpha is None:
-        return like, like
-    positive = like * torch.as_tensor(focal.alpha, dtype=like.dtype).to(like.device, non_blocking=True)
-    return positive, 1 - positive
+def _of_positives(told: Told, logits: Float[Tensor, "B A"], assigned: Assignment) -> Float[Tensor, "B A"]:
+    """The loss of positive elements, given their logits, but for the weight of their class."""
+    if isinstance(told, Focal):
+        return focal_of_error(-logits, told.gamma)
+    assert assigned.quality is not None
+    quality = torch.where(assigned.positive, assigned.quality, 0)
+    if isinstance(told, Varifocal):
+        return varifocal_loss(logits, quality, alpha=told.alpha, gamma=told.gamma)
+    return quality_focal_loss(logits, quality, gamma=told.gamma)
+
+
+def _weights_of_classes(told: Told, logits: Float[Tensor, "B A_l K"]) -> tuple[Float[Tensor, "K"], Float[Tensor, "K"]]:
+    """Of positive and of negative elements."""
+    ones = logits.new_ones(logits.shape[-1], dtype=torch.float32)
+    if isinstance(told, Varifocal):
+        return ones, told.alpha * ones
+    if isinstance(told, QualityFocal) or told.alpha is None:
+        return ones, ones
+    alpha = ones * torch.as_tensor(told.alpha, dtype=ones.dtype).to(ones.device, non_blocking=True)
+    return alpha, 1 - alpha
 
 
 def summarize(sums: Sequence[float], levels: Sequence[int]) -> dict[str, float]:

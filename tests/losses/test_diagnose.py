@@ -14,6 +14,7 @@ from retina.losses.detection import DetectionLoss
 from retina.losses.diagnose import diagnose, prior_is_lost, summarize, with_diagnosis
 from retina.model.retinanet import RetinaNet, retinanet
 from retina.ops.focal import sigmoid_focal_loss
+from retina.ops.soft_focal import quality_focal_loss, varifocal_loss
 from retina.types import Assignment, Batch, Predictions, Targets
 
 CLASSES, LEVELS, PRIOR = 5, [3, 4, 5], 0.01
@@ -47,12 +48,17 @@ def some_assignment(dtype: torch.dtype = torch.float32) -> tuple[Predictions, Te
         deltas=tuple(torch.zeros(2, count, 4) for count in counts),
         anchors=tuple(torch.rand(count, 4) for count in counts),
     )
-    return predictions, labels, Assignment(torch.zeros_like(labels), kind == 0, kind == 1)
+    quality = torch.where(kind == 0, torch.rand(kind.shape), 0)
+    return predictions, labels, Assignment(torch.zeros_like(labels), kind == 0, kind == 1, quality)
 
 
-@pytest.mark.parametrize(
-    "classification", [Focal(), Focal(alpha=None, gamma=0.5), Focal(alpha=[0.1, 0.2, 0.5, 0.7, 0.9]), OHEM()], ids=str
-)
+SUMS = [
+    *(Focal(), Focal(alpha=None, gamma=0.5), Focal(alpha=[0.1, 0.2, 0.5, 0.7, 0.9])),
+    *(QualityFocal(), QualityFocal(gamma=0.5), Varifocal(alpha=0.4), OHEM(), GHM()),
+]
+
+
+@pytest.mark.parametrize("classification", SUMS, ids=str)
 def test_sums_are_those_of_the_plain_formula(classification: ClassLoss) -> None:
     predictions, labels, assigned = some_assignment()
     told = summarize(diagnose(classification, predictions, labels, assigned, prior=PRIOR).tolist(), levels=LEVELS[:2])
@@ -60,8 +66,16 @@ def test_sums_are_those_of_the_plain_formula(classification: ClassLoss) -> None:
     yes = (assigned.positive[..., None] & (labels[..., None] == torch.arange(CLASSES))).flatten(0, 1)
     counted = (assigned.positive | assigned.negative).flatten()[:, None].expand_as(yes)
     no = counted & ~yes
-    alpha, gamma = (classification.alpha, classification.gamma) if isinstance(classification, Focal) else (None, 0.0)
-    formula = partial(sigmoid_focal_loss, targets=yes.float(), alpha=alpha, gamma=gamma)
+    quality = yes * assigned.quality.flatten()[:, None]
+    match classification:
+        case QualityFocal(gamma=gamma):
+            formula = partial(quality_focal_loss, targets=quality, gamma=gamma)
+        case Varifocal(alpha=alpha, gamma=gamma):
+            formula = partial(varifocal_loss, targets=quality, alpha=alpha, gamma=gamma)
+        case Focal(alpha=alpha, gamma=gamma):
+            formula = partial(sigmoid_focal_loss, targets=yes.float(), alpha=alpha, gamma=gamma)
+        case _:
+            formula = partial(sigmoid_focal_loss, targets=yes.float(), alpha=None, gamma=0.0)
     loss, start = formula(logits), formula(torch.full_like(logits, math.log(PRIOR / (1 - PRIOR))))
     expected = {
         "p_t_positives": logits[yes].sigmoid().mean(),
@@ -91,7 +105,7 @@ def test_batches_add_up() -> None:
     parts = []
     for image in (slice(0, 1), slice(1, 2)):
         logits = tuple(level[image] for level in predictions.logits)
-        own = Assignment(*(part[image] for part in assigned[:3]))
+        own = Assignment(*(part[image] for part in assigned))
         parts.append(diagnose(Focal(), predictions._replace(logits=logits), labels[image], own, prior=PRIOR))
     torch.testing.assert_close(sum(parts), whole)
 
@@ -126,7 +140,7 @@ def test_no_shape_depends_on_the_data_and_nothing_waits(classification: ClassLos
             classification,
             fake,
             mode.from_tensor(labels),
-            Assignment(*(mode.from_tensor(part) for part in assigned[:3])),
+            Assignment(*(mode.from_tensor(part) for part in assigned)),
             prior=PRIOR,
         )
         assert sums.shape == (9,)
