@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from retina.ops.balance import hardest, hardest_negatives
 from retina.ops.dice import check_dice, sigmoid_dice_loss, softmax_dice_loss
 from retina.ops.focal import check_focal, sigmoid_focal_loss
-from retina.ops.loss_common import check_reduction, element_targets, per_class, reduce_loss
+from retina.ops.loss_common import check_reduction, element_targets, per_class, reduce_loss, refuse
 from retina.ops.probabilities import logits_of_sigmoid, logits_of_softmax
 from retina.ops.soft_focal import distribution_focal_loss, ghm_loss, quality_focal_loss, varifocal_loss
 from retina.ops.softmax_focal import softmax_focal_loss
@@ -44,9 +44,10 @@ class _Loss(nn.Module):
 
 
 class SigmoidFocalLoss(_Loss):
-    """`retina.ops.focal.sigmoid_focal_loss`: binary and multi-label.
+    """`retina.ops.focal.sigmoid_focal_loss`, alpha_t (1 - p_t)^gamma (-log p_t): binary and multi-label.
 
     `alpha=None, gamma=0` is the binary cross entropy, `gamma=0` with an alpha the alpha-balanced one.
+    Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, equation 5.
     """
 
     def __init__(
@@ -65,9 +66,11 @@ class SigmoidFocalLoss(_Loss):
 
 
 class SoftmaxFocalLoss(_Loss):
-    """`retina.ops.softmax_focal.softmax_focal_loss`: one of C classes, also per pixel or voxel, or several labels.
+    """`retina.ops.softmax_focal.softmax_focal_loss`, w_y (1 - p_y)^gamma (-log p_y): one of C classes, also per pixel
+    or voxel, or several labels.
 
     `gamma=0` is the cross entropy, with a `weight` the balanced one; on log-probabilities it is nn.NLLLoss.
+    Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, equation 5 and footnote 1.
     """
 
     def __init__(
@@ -85,7 +88,9 @@ class SoftmaxFocalLoss(_Loss):
 
 
 class SigmoidDiceLoss(_Loss):
-    """`retina.ops.dice.sigmoid_dice_loss`: one mask per image. Focal Dice with a beta above 1."""
+    """`retina.ops.dice.sigmoid_dice_loss`, 1 - Dice^(1 / beta): one mask per image. Focal Dice with a beta above 1.
+
+    Source: Milletari et al., V-Net, 3DV 2016; Wang and Chung, Focal Dice Loss, DLMIA 2018."""
 
     def __init__(
         self, beta: float = 1.0, *, smooth: float = 1.0, ignore_index: int = -100, reduction: str = "mean"
@@ -96,7 +101,10 @@ class SigmoidDiceLoss(_Loss):
 
 
 class SoftmaxDiceLoss(_Loss):
-    """`retina.ops.dice.softmax_dice_loss`: one mask per image and class. Focal Dice with a beta above 1."""
+    """`retina.ops.dice.softmax_dice_loss`, 1 - Dice^(1 / beta): one mask per image and class. Focal Dice with a beta
+    above 1.
+
+    Source: Milletari et al., V-Net, 3DV 2016; Wang and Chung, Focal Dice Loss, DLMIA 2018."""
 
     def __init__(
         self, beta: float = 1.0, *, smooth: float = 1.0, ignore_index: int = -100, reduction: str = "mean"
@@ -119,11 +127,15 @@ class FocalPlusDiceLoss(nn.Module):
         self.focal, self.dice, self.dice_weight = focal, dice, dice_weight
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return self.focal(logits, targets) + self.dice_weight * self.dice(logits, targets)
+        focal, dice = self.focal(logits, targets), self.dice(logits, targets)
+        if focal.shape != dice.shape:
+            raise ValueError("there is no sum of one focal loss per pixel and one Dice loss per mask: reduce both")
+        return focal + self.dice_weight * dice
 
 
 class FromSigmoid(nn.Module):
-    """Another loss, for a model that ends in a sigmoid: it is given probabilities instead of logits."""
+    """Another loss, for a model that ends in a sigmoid: it is given probabilities instead of logits, and takes
+    log p - log(1 - p) for them (`retina.ops.probabilities`)."""
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
@@ -134,7 +146,8 @@ class FromSigmoid(nn.Module):
 
 
 class FromSoftmax(nn.Module):
-    """Another loss, for a model that ends in a softmax: it is given probabilities instead of logits."""
+    """Another loss, for a model that ends in a softmax: it is given probabilities instead of logits, and takes log p
+    for them (`retina.ops.probabilities`)."""
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
@@ -149,9 +162,11 @@ class OHEMLoss(nn.Module):
 
     Args:
         loss: of one value per element, such as `SoftmaxFocalLoss(gamma=0.0, reduction="none")`.
-        fraction: of all elements, so many of the hardest are kept.
+        fraction: of all elements, the ignored too, so many of the hardest are kept.
         negatives_per_positive: instead, all positives (targets above 0) and so many times as many of the hardest
             negatives are; 3 in SSD.
+
+    Source: Shrivastava et al., CVPR 2016 (fraction); Liu et al., SSD, ECCV 2016, section 2.2 (negatives_per_positive).
     """
 
     def __init__(
@@ -174,7 +189,13 @@ class OHEMLoss(nn.Module):
         if self.fraction is not None:
             return hardest(losses, fraction=self.fraction)
         assert self.negatives_per_positive is not None
-        return hardest_negatives(losses, (targets > 0).reshape(losses.shape), ratio=self.negatives_per_positive)
+        if targets.numel() != losses.numel():
+            raise ValueError(
+                "positives and negatives are told apart by one target per loss: targets of shape "
+                f"{list(targets.shape)} are not those of losses of shape {list(losses.shape)}"
+            )
+        positive = (targets > 0) & (targets != getattr(self.loss, "ignore_index", -100))
+        return hardest_negatives(losses, positive.reshape(losses.shape), ratio=self.negatives_per_positive)
 
 
 class _SoftTargets(_Loss):
@@ -192,21 +213,27 @@ class _SoftTargets(_Loss):
 
 
 class QualityFocalLoss(_SoftTargets):
-    """`retina.ops.soft_focal.quality_focal_loss`, for targets anywhere in [0, 1]."""
+    """`retina.ops.soft_focal.quality_focal_loss`, |y - p|^gamma BCE(p, y), for targets anywhere in [0, 1].
+
+    Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 2."""
 
     def __init__(self, gamma: float = 2.0, *, reduction: str = "mean") -> None:
         super().__init__(quality_focal_loss, reduction, gamma=gamma)
 
 
 class VarifocalLoss(_SoftTargets):
-    """`retina.ops.soft_focal.varifocal_loss`, for targets anywhere in [0, 1]."""
+    """`retina.ops.soft_focal.varifocal_loss`, y BCE(p, y) or alpha p^gamma BCE(p, 0), for targets anywhere in [0, 1].
+
+    Source: Zhang et al., VarifocalNet, CVPR 2021, equation 2."""
 
     def __init__(self, alpha: float = 0.75, gamma: float = 2.0, *, reduction: str = "mean") -> None:
         super().__init__(varifocal_loss, reduction, alpha=alpha, gamma=gamma)
 
 
 class GHMLoss(_SoftTargets):
-    """The sum of `retina.ops.soft_focal.ghm_loss` over all logits, which is a mean by itself."""
+    """The sum of `retina.ops.soft_focal.ghm_loss`, BCE(p, y) / density(|p - y|), over all logits: a mean by itself.
+
+    Source: Li, Liu and Wang, Gradient Harmonized Single-stage Detector, AAAI 2019, section GHM-C Loss."""
 
     def __init__(self, num_bins: int = 30) -> None:
         super().__init__(_ghm, "sum", num_bins=num_bins)
@@ -217,7 +244,10 @@ def _ghm(logits: Tensor, targets: Tensor, *, num_bins: int) -> Tensor:
 
 
 class DistributionFocalLoss(nn.Module):
-    """`retina.ops.soft_focal.distribution_focal_loss`, of logits (..., R) over R bins and targets (...) in bins."""
+    """`retina.ops.soft_focal.distribution_focal_loss`, the cross entropy of the two bins beside y in the ratio that
+    makes y their mean, of logits (..., R) over R bins and targets (...) in bins.
+
+    Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 6."""
 
     def __init__(self, *, reduction: str = "mean") -> None:
         super().__init__()
@@ -225,5 +255,6 @@ class DistributionFocalLoss(nn.Module):
         self.reduction = reduction
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        refuse(targets.isnan(), targets, "targets must be numbers")
         loss = distribution_focal_loss(logits, targets)
         return reduce_loss(loss, self.reduction, loss.numel())

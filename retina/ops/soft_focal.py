@@ -18,6 +18,9 @@ def quality_focal_loss(
     On targets 0 and 1 it is the focal loss without alpha; gamma 0 is the binary cross entropy. float32 inside for
     narrower dtypes; finite with finite gradient for logits of any size and any gamma >= 0 (for gamma < 1 the slope is
     infinite where p meets a soft target, and 0 is taken there).
+
+    Raises ValueError for targets of another shape; what they are is looked at by the modules, and not here, where a
+    detector's come from its own boxes.
     Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 2 (there beta is our gamma).
     """
     check_focal(None, gamma)
@@ -62,8 +65,10 @@ def ghm_loss(
     Precision as in `quality_focal_loss`.
     Source: Li, Liu and Wang, Gradient Harmonized Single-stage Detector, AAAI 2019, section GHM-C Loss.
     """
-    if num_bins < 1:
-        raise ValueError(f"num_bins must be at least 1, got {num_bins}")
+    if num_bins < 1 or num_bins != int(num_bins):
+        raise ValueError(f"num_bins must be a whole number, at least 1, got {num_bins}")
+    if valid.shape != logits.shape:
+        raise ValueError(f"valid must have the shape of the logits {list(logits.shape)}, got {list(valid.shape)}")
     logits, targets, cross_entropy = _cross_entropy(logits, targets)
     bins = (_distance(logits, targets).detach() * num_bins).long().clamp(max=num_bins - 1)
     bins = torch.where(valid, bins, num_bins)  # one more, for what does not count
@@ -87,9 +92,9 @@ def distribution_focal_loss(
     Precision as in `quality_focal_loss`.
     Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 6.
     """
-    last = logits.shape[-1] - 1
+    last = logits.shape[-1] - 1 if logits.dim() else 0
     if last < 1:
-        raise ValueError(f"a distribution needs at least 2 bins, got {logits.shape[-1]}")
+        raise ValueError(f"a distribution needs at least 2 bins, got logits of shape {list(logits.shape)}")
     if logits.shape[:-1] != distances.shape:
         raise ValueError(
             f"there must be one distance per distribution, got {list(distances.shape)} for logits of "

@@ -32,7 +32,7 @@ def softmax_focal_loss(
             soft, or multi-hot. Several labels of a position count as their mean: the sum over classes of
             t_c w_c (1 - p_c)^gamma (-log p_c) with t scaled to the sum 1. A position without any counts for nothing.
         weight: of each class, >= 0.
-        gamma: focusing exponent >= 0; 0 is the weighted cross entropy (with indices, to the last bit).
+        gamma: focusing exponent >= 0; 0 is the weighted cross entropy (with indices and no reduction, to the last bit).
         ignore_index: a position whose target has this value counts for nothing.
         reduction: "none", "sum", or "mean", which as in `F.cross_entropy` with class indices divides by the sum of the
             weights w_y of the positions that count, not by their number; 0 if none counts. Labels are divided by the
@@ -64,6 +64,7 @@ def softmax_focal_loss(
         weight = None if weight is None else weight.gather(axis, index)
     if weight is not None:
         share = share * weight
+    log_p = torch.where(share > 0, log_p, 0)  # infinite for a class that is masked out, and 0 times that is NaN
     # -expm1(log p) is 1 - p without the cancellation.
     loss = (share * clear_of_zero(-log_p.expm1()) ** gamma * -log_p).sum(axis)
     return reduce_loss(loss, reduction, share.sum())

@@ -147,6 +147,26 @@ def test_ohem_with_three_negatives_for_a_positive():
     torch.testing.assert_close(indices(LOGITS, background[:, None]), (losses[0, 0] + hardest) / 4)
 
 
+def test_ignored_elements_are_no_positives_of_ohem():
+    """Whatever the index is that says so: with 255 it is above 0."""
+    targets = torch.full_like(CLASSES, 255)
+    targets[:, :3] = 0
+    targets[0, 0] = 2
+    loss = OHEMLoss(SoftmaxFocalLoss(gamma=0.0, reduction="none", ignore_index=255), negatives_per_positive=3.0)
+    losses = F.cross_entropy(LOGITS, targets, reduction="none", ignore_index=255)
+    expected = (losses[0, 0] + losses[targets == 0].topk(3).values.sum()) / 4
+    torch.testing.assert_close(loss(LOGITS, targets), expected)
+
+
+SMOOTH = [case for case in EVERY if not isinstance(case[0], GHMLoss)]  # whose densities carry no gradient, as published
+
+
+@pytest.mark.parametrize(("module", "logits", "targets"), SMOOTH, ids=name_of)
+def test_gradients_are_those_of_the_values(module: nn.Module, logits: Tensor, targets: Tensor):
+    targets = targets[:2].double() if targets.is_floating_point() else targets[:2]
+    assert torch.autograd.gradcheck(lambda x: module(x, targets), logits[:2].double().requires_grad_())
+
+
 def test_successors_are_reduced():
     targets = HOT * 0.7
     for module, function in ((QualityFocalLoss, quality_focal_loss), (VarifocalLoss, varifocal_loss)):
@@ -206,11 +226,21 @@ def test_settings_that_do_not_fit_are_refused_at_once(make, message: str):
         (FromSigmoid(SigmoidFocalLoss()), LOGITS, HOT, "probabilities must be in"),
         (FromSoftmax(SoftmaxFocalLoss()), LOGITS, CLASSES, "probabilities must be in"),
         (OHEMLoss(SoftmaxFocalLoss(), fraction=0.5), LOGITS, CLASSES, "reduction='none'"),
+        (
+            OHEMLoss(SigmoidFocalLoss(reduction="none"), negatives_per_positive=3.0),
+            *(LOGITS, CLASSES, "one target per loss"),
+        ),
+        (
+            FocalPlusDiceLoss(SoftmaxFocalLoss(reduction="none"), SoftmaxDiceLoss(reduction="none")),
+            *(LOGITS, CLASSES, "reduce both"),
+        ),
         (QualityFocalLoss(), LOGITS, HOT[:, :1], "shape of the logits"),
         (QualityFocalLoss(), LOGITS, HOT * 2, "got 2"),
         (VarifocalLoss(), LOGITS, HOT - 1, "got -1"),
         (GHMLoss(), LOGITS, HOT + 1, "got 2"),
         (DistributionFocalLoss(), LOGITS, HOT[:, 0, :2], "one distance per distribution"),
+        (DistributionFocalLoss(), LOGITS, HOT[..., 0] * torch.nan, "targets must be numbers"),
+        (DistributionFocalLoss(), LOGITS[..., :1], HOT[..., 0], "at least 2 bins"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(module: nn.Module, logits: Tensor, targets: Tensor, message: str):

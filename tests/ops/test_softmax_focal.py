@@ -156,6 +156,19 @@ def test_a_position_with_one_ignored_label_is_ignored():
     assert softmax_focal_loss(logits, targets)[0] == 0
 
 
+@pytest.mark.parametrize("labels", [False, True])
+def test_what_does_not_count_may_be_anything(labels: bool):
+    """A masked class at minus infinity; a position that is ignored, with a logit that is no number."""
+    logits = torch.tensor([[0.5, -torch.inf, 1.0], [torch.nan, 0.0, 0.0]], requires_grad=True)
+    targets = torch.tensor([[1, 0, 0], [-100, -100, -100]]) if labels else torch.tensor([0, -100])
+    loss = softmax_focal_loss(logits, targets, reduction="sum")
+    expected = softmax_focal_loss(logits[:1, [0, 2]], torch.tensor([0]), reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    (grad,) = torch.autograd.grad(loss, logits)
+    (slope,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(grad[0], slope[0])
+
+
 def test_soft_labels_are_those_of_cross_entropy():
     logits, classes = random_problem(50, 4)
     smooth = one_hot(classes) * 0.9 + 0.025
