@@ -28,8 +28,11 @@ def smooth_l1(
 
     Per coordinate with difference d: d^2 / (2 beta) if |d| < beta, else |d| - beta / 2; beta 0 is plain L1, as
     torchvision and detectron2 train RetinaNet. Choose beta with `functools.partial(smooth_l1, beta=0.1)`.
+    Raises ValueError for a negative or infinite beta.
     Source: Girshick, Fast R-CNN, ICCV 2015, equations 2 and 3.
     """
+    if not 0 <= beta < float("inf"):
+        raise ValueError(f"beta must be finite and at least 0, got {beta}")
     return F.smooth_l1_loss(deltas, encode(boxes, anchors), beta=beta, reduction="none").sum(dim=-1)
 
 

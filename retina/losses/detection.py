@@ -68,6 +68,7 @@ class DetectionLoss:
         for name in ("assigner", "classification", "box_loss"):
             if not callable(getattr(self, name)):
                 raise ValueError(f"{name} must be a callable, got {getattr(self, name)!r}")
+        self.box_loss(torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0, 4))  # tells of settings out of range
         for name in ("box_weight", "quality_weight", "distribution_weight"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):
                 raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")

@@ -578,6 +578,7 @@ def test_every_config_finds_its_objects(name: str):
         ({"box_weight": float("nan")}, "box_weight"),
         ({"quality_weight": -1.0}, "quality_weight"),
         ({"distribution_weight": float("inf")}, "distribution_weight"),
+        ({"box_loss": partial(smooth_l1, beta=-1.0)}, "beta must be finite and at least 0"),
     ],
 )
 def test_settings_out_of_range_are_refused_in_one_line(settings: dict, message: str):

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from retina.data.shapes import write_shapes
+from retina.model.weights import read_card, save_detector
 
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
@@ -89,6 +90,21 @@ def test_a_warm_up_longer_than_the_run_is_told(place: Path) -> None:
     assert done.returncode == 0, done.stderr
     told = "warning: the learning rate never gets beyond 0% of that - give a schedule.warmup (or milestones) that fit 1"
     assert done.stdout.splitlines()[7].startswith(told)
+
+
+def test_a_head_without_its_prior_is_told(place: Path, finished: subprocess.CompletedProcess[str]) -> None:
+    """At the first update, and only there; a head that has it is not talked about."""
+    assert "prior-probability" not in finished.stdout
+    file = place / "runs/whole/best.safetensors"
+    state, card = load_file(file), read_card(file)
+    state["head.classification.predict.bias"].zero_()
+    save_detector(place / "lost.safetensors", state, card)
+    length = {"train.length": 2, "train.eval_every": "null", "train.log_every": 1}
+    done = run(*tiny("lost", **{"init_from": "lost.safetensors", **length}), folder=place)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stdout.splitlines() if "prior-probability initialisation is lost" in line]
+    assert len(told) == 1
+    assert told[0].startswith("warning: ")
 
 
 def test_run_folder_holds_what_the_plan_says(place: Path, finished: subprocess.CompletedProcess[str]) -> None:
