@@ -2,6 +2,7 @@
 
 import functools
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -100,6 +101,12 @@ def test_wrong_types_in_sections(cls: type, section: str, word: str, fault: str)
 def test_typed_names_the_key_of_a_whole_command() -> None:
     fault = fault_of(typed, TrainConfig, {"batch_size": "x"})
     assert fault == "batch_size: 'x' is of the wrong type - give int"
+
+
+def test_classes_are_remapped_as_the_readme_writes_it() -> None:
+    readme = (CONFIGS.parent / "README.md").read_text()
+    (word,) = re.findall(r"`'(remap=[^`]*)'`", readme)
+    assert compose("train", [word])["remap"] == {"car": "vehicle"}
 
 
 def test_augmentations_from_the_command_line() -> None:

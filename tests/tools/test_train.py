@@ -259,6 +259,8 @@ def test_a_run_can_start_from_the_weights_of_another(
     for key, value in first.items():
         assert second[key].allclose(value, atol=1e-6), key
     assert "runs/whole/best.safetensors" in capsys.readouterr().out
+    assert tool("train", *tiny("swapped", **changes), "remap={ring: star, star: ring}") == 0
+    assert "star (ring there)" in capsys.readouterr().out
     assert tool("train", *tiny("third", **changes | {"init_from": "runs/nowhere"})) == 2
     assert "runs/nowhere" in capsys.readouterr().err
 
