@@ -2,9 +2,9 @@
 
 torchvision's and timm's take RGB with ImageNet's mean and std (pytorch/vision, torchvision/transforms/_presets.py;
 huggingface/pytorch-image-models, timm/data/constants.py) and stride in the 3x3 convolution. MSRA's, which detectron2
-starts from, take BGR less a mean and stride in 1x1; their names are detectron2's or Caffe2's, and in the latter a norm
-is a scale and a shift, with no statistics (facebookresearch/detectron2, detectron2/checkpoint/c2_model_loading.py and
-layers/batch_norm.py).
+starts from, take BGR less a mean and stride in 1x1; their names are detectron2's or Caffe2's. Caffe2's norms end in
+gamma, beta, running_mean, running_var (R-50.pkl), or are a scale `s` and a shift `b` with no statistics
+(facebookresearch/detectron2, detectron2/checkpoint/c2_model_loading.py and layers/batch_norm.py).
 """
 
 import re
@@ -17,7 +17,8 @@ from retina.model.formats import detectron2
 from retina.model.formats.foreign import Conventions, Foreign, Rule, Source, rename
 
 _CLASSIFIER = "the classifier"
-_CAFFE2_NORM = {"s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
+_CAFFE2_NORM = {"gamma": "weight", "beta": "bias", "running_mean": "running_mean", "running_var": "running_var"}
+_CAFFE2_NORM |= {"s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
 
 
 def recognises_torchvision(keys: Set[str]) -> bool:
@@ -87,7 +88,7 @@ def _no_statistics(like: Tensor) -> tuple[Tensor, Tensor]:
 
 def _caffe2_rules() -> list[Rule]:
     block = r"res([2-5])_(\d+)_branch"
-    norm = r"_(?:bn|gn)_(s|b|rm|riv)"
+    norm = rf"_(?:bn|gn)_({'|'.join(_CAFFE2_NORM)})"
 
     def inner(rest: Callable[[re.Match[str]], str]) -> Callable[[re.Match[str]], str]:
         return lambda match: f"backbone.layer{int(match[1]) - 1}.{match[2]}.{rest(match)}"

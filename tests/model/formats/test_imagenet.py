@@ -16,15 +16,25 @@ from retina.model.retinanet import retinanet
 Converted = tuple[dict[str, Tensor], dict[str, object], list[str]]
 
 
-def caffe2_name(key: str) -> str:
-    """As Caffe2 calls what torchvision calls `key`, a tensor of a ResNet."""
-    kind = {"weight": "s" if "bn" in key or "downsample.1" in key else "w", "bias": "b"}[key.rpartition(".")[2]]
+def caffe2_name(key: str, *, folded: bool = False) -> str:
+    """As Caffe2 calls what torchvision calls `key`, a tensor of a ResNet; `folded` where norms have no statistics."""
+    norm = "bn" in key or "downsample.1" in key
+    kind = key.rpartition(".")[2]
+    if norm:
+        kind = {"weight": "s", "bias": "b"}[kind] if folded else {"weight": "gamma", "bias": "beta"}.get(kind, kind)
+    tail = f"_bn_{kind}" if norm else "_w"
     if not key.startswith("layer"):
-        return f"conv1_{kind}" if "conv1" in key else f"res_conv1_bn_{kind}"
+        return f"res_conv1{tail}" if norm else "conv1_w"
     stage, block, layer = key.split(".")[:3]
     branch = "1" if layer == "downsample" else "2" + "abc"[int(layer[-1]) - 1]
-    norm = "_bn" if layer.startswith("bn") or "downsample.1" in key else ""
-    return f"res{int(stage[5:]) + 1}_{block}_branch{branch}{norm}_{kind}"
+    return f"res{int(stage[5:]) + 1}_{block}_branch{branch}{tail}"
+
+
+def test_names_are_those_of_r_50_pkl() -> None:
+    names = {caffe2_name(key) for key in body("resnet50")}
+    assert {"conv1_w", "res_conv1_bn_gamma", "res2_0_branch1_bn_beta", "res5_2_branch2c_w"} <= names
+    assert {"res_conv1_bn_running_mean", "res2_0_branch2a_bn_running_var"} <= names
+    assert caffe2_name("layer1.0.bn1.bias", folded=True) == "res2_0_branch2a_bn_b"
 
 
 def converted(file: Path) -> Converted:
@@ -50,12 +60,13 @@ def test_torchvision_and_timm_are_taken_as_they_are(tmp_path: Path) -> None:
     assert loaded["stem.bn1.bias"].unique().tolist() == [number_of("bn1.bias")]
 
 
-@pytest.mark.parametrize("caffe2", [False, True])
-def test_msra_becomes_rgb_with_imagenet_s_std(tmp_path: Path, caffe2: bool) -> None:
-    """Under detectron2's names, and under those of Caffe2, where norms have no statistics."""
+@pytest.mark.parametrize("kind", ["published", "folded", "detectron2"])
+def test_msra_becomes_rgb_with_imagenet_s_std(tmp_path: Path, kind: str) -> None:
+    """Under the names of the published R-50.pkl, under Caffe2's for norms without statistics, and detectron2's own."""
     shapes = body("resnet50")
+    caffe2, folded = kind != "detectron2", kind == "folded"
     if caffe2:
-        names = {key: caffe2_name(key) for key in shapes if "running" not in key}
+        names = {key: caffe2_name(key, folded=folded) for key in shapes if not (folded and "running" in key)}
         more = {"conv1_b": (64,), "fc1000_w": (1000, 2048), "fc1000_b": (1000,)}
     else:
         names = {key: detectron2_name(key) for key in shapes}
@@ -77,7 +88,7 @@ def test_msra_becomes_rgb_with_imagenet_s_std(tmp_path: Path, caffe2: bool) -> N
     ours = F.conv2d((rgb - mean) / torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), state["conv1.weight"])
     expected = F.conv2d((rgb - mean).flip(1), first)
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-1)
-    if caffe2:
+    if folded:
         assert any("53 norms are a scale and a shift" in line for line in lines)
         assert state["layer2.1.bn2.running_mean"].eq(0).all()
         torch.testing.assert_close(state["bn1.running_var"] + 1e-5, torch.ones(64))
