@@ -1,7 +1,7 @@
 """From a recognised checkpoint to tensors and settings of ours: its conventions are applied to its numbers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from retina.errors import CheckpointError, ConfigError
 from retina.model.formats.classes import class_rows
-from retina.model.formats.foreign import IMAGENET_STD, Conventions, Foreign
+from retina.model.formats.conventions import IMAGENET_STD, Conventions, given_conventions
+from retina.model.formats.foreign import Foreign, refusal, some
 from retina.model.formats.shapes import (
     BOX_LAYER,
     CLASS_LAYER,
@@ -132,30 +133,6 @@ def _floats(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 
-def given_conventions(usual: Conventions, given: Mapping[str, Any]) -> Conventions:
-    """The usual ones with those that are given (not None) in their place."""
-    known = [f.name for f in fields(Conventions)]
-    for name in given:
-        if name not in known:
-            raise ConfigError(f"conventions.{name}: does not exist - choose among {', '.join(known)}")
-    return replace(usual, **{name: _like(usual, name, value) for name, value in given.items() if value is not None})
-
-
-def _like(usual: Conventions, name: str, value: Any) -> Any:
-    """The value as the type that this convention has. Raises ConfigError for another."""
-    default = getattr(usual, name)
-    if default is None or isinstance(default, Sequence):
-        if isinstance(value, (list, tuple)) and value and all(type(one) in (int, float) for one in value):
-            return [float(one) for one in value]
-    elif isinstance(default, float):
-        if type(value) in (int, float):
-            return float(value)
-    elif type(value) is type(default):
-        return value
-    example = "[32, 64]" if default is None else default
-    raise ConfigError(f"conventions.{name}: {value!r} is of the wrong type - give the like of {example}")
-
-
 def _apply(state: dict[str, Tensor], told: Conventions, anchors: int, kept: Sequence[int], file: Path) -> None:
     """Turns the channels of the first convolution to RGB, and what is predicted for each anchor to our order and
     scale."""
@@ -205,10 +182,13 @@ def _compare(
     """Lines about the tensors that are not taken over. Raises CheckpointError for missing ones and other shapes, and
     for those that mean nothing here."""
     missing = [key for key in own if key not in state]
+    unknown = [*foreign.unknown, *(foreign.names.get(key, key) for key in state if key not in own)]
     if missing:
-        raise CheckpointError(
-            f"{file}: lacks {len(missing)} tensors, here {', '.join(missing[:8])}{', ...' * (len(missing) > 8)} - "
-            "give the whole state dict of a model"
+        strange = f", and {len(unknown)} mean nothing here: {some(unknown)}" if unknown else ""
+        raise refusal(
+            f"{file}: lacks {len(missing)} tensors, here {some(missing)}{strange} - give the whole state dict of a "
+            "model",
+            {"lacking": missing, "unknown here": unknown},
         )
     for key, value in own.items():
         if value.shape != state[key].shape:
@@ -216,11 +196,11 @@ def _compare(
                 f"{file}: {foreign.names.get(key, key)} is {list(state[key].shape)}, not {list(value.shape)} as in the "
                 "model its other tensors make - give another file"
             )
-    unknown = [*foreign.unknown, *(foreign.names.get(key, key) for key in state if key not in own)]
     if unknown and not ignore_unknown:
-        raise CheckpointError(
-            f"{file}: {len(unknown)} tensors mean nothing here, so it may be another model: {', '.join(unknown[:8])}"
-            f"{', ...' * (len(unknown) > 8)} - ignore_unknown=true leaves them out and lists them"
+        raise refusal(
+            f"{file}: {len(unknown)} tensors mean nothing here, so it may be another model: {some(unknown)} - "
+            "ignore_unknown=true leaves them out and lists them",
+            {"unknown here": unknown},
         )
     lines = [f"left out, unknown here: {', '.join(unknown)}"] if unknown else []
     for reason in dict.fromkeys(foreign.unused.values()):

@@ -15,7 +15,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from retina.model.formats.foreign import IMAGENET_STD, Conventions, Foreign, Rule, Source, rename
+from retina.model.formats.conventions import IMAGENET_STD, Conventions
+from retina.model.formats.foreign import Foreign, Rule, Source, rename
 
 NO_STD = (1.0, 1.0, 1.0)
 MSRA = Conventions(bgr=True, std=NO_STD, stride_in_1x1=True, anchors_by_scale=True)

@@ -1,7 +1,6 @@
 """What a checkpoint of another program comes down to: tensors under our names, and what its numbers mean."""
 
 import hashlib
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from retina.errors import ConfigError
-
-IMAGENET_MEAN = (123.675, 116.28, 103.53)
-IMAGENET_STD = (58.395, 57.12, 57.375)
+from retina.errors import CheckpointError
+from retina.model.formats.conventions import Conventions
 
 
 @dataclass(frozen=True)
@@ -28,58 +25,6 @@ class Source:
     def sha256(self) -> str:
         with self.file.open("rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conventions:
-    """What a program takes for granted and no tensor says. Lists are per RGB channel, boxes (x, y, w, h)."""
-
-    bgr: bool = False
-    """The first convolution takes blue, green, red."""
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
-    """On the scale 0..255."""
-    stride_in_1x1: bool = False
-    """A bottleneck halves its map in the first 1x1 convolution, as MSRA's did; else in the 3x3."""
-    norm_eps: float = 1e-5
-    p7_relu: bool = True
-    """A ReLU between P6 and P7."""
-    anchor_sizes: Sequence[float] | None = None
-    """One per level in pixels; None: 4 strides."""
-    anchor_scales: Sequence[float] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
-    anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0)
-    anchor_offset: float = 0.0
-    """Of the first centre from the corner of the image, in strides."""
-    anchors_rounded: bool = False
-    """Corners on whole pixels."""
-    anchors_spread: bool = False
-    """Anchors are canvas // cells pixels apart, not a stride."""
-    anchors_by_scale: bool = False
-    """A cell's anchors go [scale ratio]; else [ratio scale] as ours."""
-    delta_std: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
-    """What predicted deltas are multiplied with before boxes are made of them."""
-    short_side: int = 800
-    long_side: int = 1333
-    divisor: int = 32
-    score_threshold: float = 0.05
-    candidates_per_level: int = 1000
-    nms_iou: float = 0.5
-    max_detections: int = 100
-
-    def __post_init__(self) -> None:
-        for name, count in (("mean", 3), ("std", 3), ("delta_std", 4)):
-            values = getattr(self, name)
-            if len(values) != count or not all(_is_number(v) and (v > 0 or name == "mean") for v in values):
-                raise ConfigError(f"conventions.{name}: {list(values)} is not allowed - give {count} positive numbers")
-        for name in ("short_side", "long_side", "divisor"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"conventions.{name}: {getattr(self, name)} is not allowed - give 1 or more")
-        if not _is_number(self.norm_eps) or self.norm_eps < 0:
-            raise ConfigError(f"conventions.norm_eps: {self.norm_eps} is not allowed - give 0 or more")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,3 +104,20 @@ def tower_rules(theirs: str, ours: str, *, conv: str, norm: str, has_norm: bool)
         (rf"{theirs}\.(\d+){conv}\.(weight|bias)", place(0)),
         (rf"{theirs}\.(\d+){norm}\.(weight|bias)", place(1)),
     ]
+
+
+_SHOWN = 8
+"""Names in one line."""
+
+
+def some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
+
+
+def refusal(line: str, lists: Mapping[str, Sequence[str]]) -> CheckpointError:
+    """The fault of this line, with the whole of the lists that `some` cuts short as notes (PEP 678)."""
+    fault = CheckpointError(line)
+    for title, names in lists.items():
+        if len(names) > _SHOWN:
+            fault.add_note(f"{title}: {', '.join(names)}")
+    return fault

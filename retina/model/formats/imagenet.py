@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from retina.model.formats import detectron2
-from retina.model.formats.foreign import Conventions, Foreign, Rule, Source, rename
+from retina.model.formats.conventions import Conventions
+from retina.model.formats.foreign import Foreign, Rule, Source, rename
 
 _CLASSIFIER = "the classifier"
 _CAFFE2_NORM = {"gamma": "weight", "beta": "bias", "running_mean": "running_mean", "running_var": "running_var"}

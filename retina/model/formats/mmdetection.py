@@ -17,7 +17,8 @@ from collections.abc import Callable, Set
 from typing import Any
 
 from retina.errors import CheckpointError
-from retina.model.formats.foreign import Conventions, Foreign, Source, rename, tower_rules
+from retina.model.formats.conventions import Conventions
+from retina.model.formats.foreign import Foreign, Source, rename, tower_rules
 
 _NUMBERS = r"[\[(]([\d., e+-]+)[\])]"
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from retina.errors import CheckpointError, ConfigError
-from retina.model.formats.foreign import Conventions
+from retina.model.formats.conventions import Conventions
 
 FIRST_CONVOLUTION = "backbone.stem.conv1.weight"
 CLASS_LAYER, BOX_LAYER = "head.classification.predict", "head.box.predict"

@@ -19,7 +19,8 @@ from torchvision.models import get_model_weights
 
 from retina.errors import ConfigError
 from retina.model.fetch import fetch
-from retina.model.formats.foreign import Conventions, Foreign, Rule, Source, rename, tower_rules
+from retina.model.formats.conventions import Conventions
+from retina.model.formats.foreign import Foreign, Rule, Source, rename, tower_rules
 
 PREFIX = "torchvision:"
 MODELS = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")

@@ -10,7 +10,8 @@ middle of cells, (column + 1/2, row + 1/2) x stride, not rounded (anchors.py); d
 import re
 from collections.abc import Callable, Set
 
-from retina.model.formats.foreign import Conventions, Foreign, Source, rename
+from retina.model.formats.conventions import Conventions
+from retina.model.formats.foreign import Foreign, Source, rename
 
 
 def recognises(keys: Set[str]) -> bool:

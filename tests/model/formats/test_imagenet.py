@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from formats.states import body, detectron2_name, filled, number_of
+from retina.model.formats.conventions import IMAGENET_STD
 from retina.model.formats.convert import convert_backbone
-from retina.model.formats.foreign import IMAGENET_STD
 from retina.model.formats.read import read_foreign
 from retina.model.retinanet import retinanet
 
