@@ -21,6 +21,8 @@ class Source:
     state: dict[str, Tensor]
     other: dict[str, Any] = field(default_factory=dict)
     """What lay beside the weights: plain values, of which only text, numbers and lists of them are looked at."""
+    no_arrays: list[str] = field(default_factory=list)
+    """Names among the weights that stand for something else."""
 
     def sha256(self) -> str:
         with self.file.open("rb") as handle:

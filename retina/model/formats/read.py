@@ -4,6 +4,7 @@ tensors."""
 import pickle
 from collections.abc import Callable, Set
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from retina.errors import CheckpointError
 from retina.model.backbone import read_weights
 from retina.model.formats import detectron2, imagenet, mmdetection, torchvision, yhenon
-from retina.model.formats.foreign import Foreign, Source
+from retina.model.formats.foreign import Foreign, Source, refusal, some
 from retina.model.formats.restricted_pickle import load_arrays
 
 FOREIGN_SUFFIXES = (".pkl", ".pickle", ".pth", ".pt", ".bin")
@@ -39,35 +40,50 @@ def read_foreign(file: Path) -> Foreign:
     """The recognised contents of a `.pkl`, `.pth`, `.pt` or `.safetensors` file.
 
     Raises CheckpointError for a file that is missing, damaged, of a kind that is not known, or holds anything but
-    tensors and plain values."""
+    tensors and plain values, and for weights that are no finite real numbers."""
     source = read_source(file)
     keys = source.state.keys()
     for format_ in FORMATS:
         if format_.recognises(keys):
-            return format_.read(source)
+            foreign = format_.read(source)
+            _check_numbers(foreign, file)
+            return replace(foreign, unused=foreign.unused | dict.fromkeys(source.no_arrays, "no arrays"))
     if "head.classification.predict.weight" in keys:
         raise CheckpointError(f"{file}: is of this program already - use it as it is")
-    shown = ", ".join(list(source.state)[:3]) or "none at all"
-    raise CheckpointError(
-        f"{file}: not recognised by its tensors ({shown}, ...) - give a RetinaNet of torchvision, detectron2, "
-        "mmdetection or yhenon, or an ImageNet ResNet of torchvision, timm or detectron2"
+    raise refusal(
+        f"{file}: not recognised by its tensors ({some(list(keys)) or 'none at all'}) - give a RetinaNet of "
+        "torchvision, detectron2, mmdetection or yhenon, or an ImageNet ResNet of torchvision, timm or detectron2",
+        {"tensors": list(keys)},
     )
+
+
+def _check_numbers(foreign: Foreign, file: Path) -> None:
+    for key, value in foreign.state.items():
+        counts = key.endswith(".num_batches_tracked")
+        if not (value.is_floating_point() or counts):
+            raise CheckpointError(
+                f"{file}: {foreign.names[key]} is {str(value.dtype).removeprefix('torch.')}, which no weights are - "
+                "give another file"
+            )
+        if not value.float().isfinite().all():
+            raise CheckpointError(f"{file}: {foreign.names[key]} is not finite - give weights of a run that went well")
 
 
 def read_source(file: Path) -> Source:
     """Tensors, without the `module.` of a DataParallel model, and what lies beside them."""
+    no_arrays: list[str] = []
     if file.suffix in (".pkl", ".pickle"):
-        state, other = _read_pickle(file)
+        state, other, no_arrays = _read_pickle(file)
     else:
         with _inert_globals():
             state = read_weights(file)
             other = _beside(file) if mmdetection.recognises(state.keys()) else {}
     if state and all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
-    return Source(file, state, other)
+    return Source(file, state, other, no_arrays)
 
 
-def _read_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
     """As detectron2 reads them (detectron2/checkpoint/detection_checkpoint.py): weights under `model`, in files
     of Caffe2 under `blobs` or by themselves."""
     if not file.is_file():
@@ -84,7 +100,8 @@ def _read_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not arrays:
         raise CheckpointError(f"{file}: holds no arrays by name - give another file")
     other = {key: value for key, value in data.items() if not isinstance(value, (dict, np.ndarray))}
-    return {key: torch.from_numpy(value) for key, value in arrays.items()}, other
+    state = {key: torch.from_numpy(value) for key, value in arrays.items()}
+    return state, other, [key for key in inner if key not in arrays]
 
 
 def _beside(file: Path) -> dict[str, Any]:

@@ -82,9 +82,7 @@ def test_unknown_tensors_are_refused_or_listed(state: dict[str, Tensor], tmp_pat
         imported(more, tmp_path)
     assert "mask_head.19" not in str(caught.value)
     assert "mask_head.19" in caught.value.__notes__[0]
-    with pytest.raises(
-        CheckpointError, match=r"lacks 1 tensors[^\n]*, and 22 mean nothing here: [^\n]* - give"
-    ):
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors[^\n]*, and 22 mean nothing here: [^\n]* - give"):
         imported({key: value for key, value in more.items() if key != "bn1.bias"}, tmp_path)
     found = imported(state | {"mask_head.weight": torch.zeros(1)}, tmp_path, ignore_unknown=True)
     assert "left out, unknown here: mask_head.weight" in found.notes

@@ -15,6 +15,7 @@ from torch import Tensor
 from formats.states import body, detectron2, filled, mmdetection, yhenon
 from retina.errors import CheckpointError
 from retina.model.backbone import read_weights
+from retina.model.formats.convert import convert_detector
 from retina.model.formats.read import read_foreign, read_source
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "reliability"))
@@ -108,3 +109,29 @@ def test_detectron_s_blobs_and_bare_pickles_are_read(tmp_path: Path) -> None:
         source = read_source(tmp_path / f"{name}.pkl")
         assert source.state["conv1_w"].tolist() == [1.0, 1.0, 1.0]
         assert source.state.keys() == {"conv1_w", "conv1_w_momentum"}
+        assert source.no_arrays == ["lr"]
+
+
+def test_what_is_no_array_among_the_weights_is_listed(tmp_path: Path) -> None:
+    arrays = {key: value.half().numpy() for key, value in detectron2(3).items()}
+    more = {"head.scale": 3.0, "mask_head": {"weight": np.zeros(3)}}
+    file = tmp_path / "model_final.pkl"
+    file.write_bytes(pickle.dumps({"model": arrays | more, "__author__": "x"}))
+    assert "left out, no arrays: head.scale, mask_head" in convert_detector(read_foreign(file), file).notes
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.tensor([1.0, float("nan")]), "is not finite"),
+        (torch.tensor([float("inf"), 1.0]).half(), "is not finite"),
+        (torch.ones(2, dtype=torch.complex64), "is complex64, which no weights are"),
+        (torch.ones(2, dtype=torch.int64), "is int64, which no weights are"),
+    ],
+)
+def test_weights_that_are_no_finite_numbers_are_refused_by_their_own_names(
+    value: Tensor, said: str, tmp_path: Path
+) -> None:
+    torch.save(yhenon(3) | {"fpn.P6.bias": value}, tmp_path / "theirs.pth")
+    with pytest.raises(CheckpointError, match=rf"^[^\n]*theirs\.pth: fpn\.P6\.bias {said}[^\n]* - [^\n]*$"):
+        read_foreign(tmp_path / "theirs.pth")
