@@ -9,18 +9,22 @@ in 2.x); classes from 0, no row for the background; score above 0.05, 1000 candi
 detections (configs/_base_/models/retinanet_r50_fpn.py).
 
 No tensor tells the style. The settings that mmcv and mmengine store as text beside the weights do: they are searched
-for single values and never run.
+for single values and never run. Early 2.x stores the text of base files before that of the file that changes them, so
+of several values the last counts.
 """
 
+import math
 import re
 from collections.abc import Callable, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 from retina.errors import CheckpointError
 from retina.model.formats.conventions import Conventions
 from retina.model.formats.foreign import Foreign, Source, rename, tower_rules
 
-_NUMBERS = r"[\[(]([\d., e+-]+)[\])]"
+_BRACKET = re.compile(r"[\[({\])}]")
+_NUMBERS = r"[\[(]([\d.,\se+-]+)[\])]"
 
 
 def recognises(keys: Set[str]) -> bool:
@@ -53,7 +57,8 @@ def read(source: Source) -> Foreign:
             (r"ema_.+", "the moving average, which mmdetection exchanges with the weights before it saves"),
         ],
     )
-    conventions, notes = style(source)
+    outputs = sum(bool(re.fullmatch(r"neck\.fpn_convs\.\d\.conv\.weight", key)) for key in state)
+    conventions, notes = style(source, tuple(2.0**level for level in range(6 - levels, 6 - levels + outputs)))
     return Foreign(
         program="mmdetection's RetinaNet",
         state=renamed.state,
@@ -66,8 +71,54 @@ def read(source: Source) -> Foreign:
     )
 
 
-def style(source: Source) -> tuple[Conventions, list[str]]:
-    """What the settings beside the weights say, or the name of the file, or by default `pytorch` style."""
+@dataclass
+class _Settings:
+    """Settings as text, in which single values are looked up."""
+
+    text: str
+    notes: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+
+    def find(self, name: str, value: str, default: Any, convert: Callable[[str], Any], *, inside: str = "") -> Any:
+        """The last value of that name, in sections called `inside` where that is given."""
+        text = "\n".join(self._sections(inside)) if inside else self.text
+        shown = re.sub(r"\(\?:.*?\)\??", "", name)
+        try:
+            values = [convert(one) for one in re.findall(rf"\b{name}['\"]?\s*[=:]\s*{value}", text)]
+        except (ValueError, OverflowError):
+            raise ValueError(f"{shown} with numbers that are none") from None
+        if not values:
+            self.absent.append(shown)
+            return default
+        if any(one != values[-1] for one in values):
+            given = ", ".join(dict.fromkeys(map(str, values[:-1])))
+            self.notes.append(f"{shown}: the settings beside it say {given} and then {values[-1]}, which is taken")
+        return values[-1]
+
+    def _sections(self, name: str) -> list[str]:
+        """What stands in the brackets after each `name=`."""
+        found = []
+        for start in re.finditer(rf"\b{name}['\"]?\s*[=:]\s*(?:dict)?(?=[\[({{])", self.text):
+            depth = 0
+            for bracket in _BRACKET.finditer(self.text, start.end()):
+                depth += 1 if bracket[0] in "[({" else -1
+                if not depth:
+                    found.append(self.text[start.end() : bracket.end()])
+                    break
+        return found
+
+
+def _numbers(values: str) -> tuple[float, ...]:
+    found = tuple(float(value) for value in values.split(",") if value.strip())
+    if not found or not all(map(math.isfinite, found)):
+        raise ValueError
+    return found
+
+
+def style(source: Source, strides: tuple[float, ...] = (8, 16, 32, 64, 128)) -> tuple[Conventions, list[str]]:
+    """What the settings beside the weights say, or the name of the file, or by default `pytorch` style.
+
+    strides: of the levels that the weights are for. Raises CheckpointError for settings that nothing here does."""
     meta = source.other.get("meta")
     text = next((meta[key] for key in ("cfg", "config") if isinstance(meta.get(key), str)), "") if meta else ""
     if not text:
@@ -75,40 +126,73 @@ def style(source: Source) -> tuple[Conventions, list[str]]:
         why = "its name says caffe" if caffe else "nothing in it says otherwise"
         notes = [f"no settings lie beside the weights: {'caffe' if caffe else 'pytorch'} style, because {why}"]
         return _conventions(caffe=caffe), notes
-
-    def find(pattern: str, default: Any, convert: Callable[[str], Any]) -> Any:
-        found = re.search(rf"\b{pattern}", text)
-        return convert(found[1]) if found else default
-
-    def numbers(values: str) -> tuple[float, ...]:
-        return tuple(float(value) for value in values.split(",") if value.strip())
-
-    caffe = find(r"style['\"]?\s*[=:]\s*['\"](\w+)", "pytorch", str) == "caffe"
-    bgr = find(r"(?:bgr_)?to_rgb['\"]?\s*[=:]\s*(True|False)", str(not caffe), str) == "False"
-    usual = _conventions(caffe=caffe)
+    settings = _Settings(re.sub(r"#.*", "", text))
     try:
-        mean = find(rf"mean['\"]?\s*[=:]\s*{_NUMBERS}", usual.mean[:: -1 if bgr else 1], numbers)
-        std = find(rf"std['\"]?\s*[=:]\s*{_NUMBERS}", usual.std[:: -1 if bgr else 1], numbers)
-        conventions = Conventions(
-            bgr=bgr,
-            mean=mean[:: -1 if bgr else 1],
-            std=std[:: -1 if bgr else 1],
-            stride_in_1x1=caffe,
-            p7_relu=find(r"relu_before_extra_convs['\"]?\s*[=:]\s*(True|False)", "False", str) == "True",
-            anchor_offset=find(r"center_offset['\"]?\s*[=:]\s*([\d.]+)", 0.0, float),
-            delta_std=find(rf"target_stds['\"]?\s*[=:]\s*{_NUMBERS}", usual.delta_std, numbers),
-            score_threshold=find(r"score_thr['\"]?\s*[=:]\s*([\d.]+)", usual.score_threshold, float),
-            candidates_per_level=find(r"nms_pre['\"]?\s*[=:]\s*(\d+)", usual.candidates_per_level, int),
-            nms_iou=find(r"iou_threshold['\"]?\s*[=:]\s*([\d.]+)", usual.nms_iou, float),
-            max_detections=find(r"max_per_img['\"]?\s*[=:]\s*(\d+)", usual.max_detections, int),
-        )
-    except ValueError:
-        raise CheckpointError(f"{source.file}: its settings hold numbers that are none - remove its meta") from None
-    if find(r"add_extra_convs['\"]?\s*[=:]\s*['\"]?(\w+)", "", str) == "on_lateral":
-        raise CheckpointError(f"{source.file}: P6 is made of a lateral map, which no setting here does - train it anew")
-    return conventions, [
-        f"{'caffe' if caffe else 'pytorch'} style, {'BGR' if bgr else 'RGB'}: the settings beside it say so"
+        conventions = _read_settings(settings)
+        _refuse_others(settings, strides)
+    except ValueError as fault:
+        raise CheckpointError(f"{source.file}: its settings say {fault} - give another file") from None
+    read = "caffe" if conventions.stride_in_1x1 else "pytorch"
+    notes = [f"{read} style, {'BGR' if conventions.bgr else 'RGB'}: by the settings beside it", *settings.notes]
+    if settings.absent:
+        notes.append(f"not in the settings beside it, so as usual: {', '.join(settings.absent)}")
+    return conventions, notes
+
+
+def _read_settings(settings: _Settings) -> Conventions:
+    """Raises ValueError for numbers that are none."""
+    find = settings.find
+    caffe = find("style", r"['\"](\w+)", "pytorch", str, inside="backbone") == "caffe"
+    bgr = find("(?:bgr_)?to_rgb", "(True|False)", str(not caffe), str) == "False"
+    usual = _conventions(caffe=caffe)
+    turn = -1 if bgr else 1
+    mean = find("mean", _NUMBERS, usual.mean[::turn], _numbers)
+    std = find("std", _NUMBERS, usual.std[::turn], _numbers)
+    anchors: dict[str, Any] = {"inside": "anchor_generator"}
+    strides = find("strides", _NUMBERS, (8.0, 16.0, 32.0, 64.0, 128.0), _numbers, **anchors)
+    base = find("octave_base_scale", r"([\d.]+)", 4.0, float, **anchors)
+    octaves = find("scales_per_octave", r"(\d+)", 3, int, **anchors)
+    sides = find("(?:img_)?scale", _NUMBERS, (usual.long_side, usual.short_side), _numbers, inside="test_pipeline")
+    detect: dict[str, Any] = {"inside": "test_cfg"}
+    return Conventions(
+        bgr=bgr,
+        mean=mean[::turn],
+        std=std[::turn],
+        stride_in_1x1=caffe,
+        p7_relu=find("relu_before_extra_convs", "(True|False)", "False", str) == "True",
+        anchor_sizes=None if base == 4 else [base * stride for stride in strides],
+        anchor_scales=[2 ** (i / octaves) for i in range(octaves)],
+        anchor_ratios=find("ratios", _NUMBERS, usual.anchor_ratios, _numbers, **anchors),
+        anchor_offset=find("center_offset", r"([\d.]+)", 0.0, float, **anchors),
+        anchors_by_scale=find("scale_major", "(True|False)", "True", str, **anchors) == "False",
+        delta_std=find("target_stds", _NUMBERS, usual.delta_std, _numbers),
+        short_side=int(min(sides)),
+        long_side=int(max(sides)),
+        divisor=find("(?:pad_)?size_divisor", r"(\d+)", usual.divisor, int),
+        score_threshold=find("score_thr", r"([\d.e-]+)", usual.score_threshold, float, **detect),
+        candidates_per_level=find("nms_pre", r"(\d+)", usual.candidates_per_level, int, **detect),
+        nms_iou=find("iou_thr(?:eshold)?", r"([\d.]+)", usual.nms_iou, float, **detect),
+        max_detections=find("max_per_img", r"(\d+)", usual.max_detections, int, **detect),
+    )
+
+
+def _refuse_others(settings: _Settings, strides: tuple[float, ...]) -> None:
+    """Raises ValueError naming the first setting that nothing here does."""
+    checks: list[tuple[str, str, str, Callable[[str], Any], Callable[[Any], bool], str]] = [
+        ("add_extra_convs", r"['\"]?(\w+)", "", str, lambda v: v != "on_lateral", "P6 made of a lateral map"),
+        ("use_sigmoid", "(True|False)", "loss_cls", str, lambda v: v == "True", "a softmax over classes"),
+        ("target_means", _NUMBERS, "", _numbers, lambda v: not any(v), "deltas with a mean"),
+        ("type", r"['\"](\w+)", "bbox_coder", str, lambda v: v == "DeltaXYWHBBoxCoder", "boxes coded otherwise"),
+        ("scales", r"([\[(])", "anchor_generator", str, lambda v: False, "anchors without octave_base_scale"),
+        ("strides", _NUMBERS, "anchor_generator", _numbers, lambda v: v == strides, "strides of other levels"),
+        ("num_groups", r"(\d+)", "bbox_head", int, lambda v: v == 32, "a GroupNorm of other groups"),
+        ("keep_ratio", "(True|False)", "test_pipeline", str, lambda v: v == "True", "images of another aspect ratio"),
     ]
+    looked = _Settings(settings.text)  # that most of these are absent is nothing to tell
+    for name, value, inside, convert, fits, what in checks:
+        found = looked.find(name, value, None, convert, inside=inside)
+        if found is not None and not fits(found):
+            raise ValueError(f"{name} {found}: {what}, which no setting here does")
 
 
 def _conventions(*, caffe: bool) -> Conventions:

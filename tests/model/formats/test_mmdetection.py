@@ -118,9 +118,115 @@ def test_the_log_that_mmengine_saves_is_passed_over(tmp_path: Path, monkeypatch:
     assert read_foreign(tmp_path / "epoch_12.pth").is_detector
 
 
-def test_what_no_setting_here_does_is_refused(tmp_path: Path) -> None:
-    meta = {"config": PYTORCH_2.replace("on_input", "on_lateral")}
-    with pytest.raises(CheckpointError, match="P6 is made of a lateral map"):
+def test_of_several_values_the_last_counts(tmp_path: Path) -> None:
+    """As early 2.x stores them: the text of the base file, then that of its child."""
+    meta = {"config": PYTORCH_2 + "# style='pytorch', mean=[1, 2, 3]\n" + CAFFE_2}
+    found = imported(mmdetection(1, backbone="resnet50"), tmp_path / "epoch_12.pth", meta=meta)
+    assert found.model["stride_in_1x1"] is True
+    assert (found.model["mean"], found.model["std"]) == ([122.7717, 115.9465, 102.9801], [1.0, 1.0, 1.0])
+    assert "caffe style, BGR: by the settings beside it" in found.notes
+    assert "style: the settings beside it say pytorch and then caffe, which is taken" in found.notes
+
+
+VERTICAL = """model = dict(
+    backbone=dict(
+        style='pytorch',
+        type='ResNet'),
+    bbox_head=dict(
+        anchor_generator=dict(
+            octave_base_scale=2,
+            ratios=[
+                0.33,
+                1.0,
+                3.0,
+            ],
+            scales_per_octave=2,
+            strides=[
+                8,
+                16,
+                32,
+                64,
+                128,
+            ],
+            type='AnchorGenerator'),
+        bbox_coder=dict(
+            target_means=[
+                0.0,
+                0.0,
+                0.0,
+                0.0,
+            ],
+            target_stds=[
+                0.1,
+                0.1,
+                0.2,
+                0.2,
+            ],
+            type='DeltaXYWHBBoxCoder'),
+        loss_cls=dict(type='FocalLoss', use_sigmoid=True)),
+    data_preprocessor=dict(
+        bgr_to_rgb=False,
+        mean=[
+            1.0,
+            2.0,
+            3.0,
+        ],
+        pad_size_divisor=64,
+        std=[
+            4.0,
+            5.0,
+            6.0,
+        ]),
+    test_cfg=dict(nms=dict(iou_threshold=0.4, type='nms'), score_thr=0.2))
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(keep_ratio=True, scale=(
+        640,
+        512,
+    ), type='Resize'),
+]
+train_pipeline = [
+    dict(keep_ratio=False, scale=(
+        1000,
+        900,
+    ), type='Resize'),
+]
+"""
+
+
+def test_settings_are_read_as_mmengine_writes_them(tmp_path: Path) -> None:
+    state = mmdetection(1)
+    for kind, rows in (("cls", 6), ("reg", 24)):
+        state |= {f"bbox_head.retina_{kind}.weight": torch.ones(rows, 8, 3, 3)}
+        state |= {f"bbox_head.retina_{kind}.bias": torch.ones(rows)}
+    found = imported(state, tmp_path / "epoch_12.pth", meta={"cfg": VERTICAL})
+    assert (found.model["mean"], found.model["std"]) == ([3.0, 2.0, 1.0], [6.0, 5.0, 4.0])
+    assert found.model["anchor_sizes"] == [16.0, 32.0, 64.0, 128.0, 256.0]
+    assert (found.model["anchor_scales"], found.model["anchor_ratios"]) == ([1.0, 2**0.5], [0.33, 1.0, 3.0])
+    assert found.state["head.box.predict.bias"][:4].tolist() == pytest.approx([0.1, 0.1, 0.2, 0.2])
+    assert found.preprocessing | {"short_side": 512, "long_side": 640, "divisor": 64} == found.preprocessing
+    assert (found.postprocess["score_threshold"], found.postprocess["nms_iou"]) == (0.2, 0.4)
+    (absent,) = (note for note in found.notes if note.startswith("not in the settings"))
+    assert "nms_pre" in absent
+    assert "mean" not in absent
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("type='ResNet'", "x=dict(add_extra_convs='on_lateral')", "add_extra_convs on_lateral: P6 made of a lateral"),
+        ("use_sigmoid=True", "use_sigmoid=False", "use_sigmoid False: a softmax over classes"),
+        ("target_means=[\n                0.0,", "target_means=[\n                0.5,", "target_means"),
+        ("DeltaXYWHBBoxCoder", "TBLRBBoxCoder", "type TBLRBBoxCoder: boxes coded otherwise"),
+        ("octave_base_scale=2", "scales=[8]", "anchors without octave_base_scale"),
+        ("                8,\n", "                4,\n", "strides of other levels"),
+        ("keep_ratio=True", "keep_ratio=False", "images of another aspect ratio"),
+        ("            1.0,\n            2.0", "            1.0.0,\n            2.0", "mean with numbers that are none"),
+        ("640,\n", "1e400,\n", "scale with numbers that are none"),
+    ],
+)
+def test_settings_that_nothing_here_does_are_refused(tmp_path: Path, before: str, after: str, said: str) -> None:
+    assert before in VERTICAL
+    meta = {"cfg": VERTICAL.replace(before, after, 1)}
+    with pytest.raises(CheckpointError, match=rf"^[^\n]*x\.pth: its settings say [^\n]*{said}[^\n]* - [^\n]*$"):
         imported(mmdetection(1), tmp_path / "x.pth", meta=meta)
-    with pytest.raises(CheckpointError, match="numbers that are none"):
-        imported(mmdetection(1), tmp_path / "x.pth", meta={"config": "mean=[1.0.0, 2, 3]"})
