@@ -38,6 +38,12 @@ class ImportConfig:
             raise ConfigError(f"to: {self.to!r} is not known - choose retina or torchvision")
         if Path(self.output).suffix != ".safetensors":
             raise ConfigError(f"output: {self.output} - give a name that ends in .safetensors")
+        if self.to == "torchvision":
+            conventions = {f"conventions.{name}": value for name, value in self.conventions.items()}
+            given = {"classes": self.classes, "ignore_unknown": self.ignore_unknown or None, **conventions}
+            for name, value in given.items():
+                if value is not None:
+                    raise ConfigError(f"{name}: is for weights of others, not for to=torchvision - leave it out")
 
 
 @entry("import_weights")
@@ -68,6 +74,8 @@ def bring_in(config: ImportConfig, output: Path) -> list[str]:
     foreign = read_foreign(file)
     options: dict[str, Any] = {"conventions": config.conventions, "ignore_unknown": config.ignore_unknown}
     if not foreign.is_detector:
+        if classes is not None:
+            raise ConfigError(f"classes: mean nothing to {file}, a plain backbone - leave them out")
         state, model, lines = convert_backbone(foreign, file, **options)
         write_whole(output, serialize(state))
         return [*lines, f"train with it: python tools/train.py {overrides(model | {'weights': str(output)})}"]

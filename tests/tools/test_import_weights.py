@@ -82,6 +82,12 @@ def test_a_backbone_becomes_a_file_for_model_weights(import_weights: Tool, tmp_p
     told = capsys.readouterr().out.splitlines()[-2]
     assert told == f"train with it: python tools/train.py model.backbone=resnet18 model.weights={output}"
     assert load_file(output).keys() == body("resnet18").keys()
+    for word in ("classes=[a,b]", "conventions.score_threshold=0.5"):
+        assert import_weights(*words(tmp_path / "r18.safetensors", output, "overwrite=true", word)) == 2
+        assert "r18.safetensors, a plain backbone - leave" in one_line(capsys)
+    mean = "conventions.mean=[1,2,3]"
+    assert import_weights(*words(tmp_path / "r18.safetensors", output, "overwrite=true", mean)) == 0
+    assert "model.mean=[1.0,2.0,3.0]" in capsys.readouterr().out
 
 
 def test_ours_is_written_as_torchvision_s(import_weights: Tool, tmp_path: Path, capsys: Capture) -> None:
@@ -115,6 +121,9 @@ def test_what_torchvision_has_not_is_not_written(
     ("changes", "said"),
     [
         (["to=onnx"], "to: 'onnx' is not known - choose retina or torchvision"),
+        (["to=torchvision", "classes=[a]"], "classes: is for weights of others, not for to=torchvision"),
+        (["to=torchvision", "conventions.bgr=false"], "conventions.bgr: is for weights of others"),
+        (["to=torchvision", "ignore_unknown=true"], "ignore_unknown: is for weights of others"),
         (["output=x.pth"], "output: x.pth - give a name that ends in .safetensors"),
         (["classes=[1,2]"], "classes: no list of names"),
         (["classes=none.txt"], "none.txt: No such file"),

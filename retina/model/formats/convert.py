@@ -1,7 +1,7 @@
 """From a recognised checkpoint to tensors and settings of ours: its conventions are applied to its numbers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from retina.errors import CheckpointError, ConfigError
 from retina.model.formats.classes import class_rows
-from retina.model.formats.conventions import IMAGENET_STD, Conventions, given_conventions
+from retina.model.formats.conventions import IMAGENET_MEAN, IMAGENET_STD, Conventions, given_conventions
 from retina.model.formats.foreign import Foreign, refusal, some
 from retina.model.formats.shapes import (
     BOX_LAYER,
@@ -57,7 +57,7 @@ def convert_detector(
 
     Raises CheckpointError for tensors that are missing, unknown or of other shapes, ConfigError for conventions and
     classes that do not fit."""
-    told = given_conventions(foreign.conventions, conventions or {})
+    told = given_conventions(_usual(foreign), conventions or {})
     state = _floats(foreign.state)
     anchors = num_anchors(state, file, told)
     rows = class_rows(foreign, file, state, anchors, classes)
@@ -104,8 +104,11 @@ def convert_backbone(
     """The ResNet a checkpoint holds: tensors under torchvision's names for RGB images with ImageNet's mean and std, the
     settings of `model` that go with it, and lines that say what was done.
 
-    Raises as `convert_detector`."""
-    told = given_conventions(foreign.conventions, conventions or {})
+    Raises as `convert_detector`, also for conventions that no backbone has."""
+    for name, value in (conventions or {}).items():
+        if value is not None and name not in _OF_BACKBONES:
+            raise ConfigError(f"conventions.{name}: means nothing to {file}, a plain backbone - leave it out")
+    told = given_conventions(_usual(foreign), conventions or {})
     state = _floats(foreign.state)
     name = backbone_name(state, file)
     norm = backbone_norm(state)
@@ -120,13 +123,23 @@ def convert_backbone(
     state[FIRST_CONVOLUTION] = first * scale.view(1, 3, 1, 1)
     lines = [f"recognised: {foreign.program}, {name}, {len(foreign.names)} tensors", *foreign.notes, *notes]
     if told.bgr or list(told.std) != list(IMAGENET_STD):
-        lines.append("first convolution: made to take RGB with ImageNet's std; the mean is ImageNet's as it was")
+        lines.append("first convolution: made to take RGB with ImageNet's std")
     settings: dict[str, Any] = {"backbone": name}
+    settings |= {"mean": list(told.mean)} if list(told.mean) != list(IMAGENET_MEAN) else {}
     settings |= {"stride_in_1x1": True} if told.stride_in_1x1 else {}
     settings |= {"norm_eps": told.norm_eps} if told.norm_eps != 1e-5 else {}
     settings |= {"norm": norm} if norm == "group" else {}
     bare = {key.removeprefix("backbone.").removeprefix("stem."): value for key, value in state.items() if key in own}
     return {key: value.contiguous() for key, value in bare.items()}, settings, lines
+
+
+_OF_BACKBONES = ("bgr", "mean", "std", "stride_in_1x1", "norm_eps")
+
+
+def _usual(foreign: Foreign) -> Conventions:
+    """Its program's conventions; only bottlenecks have a 1x1 convolution to stride in."""
+    bottlenecks = "backbone.layer1.0.conv3.weight" in foreign.state
+    return foreign.conventions if bottlenecks else replace(foreign.conventions, stride_in_1x1=False)
 
 
 def _floats(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,11 +12,13 @@ import math
 import re
 from collections.abc import Callable, Set
 from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor
 
+from retina.errors import CheckpointError
 from retina.model.formats.conventions import IMAGENET_STD, Conventions
-from retina.model.formats.foreign import Foreign, Rule, Source, rename
+from retina.model.formats.foreign import Foreign, Renamed, Rule, Source, rename
 
 NO_STD = (1.0, 1.0, 1.0)
 MSRA = Conventions(bgr=True, std=NO_STD, stride_in_1x1=True, anchors_by_scale=True)
@@ -69,6 +71,8 @@ def read(source: Source) -> Foreign:
             (r"pixel_(mean|std)", "went into the settings of the model"),
         ],
     )
+    if has_norm:
+        _drop_zero_biases(renamed, source.file)
     conventions, notes = colours(state.get("pixel_mean"), state.get("pixel_std"))
     cells = [state[key] for key in sorted(state) if key.startswith("anchor_generator.cell_anchors.")]
     return Foreign(
@@ -81,6 +85,21 @@ def read(source: Source) -> Foreign:
         cell_anchors=cells or None,
         notes=notes,
     )
+
+
+def _drop_zero_biases(renamed: Renamed, file: Path) -> None:
+    """detectron2's convolutions keep a bias before a norm, where ours have none (modeling/meta_arch/retinanet.py,
+    RetinaNetHead). Raises CheckpointError for one that is not 0, since no other number of ours makes up for it."""
+    for key in [key for key in renamed.state if re.fullmatch(r"head\.\w+\.convs\.\d+\.bias", key)]:
+        if renamed.state[key.replace(".bias", ".weight")].ndim != 4:
+            continue
+        theirs = renamed.names.pop(key)
+        if renamed.state.pop(key).any():
+            raise CheckpointError(
+                f"{file}: {theirs}: a convolution before GroupNorm with a bias, which ours has not - give a detector "
+                "whose head has no norm"
+            )
+        renamed.unused[theirs] = "a bias of 0 before a norm"
 
 
 def colours(mean: Tensor | None, std: Tensor | None) -> tuple[Conventions, list[str]]:

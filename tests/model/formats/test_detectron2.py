@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from formats.states import CHANNELS, detectron2, number_of
-from retina.errors import ConfigError
+from retina.errors import CheckpointError, ConfigError
 from retina.model.formats.convert import Imported, convert_detector
 from retina.model.formats.read import read_foreign
 from retina.model.retinanet import retinanet
@@ -133,6 +133,30 @@ def test_anchors_in_the_file_are_checked(state: dict[str, Tensor], tmp_path: Pat
         imported(state | anchors, tmp_path)
     sizes = {"anchor_sizes": [32, 64, 128, 256, 500]}
     assert imported(state | anchors, tmp_path, conventions=sizes).model["anchor_sizes"] == sizes["anchor_sizes"]
+
+
+def test_biases_before_groupnorm_must_be_zero(state: dict[str, Tensor], tmp_path: Path) -> None:
+    state = dict(state)
+    for tower in ("cls", "bbox"):
+        second = {part: state.pop(f"head.{tower}_subnet.2.{part}") for part in ("weight", "bias")}
+        for i in (0, 3):
+            state |= {f"head.{tower}_subnet.{i}.{part}": value for part, value in second.items()}
+            state[f"head.{tower}_subnet.{i}.bias"] = torch.zeros(CHANNELS)
+            state |= {f"head.{tower}_subnet.{i + 1}.{part}": torch.rand(CHANNELS) for part in ("weight", "bias")}
+    found = imported(state, tmp_path)
+    assert (found.model["head_norm"], found.model["head_convs"]) == ("group", 2)
+    assert torch.equal(found.state["head.box.convs.4.bias"], state["head.bbox_subnet.4.bias"])
+    assert any(note.startswith("left out, a bias of 0 before a norm: head.cls_subnet.0.bias") for note in found.notes)
+    state["head.bbox_subnet.3.bias"] = torch.full((CHANNELS,), 0.1)
+    with pytest.raises(CheckpointError, match=r"model_final\.pth: head\.bbox_subnet\.3\.bias: [^\n]* - [^\n]*$"):
+        imported(state, tmp_path, ignore_unknown=True)
+
+
+def test_basic_blocks_have_no_1x1_to_stride_in(tmp_path: Path) -> None:
+    state = detectron2(num_classes=3, backbone="resnet18")
+    assert imported(state, tmp_path).model["stride_in_1x1"] is False
+    with pytest.raises(ConfigError, match="no bottlenecks"):
+        imported(state, tmp_path, conventions={"stride_in_1x1": True})
 
 
 def test_the_model_zoo_s_pickle_is_read_as_the_same(state: dict[str, Tensor], tmp_path: Path) -> None:
