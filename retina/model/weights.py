@@ -24,7 +24,7 @@ from retina.model.formats.convert import convert_detector
 from retina.model.formats.read import FOREIGN_SUFFIXES, read_foreign
 from retina.model.formats.torchvision import PREFIX, fetch_published
 from retina.model.retinanet import RetinaNet, retinanet
-from retina.model.transfer import CLASS_LAYER, fit, match_classes, other_settings
+from retina.model.transfer import CLASS_LAYER, fit, match_classes, other_layers, other_settings, renumber
 
 SCHEMA_VERSION = 1
 _NO_DIGEST = "0" * 64
@@ -127,9 +127,10 @@ def init_from(
     start = _read_start(str(source))
     if key := first_non_finite(start.state):
         raise CheckpointError(f"{start.file}: {key} is not finite - give other weights for init_from")
-    own = model.state_dict()
+    own, settings = model.state_dict(), getattr(model, "arguments", {})
     matched = match_classes(start.classes, classes, remap or {})
-    taken, anew = fit(own, start.state, matched, num_own=len(classes), num_theirs=len(start.classes))
+    theirs, elsewhere = renumber(start.state, own), other_layers(start.model, settings)
+    taken, anew = fit(own, theirs, matched, num_own=len(classes), num_theirs=len(start.classes), others=elsewhere)
     if not taken:
         raise CheckpointError(f"{start.file}: holds nothing that fits this model - give other weights for init_from")
     model.load_state_dict(taken, strict=False)
@@ -143,9 +144,9 @@ def init_from(
     if anew:
         listed = _some([f"{key} ({reason})" for key, reason in anew.items()])
         lines.append(f"model: {len(anew)} tensors start anew: {listed}")
-    if unused := [key for key in start.state if key not in own]:
+    if unused := [key for key in theirs if key not in own]:
         lines.append(f"init_from: {len(unused)} tensors of the file have no use here: {_some(unused)}")
-    return lines + other_settings(start.model, getattr(model, "arguments", {}))
+    return lines + other_settings(start.model, settings)
 
 
 @dataclass(frozen=True)

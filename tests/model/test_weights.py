@@ -1,8 +1,10 @@
 import json
 import math
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -236,7 +238,58 @@ def test_settings_that_no_tensor_tells_are_named(tmp_path: Path, model: RetinaNe
     file = tmp_path / "best.safetensors"
     save_detector(file, model.state_dict(), card)
     lines = init_from(another(2, std=[1.0, 1.0, 1.0], norm_eps=1e-3), file, classes=["cat", "dog"])
-    assert lines[-1].endswith("to go on with those give model.std=[58.395,57.12,57.375] model.norm_eps=1e-05")
+    assert lines[-1].endswith("to go on with those give model.norm_eps=1e-05 model.std=[58.395,57.12,57.375]")
+
+
+@pytest.mark.parametrize(
+    ("changes", "own"),
+    [
+        ({"levels": [2, 3, 4, 5, 6]}, r"fpn\.(lateral|output)\."),
+        ({"norm": "group"}, r"backbone\..*(bn\d|downsample\.1)\."),
+        ({"p6_from": "p5"}, r"fpn\.extra\."),
+        ({"head_convs": 2}, r"head\.\w+\.(predict|convs\.2)\."),
+        ({"head_norm": "group"}, r"head\.\w+\.convs\.1\."),
+        ({"box_bins": 4, "anchor_scales": [1.0], "anchor_ratios": [1.0]}, r"head\.(box|classification)\.predict\."),
+        ({"backbone": "resnet34"}, r"backbone\."),
+    ],
+)
+def test_other_layers_of_the_same_names_start_anew(
+    tmp_path: Path, card: DetectorCard, changes: dict[str, Any], own: str
+) -> None:
+    common: dict[str, Any] = {"num_classes": 2, "backbone": "resnet18", "head_convs": 1, "fpn_channels": 512}
+    if "box_bins" in changes:
+        common |= {"anchor_scales": [1.0, 2.0], "anchor_ratios": [1.0, 2.0]}
+    old, new = retinanet(**common), retinanet(**common | changes)
+    for parameter in old.parameters():
+        torch.nn.init.normal_(parameter)
+    state = {key: value.clone() for key, value in new.state_dict().items()}
+    save_detector(tmp_path / "w.safetensors", old.state_dict(), replace(card, model=old.arguments))
+    lines = init_from(new, tmp_path / "w.safetensors", classes=card.classes)
+    for key, value in new.state_dict().items():
+        kept = re.match(own, key) or key not in old.state_dict()
+        assert torch.equal(value, state[key] if kept else old.state_dict()[key]), key
+    (name, value), *_ = changes.items()
+    if name != "head_norm":
+        assert f"(model.{name} is {old.arguments[name]} there)" in "".join(lines)
+    assert f"model.{name}=" in lines[-1]
+
+
+def test_convolutions_of_the_head_are_renumbered_where_one_has_norms(tmp_path: Path, card: DetectorCard) -> None:
+    common: dict[str, Any] = {"num_classes": 2, "backbone": "resnet18", "head_convs": 2, "fpn_channels": 8}
+    plain, normed = retinanet(**common), retinanet(**common, head_norm="group")
+    card = DetectorCard(
+        model=plain.arguments, classes=["a", "b"], category_ids=[1, 2], preprocessing={}, postprocess={}
+    )
+    save_detector(tmp_path / "plain", plain.state_dict(), card)
+    save_detector(tmp_path / "normed", normed.state_dict(), replace(card, model=normed.arguments))
+    new = retinanet(**common, head_norm="group")
+    init_from(new, tmp_path / "plain", classes=["a", "b"])
+    assert torch.equal(new.head.box.convs[3].weight, plain.head.box.convs[2].weight)
+    new = retinanet(**common)
+    lines = init_from(new, tmp_path / "normed", classes=["a", "b"])
+    assert torch.equal(new.head.box.convs[2].weight, normed.head.box.convs[3].weight)
+    assert new.head.box.convs[2].bias.eq(0).all()
+    assert "init_from: 8 tensors of the file have no use here" in "".join(lines)
 
 
 def test_a_detector_of_another_program_is_imported_on_the_way(tmp_path: Path) -> None:
