@@ -104,10 +104,10 @@ def export(config: ImportConfig, output: Path) -> list[str]:
     from retina.model.weights import load_detector, serialize
 
     model, card = load_detector(find_weights(Path(config.source)), torch.device("cpu"))
-    check_export(card.model)
+    check_export(card.model, card.postprocess)
     metadata = {"classes": json.dumps(card.classes)}
     write_whole(output, serialize(to_torchvision(model.state_dict()), metadata))
-    return describe_export(model.arguments, card.postprocess, output)
+    return describe_export(model, card.preprocessing, card.postprocess, output)
 
 
 def read_classes(given: list[str] | str | None) -> list[str] | None:

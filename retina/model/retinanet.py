@@ -88,7 +88,8 @@ class RetinaNet(nn.Module):
         logits, deltas, quality, bins, shapes = self._levels(self, images)
         anchors: tuple[Tensor, ...]
         if self.arguments.get("anchors_spread"):
-            anchors = self.anchors.spread(shapes, (images.shape[-2], images.shape[-1]), images.device)
+            canvas = images.shape[-2], images.shape[-1]
+            anchors = self.anchors.spread(shapes, self.strides, canvas, images.device)
         else:
             anchors = self.anchors(shapes, self.strides, images.device)
         return Predictions(logits, deltas, anchors, quality or None, bins or None)
@@ -187,6 +188,8 @@ def retinanet(
         )
     if not 0 <= anchor_offset <= 1:
         raise ConfigError(f"model.anchor_offset: {anchor_offset} is out of range - give 0 to 1 stride, 0.5 for centres")
+    if anchors_spread and box_bins is not None:
+        raise ConfigError("model.anchors_spread: distributions need anchors a stride apart - give false")
     anchors = AnchorGenerator(
         sizes=tuple(float(s) for s in sizes),
         scales=tuple(float(s) for s in anchor_scales),

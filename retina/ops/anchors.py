@@ -91,12 +91,20 @@ class AnchorGenerator:
         return _pyramid(self, tuple((h, w) for h, w in shapes), tuple(strides), torch.device(device))
 
     def spread(
-        self, shapes: Sequence[tuple[int, int]], canvas: tuple[int, int], device: torch.device | str
+        self,
+        shapes: Sequence[tuple[int, int]],
+        strides: Sequence[int],
+        canvas: tuple[int, int],
+        device: torch.device | str,
     ) -> tuple[Float[Tensor, "_ 4"], ...]:
         """Anchors as ever, but canvas // shape pixels apart, on each axis and level: where torchvision puts them.
 
         On a canvas of 800 rows, 13 cells of stride 64 are 61 pixels apart for it, and its published weights have been
-        trained with that (pytorch/vision, torchvision/models/detection/anchor_utils.py). Not cached."""
+        trained with that (pytorch/vision, torchvision/models/detection/anchor_utils.py). Not cached, and `Anchors` only
+        on a canvas where that is the stride on both axes of all levels, as where the coarsest stride divides it."""
+        pairs = list(zip(shapes, strides, strict=True))
+        if all((canvas[0] // height, canvas[1] // width) == (s, s) for (height, width), s in pairs):
+            return self(shapes, strides, device)
         levels = []
         for size, (height, width) in zip(self.sizes, shapes, strict=True):
             strides = canvas[0] // height, canvas[1] // width

@@ -387,6 +387,7 @@ def test_arguments_rebuild_the_model() -> None:
         ({"prior": 0.0}, "model.prior"),
         ({"anchor_sizes": (32.0, 64.0)}, "model.anchor_sizes"),
         ({"anchor_offset": -0.5}, "model.anchor_offset"),
+        ({"anchors_spread": True, "box_bins": 9}, "model.anchors_spread"),
         ({"neck": "bifpn"}, "model.neck"),
         ({"box_bins": 1}, "model.box_bins"),
         ({"norm_eps": -1.0}, "model.norm_eps"),

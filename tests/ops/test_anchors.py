@@ -7,7 +7,7 @@ import torch
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import _default_anchorgen
 
-from retina.ops.anchors import AnchorGenerator
+from retina.ops.anchors import AnchorGenerator, Anchors
 from retina.ops.boxes import box_area
 from retina.ops.matching import match_boxes
 
@@ -147,5 +147,9 @@ def test_spread_anchors_are_where_torchvision_guesses() -> None:
     shapes = [(100, 137), (50, 69), (25, 35), (13, 18), (7, 9)]
     images = ImageList(torch.empty(1, 3, 800, 1088), [(800, 1088)])
     expected = theirs(images, [torch.empty(1, 1, *shape) for shape in shapes])[0]
-    ours = AnchorGenerator(SIZES, rounded=True).spread(shapes, (800, 1088), "cpu")
+    generator, strides = AnchorGenerator(SIZES, rounded=True), (8, 16, 32, 64, 128)
+    ours = generator.spread(shapes, strides, (800, 1088), "cpu")
     assert torch.equal(torch.cat(ours), expected)
+    assert not isinstance(ours, Anchors)
+    shapes = [(256 // s, 384 // s) for s in strides]
+    assert generator.spread(shapes, strides, (256, 384), "cpu") is generator(shapes, strides, "cpu")

@@ -9,6 +9,7 @@ layer is COCO category k, with rows for the background and for ids nothing has (
 weights were trained with norms of eps 0 (`overwrite_eps`), everything since with 1e-5.
 """
 
+import math
 import re
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -21,6 +22,7 @@ from retina.errors import ConfigError
 from retina.model.fetch import fetch
 from retina.model.formats.conventions import Conventions
 from retina.model.formats.foreign import Foreign, Rule, Source, rename, tower_rules
+from retina.model.retinanet import RetinaNet
 
 PREFIX = "torchvision:"
 MODELS = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")
@@ -82,8 +84,8 @@ def fetch_published(name: str) -> Path:
     return fetch(weights.url, f"{name}:", "give a file")
 
 
-def check_export(model: Mapping[str, Any]) -> None:
-    """Raises ConfigError for settings of `retinanet` that no RetinaNet of torchvision has."""
+def check_export(model: Mapping[str, Any], postprocess: Mapping[str, Any]) -> None:
+    """Raises ConfigError for settings of `retinanet` and `postprocess` that no RetinaNet of torchvision has."""
     needed = {
         "neck": "fpn",
         "levels": [3, 4, 5, 6, 7],
@@ -94,11 +96,18 @@ def check_export(model: Mapping[str, Any]) -> None:
         "box_bins": None,
         "anchor_offset": 0.0,
     }
+    channels = model.get("fpn_channels", 256)
+    if channels == (512 if model.get("backbone") in ("resnet18", "resnet34") else 2048):
+        needed["p6_from"] = "p5"  # LastLevelP6P7 tells by the channels where P6 comes from
+    if model.get("head_channels") is not None:
+        needed["head_channels"] = channels
     for name, value in needed.items():
         if model.get(name, value) != value:
             raise ConfigError(f"model.{name}: {model[name]} - torchvision's RetinaNet has {value} and nothing else")
     if str(model.get("backbone", "")).startswith("timm:"):
         raise ConfigError(f"model.backbone: {model['backbone']} - torchvision's RetinaNet takes its own backbones only")
+    if postprocess.get("class_agnostic"):
+        raise ConfigError("postprocess.class_agnostic: true - torchvision's RetinaNet has false and nothing else")
 
 
 def to_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -125,31 +134,60 @@ def to_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def describe_export(model: Mapping[str, Any], postprocess: Mapping[str, Any], file: Path) -> list[str]:
-    """Lines that say how to load what `to_torchvision` gave, and what torchvision must be told besides."""
-    kind = "v2" if model["head_norm"] else "v1"
-    function = MODELS[1] if model["head_norm"] else MODELS[0]
-    usual = model["backbone"] == "resnet50" and model["p6_from"] == {"v1": "p5", "v2": "c5"}[kind]
-    if usual and model["fpn_channels"] == 256 and model["head_channels"] in (None, 256):
-        how = f"{function}(weights=None, weights_backbone=None, num_classes={model['num_classes']}, **more)"
-    else:
-        p6 = f"P6 from {model['p6_from']}, {model['fpn_channels']} channels"
-        how = f"RetinaNet with {model['backbone']}, {p6}, head norm {model['head_norm']}"
-    more = {
-        "detections_per_img": postprocess.get("max_detections", 100),
-        "score_thresh": postprocess.get("score_threshold", 0.05),
-        "image_mean": [round(value / 255, 6) for value in model["mean"]],
-        "image_std": [round(value / 255, 6) for value in model["std"]],
-    }
-    lines = [
-        f"torchvision: model = {how}; model.load_state_dict(safetensors.torch.load_file({str(file)!r}))",
-        f"torchvision: more = {more}",
-        f"torchvision: label k is class k of {model['num_classes']}, there is no background",
-    ]
-    if not model["anchors_rounded"]:
-        lines.append(
-            "torchvision: its anchors lie on whole pixels and these do not: boxes differ by up to a pixel or so"
+def describe_export(
+    model: RetinaNet, preprocessing: Mapping[str, Any], postprocess: Mapping[str, Any], file: Path
+) -> list[str]:
+    """What `to_torchvision` gave, and then, after the line `in Python:`, the program that loads it."""
+    told, anchors, channels = model.arguments, model.anchors, model.arguments["fpn_channels"]
+    sides = [[size * scale for scale in anchors.scales] for size in anchors.sizes]
+    if anchors.rounded:
+        sides = [[float(int(side)) for side in level] for level in sides]
+    divisor = preprocessing.get("divisor", 32)
+    multiple = divisor if told["anchors_spread"] else math.lcm(divisor, max(model.strides))
+    notes = [f"torchvision: label k is class k of {told['num_classes']}, there is no background"]
+    if multiple != divisor:
+        notes.append(
+            f"torchvision: images are padded to multiples of {multiple}, not {divisor}: elsewhere it would place "
+            "anchors otherwise"
         )
-    if model.get("norm_eps", 1e-5) != 1e-5:
-        lines.append(f"torchvision: norms have eps {model['norm_eps']:g} here and 1e-5 there: set it in every norm")
-    return lines
+    group = told["norm"] == "group"
+    inputs = list(model.backbone.channels[-3:])
+    extra = inputs[-1] if told["p6_from"] == "c5" else channels
+    head_norm = f", norm_layer=partial(torch.nn.GroupNorm, {math.gcd(32, channels)})" if told["head_norm"] else ""
+    options = {
+        "min_size": preprocessing.get("short_side", 800),
+        "max_size": preprocessing.get("long_side", 1333),
+        "size_divisible": multiple,
+        "image_mean": [value / 255 for value in told["mean"]],
+        "image_std": [value / 255 for value in told["std"]],
+        "score_thresh": postprocess.get("score_threshold", 0.05),
+        "topk_candidates": postprocess.get("candidates_per_level", 1000),
+        "nms_thresh": postprocess.get("nms_iou", 0.5),
+        "detections_per_img": postprocess.get("max_detections", 100),
+    }
+    half = "[(-s / r**0.5, -s * r**0.5, s / r**0.5, s * r**0.5) for r in ratios for s in level]"
+    exact = [f"anchors.cell_anchors = [torch.tensor({half}) / 2 for level in sizes]  # it would round them"]
+    return [
+        *notes,
+        "in Python:",
+        "from functools import partial",
+        "import safetensors.torch, torch",
+        "from torchvision.models import get_model",
+        "from torchvision.models.detection.anchor_utils import AnchorGenerator",
+        "from torchvision.models.detection.backbone_utils import BackboneWithFPN",
+        "from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead",
+        "from torchvision.ops import FrozenBatchNorm2d",
+        "from torchvision.ops.feature_pyramid_network import LastLevelP6P7",
+        f"norm = partial({'torch.nn.GroupNorm, 32' if group else 'FrozenBatchNorm2d'}, eps={told['norm_eps']})",
+        f"body = get_model({told['backbone']!r}, weights=None, norm_layer=norm)",
+        "maps = {'layer2': '0', 'layer3': '1', 'layer4': '2'}",
+        f"backbone = BackboneWithFPN(body, maps, {inputs}, {channels}, LastLevelP6P7({extra}, {channels}))",
+        f"sizes, ratios = {sides}, {list(anchors.ratios)}",
+        "anchors = AnchorGenerator(sizes, [ratios] * len(sizes))",
+        *([] if anchors.rounded else exact),
+        f"head = RetinaNetHead({channels}, {anchors.num_per_cell}, {told['num_classes']}{head_norm})",
+        f"options = {options}",
+        f"model = RetinaNet(backbone, {told['num_classes']}, anchor_generator=anchors, head=head, **options)",
+        f"model.load_state_dict(safetensors.torch.load_file({str(file)!r}))",
+        "model.eval()",
+    ]

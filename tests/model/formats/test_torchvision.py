@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from retina.model.formats import torchvision
 from retina.model.formats.convert import convert_detector
 from retina.model.formats.read import read_foreign
 from retina.model.retinanet import retinanet
+from retina.model.weights import DetectorCard, save_detector
 from retina.types import Detections
 
 SIDES = {"short_side": 96, "long_side": 160}
@@ -112,7 +114,7 @@ def test_there_and_back_is_the_same_to_the_bit(model: str, tmp_path: Path) -> No
     back = torchvision.to_torchvision(imported.state)
     assert back.keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in back.items())
-    torchvision.check_export(imported.model)
+    torchvision.check_export(imported.model, imported.postprocess)
     again = tmp_path / "again.safetensors"
     save_file(back, again)
     same = convert_detector(read_foreign(again), again, classes=CLASSES[:3])
@@ -180,6 +182,8 @@ def test_coco_keeps_its_category_ids(tmp_path: Path) -> None:
         {"p7_relu": False},
         {"stride_in_1x1": True},
         {"head_convs": 1},
+        {"head_channels": 64},
+        {"p6_from": "c5", "fpn_channels": 512},
         {"head_quality": True},
         {"anchor_offset": 0.5},
         {"backbone": "timm:resnet18"},
@@ -187,19 +191,67 @@ def test_coco_keeps_its_category_ids(tmp_path: Path) -> None:
 )
 def test_what_torchvision_has_not_is_not_exported(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=rf"^model\.{next(iter(changes))}: "):
-        torchvision.check_export({"backbone": "resnet18", "levels": [3, 4, 5, 6, 7], "head_convs": 4} | changes)
+        torchvision.check_export({"backbone": "resnet18", "levels": [3, 4, 5, 6, 7], "head_convs": 4} | changes, {})
 
 
-def test_an_export_says_how_to_load_it() -> None:
+def test_detections_that_ignore_classes_are_not_exported() -> None:
+    with pytest.raises(ConfigError, match=r"^postprocess\.class_agnostic: "):
+        torchvision.check_export({}, {"class_agnostic": True})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fpn_channels": 48, "norm_eps": 1e-3, "head_norm": "group", "anchor_sizes": [12.0, 30.0, 70.0, 150.0, 300.0]},
+        {"fpn_channels": 32, "norm": "frozen", "p6_from": "p5", "anchors_rounded": True, "anchors_spread": True},
+        {"fpn_channels": 32, "norm": "group", "mean": [120.0, 110.0, 100.0], "std": [50.0, 60.0, 70.0]},
+    ],
+)
+def test_what_an_export_prints_loads_a_model_that_finds_the_same(changes: dict[str, Any], tmp_path: Path) -> None:
+    """With anchors, channels, norms, sizes and thresholds that torchvision's own two models have not."""
+    torch.manual_seed(0)
+    anchors = {"anchor_scales": [0.9, 1.3], "anchor_ratios": [0.4, 1.0, 2.5], "mean": [124.0, 116.0, 104.0]}
+    ours = retinanet(num_classes=3, backbone="resnet18", **anchors | changes)
+    state = ours.state_dict()
+    for key, value in state.items():
+        if "head" in key and ".convs." in key and value.ndim == 4:
+            nn.init.kaiming_normal_(value)
+        elif re.fullmatch(r".*(bn\d|downsample\.1)\.weight", key):
+            value.uniform_(0.5, 1.5).mul_(0.3 if "bn2" in key else 1.0)
+        elif key.endswith(("running_mean", "bn1.bias")):
+            value.normal_(std=0.1)
+    state["head.box.predict.weight"].normal_(std=0.01)
+    state["head.classification.predict.weight"].normal_(std=0.03)
+    state["head.classification.predict.bias"].fill_(-2.0)
+    post = {"score_threshold": 0.15, "candidates_per_level": 60, "nms_iou": 0.4, "max_detections": 40}
+    sides = SIDES | {"divisor": 32, "pad_value": list(ours.pad_value), "precision": "fp32", "batch_size": 1}
+    if not changes.get("anchors_spread"):
+        sides["divisor"] = 128
+    card = DetectorCard(
+        model=ours.arguments, classes=CLASSES[:3], category_ids=[1, 2, 3], preprocessing=sides, postprocess=post
+    )
+    save_detector(tmp_path / "ours.safetensors", state, card)
+    torchvision.check_export(ours.arguments, post)
+    save_file(torchvision.to_torchvision(state), tmp_path / "theirs.safetensors")
+    lines = torchvision.describe_export(ours, sides, post, tmp_path / "theirs.safetensors")
+    made: dict[str, Any] = {}
+    exec("\n".join(lines[lines.index("in Python:") + 1 :]), made)
+    image = np.random.default_rng(0).integers(0, 256, (96, 160, 3), dtype=np.uint8)
+    with torch.no_grad():
+        (expected,) = made["model"]([torch.from_numpy(image).permute(2, 0, 1) / 255])
+    (found,) = Detector.load(tmp_path / "ours.safetensors").predict([image])
+    assert 20 < len(found.scores) == len(expected["scores"])
+    partner = counterparts(found, expected["boxes"], expected["scores"], expected["labels"])
+    torch.testing.assert_close(found.scores[partner], expected["scores"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.boxes[partner], expected["boxes"], rtol=0, atol=1e-3)
+
+
+def test_an_export_pads_so_that_anchors_stay_a_stride_apart() -> None:
     with torch.device("meta"):
-        arguments = retinanet(num_classes=3, p6_from="p5", norm_eps=0.0).arguments
-    lines = torchvision.describe_export(arguments, {"max_detections": 50}, Path("x.safetensors"))
-    assert "retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3" in lines[0]
-    assert "'detections_per_img': 50" in lines[1]
-    assert any("whole pixels" in line for line in lines)
-    assert any("eps 0 here" in line for line in lines)
-    arguments["fpn_channels"] = 64
-    assert "64 channels" in torchvision.describe_export(arguments, {}, Path("x"))[0]
+        model = retinanet(num_classes=3)
+    lines = torchvision.describe_export(model, {"divisor": 32}, {}, Path("x.safetensors"))
+    assert any("padded to multiples of 128, not 32" in line for line in lines)
+    assert any("'size_divisible': 128" in line for line in lines)
 
 
 def test_published_weights_are_fetched_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
