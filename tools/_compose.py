@@ -180,6 +180,8 @@ def _config(config_name: str, overrides: Sequence[str]) -> DictConfig:
     for word in overrides:
         if word.lstrip("+~").startswith(("hydra.", "hydra/")) and not word.startswith("hydra.searchpath="):
             raise ConfigError(f"{word}: has no effect here - leave it out: Hydra only composes the settings")
+    # remap is empty, and Hydra gives an empty mapping no new keys unasked
+    overrides = [f"++{word}" if word.startswith(("remap=", "remap.")) else word for word in overrides]
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             return hydra.compose(config_name, list(overrides))

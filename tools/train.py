@@ -54,6 +54,8 @@ def main(settings: Settings) -> int:
     device = call(distributed.choose_device, "train.device", name=config.device)
     check_arguments(retinanet, [*settings["model"], "num_classes"], "model")
     refuse_frozen_noise(settings)
+    if settings["remap"] and not settings["init_from"]:
+        raise ConfigError("remap: renames classes of init_from - give init_from=..., or leave remap out")
     criterion = build(settings["loss"], "loss")
     branches = {
         "quality": bool(settings["model"].get("head_quality")),
@@ -98,6 +100,11 @@ def main(settings: Settings) -> int:
         optimizer = build_optimizer(optimizer_factory, model, scale=config.batch_size / config.lr_batch_size)
 
         divisor = data.pad_multiple or max(model.strides)
+        if model.arguments["anchors_spread"] and divisor % max(model.strides):
+            raise ConfigError(
+                f"data.pad_multiple: {divisor} - spread anchors stand on a grid only where it is a multiple of "
+                f"{max(model.strides)}: give that, or model.anchors_spread=false"
+            )
         pin_memory = device.type == "cuda"
         loader, sampler = build_train_loader(
             annotations, pipeline, data, config, divisor=divisor, pad_value=model.pad_value, pin_memory=pin_memory

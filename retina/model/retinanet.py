@@ -169,6 +169,15 @@ def retinanet(
     frozen_stages = (2 if weights else 0) if frozen_stages is None else frozen_stages
     if num_classes < 1:
         raise ConfigError(f"num_classes: {num_classes} - annotations must name at least one category")
+    if not len(mean) == len(std) == 3 or not all(0 < value < float("inf") for value in std):
+        raise ConfigError(f"model.mean, model.std: {mean}, {std} - give three numbers each, those of std above 0")
+    for key, width, least in (
+        ("fpn_channels", fpn_channels, 1),
+        ("head_channels", head_channels or fpn_channels, 1),
+        ("head_convs", head_convs, 0),
+    ):
+        if width < least:
+            raise ConfigError(f"model.{key}: {width} is too small - give at least {least}")
     if neck not in NECKS:
         raise ConfigError(f"model.neck: {neck!r} is not known - choose {' or '.join(NECKS)}")
     body = _backbone(

@@ -393,6 +393,11 @@ def test_arguments_rebuild_the_model() -> None:
         ({"norm_eps": -1.0}, "model.norm_eps"),
         ({"stride_in_1x1": True}, "model.stride_in_1x1"),
         ({"num_classes": 0}, "num_classes"),
+        ({"mean": (1.0, 2.0)}, r"model\.mean"),
+        ({"std": (1.0, 1.0, 0.0)}, r"model\.std"),
+        ({"fpn_channels": 0}, r"model\.fpn_channels"),
+        ({"head_channels": -4}, r"model\.head_channels"),
+        ({"head_convs": -1}, r"model\.head_convs"),
     ],
 )
 def test_values_that_do_not_fit_are_named(wrong: dict[str, object], named: str) -> None:
