@@ -1,22 +1,28 @@
 """Where a detector's loss comes from: binned numbers against plain sorting, and the figures of a whole run."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from _lab.elements import Elements
+from _lab.elements import Elements, assign
 from _lab.histogram import WIDTH, Bins, histograms
 from _lab.shares import SHARES, describe
 from commands import Capture, Tool, one_line
 from PIL import Image
 from torch import Tensor
 
+from retina.inference import Detector
 from retina.losses.classification import Focal
+from retina.model.retinanet import retinanet
+from retina.model.weights import save_detector
+from retina.ops.assigners import ATSS, MaxIoU
 from retina.ops.focal import sigmoid_focal_loss
-from retina.types import Assignment, Predictions
+from retina.types import Assignment, Predictions, Targets
 
 GAMMAS = [0.0, 0.5, 1.0, 2.0, 5.0]
 
@@ -73,7 +79,7 @@ def seen() -> tuple[Predictions, Tensor, Assignment]:
 
 def test_rescored_totals_are_those_of_the_loss(seen: tuple[Predictions, Tensor, Assignment]) -> None:
     elements = Elements(3, 2)
-    assert elements(*seen) == 0
+    elements.add(*seen)
     positive, negative = seen[2].positive, seen[2].negative
     assert elements.positive_anchors == int(positive.sum())
     found = describe(elements, ["a", "b", "c"], ["P3", "P4"], GAMMAS, [0.25, 0.75])
@@ -88,7 +94,7 @@ def test_rescored_totals_are_those_of_the_loss(seen: tuple[Predictions, Tensor, 
 def test_groups_are_classes_and_levels(seen: tuple[Predictions, Tensor, Assignment]) -> None:
     predictions, labels, assigned = seen
     elements = Elements(3, 2)
-    elements(*seen)
+    elements.add(*seen)
     found = describe(elements, ["a", "b", "c"], ["P3", "P4"], [2.0], [])
     of_class = labels[assigned.positive] == 1
     assert found["positives"]["class"]["b"]["elements"] == int(of_class.sum())
@@ -101,6 +107,21 @@ def test_groups_are_classes_and_levels(seen: tuple[Predictions, Tensor, Assignme
             groups = found[kind][by].values()
             assert sum(group["elements"] for group in groups) == found[kind]["all"]["elements"]
             assert sum(group["gamma 2"]["share"] for group in groups) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("assigner", [MaxIoU(), ATSS()])
+def test_without_objects_every_anchor_is_negative(
+    seen: tuple[Predictions, Tensor, Assignment], assigner: MaxIoU | ATSS
+) -> None:
+    nothing = torch.zeros(2, 0)
+    targets = Targets(nothing[..., None].expand(2, 0, 4), nothing.long(), nothing > 0, nothing > 0)
+    labels, assigned = assign(assigner, seen[0], targets)
+    assert labels.shape == (2, 40)
+    assert assigned.negative.all()
+    assert not assigned.positive.any()
+    elements = Elements(3, 2)
+    elements.add(seen[0], labels, assigned)
+    assert elements.negatives["class"].all().counts.sum() == 2 * 40 * 3
 
 
 def read(folder: Path) -> Any:
@@ -161,11 +182,65 @@ def test_a_rule_of_another_head_is_only_a_rule(tool: Tool, trained_run: Path, tm
     assert found["positive_anchors"] > 0
 
 
+def run_of_another_head(folder: Path, run: Path, **more: Any) -> Path:
+    """A run like that one, but for these arguments of the model."""
+    card = Detector.load(run, device="cpu").card
+    model = retinanet(**card.model | more)
+    folder.mkdir()
+    shutil.copy(run / "config.yaml", folder)
+    save_detector(folder / "best.safetensors", model.state_dict(), replace(card, model=model.arguments))
+    return folder
+
+
+@pytest.mark.parametrize("loss", ["focal", "gfl", "tal"])
+def test_every_head_is_taken_apart_by_every_rule(tool: Tool, trained_run: Path, tmp_path: Path, loss: str) -> None:
+    """A rule needs nothing but class logits and boxes, whatever else a head predicts."""
+    run = run_of_another_head(tmp_path / "run", trained_run, head_quality=True, box_bins=17)
+    for checkpoint, output in ((run, "other"), (trained_run, "plain")):
+        words = [f"checkpoint={checkpoint}", f"output={tmp_path / output}", "gammas=[2]"]
+        assert tool("lab", "distribution", *words, f"loss={loss}", "device=cpu") == 0
+    other, plain = (read(tmp_path / output) for output in ("other", "plain"))
+    assert other["positive_anchors"] > 0
+    if loss != "tal":  # whose choice depends on what is predicted
+        assert (other["anchors"], other["positive_anchors"]) == (plain["anchors"], plain["positive_anchors"])
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["~loss.assigner"], "loss.assigner: None makes nothing - give loss.assigner._target_="),
+        (["loss.assigner.positive_iou=2"], "loss.assigner: "),
+        (["loss=atss", "loss.assigner.topk=0"], "loss.assigner: topk must be at least 1, got 0"),
+        (
+            [
+                "loss.assigner._target_=retina.losses.classification.Focal",
+                *(f"~loss.assigner.{key}" for key in ("positive_iou", "negative_iou", "low_quality")),
+            ],
+            "loss.assigner: ",
+        ),
+    ],
+)
+def test_a_wrong_rule_is_one_line(
+    tool: Tool, trained_run: Path, tmp_path: Path, capsys: Capture, words: list[str], wanted: str
+) -> None:
+    """Also for a run that was trained with another one."""
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    with (run / "config.yaml").open("a") as file:
+        file.write("loss: {assigner: {_target_: retina.ops.assigners.TaskAligned}}\n")
+    command = ("lab", "distribution", f"checkpoint={run}", f"output={tmp_path / 'out'}", "device=cpu")
+    assert tool(*command, *words) == 2
+    assert one_line(capsys).startswith(f"error: {wanted}")
+    assert tool(*command) == 0
+    assert capsys.readouterr().err.startswith("note: the run was trained with loss.assigner {'_target_': 'retina.ops.")
+
+
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
         ([], "checkpoint: missing - give checkpoint=..."),
         (["checkpoint=x", "gammas=[-1]"], "gammas: -1 is not allowed - give numbers finite and at least 0"),
+        (["checkpoint=x", "gammas=[1,2,1.0000001]"], "gammas: 1 is there twice - give numbers that differ"),
+        (["checkpoint=x", "alphas=[0.5,0.5]"], "alphas: 0.5 is there twice - give numbers that differ"),
         (["checkpoint=x", "alphas=[2]"], "alphas: 2 is not allowed - give numbers from 0 to 1"),
         (["checkpoint=x", "figures=gif"], "figures: gif is no known format - choose png or svg"),
         (["checkpoint=x", "split=test"], "split: test is not known"),

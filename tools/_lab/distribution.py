@@ -71,6 +71,9 @@ def check_numbers(key: str, values: Sequence[Any], most: float) -> None:
             raise ConfigError(f"{key}: {value!r} is not allowed - give numbers {wanted}")
     if not values:
         raise ConfigError(f"{key}: empty - give at least one number")
+    shown = [f"{value:g}" for value in values]
+    if twice := [text for text in shown if shown.count(text) > 1]:
+        raise ConfigError(f"{key}: {twice[0]} is there twice - give numbers that differ in six digits")
 
 
 @entry("lab_distribution")
@@ -81,9 +84,8 @@ def main(settings: Settings) -> int:
     trained = read_settings(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     names = ["distribution.json", *(f"{name}.{config.figures}" for name in ("cumulative", "hardest"))]
     open_output(output, names)
-    note_other_rule(trained.get("loss"), config.loss)
-
     elements, told = collect(config, trained.get("data") or {}, output)
+    note_other_rule(trained.get("loss"), config.loss)
     result = told | describe(elements, told["classes"], told["levels"], config.gammas, config.alphas)
     write_whole(output / names[0], (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     save(draw_cumulative(result), output / names[1])
@@ -99,24 +101,24 @@ def collect(config: DistributionConfig, trained: Mapping[str, Any], output: Path
     # torch takes seconds to load, and a wrong setting should not wait for it
     import torch
 
-    from _lab.elements import Elements
+    from _lab.elements import Elements, assign
     from retina import distributed
     from retina.inference import Detector
-    from retina.losses.detection import DetectionLoss
     from retina.types import to_device
 
     device = call(distributed.choose_device, "device", name=config.device)
-    assigner = build(config.loss["assigner"], "loss.assigner")
+    assigner = build(config.loss.get("assigner"), "loss.assigner")
     detector = Detector.load(config.checkpoint, device=str(device), precision=config.precision)
     data = data_of(trained, config.data, detector.card.preprocessing)
     annotations, loader = open_split(data, config.split, detector, output, batch_size=config.batch_size)
     elements = Elements(len(detector.classes), len(detector.model.strides))
-    criterion = DetectionLoss(assigner=assigner, classification=elements)
     with torch.no_grad():
         for batch in progress(loader, "looking", len(loader)):
             on_device = to_device(batch, device)
             with torch.autocast(device.type, detector.dtype, enabled=detector.dtype != torch.float32):
-                criterion(detector.model(on_device.images), on_device.targets)
+                predictions = detector.model(on_device.images)
+                given = {"assigner": assigner, "predictions": predictions, "targets": on_device.targets}
+                elements.add(predictions, *call(assign, "loss.assigner", **given))
     skipped = sorted(loader.faults.values())
     return elements, {
         "checkpoint": config.checkpoint,

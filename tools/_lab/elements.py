@@ -1,15 +1,26 @@
-"""The elements of a detector's classification loss, collected while a criterion runs."""
+"""The elements of a detector's classification loss, collected over the images of a data set."""
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from _lab.histogram import Histograms, histograms
-from retina.types import Assignment, Predictions
+from retina.ops.assigners import Assigner
+from retina.types import Assignment, Predictions, Targets
+
+
+def assign(assigner: Assigner, predictions: Predictions, targets: Targets) -> tuple[Int64[Tensor, "B A"], Assignment]:
+    """The label of every anchor's object, and the assignment. Without any object or crowd, all anchors are negative."""
+    if targets.boxes.shape[1] == 0:  # a rule needs something to choose from
+        shape = len(targets.boxes), sum(map(len, predictions.anchors))
+        nothing = torch.zeros(shape, dtype=torch.bool, device=targets.boxes.device)
+        return nothing.long(), Assignment(nothing.long(), nothing, ~nothing)
+    assigned = assigner(predictions, targets)
+    return targets.labels.gather(1, assigned.matched), assigned
 
 
 class Elements:
-    """Takes the place of a `DetectionLoss`'s classification loss, and counts what that would have been a sum of.
+    """Counts what a classification loss would be a sum of.
 
     An element is one class of one anchor that is positive or negative. It is positive for the class of the anchor's own
     object, and negative for every other class and at negative anchors. The targets are hard, whatever the loss that
@@ -23,16 +34,13 @@ class Elements:
         self.anchors = 0
         """That are positive or negative."""
 
-    def __call__(
-        self, predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
-    ) -> Float[Tensor, ""]:
-        """Nothing but 0."""
+    def add(self, predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment) -> None:
+        """A batch; `labels` say something at positive anchors only."""
         counts = [len(anchors) for anchors in predictions.anchors]
         parts = (part.split(counts, dim=1) for part in (labels, assigned.positive, assigned.negative))
         for level, (logits, *of_level) in enumerate(zip(predictions.logits, *parts, strict=True)):
             for image in zip(logits, *of_level, strict=True):  # one at a time: each makes two float64 copies
                 self._add(level, *(tensor.detach().cpu() for tensor in image))
-        return torch.zeros(())
 
     def _add(
         self,
