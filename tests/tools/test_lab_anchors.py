@@ -33,10 +33,11 @@ from retina.data.transforms import Pipeline, ResizeShortSide
 from retina.engine.config import DataConfig
 from retina.errors import ConfigError
 from retina.model.retinanet import retinanet
-from retina.ops.anchors import AnchorGenerator
-from retina.ops.assigners import MaxIoU
+from retina.ops.anchors import AnchorGenerator, Anchors
+from retina.ops.assigners import ATSS, MaxIoU
 from retina.ops.boxes import pairwise_iou
 from retina.ops.matching import match
+from retina.types import Predictions, Targets
 
 RULE = MaxIoU(positive_iou=0.5, negative_iou=0.4)
 
@@ -69,9 +70,9 @@ GENERATORS = [
 ]
 
 
-def anchors_on(canvas: Sequence[int], pyramid: Pyramid) -> tuple[Tensor, ...]:
+def anchors_on(canvas: Sequence[int], pyramid: Pyramid) -> Anchors:
     shapes = [(-(-canvas[0] // stride), -(-canvas[1] // stride)) for stride in pyramid.strides]
-    return tuple(pyramid.anchors(shapes, pyramid.strides, "cpu"))
+    return pyramid.anchors(shapes, pyramid.strides, "cpu")
 
 
 @pytest.mark.parametrize("generator", GENERATORS, ids=["paper", "offset", "rounded"])
@@ -87,7 +88,7 @@ def test_best_iou_is_that_of_all_anchors(generator: AnchorGenerator) -> None:
 def test_positives_are_those_of_the_matching(generator: AnchorGenerator) -> None:
     objects, pyramid = random_objects(), Pyramid(generator, (8, 16, 32))
     objects.boxes[0] = torch.tensor([0.0, 0.4, 27.0, 15.6])  # best covered by the first anchor of a level, if offset
-    coverage = cover(objects, pyramid, RULE, batches_of_images(objects, torch.ones(len(objects.boxes)) > 0))
+    coverage = cover(objects, pyramid, RULE, 0.5, batches_of_images(objects, torch.ones(len(objects.boxes)) > 0))
     assert coverage.matched.all()
     expected = torch.zeros(2, len(objects.boxes), 3, dtype=torch.int64)
     for image in objects.image.unique():
@@ -105,13 +106,29 @@ def test_positives_are_those_of_the_matching(generator: AnchorGenerator) -> None
     assert (coverage.positives.sum(dim=1) > coverage.above.sum(dim=1)).any()
 
 
+@pytest.mark.parametrize("rule", [MaxIoU(low_quality=False), ATSS(topk=4)])
+def test_positives_are_those_of_any_rule(rule: MaxIoU | ATSS) -> None:
+    """That looks at boxes and anchors alone."""
+    objects, pyramid = random_objects(), Pyramid(GENERATORS[0], (8, 16, 32))
+    coverage = cover(objects, pyramid, rule, 0.5, batches_of_images(objects, torch.ones(len(objects.boxes)) > 0))
+    for image in objects.image.unique():
+        rows = (objects.image == image).nonzero()[:, 0]
+        anchors = anchors_on(objects.canvas[rows[0]].tolist(), pyramid)
+        valid = torch.ones(1, len(rows)) > 0
+        assigned = rule(
+            Predictions((), (), anchors), Targets(objects.boxes[None, rows], objects.labels[None, rows], valid, ~valid)
+        )
+        counts = assigned.matched[assigned.positive].bincount(minlength=len(rows))
+        assert torch.equal(coverage.positives[rows].sum(dim=1), counts)
+
+
 def test_groups_and_shares() -> None:
     sides = torch.tensor([[20.0, 20.0], [16.0, 16.0], [50.0, 50.0], [5.0, 60.0], [100.0, 100.0], [64.0, 64.0]])
     objects = objects_of(sides, per_image=2)
     pyramid = Pyramid(AnchorGenerator(sizes=(16.0, 64.0), scales=(1.0,), ratios=(1.0,)), (2, 4))
     drawn = torch.tensor([True, True, True, True, False, False])
-    coverage = cover(objects, pyramid, RULE, batches_of_images(objects, drawn))
-    told = summarize(objects, coverage, RULE, [1, 2], ["a", "b", "c"])
+    coverage = cover(objects, pyramid, RULE, 0.5, batches_of_images(objects, drawn))
+    told = summarize(objects, coverage, 0.5, [1, 2], ["a", "b", "c"])
     assert (told["objects"], told["objects_matched"]) == (6, 4)
     assert [told["by_size"][name]["objects"] for name in ("small", "medium", "large")] == [3, 2, 1]
     assert {name: group["objects"] for name, group in told["by_octave"].items()} == {
@@ -122,7 +139,7 @@ def test_groups_and_shares() -> None:
     assert {name: group["objects"] for name, group in told["by_class"].items()} == {"a": 2, "b": 2, "c": 2}
     assert told["recall_50"] == pytest.approx(4 / 6)  # neither the thin one nor that of 100 px
     assert told["without_positive"] == 0
-    assert told["without_positive_without_low_quality"] == pytest.approx(1 / 4)
+    assert told["without_positive_at_threshold"] == pytest.approx(1 / 4)
     assert told["best_iou"] == pytest.approx(coverage.best().mean().item())
     assert told["by_size"]["large"]["positives"] is None, "its image was not matched"
     assert sum(told["positive_anchors_by_level"].values()) == coverage.positives.sum()
@@ -437,14 +454,22 @@ def test_what_was_fitted_is_not_fitted_again(tool: Tool, shapes: Path, tmp_path:
         ("model.anchor_sizes=[1.0,2.0]", "model.anchor_sizes: 2 sizes for 1 levels"),
         ("outptu=x.yaml", "outptu: no such key - did you mean output?"),
         ("data.root=nowhere", "nowhere"),
+        ("~model.levels", "model.levels: missing - give a list, as in model.levels=[3,4,5,6,7]"),
+        ("figures=FILE", "FILE cannot be written (Not a directory) - choose another folder"),
+        ("figures=FILE/figures", "FILE/figures cannot be written (Not a directory) - choose another folder"),
+        ("output=FILE/mine.yaml", "output: FILE cannot be written (Not a directory) - choose another folder"),
     ],
 )
 def test_what_cannot_be_is_told_in_one_line(
     tool: Tool, shapes: Path, tmp_path: Path, capsys: Capture, word: str, said: str
 ) -> None:
-    assert tool("lab", *words(shapes, tmp_path), word.replace("SHAPES", str(shapes))) == 2
-    assert said in one_line(capsys)
-    assert not (tmp_path / "figures").exists()
+    """Before anything is matched, and nothing is left behind."""
+    file = tmp_path / "file"
+    file.touch()
+    word = word.replace("SHAPES", str(shapes)).replace("FILE", str(file))
+    assert tool("lab", *words(shapes, tmp_path), word) == 2
+    assert said.replace("FILE", str(file)) in one_line(capsys)
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_file_is_replaced_only_when_told_to(tmp_path: Path) -> None:
@@ -484,6 +509,28 @@ def test_only_boxes_are_followed_and_other_rules_are_named(
     assert "recall: at IoU 0.6" in said
     result = json.loads((tmp_path / "figures" / "anchors.json").read_text())
     assert result["now"]["coverage"]["objects_matched"] < result["now"]["coverage"]["objects"]
+
+
+@pytest.mark.parametrize(("loss", "name", "rule"), [("gfl", "ATSS", "ATSS(topk=9)"), ("tal", "TaskAligned", "MaxIoU(")])
+def test_nothing_is_fitted_for_a_rule_without_a_fixed_iou(
+    tool: Tool, shapes: Path, tmp_path: Path, capsys: Capture, loss: str, name: str, rule: str
+) -> None:
+    """The very anchors that a fit would change for loss=focal."""
+    output = tmp_path / "model" / "mine.yaml"
+    assert tool("lab", *words(shapes, tmp_path), f"loss={loss}", f"output={output}") == 0
+    said = capsys.readouterr().out
+    assert f"no change: {name} has no fixed IoU for anchors to reach - give loss=focal" in said
+    assert ("but the paper's" in said) == (loss == "tal")
+    assert " -> " not in said
+    assert f"not written: {output}" in said
+    assert not output.parent.exists()
+    result = json.loads((tmp_path / "figures" / "anchors.json").read_text())
+    assert not result["change"]
+    assert result["positives_of"].startswith(rule)
+    assert result["now"]["coverage"]["positives"] > 0
+    assert "fitted" not in result
+    with Image.open(tmp_path / "figures" / "anchors.png") as picture:
+        assert picture.size[0] > 1.5 * picture.size[1] > 500
 
 
 def test_a_file_keeps_every_setting_of_the_model() -> None:

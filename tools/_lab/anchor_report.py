@@ -20,7 +20,7 @@ _COLUMNS = {
     "recall": ("recall_at_threshold", "{:.1%}"),
     "positives": ("positives", "{:.1f}"),
     "none": ("without_positive", "{:.1%}"),
-    "none *": ("without_positive_without_low_quality", "{:.1%}"),
+    "none *": ("without_positive_at_threshold", "{:.1%}"),
 }
 _MOST_DOTS = 4000
 _MOST_CLASSES = 20  # on the screen: those with most objects
@@ -57,36 +57,39 @@ def yaml_file(model: Mapping[str, Any], result: Mapping[str, Any], name: str) ->
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """What the screen shows: every number as it is now, and as the fitted anchors would have it."""
-    now, fitted = (result[which]["coverage"] for which in ("now", "fitted"))
-    groups = {"all": (now, fitted)}
+    """What the screen shows: every number as it is now and, if any were fitted, as those anchors would have it."""
+    shown = [which for which in ("now", "fitted") if which in result]
+    coverages = [result[which]["coverage"] for which in shown]
+    now = coverages[0]
+    groups = {"all": coverages}
     for kind in ("by_size", "by_class", "by_level"):
-        names = [*dict.fromkeys([*now[kind], *fitted[kind]])]
+        names = [*dict.fromkeys(name for coverage in coverages for name in coverage[kind])]
         if kind == "by_level":
             names.sort()
         if kind == "by_class":
             names = sorted(names, key=lambda one: -now[kind][one]["objects"])[:_MOST_CLASSES]
-        groups |= {_name(kind, name): (now[kind].get(name), fitted[kind].get(name)) for name in names}
+        groups |= {_name(kind, name): [coverage[kind].get(name) for coverage in coverages] for name in names}
     width = max(map(len, groups))
     lines = [
         f"{result['data']['objects']:,} objects of {result['data']['images']:,} images after the resize; "
-        f"positives from {now['objects_matched']:,} of them. Each number as it is -> as fitted.",
+        f"positives from {now['objects_matched']:,} of them."
+        + (" Each number as it is -> as fitted." if len(shown) > 1 else ""),
         f"{'':<{width}}{'objects':>10}" + "".join(f"{title:>18}" for title in _COLUMNS),
     ]
-    for name, (before, after) in groups.items():
-        count = f"{(before or after or {})['objects']:,}"
-        lines.append(f"{name:<{width}}{count:>10}" + "".join(f"{cell:>18}" for cell in _cells(before, after)))
+    for name, group in groups.items():
+        count = f"{next(of for of in group if of)['objects']:,}"
+        lines.append(f"{name:<{width}}{count:>10}" + "".join(f"{cell:>18}" for cell in _cells(group)))
     lines += [
-        f"recall: at IoU {result['threshold']:g}, the least of a positive. none: objects without any positive anchor; "
-        "*: without low-quality matches",
+        f"recall: at IoU {result['threshold']:g}. none: objects without any positive anchor; *: or of less IoU only",
         "",
-        "fitted from, and judged on images not fitted to:",
     ]
+    lines += ["fitted from, and judged on images not fitted to:"] if result["trials"] else []
     for trial in result["trials"]:
         gains = (trial["best_iou"], trial["recall_at_threshold"])
         iou, recall = (f"{one['gain']:+.3f} ± {one['noise']:.3f}" for one in gains)
         lines.append(f"  P{trial['levels'][0]}: {trial['anchors']:>9,} anchors, best IoU {iou}, recall {recall}")
-    lines += ["", *(_anchors(which, result[which]["model"]) for which in ("now", "fitted")), result["verdict"]]
+    lines += [""] if result["trials"] else []
+    lines += [*(_anchors(which, result[which]["model"]) for which in shown), result["verdict"]]
     return "\n".join([*lines, *(f"note: {note}" for note in result["notes"])])
 
 
@@ -94,9 +97,9 @@ def _name(kind: str, name: str) -> str:
     return f"best on {name}" if kind == "by_level" else plain(name)
 
 
-def _cells(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> Iterator[str]:
+def _cells(group: Sequence[Mapping[str, Any] | None]) -> Iterator[str]:
     for key, shape in _COLUMNS.values():
-        values = (of.get(key) if of else None for of in (before, after))
+        values = (of.get(key) if of else None for of in group)
         yield " -> ".join("-" if value is None else shape.format(value) for value in values)
 
 
@@ -108,23 +111,23 @@ def _anchors(name: str, model: Mapping[str, Any]) -> str:
 def draw(
     objects: Objects, pyramids: Mapping[str, Pyramid], coverages: Mapping[str, Coverage], result: Mapping[str, Any]
 ) -> "Figure":
-    """Objects and anchors by width and height, as they are and as fitted; and how well objects of each size fare."""
+    """Objects and anchors by width and height, one panel per pyramid; and how well objects of each size fare."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(17, 5.6), layout="constrained")
-    axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
+    figure = Figure(figsize=(5.7 * (len(pyramids) + 1), 5.6), layout="constrained")
+    axes = figure.subplots(1, len(pyramids) + 1, width_ratios=(*(1 for _ in pyramids), 1.15))
     shown = torch.randperm(len(objects.boxes), generator=torch.Generator().manual_seed(0))[:_MOST_DOTS]
     for one, (name, pyramid) in zip(axes, pyramids.items(), strict=False):
         _scatter(one, objects.of(shown), coverages[name].best()[shown], pyramid, result[name]["model"]["levels"])
         one.set_title(f"{name}: mean best IoU {result[name]['coverage']['best_iou']:.3f}")
-    sides = [one.get_xlim() + one.get_ylim() for one in axes[:2]]
+    sides = [one.get_xlim() + one.get_ylim() for one in axes[:-1]]
     low, high = min(map(min, sides)), max(map(max, sides))
-    for one in axes[:2]:
+    for one in axes[:-1]:
         _pixels(one, "x", low, high)
         _pixels(one, "y", low, high)
         one.set(xlabel="width in pixels", ylabel="height in pixels")
-    figure.colorbar(axes[1].collections[0], ax=axes[1], label="best IoU of an object")
-    _by_size(axes[2], objects, coverages)
+    figure.colorbar(axes[-2].collections[0], ax=axes[-2], label="best IoU of an object")
+    _by_size(axes[-1], objects, coverages)
     return figure
 
 
@@ -156,7 +159,7 @@ def _by_size(axes: "Axes", objects: Objects, coverages: Mapping[str, Coverage]) 
     counts = np.bincount(place - first, minlength=last - first + 1)
     axes.stairs(counts / counts.max(), edges, fill=True, color="0.88", label="objects (share of the fullest bar)")
     middles, some = np.sqrt(edges[:-1] * edges[1:]), counts >= min(_FEWEST, counts.max())
-    for colour, (name, coverage) in zip(("tab:orange", "tab:blue"), coverages.items(), strict=True):
+    for colour, (name, coverage) in zip(("tab:orange", "tab:blue"), coverages.items(), strict=False):
         best = coverage.best().numpy()
         for style, what, values in (("o-", "mean best IoU", best), ("s--", "recall at 0.5", best >= 0.5)):
             mean = np.bincount(place - first, values, minlength=len(counts))[some] / counts[some]

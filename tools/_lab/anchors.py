@@ -2,13 +2,14 @@
 
 python tools/lab.py anchors                                       # the built-in shapes
 python tools/lab.py anchors data=coco data.root=DIR               # your own data: annotations only, no image is read
-python tools/lab.py anchors data=coco data.root=DIR output=configs/model/mine.yaml
+python tools/lab.py anchors data=coco data.root=DIR loss=focal output=configs/model/mine.yaml
 
 Settings are those of tools/train.py, and some more: configs/lab_anchors.yaml. Objects are taken at the size that the
 configured resize gives them; what crops, turns or rescales after it is not followed. Best IoUs are exact, for each
 image alone in its batch, and so are the positive anchors of the images that are matched. The fit keeps the number of
 anchors per cell, and is judged by images that it was not made from. Unless it gains more than noise, nothing is written
-to `output`. Writes anchors.json (all numbers) and anchors.png.
+to `output`. A fit is for a rule that chooses by IoU (loss=focal); with another, as the default's, coverage is told and
+nothing fitted. Writes anchors.json (all numbers) and anchors.png.
 """
 
 import json
@@ -24,7 +25,7 @@ from _compose import Settings, entry, typed
 from _split import progress
 from train import shapes_by_default
 
-from _lab.figures import check_format, save
+from _lab.figures import check_folder, check_format, save
 from retina.engine.config import DataConfig, TrainConfig, from_mapping
 from retina.engine.splits import SPLITS, load_split
 from retina.errors import ConfigError, DataError, plain
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from _lab.coverage import Objects, Pyramid
     from retina.data.annotations import Annotations
     from retina.data.transforms import Pipeline
-    from retina.ops.assigners import MaxIoU
+    from retina.ops.assigners import Assigner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,41 +74,47 @@ def run(settings: Settings, config: AnchorsConfig, data: DataConfig, words: Sequ
 
     from _lab.anchor_fit import fit
     from _lab.anchor_report import describe, draw, model_section, yaml_file
-    from _lab.anchor_trials import decide, try_levels
+    from _lab.anchor_trials import Decision, decide, try_levels
     from _lab.coverage import batches_of_images, cover, draw_images, summarize
 
     seed = from_mapping(TrainConfig, settings["train"], "train").seed
-    now, levels = pyramid_of(settings["model"], settings["model"]["levels"]), settings["model"]["levels"]
-    rule, notes = rule_of(settings["loss"])
-    annotations, objects, more = read(settings, config, data, seed, divisor=data.pad_multiple or max(now.strides))
+    levels = levels_of(settings["model"])
+    now = pyramid_of(settings["model"], levels)
+    rule, threshold, refusal = rule_of(settings["loss"])
+    annotations, objects, notes = read(settings, config, data, seed, divisor=data.pad_multiple or max(now.strides))
     generator = torch.Generator().manual_seed(seed)
     drawn = draw_images(objects, config.images, generator)
     some = objects.of(drawn)
-    begin = list(starts(settings["model"], now))
-    trials = try_levels(some, now, progress(begin, "fitting", len(begin)), rule.positive_iou, generator)
-    decision = decide(some, trials, levels, rule.positive_iou)
-    fitted = fit(some, pyramid_of(settings["model"], decision.levels), rule.positive_iou, generator)
+    pyramids, decision, trials = {"now": now}, Decision(levels, False, refusal), []
+    if not refusal:
+        begin = list(starts(settings["model"], now))
+        trials = try_levels(some, now, progress(begin, "fitting", len(begin)), threshold, generator)
+        decision = decide(some, trials, levels, threshold)
+        pyramids["fitted"] = fit(some, pyramid_of(settings["model"], decision.levels), threshold, generator)
 
     batches = batches_of_images(objects, drawn)
     coverages, found = {}, {}
-    for name, pyramid, its_levels in (("now", now, levels), ("fitted", fitted, decision.levels)):
-        coverages[name] = cover(objects, pyramid, rule, progress(batches, f"matching: {name}", len(batches)))
-        told = summarize(objects, coverages[name], rule, its_levels, annotations.classes)
+    for name, pyramid in pyramids.items():
+        bar = progress(batches, f"matching: {name}", len(batches))
+        its_levels = levels if name == "now" else decision.levels
+        coverages[name] = cover(objects, pyramid, rule, threshold, bar)
+        told = summarize(objects, coverages[name], threshold, its_levels, annotations.classes)
         found[name] = {"model": model_section(pyramid, its_levels), "coverage": told}
     result = {
         "command": shown(words),
         "data": {"annotations": str(annotations.file), "images": len(annotations), "objects": len(objects.boxes)},
-        "threshold": rule.positive_iou,
+        "positives_of": repr(rule),
+        "threshold": threshold,
         "change": decision.change,
         "verdict": decision.reason,
         "trials": [trial.numbers() for trial in trials],
         **found,
-        "notes": [*notes, *more],
+        "notes": notes,
     }
     folder = Path(config.figures)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "anchors.json", (json.dumps(result, indent=2) + "\n").encode())
-    save(draw(objects, {"now": now, "fitted": fitted}, coverages, found), folder / "anchors.png")
+    save(draw(objects, pyramids, coverages, found), folder / "anchors.png")
     print(describe(result))
     print(f"all numbers and a picture: {folder}")
     if config.output and decision.change:
@@ -126,7 +133,7 @@ def shown(words: Sequence[str]) -> str:
 
 
 def check_places(config: AnchorsConfig, data: DataConfig) -> None:
-    """Raises ConfigError for places among the data, and for files that are not the lab's own."""
+    """Raises ConfigError for places among the data or not to be written, and for files that are not the lab's own."""
     folder, output = Path(config.figures), Path(config.output) if config.output else None
     for key, place in (("figures", folder), ("output", output)):
         for own in filter(None, (data.root, data.train.images, data.val.images)):
@@ -141,6 +148,17 @@ def check_places(config: AnchorsConfig, data: DataConfig) -> None:
         raise ConfigError(f"output: {output} is no config file - end it in .yaml")
     if output and (output.exists() or output.is_symlink()) and not config.overwrite:
         raise ConfigError(f"output: {output} is there already - choose another file, or give overwrite=true")
+    check_folder(folder, "figures")
+    if output:
+        check_folder(output.parent, "output")
+
+
+def levels_of(model: Settings) -> list[int]:
+    """Raises ConfigError where the settings leave them open."""
+    levels = model.get("levels")
+    if not isinstance(levels, list):
+        raise ConfigError("model.levels: missing - give a list, as in model.levels=[3,4,5,6,7]")
+    return levels
 
 
 def pyramid_of(model: Settings, levels: Sequence[int]) -> "Pyramid":
@@ -152,7 +170,7 @@ def pyramid_of(model: Settings, levels: Sequence[int]) -> "Pyramid":
     from _lab.coverage import Pyramid
     from retina.model.retinanet import retinanet
 
-    if model["anchor_sizes"] and levels != model["levels"]:
+    if model.get("anchor_sizes") and levels != model["levels"]:
         known = dict(zip(model["levels"], model["anchor_sizes"], strict=False))
         lowest = model["anchor_sizes"][0] / 2
         model = {**model, "anchor_sizes": [float(known.get(level, lowest)) for level in levels]}
@@ -161,16 +179,19 @@ def pyramid_of(model: Settings, levels: Sequence[int]) -> "Pyramid":
     return Pyramid(made.anchors, made.strides)
 
 
-def rule_of(loss: Settings) -> tuple["MaxIoU", list[str]]:
-    """The matching by IoU that is trained with, and what there is to say about it."""
-    from retina.ops.assigners import MaxIoU
+def rule_of(loss: Settings) -> tuple["Assigner", float, str]:
+    """The rule whose positives are counted, the IoU that recall is told at, and why nothing is fitted for the rule, if
+    so. A rule that looks at predictions cannot be counted: the paper's is in its place."""
+    from retina.ops.assigners import ATSS, MaxIoU
 
     assigner = getattr(build(loss, "loss"), "assigner", None)
     if isinstance(assigner, MaxIoU):
-        return assigner, []
-    return MaxIoU(), [
-        f"loss.assigner does not match by IoU ({type(assigner).__name__}): told as if it were the paper's"
-    ]
+        return assigner, assigner.positive_iou, ""
+    name = type(assigner).__name__
+    refusal = f"no change: {name} has no fixed IoU for anchors to reach - give loss=focal to fit them for that rule"
+    if isinstance(assigner, ATSS):
+        return assigner, 0.5, refusal
+    return MaxIoU(), 0.5, f"{refusal}. Positives are not {name}'s, which need predictions, but the paper's"
 
 
 def read(

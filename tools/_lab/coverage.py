@@ -2,7 +2,7 @@
 
 Of all anchors of one shape, the one whose centre is nearest to an object's overlaps it most, as their intersection
 falls with the distance along x and along y. So an object's best IoU takes one look at every shape on every level,
-wherever the anchors stand. Which anchors become positive is asked of `retina.ops.matching.match_boxes` itself.
+wherever the anchors stand. Which anchors become positive is asked of the rule that trains.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,9 +17,9 @@ from torch import Tensor
 from retina.data.annotations import Annotations
 from retina.data.transforms import Pipeline, Sample, stable_hash
 from retina.ops.anchors import AnchorGenerator
-from retina.ops.assigners import MaxIoU
+from retina.ops.assigners import Assigner
 from retina.ops.boxes import pairwise_iou
-from retina.ops.matching import match_boxes
+from retina.types import Predictions, Targets
 
 SIZES = {"small": (0.0, 32.0), "medium": (32.0, 96.0), "large": (96.0, float("inf"))}
 """COCO's, of the square root of a box's area; here in pixels after the resize."""
@@ -74,9 +74,9 @@ class Coverage(NamedTuple):
     matched: Bool[Tensor, "N"]
     """Whether its image was matched; the counts are 0 elsewhere."""
     positives: Int64[Tensor, "N L"]
-    """Anchors of each level that are positive for it, low-quality matches included."""
+    """Anchors of each level that are positive for it."""
     above: Int64[Tensor, "N L"]
-    """Those of them that reach the threshold."""
+    """Those of them whose IoU reaches the threshold."""
 
     def best(self) -> Float[Tensor, "N"]:
         return self.iou.amax(dim=1)
@@ -137,8 +137,11 @@ def best_iou(objects: Objects, pyramid: Pyramid) -> Float[Tensor, "N L"]:
     return torch.cat([iou_of_shapes(*chunk, anchors).amax(dim=1).T for chunk in chunks])
 
 
-def cover(objects: Objects, pyramid: Pyramid, rule: MaxIoU, batches: Iterable[Int64[Tensor, "n"]]) -> Coverage:
-    """`batches`: rows of the objects that are matched too, from `batches_of_images`."""
+def cover(
+    objects: Objects, pyramid: Pyramid, rule: Assigner, threshold: float, batches: Iterable[Int64[Tensor, "n"]]
+) -> Coverage:
+    """`rule`: one that looks at boxes and anchors alone. `batches`: rows of the objects that are matched too, from
+    `batches_of_images`."""
     shape = len(objects.boxes), len(pyramid.strides)
     matched = torch.zeros(shape[0], dtype=torch.bool)
     counts = torch.zeros(2, shape[0] * shape[1], dtype=torch.int64)
@@ -146,7 +149,7 @@ def cover(objects: Objects, pyramid: Pyramid, rule: MaxIoU, batches: Iterable[In
         matched[rows] = True
         place, iou = _positives(objects, rows, pyramid, rule)
         counts[0] += torch.bincount(place, minlength=counts.shape[1])
-        counts[1] += torch.bincount(place[iou >= rule.positive_iou], minlength=counts.shape[1])
+        counts[1] += torch.bincount(place[iou >= threshold], minlength=counts.shape[1])
     return Coverage(best_iou(objects, pyramid), matched, *(one.view(shape) for one in counts))
 
 
@@ -169,7 +172,7 @@ def batches_of_images(objects: Objects, drawn: Bool[Tensor, "N"]) -> list[Int64[
 
 
 def _positives(
-    objects: Objects, rows: Int64[Tensor, "n"], pyramid: Pyramid, rule: MaxIoU
+    objects: Objects, rows: Int64[Tensor, "n"], pyramid: Pyramid, rule: Assigner
 ) -> tuple[Int64[Tensor, "P"], Float[Tensor, "P"]]:
     """Every positive anchor as its place in [N L] and its IoU, of images that share a canvas."""
     columns, heights = pyramid.cells(objects.canvas[rows[:1]])[0].unbind(-1)
@@ -180,11 +183,10 @@ def _positives(
     boxes = torch.zeros(len(first), int(count.max()), 4)
     boxes[image, number] = objects.boxes[rows]
     valid = torch.arange(boxes.shape[1]) < count[:, None]
-    index, positive, _ = match_boxes(
-        anchors, boxes, valid, torch.zeros_like(valid), positive_iou=rule.positive_iou, negative_iou=rule.negative_iou
-    )
-    where, anchor = positive.nonzero(as_tuple=True)
-    chosen = index[where, anchor]
+    targets = Targets(boxes, torch.zeros_like(valid, dtype=torch.int64), valid, torch.zeros_like(valid))
+    assigned = rule(Predictions((), (), anchors), targets)
+    where, anchor = assigned.positive.nonzero(as_tuple=True)
+    chosen = assigned.matched[where, anchor]
     # the same arithmetic as the matching's, so that the same ones reach the threshold
     iou = pairwise_iou(torch.cat(anchors)[anchor, None], boxes[where, chosen, None])[:, 0, 0]
     level = torch.bucketize(anchor, torch.tensor([len(one) for one in anchors]).cumsum(0), right=True)
@@ -198,13 +200,13 @@ def _runs(values: Int64[Tensor, "n"]) -> tuple[Int64[Tensor, "n"], Int64[Tensor,
 
 
 def summarize(
-    objects: Objects, coverage: Coverage, rule: MaxIoU, levels: Sequence[int], classes: Sequence[str]
+    objects: Objects, coverage: Coverage, threshold: float, levels: Sequence[int], classes: Sequence[str]
 ) -> dict[str, Any]:
     """All of it as JSON knows it: over all objects, by size, by level of the best anchor and by class."""
     best, size = coverage.best(), objects.size()
 
     def groups(masks: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {name: describe(best, coverage, rule, mask) for name, mask in masks.items() if mask.any()}
+        return {name: describe(best, coverage, threshold, mask) for name, mask in masks.items() if mask.any()}
 
     level = coverage.iou.argmax(dim=1)
     positives = coverage.positives.sum(dim=0).tolist()
@@ -212,7 +214,7 @@ def summarize(
     quantiles = (0.05, 0.25, 0.5, 0.75, 0.95)
     found = np.quantile(best.numpy(), quantiles).tolist()
     return {
-        **describe(best, coverage, rule, torch.ones_like(coverage.matched)),
+        **describe(best, coverage, threshold, torch.ones_like(coverage.matched)),
         "quantiles_of_best_iou": {f"{q:g}": value for q, value in zip(quantiles, found, strict=True)},
         "by_size": groups({name: (size >= low) & (size < high) for name, (low, high) in SIZES.items()}),
         "by_octave": groups(octaves),
@@ -222,22 +224,22 @@ def summarize(
     }
 
 
-def describe(best: Float[Tensor, "N"], coverage: Coverage, rule: MaxIoU, rows: Bool[Tensor, "N"]) -> dict[str, Any]:
+def describe(best: Float[Tensor, "N"], coverage: Coverage, threshold: float, rows: Bool[Tensor, "N"]) -> dict[str, Any]:
     """The numbers of one group of objects, that has at least one."""
     known = rows & coverage.matched
     iou = best[rows].double()
     every, above = (count[known].sum(dim=1).double() for count in (coverage.positives, coverage.above))
     means = {
         "positives": every,
-        "positives_without_low_quality": above,
+        "positives_at_threshold": above,
         "without_positive": (every == 0).double(),
-        "without_positive_without_low_quality": (above == 0).double(),
+        "without_positive_at_threshold": (above == 0).double(),
     }
     return {
         "objects": int(rows.sum()),
         "best_iou": iou.mean().item(),
         "recall_50": (iou >= 0.5).double().mean().item(),
-        "recall_at_threshold": (iou >= rule.positive_iou).double().mean().item(),
+        "recall_at_threshold": (iou >= threshold).double().mean().item(),
         "objects_matched": int(known.sum()),
         **{name: one.mean().item() if len(one) else None for name, one in means.items()},
     }

@@ -1,6 +1,7 @@
 """Figures without a screen, written whole."""
 
 import io
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,16 @@ def check_format(output: Path, key: str) -> None:
         raise ConfigError(f"{key}: {output} is of no known format - end it in {' or '.join(FORMATS)}")
     if (output.exists() or output.is_symlink()) and not (output.is_file() and _MARK.encode() in output.read_bytes()):
         raise ConfigError(f"{key}: {output} is there already and is no figure of the lab - choose another file")
+
+
+def check_folder(folder: Path, key: str) -> None:
+    """Raises ConfigError for a folder that cannot be made or written into. Leaves nothing behind."""
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        with tempfile.TemporaryDirectory(dir=there):
+            return
+    except OSError as fault:
+        raise ConfigError(f"{key}: {folder} cannot be written ({fault.strerror}) - choose another folder") from None
 
 
 def save(figure: "Figure", output: Path) -> None:
