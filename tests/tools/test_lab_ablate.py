@@ -12,18 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from _build import build
 from _compose import compose
+from _lab.checks import check_settings
 from _lab.jobs import finished
 from _lab.study import STUDIES, Job, backbone_run, plan, read_study
 from _lab.table import measure
 from commands import Capture, Tool, one_line
 
 from retina.data.shapes import write_shapes
-from retina.losses.detection import DetectionLoss
-from retina.model.retinanet import retinanet
 
 NAMES = sorted(file.stem for file in STUDIES.glob("[!_]*.yaml"))
 STUDY = """
@@ -31,11 +28,10 @@ title: Two rows
 paper: nowhere
 base: [model.weights=null]
 rows:
-  - {label: gamma 0, set: [loss.classification.gamma=0], published: {AP: 31.1}}
+  - {label: gamma 0, set: [loss.classification.gamma=0.0], published: {AP: 31.1}}
   - {label: gamma 2, set: ["loss.classification.alpha=0.25,0.5"], published: {AP: 34.0}}
   - {label: others, published: {AP: 35.5}}
 """
-FLOATS = ("anchor_sizes", "anchor_scales", "anchor_ratios", "mean", "std")
 
 
 @pytest.fixture
@@ -76,15 +72,8 @@ def test_every_row_can_be_trained(name: str, data: str) -> None:
     jobs = jobs_of(name, f"data={data}", **({"cumulative": True} if name == "ladder" else {}))
     if (name, data) == ("ladder", "shapes"):
         jobs = [*jobs, *jobs_of(name, "data=shapes")]
-    models = {json.dumps(job.settings["model"]): job.settings["loss"] for job in jobs}
-    assert all(isinstance(build(job.settings["loss"], "loss"), DetectionLoss) for job in jobs)
-    assert all(build(job.settings["optimizer"], "optimizer") for job in jobs)
-    for text, loss in models.items():
-        model = json.loads(text)
-        floats = {key: [float(x) for x in model[key]] for key in FLOATS if model[key]}
-        with torch.device("meta"):
-            built = retinanet(**model | floats | {"weights": None}, num_classes=3)
-        assert (built.head.bins is not None) == bool(loss["distribution_weight"])
+    for job in jobs:
+        check_settings(job.settings)
 
 
 def test_words_make_the_settings(place: Path) -> None:
@@ -213,13 +202,15 @@ def test_a_run_without_records_is_no_measurement(place: Path) -> None:
 
 
 def test_what_fails_is_told_and_the_rest_goes_on(tool: Tool, place: Path, capsys: Capture) -> None:
-    """tools/train.py refuses one row before it loads torch; the other is finished."""
-    rows = "rows:\n  - {label: bad, set: [train.batch_size=0]}\n  - {label: good, set: []}\n"
+    """One run cannot have its folder; the other is finished."""
+    rows = "rows:\n  - {label: bad, set: []}\n  - {label: good, set: []}\n"
     Path("bad.yaml").write_text(f"title: Bad\nbase: [{FROM_SCRATCH}]\n{rows}")
-    pretend_finished(jobs_of("bad.yaml")[1], 0.3)
+    bad, good = jobs_of("bad.yaml")
+    pretend_finished(good, 0.3)
+    bad.folder.touch()
     assert tool("lab", "ablate", "study=bad.yaml", "seeds=[0]", "output=out") == 2
     out, err = capsys.readouterr()
-    fault = "train.batch_size: 0 is not allowed - give 1 or more"
+    fault = f"{bad.folder}: is a file - choose another name=..."
     assert err == f"error: 1 of 2 runs failed, as bad-seed0 did: {fault}\n"
     assert out.splitlines()[0] == "2 runs, 1 of them finished"
     text = Path("out/bad-shapes.md").read_text()
@@ -245,6 +236,18 @@ def test_runs_of_other_settings_are_told_before_any_starts(tool: Tool, place: Pa
         (["study=gama"], "study: gama: no such study - choose one of alpha, anchors, depth, gamma, ladder, ohem, or "),
         (["study=two.yaml", "seeds=[]"], "seeds: [] is not allowed"),
         (["study=two.yaml", "seeds=[1,1]"], "seeds: [1, 1] is not allowed"),
+        (["study=two.yaml", "seeds=[-1]"], "seeds: [-1] is not allowed - give whole numbers of 0 or more"),
+        (["study=two.yaml", "budget=0"], "gamma 0: train.length: 0 is not allowed - give steps"),
+        (["study=two.yaml", "budget=-5"], "gamma 0: train.length: -5 is not allowed - give steps"),
+        (["study=two.yaml", "train.length=0"], "gamma 0: train.length: 0 is not allowed - give steps"),
+        (["study=later.yaml"], "second: loss.classification: gamma must be finite and at least 0, got -1"),
+        (["study=two.yaml", "optimizer.lr=abc"], "gamma 0: optimizer: "),
+        (["study=two.yaml", "model.head_quality=true"], "gamma 0: loss: the head has a quality branch, which nothing"),
+        (["study=two.yaml", "schedule.warmup=-5"], "gamma 0: schedule.warmup: -5 is not allowed"),
+        (["study=two.yaml", "data=coco"], "gamma 0: data.root: missing - give data.root=DIR"),
+        (["study=two.yaml", "data=coco", "data.root=nowhere"], "gamma 0: nowhere: split 'train': expected "),
+        (["study=scale.yaml"], "scale.yaml: a: image_scale: nan is not allowed - give a factor above 0"),
+        (["study=tiny.yaml"], "a: data.short_side: 0 is not allowed - give pixels"),
         (["study=two.yaml", "sead=3"], "sead: no such key"),
         (["study=two.yaml", "seds=[0]"], "seds: no such key - did you mean seeds?"),
         (["study=two.yaml", "optimizer.lrr=3"], "optimizer.lrr: no such key - did you mean optimizer.lr?"),
@@ -265,12 +268,17 @@ def test_mistakes_are_one_line(tool: Tool, place: Path, capsys: Capture, words: 
     (place / "taken" / "two-shapes.md").write_text("# mine\n")
     (place / "row.yaml").write_text("title: x\nrows: [{lable: a}]\n")
     (place / "word.yaml").write_text("title: x\nrows: [{label: a, set: [3]}]\n")
+    rows = "{label: first, set: []}, {label: second, set: [loss.classification.gamma=-1.0]}"
+    (place / "later.yaml").write_text(f"title: x\nrows: [{rows}]\n")
+    (place / "scale.yaml").write_text("title: x\nrows: [{label: a, set: [], image_scale: .nan}]\n")
+    (place / "tiny.yaml").write_text("title: x\nrows: [{label: a, set: [], image_scale: 0.001}]\n")
     (place / "same.yaml").write_text("title: x\nrows: [{label: a}, {label: a}]\n")
     (place / "lost.yaml").write_text("title: x\nrows: [{label: a, experiment: ladder_gfll}]\n")
     (place / "yaml.yaml").write_text("title: [\n")
     assert tool("lab", "ablate", *words) == 2
     assert one_line(capsys).startswith(f"error: {wanted}")
     assert not (place / "runs").exists()
+    assert not (place / "docs").exists()
 
 
 TINY = (

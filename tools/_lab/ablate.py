@@ -18,6 +18,7 @@ from pathlib import Path
 
 from _compose import Settings, entry, typed
 
+from _lab.checks import check_lines
 from _lab.jobs import finished, refuse_others, run_all
 from _lab.study import backbone_run, plan, read_study
 from _lab.table import comma_separated, markdown, measure
@@ -39,9 +40,9 @@ class AblateConfig:
     traceback: bool
 
     def __post_init__(self) -> None:
-        good = all(isinstance(seed, int) and not isinstance(seed, bool) for seed in self.seeds)
+        good = all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**32 for s in self.seeds)
         if not self.seeds or not good or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"seeds: {self.seeds} is not allowed - give different whole numbers, as in [0,1,2]")
+            raise ConfigError(f"seeds: {self.seeds} is not allowed - give whole numbers of 0 or more, as in [0,1,2]")
         if self.into is not None and (not Path(self.into).name or Path(self.into).name != self.into):
             raise ConfigError(f"into: {self.into} is no name of a folder - give one")
 
@@ -82,6 +83,7 @@ def ablate(config: AblateConfig, words: Sequence[str], command: str) -> int:
     name, lines = plan(
         name, study, words, config.seeds, budget=budget, cumulative=cumulative, runs=config.runs, into=config.into
     )
+    check_lines(lines)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     refuse_to_overwrite(output / f"{name}.md", f"# {name}: ")

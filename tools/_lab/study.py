@@ -35,6 +35,10 @@ class Row:
     data: dict[str, Any] = field(default_factory=dict)
     """More words for one data set, by its name."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.image_scale < float("inf"):
+            raise ConfigError(f"{self.label}: image_scale: {self.image_scale} is not allowed - give a factor above 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
