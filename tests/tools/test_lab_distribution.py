@@ -107,6 +107,9 @@ def test_groups_are_classes_and_levels(seen: tuple[Predictions, Tensor, Assignme
             groups = found[kind][by].values()
             assert sum(group["elements"] for group in groups) == found[kind]["all"]["elements"]
             assert sum(group["gamma 2"]["share"] for group in groups) == pytest.approx(1)
+    own = losses(-logits, 2.0).sort().values.cumsum(0)
+    half = found["positives"]["class"]["b"]["gamma 2"]["cumulative"][50]
+    assert half == pytest.approx(float(np.interp(0.5 * len(own), range(len(own) + 1), [0, *own]) / own[-1]), abs=0.01)
 
 
 @pytest.mark.parametrize("assigner", [MaxIoU(), ATSS()])
@@ -138,7 +141,8 @@ def test_a_run_is_taken_apart(tool: Tool, trained_run: Path, tmp_path: Path, cap
     out, err = capsys.readouterr()
     assert err == ""
     assert out.startswith("5 images, ")
-    assert {file.name for file in output.iterdir()} == {"distribution.json", "cumulative.png", "hardest.png"}
+    figures = [f"{name}.png" for name in ("cumulative", "cumulative_by_class", "cumulative_by_level", "hardest")]
+    assert sorted(file.name for file in output.iterdir()) == sorted(["distribution.json", *figures])
     found = read(output)
     assert found["images"] == 5
     assert found["levels"] == ["P3", "P4", "P5"]
@@ -151,9 +155,10 @@ def test_a_run_is_taken_apart(tool: Tool, trained_run: Path, tmp_path: Path, cap
         assert curve == sorted(curve)
     shares = [found["negatives"]["all"][f"gamma {gamma}"]["hardest_1_percent"] for gamma in ("0", "0.5", "1", "2")]
     assert shares == sorted(shares), "more focus, more loss on the hardest"
-    for name in ("cumulative", "hardest"):
-        with Image.open(output / f"{name}.png") as picture:
+    for name in figures:
+        with Image.open(output / name) as picture:
             assert picture.width > 1000
+            assert len(picture.convert("RGB").getcolors(2**24) or []) > 100
     before = (output / "distribution.json").read_bytes()
     assert tool(*command) == 0, "takes the place of what it wrote before"
     assert (output / "distribution.json").read_bytes() == before

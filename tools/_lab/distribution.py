@@ -5,9 +5,9 @@ python tools/lab.py distribution checkpoint=runs/mine data=coco data.root=/data/
 
 One forward pass over the images. Every class of every anchor that is not ignored is one element: positive for the class
 of an anchor's object, negative for all others. Their losses under other gamma and alpha follow from the same logits.
-Writes distribution.json, cumulative.png (positives and negatives under each gamma, easiest elements first) and
-hardest.png (share of the loss that the hardest 1 % carry, by class and pyramid level). Images that cannot be read are
-left out and listed; the exit code is then 3.
+Writes distribution.json, cumulative.png (positives and negatives under each gamma, easiest elements first), the same by
+class (the rarest) and by pyramid level, and hardest.png (share of the loss on the hardest 1 % and 10 %, by class and
+level). Images that cannot be read are left out and listed; the exit code is then 3.
 """
 
 import json
@@ -22,13 +22,16 @@ from _compose import Settings, entry, typed
 from _split import data_of, open_split, progress
 
 from _lab.figures import FORMATS, save
-from _lab.shares import describe, draw_cumulative, draw_hardest, summary
+from _lab.share_figures import draw_cumulative, draw_cumulative_by, draw_hardest
+from _lab.shares import describe, summary
 from retina.engine.run_folder import read_settings
 from retina.errors import ConfigError
 from retina.files import write_whole
 
 if TYPE_CHECKING:
     from _lab.elements import Elements
+
+FIGURES = ("cumulative", "cumulative_by_class", "cumulative_by_level", "hardest")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +85,20 @@ def main(settings: Settings) -> int:
     checkpoint, output = Path(config.checkpoint), Path(config.output)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     trained = read_settings(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
-    names = ["distribution.json", *(f"{name}.{config.figures}" for name in ("cumulative", "hardest"))]
-    open_output(output, names)
+    open_output(output)
     elements, told = collect(config, trained.get("data") or {}, output)
     note_other_rule(trained.get("loss"), config.loss)
     result = told | describe(elements, told["classes"], told["levels"], config.gammas, config.alphas)
-    write_whole(output / names[0], (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
-    save(draw_cumulative(result), output / names[1])
-    save(draw_hardest(result), output / names[2])
-    print(f"{summary(result)}\n\nwritten: {output}/{', '.join(names)}")
+    write_whole(output / "distribution.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    drawn = (
+        draw_cumulative(result),
+        *(draw_cumulative_by(result, by) for by in ("class", "level")),
+        draw_hardest(result),
+    )
+    written = ["distribution.json", *(f"{name}.{config.figures}" for name in FIGURES)]
+    for figure, name in zip(drawn, written[1:], strict=True):
+        save(figure, output / name)
+    print(f"{summary(result)}\n\nwritten: {output}/{', '.join(written)}")
     for line in told["skipped"]:
         print(f"skipped: {line}", file=sys.stderr)
     return 3 if told["skipped"] else 0
@@ -138,13 +146,13 @@ def note_other_rule(trained: Mapping[str, Any] | None, given: Mapping[str, Any])
         print(f"note: the run was trained with loss.assigner {theirs}, this uses {given['assigner']}", file=sys.stderr)
 
 
-def open_output(output: Path, names: Sequence[str]) -> None:
+def open_output(output: Path) -> None:
     """The folder, made if need be. Raises ConfigError for one that holds anything but an earlier distribution."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        others = {path.name for path in output.iterdir()} - {*names, "data_report.json"}
+        others = {path.name for path in output.iterdir()} - {"distribution.json", "data_report.json"}
     except OSError as fault:
         raise ConfigError(f"output: {output} cannot be written ({fault.strerror}) - choose another folder") from None
-    others = {name for name in others if not name.startswith((".", "cumulative.", "hardest."))}
+    others = {name for name in others if not name.startswith((".", *(f"{figure}." for figure in FIGURES)))}
     if others:
         raise ConfigError(f"output: {output} holds other files - choose another folder")

@@ -1,13 +1,9 @@
-"""What the histograms of a detector's elements say: numbers, a summary and two figures."""
+"""What the histograms of a detector's elements say: numbers and a summary."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from retina.errors import plain
-
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from _lab.elements import Elements
     from _lab.histogram import Bins
 
@@ -44,13 +40,13 @@ def describe(
         "shares": SHARES,
     }
     for kind, of in groups.items():
-        found[kind] = {"all": numbers(whole[kind], whole[kind], gammas, curves=True)}
+        found[kind] = {"all": numbers(whole[kind], whole[kind], gammas)}
         for by in ("class", "level"):
             found[kind][by] = {name: numbers(of[by].of(i), whole[kind], gammas) for i, name in enumerate(names[by])}
     return found
 
 
-def numbers(bins: "Bins", whole: "Bins", gammas: Sequence[float], *, curves: bool = False) -> dict[str, Any]:
+def numbers(bins: "Bins", whole: "Bins", gammas: Sequence[float]) -> dict[str, Any]:
     """Of one group of elements, under each gamma and without alpha; `share` is the group's part of the whole loss."""
     count = int(bins.counts.sum())
     found: dict[str, Any] = {"elements": count}
@@ -60,9 +56,8 @@ def numbers(bins: "Bins", whole: "Bins", gammas: Sequence[float], *, curves: boo
             "share": bins.total(gamma) / (whole.total(gamma) or 1),
             "hardest_1_percent": bins.hardest(gamma, 0.01),
             "hardest_10_percent": bins.hardest(gamma, 0.1),
+            "cumulative": bins.cumulative(gamma, SHARES),
         }
-        if curves:
-            found[f"gamma {gamma:g}"]["cumulative"] = bins.cumulative(gamma, SHARES)
     return found
 
 
@@ -91,45 +86,3 @@ def summary(result: Mapping[str, Any]) -> str:
         told = f"{row['loss_per_positive']:>14.4g}{row['share_of_positives']:>14.1%}"
         lines.append(f"{row['gamma']:<8g}{alpha:<8}{told}")
     return "\n".join(lines)
-
-
-def draw_cumulative(result: Mapping[str, Any]) -> "Figure":
-    """As the paper's Figure 4: the loss that the easiest elements have together."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, 2), ("positives", "negatives"), strict=True):
-        of = result[kind]["all"]
-        for gamma in (key for key in of if key.startswith("gamma ")):
-            axes.plot(result["shares"], of[gamma]["cumulative"], label=gamma.replace(" ", " = "))
-        axes.set(
-            xlim=(0, 1), ylim=(0, 1), xlabel=f"share of {kind}, easiest first", ylabel="cumulative normalised loss"
-        )
-        axes.set_title(f"{of['elements']:,} {kind}", fontsize="medium")
-        axes.grid(alpha=0.3)
-        axes.legend(loc="upper left")
-    return figure
-
-
-def draw_hardest(result: Mapping[str, Any]) -> "Figure":
-    """The share of the loss that the hardest 1 % of the elements carry, by class and by level."""
-    from matplotlib.figure import Figure
-
-    heights = [max(len(result["positives"][by]), 3) for by in ("class", "level")]
-    figure = Figure(figsize=(11, 1.6 + 0.24 * sum(heights)), layout="constrained")
-    rows = figure.subplots(2, 2, sharex=True, squeeze=False, height_ratios=heights)
-    for row, by in zip(rows, ("class", "level"), strict=True):
-        for axes, kind in zip(row, ("positives", "negatives"), strict=True):
-            groups = {plain(name): of for name, of in result[kind][by].items() if of["elements"]}
-            for gamma in (key for key in result[kind]["all"] if key.startswith("gamma ")):
-                shares = [of[gamma]["hardest_1_percent"] for of in groups.values()]
-                axes.plot(shares, range(len(groups)), "o", label=gamma.replace(" ", " = "), alpha=0.8)
-            labels = [f"{name} ({of['elements']:,})" for name, of in groups.items()]
-            axes.set_yticks(range(len(groups)), labels, fontsize="small")
-            axes.set(xlim=(0, 1), ylim=(len(groups) - 0.5, -0.5))
-            axes.set_title(f"{kind} by {by}", fontsize="medium")
-            axes.grid(alpha=0.3)
-    for axes in rows[1]:
-        axes.set_xlabel("share of the loss that the hardest 1 % carry")
-    rows[0][1].legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
