@@ -29,6 +29,19 @@ def test_soft_losses_are_least_at_their_target() -> None:
     torch.testing.assert_close(loss, -0.75 * p.log())
 
 
+def test_losses_of_masks_and_distributions_are_the_published_formulas() -> None:
+    for beta in (1.0, 3.0):
+        p, loss, gradient = sample(CURVES["focal_dice"], beta)
+        overlap = 2 * p / (1 + p)
+        torch.testing.assert_close(loss, 1 - overlap ** (1 / beta))
+        by_p = -(1 / beta) * overlap ** (1 / beta - 1) * 2 / (1 + p) ** 2
+        torch.testing.assert_close(gradient, by_p * p * (1 - p))
+    torch.testing.assert_close(sample(CURVES["dice"], 1.0)[1], sample(CURVES["focal_dice"], 1.0)[1])
+    p, loss, gradient = sample(CURVES["distribution_focal"], 0.25)
+    torch.testing.assert_close(loss, -0.75 * (1 - p).log() - 0.25 * p.log())
+    torch.testing.assert_close(gradient, p - 0.25)
+
+
 def test_every_loss_is_drawn_as_asked(tool: Tool, tmp_path: Path, capsys: Capture) -> None:
     for suffix, names in {"png": ",".join(CURVES), "svg": "varifocal"}.items():
         output = tmp_path / "figures" / f"family.{suffix}"
@@ -57,8 +70,16 @@ def test_the_same_command_writes_the_same_bytes(tool: Tool, tmp_path: Path) -> N
     [
         (["losses=focl"], "losses: focl: no such loss - did you mean focal? - choose among focal, cross_entropy, "),
         (["losses=[focal,varifocal]", "values=[1]"], "values: of which parameter? - "),
-        (["values=[-1]"], "values: gamma must be finite and at least 0, got -1"),
-        (["losses=balanced_cross_entropy", "values=[2]"], "values: alpha must be in [0, 1] or None, got 2"),
+        (["values=[-1]"], "values: -1 is not allowed - give gamma from 0, finite"),
+        (["values=[inf]"], "values: inf is not allowed - give gamma from 0, finite"),
+        (["values=[nan]"], "values: nan is not allowed - give gamma from 0, finite"),
+        (["losses=balanced_cross_entropy", "values=[2]"], "values: 2 is not allowed - give alpha from 0 to 1"),
+        (["losses=quality_focal", "values=[2]"], "values: 2 is not allowed - give target from 0 to 1"),
+        (["losses=varifocal", "values=[-0.5]"], "values: -0.5 is not allowed - give target from 0 to 1"),
+        (["losses=focal_dice", "values=[0.5]"], "values: 0.5 is not allowed - give beta from 1, finite"),
+        (["losses=cross_entropy", "values=[2]"], "values: 2 is not allowed - give null"),
+        (["losses=ghm"], "losses: ghm has no curve: it divides by how many elements of the batch have such a gradient"),
+        (["losses=[focal,ohem]"], "losses: ohem has no curve: it chooses among the anchors of an image"),
         (["values=[a]"], "values: ['a'] are no numbers"),
         (["losses=[]"], "losses: nothing to draw"),
         (["output=a.gif"], "output: a.gif is of no known format - end it in .png or .svg"),
