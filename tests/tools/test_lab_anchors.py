@@ -515,11 +515,11 @@ def test_only_boxes_are_followed_and_other_rules_are_named(
 def test_nothing_is_fitted_for_a_rule_without_a_fixed_iou(
     tool: Tool, shapes: Path, tmp_path: Path, capsys: Capture, loss: str, name: str, rule: str
 ) -> None:
-    """The very anchors that a fit would change for loss=focal."""
+    """The very anchors that a fit would change for the paper's rule."""
     output = tmp_path / "model" / "mine.yaml"
     assert tool("lab", *words(shapes, tmp_path), f"loss={loss}", f"output={output}") == 0
     said = capsys.readouterr().out
-    assert f"no change: {name} has no fixed IoU for anchors to reach - give loss=focal" in said
+    assert f"no change: {name} has no fixed IoU for anchors to reach - give experiment=paper" in said
     assert ("but the paper's" in said) == (loss == "tal")
     assert " -> " not in said
     assert f"not written: {output}" in said

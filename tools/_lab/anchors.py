@@ -2,14 +2,14 @@
 
 python tools/lab.py anchors                                       # the built-in shapes
 python tools/lab.py anchors data=coco data.root=DIR               # your own data: annotations only, no image is read
-python tools/lab.py anchors data=coco data.root=DIR loss=focal output=configs/model/mine.yaml
+python tools/lab.py anchors experiment=paper data=coco data.root=DIR output=configs/model/mine.yaml
 
 Settings are those of tools/train.py, and some more: configs/lab_anchors.yaml. Objects are taken at the size that the
 configured resize gives them; what crops, turns or rescales after it is not followed. Best IoUs are exact, for each
 image alone in its batch, and so are the positive anchors of the images that are matched. The fit keeps the number of
 anchors per cell, and is judged by images that it was not made from. Unless it gains more than noise, nothing is written
-to `output`. A fit is for a rule that chooses by IoU (loss=focal); with another, as the default's, coverage is told and
-nothing fitted. Writes anchors.json (all numbers) and anchors.png.
+to `output`. A fit is for a rule that chooses by IoU (experiment=paper); with another, as the default's, coverage is
+told and nothing fitted. Writes anchors.json (all numbers) and anchors.png.
 """
 
 import json
@@ -188,7 +188,7 @@ def rule_of(loss: Settings) -> tuple["Assigner", float, str]:
     if isinstance(assigner, MaxIoU):
         return assigner, assigner.positive_iou, ""
     name = type(assigner).__name__
-    refusal = f"no change: {name} has no fixed IoU for anchors to reach - give loss=focal to fit them for that rule"
+    refusal = f"no change: {name} has no fixed IoU for anchors to reach - give experiment=paper for a fit"
     if isinstance(assigner, ATSS):
         return assigner, 0.5, refusal
     return MaxIoU(), 0.5, f"{refusal}. Positives are not {name}'s, which need predictions, but the paper's"
