@@ -35,6 +35,7 @@ TESTED_WITH = {
     "evaluation/matching": "evaluation/test_metrics",
     "engine/loop": "tools/test_train",
     "engine/summary": "tools/test_train",
+    "tools/_recipe": "tools/test_train",
     "tools/_split": "tools/test_eval",
 }
 

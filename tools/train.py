@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _build import build, call, check_arguments
+from _build import build, call
 from _compose import Settings, entry
+from _recipe import make_recipe, without_target
 
 from retina.engine.config import DataConfig, TrainConfig, from_mapping
 from retina.engine.run_folder import Opened, open_run
@@ -36,7 +37,6 @@ def main(settings: Settings) -> int:
     import torch
 
     from retina import distributed
-    from retina.data.transforms import Pipeline
     from retina.engine.data import build_eval_loader, build_train_loader, load_checked
     from retina.engine.logging import RunLogger
     from retina.engine.loop import fit
@@ -46,32 +46,12 @@ def main(settings: Settings) -> int:
     from retina.engine.summary import describe_run
     from retina.evaluation.evaluate import evaluate
     from retina.evaluation.pictures import evaluation_pictures
-    from retina.inference import check_postprocess
     from retina.losses.detection import DetectionLoss
     from retina.model.retinanet import retinanet
     from retina.model.weights import DetectorCard, init_from
 
     device = call(distributed.choose_device, "train.device", name=config.device)
-    check_arguments(retinanet, [*settings["model"], "num_classes"], "model")
-    refuse_frozen_noise(settings)
-    if settings["remap"] and not settings["init_from"]:
-        raise ConfigError("remap: renames classes of init_from - give init_from=..., or leave remap out")
-    criterion = build(settings["loss"], "loss")
-    branches = {
-        "quality": bool(settings["model"].get("head_quality")),
-        "bins": settings["model"].get("box_bins") is not None,
-    }
-    if isinstance(criterion, DetectionLoss):
-        call(criterion.check_head, "loss", **branches)
-    call(check_postprocess, "postprocess", options=without_target(settings["postprocess"]))
-    postprocess = build(settings["postprocess"], "postprocess")
-    schedule = build(settings["schedule"], "schedule")
-    optimizer_factory = build(settings["optimizer"], "optimizer")
-    pipeline = Pipeline(
-        {name: build(section, f"augment.{name}") for name, section in settings["augment"].items()},
-        min_size=data.min_size,
-        min_visibility=data.min_visibility,
-    )
+    recipe = make_recipe(settings)
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
 
@@ -87,8 +67,8 @@ def main(settings: Settings) -> int:
         loaded = load_checked(data, splits, folder, say=logger.info)
         annotations, val_annotations = loaded[0], loaded[-1]
 
-        if isinstance(criterion, DetectionLoss):
-            call(criterion.check_classes, "loss", num_classes=len(annotations.classes))
+        if isinstance(recipe.criterion, DetectionLoss):
+            call(recipe.criterion.check_classes, "loss", num_classes=len(annotations.classes))
 
         torch.manual_seed(config.seed)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -97,7 +77,7 @@ def main(settings: Settings) -> int:
         if settings["init_from"] and not run.resumes:
             for line in init_from(model, settings["init_from"], classes=annotations.classes, remap=settings["remap"]):
                 logger.info(line)
-        optimizer = build_optimizer(optimizer_factory, model, scale=config.batch_size / config.lr_batch_size)
+        optimizer = build_optimizer(recipe.optimizer, model, scale=config.batch_size / config.lr_batch_size)
 
         divisor = data.pad_multiple or max(model.strides)
         if model.arguments["anchors_spread"] and divisor % max(model.strides):
@@ -107,7 +87,13 @@ def main(settings: Settings) -> int:
             )
         pin_memory = device.type == "cuda"
         loader, sampler = build_train_loader(
-            annotations, pipeline, data, config, divisor=divisor, pad_value=model.pad_value, pin_memory=pin_memory
+            annotations,
+            recipe.pipeline,
+            data,
+            config,
+            divisor=divisor,
+            pad_value=model.pad_value,
+            pin_memory=pin_memory,
         )
         val_loader = build_eval_loader(
             val_annotations,
@@ -137,7 +123,7 @@ def main(settings: Settings) -> int:
             postprocess=without_target(settings["postprocess"]),
         )
         for line in describe_run(
-            folder, config, device, annotations, val_annotations, model, optimizer, schedule, sampler
+            folder, config, device, annotations, val_annotations, model, optimizer, recipe.schedule, sampler
         ):
             logger.info(line)
         with StopRequest() as request:
@@ -145,17 +131,17 @@ def main(settings: Settings) -> int:
                 folder,
                 config,
                 model=model,
-                criterion=criterion,
+                criterion=recipe.criterion,
                 optimizer=optimizer,
-                schedule=schedule,
+                schedule=recipe.schedule,
                 loader=loader,
                 sampler=sampler,
                 evaluate=partial(
                     evaluate,
                     loader=val_loader,
                     annotations=val_annotations,
-                    postprocess=postprocess,
-                    criterion=criterion,
+                    postprocess=recipe.postprocess,
+                    criterion=recipe.criterion,
                     device=device,
                     dtype=DTYPES[config.precision],
                 ),
@@ -199,22 +185,6 @@ def run_folder(runs: str, name: str) -> Path:
     if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).name:
         raise ConfigError(f"name: {name!r} is no name of a folder in {runs} - give another, or runs=FOLDER")
     return Path(runs) / name
-
-
-def without_target(section: Settings) -> Settings:
-    return {key: value for key, value in section.items() if not key.startswith("_")}
-
-
-def refuse_frozen_noise(settings: Settings) -> None:
-    """Raises ConfigError for settings that would freeze randomly initialised layers."""
-    model = settings["model"]
-    if not (model.get("weights") or settings["init_from"]) and (
-        model.get("frozen_stages") or model.get("norm") == "frozen"
-    ):
-        key = "frozen_stages" if model.get("frozen_stages") else "norm"
-        raise ConfigError(
-            f"model.{key}: {model[key]} without model.weights freezes random layers - give null, or weights"
-        )
 
 
 if __name__ == "__main__":

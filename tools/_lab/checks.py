@@ -2,20 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-from _build import build, call
+from _build import call
 from _compose import Settings
-from train import refuse_frozen_noise, without_target
+from _recipe import make_recipe
 
 from _lab.jobs import finished
 from _lab.study import Line
 from retina.engine.config import DataConfig, TrainConfig, from_mapping
 from retina.engine.splits import load_split
 from retina.errors import ConfigError, RetinaError
-
-if TYPE_CHECKING:
-    from retina.engine.optim import Schedule
 
 
 def check_lines(lines: Sequence[Line]) -> None:
@@ -49,29 +45,15 @@ def check_settings(settings: Settings) -> None:
     import torch
 
     from retina import distributed
-    from retina.data.transforms import Pipeline
     from retina.engine.optim import build_optimizer
-    from retina.inference import check_postprocess
-    from retina.losses.detection import DetectionLoss
     from retina.model.retinanet import retinanet
 
-    train = from_mapping(TrainConfig, settings["train"], "train")
-    data = from_mapping(DataConfig, settings["data"], "data")
-    call(distributed.choose_device, "train.device", name=train.device)
-    refuse_frozen_noise(settings)
+    call(distributed.choose_device, "train.device", name=settings["train"]["device"])
+    recipe = make_recipe(settings)
     with torch.device("meta"):  # shapes alone
-        model = call(retinanet, "model", **settings["model"] | {"weights": None}, num_classes=1)
-    criterion = build(settings["loss"], "loss")
-    if isinstance(criterion, DetectionLoss):
-        branches = {"quality": bool(model.arguments["head_quality"]), "bins": model.head.bins is not None}
-        call(criterion.check_head, "loss", **branches)
-    call(check_postprocess, "postprocess", options=without_target(settings["postprocess"]))
-    build(settings["postprocess"], "postprocess")
-    schedule: Schedule = build(settings["schedule"], "schedule")
-    schedule(0, total=1000, steps_per_epoch=100)
-    build_optimizer(build(settings["optimizer"], "optimizer"), torch.nn.Conv2d(1, 1, 1))
-    transforms = {name: build(section, f"augment.{name}") for name, section in settings["augment"].items()}
-    Pipeline(transforms, min_size=data.min_size, min_visibility=data.min_visibility)
+        call(retinanet, "model", **settings["model"] | {"weights": None}, num_classes=1)
+    recipe.schedule(0, total=1000, steps_per_epoch=100)
+    build_optimizer(recipe.optimizer, torch.nn.Conv2d(1, 1, 1))
 
 
 def check_data(data: DataConfig) -> None:
