@@ -5,15 +5,12 @@ import difflib
 import functools
 import importlib
 import inspect
-import re
 import sys
-import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from retina.engine.config import unknown_key
+from retina.engine.config import check_type, unknown_key
 from retina.errors import ConfigError
 
 ALLOWED_TARGETS = {
@@ -80,25 +77,7 @@ def _check_types(factory: Callable[..., Any], arguments: Mapping[str, Any], key:
         return
     hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
     for name, value in arguments.items():
-        if not _fits(value, hint := hints.get(name, Any)):
-            wanted = re.sub(r"(\w+\.)+", "", str(hint)) if typing.get_args(hint) else hint.__name__
-            raise ConfigError(f"{key}.{name}: {value!r} is of the wrong type - give {wanted.replace('None', 'null')}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a YAML file is of that type; of a type that no YAML file can hold, it is not asked."""
-    if hint in (Any, Path):
-        return hint is Any or isinstance(value, str | Path)
-    options, origin = typing.get_args(hint), typing.get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, option) for option in options)
-    if origin is typing.Literal:
-        return value in options
-    if origin in (list, tuple, Sequence):
-        return isinstance(value, list | tuple) and all(_fits(item, options[0]) for item in value)
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, hint) if hint in (bool, str, types.NoneType) else not isinstance(value, list | str)
+        check_type(value, hints.get(name, Any), f"{key}.{name}")
 
 
 def _build_nested(value: Any, key: str) -> Any:

@@ -2,10 +2,12 @@
 
 import difflib
 import math
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from retina.errors import ConfigError
@@ -193,19 +195,52 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     return f"{key}: no such key - {hint}"
 
 
+def check_type(value: Any, hint: Any, key: str) -> None:
+    """Raises ConfigError for a value that is not of that type. Of types that no YAML file can hold, such as a tensor,
+    only what a YAML file holds is refused."""
+    if not _fits(value, hint):
+        names = ["null" if o is types.NoneType else _name_of(o) for o in _options(hint)]
+        raise ConfigError(f"{key}: {value!r} is of the wrong type - give {' or '.join(names)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    arguments, origin = typing.get_args(hint), typing.get_origin(hint)
+    if len(options := _options(hint)) > 1:
+        return any(_fits(value, option) for option in options)
+    if hint is Any:
+        return True
+    if origin is typing.Literal:
+        return value in arguments
+    if origin in (list, tuple, Sequence):
+        plain = isinstance(value, list if origin is list else list | tuple)
+        return plain and all(_fits(item, arguments[0]) for item in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    if origin is dict or hint in (bool, str, list, dict, types.NoneType) or is_dataclass(hint):
+        return isinstance(value, origin or hint)
+    if hint is Path:
+        return isinstance(value, str | Path)
+    return not isinstance(value, bool | int | float | str | list | dict | None)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _name_of(hint: Any) -> str:
+    """`list[float]`, say, without the modules that its parts are from."""
+    return re.sub(r"(\w+\.)+", "", str(hint)) if typing.get_args(hint) else hint.__name__
+
+
 def _typed(value: Any, hint: Any, key: str) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = _options(hint)
     for option in options:
         if is_dataclass(option) and isinstance(value, Mapping):
             return from_mapping(typing.cast(type, option), value, key)
-        if option is float and isinstance(value, int) and not isinstance(value, bool) and int not in options:
-            return float(value)
-        if (origin := typing.get_origin(option)) in (dict, list) and isinstance(value, origin):
-            return value
-        if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
-            return value
-    wanted = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
-    raise ConfigError(f"{key}: {value!r} is of the wrong type - give {wanted}")
+    check_type(value, hint, key)
+    if float in options and int not in options and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
 
 
 def _check(ok: bool, key: str, value: object, fix: str) -> None:

@@ -1,6 +1,10 @@
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from retina.engine.config import DataConfig, SplitConfig, TrainConfig, from_mapping, to_steps, unknown_key
+from retina.engine.config import DataConfig, SplitConfig, TrainConfig, check_type, from_mapping, to_steps, unknown_key
 from retina.errors import ConfigError
 
 
@@ -87,3 +91,18 @@ def test_nearest_key_by_whole_name_then_by_last_part() -> None:
     known = ["optimizer.lr", "train.length", "data.root"]
     assert unknown_key("optimzer.lr", known).endswith("did you mean optimizer.lr?")
     assert unknown_key("root", known).endswith("did you mean data.root?")
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        (2, float),
+        (None, float | None),
+        ([0, 0.5, 1], Sequence[float]),
+        ((3, 4), Sequence[int]),
+        ("a", Any),
+        ("a", Path),
+    ],
+)
+def test_what_yaml_may_write_for_it(value: Any, hint: Any) -> None:
+    check_type(value, hint, "key")
