@@ -216,7 +216,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return plain and all(_fits(item, arguments[0]) for item in value)
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    if origin is dict or hint in (bool, str, list, dict, types.NoneType) or is_dataclass(hint):
+    if origin in (dict, Mapping) or hint in (bool, str, list, dict, types.NoneType) or is_dataclass(hint):
         return isinstance(value, origin or hint)
     if hint is Path:
         return isinstance(value, str | Path)

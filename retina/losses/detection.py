@@ -79,8 +79,7 @@ class DetectionLoss:
         self.check_head(quality=predictions.quality is not None, bins=predictions.bins is not None)
         if predictions.bins is not None and not isinstance(predictions.anchors, Anchors):
             raise ValueError("distributions need anchors that know their strides (retina.ops.anchors.Anchors)")
-        if targets.boxes.shape[1] == 0:
-            targets = _with_one_padding(targets)
+        targets = never_empty(targets)
         assigned = self.assigner(predictions, targets)
         weights = assigned.quality
         positives = _Positives(predictions, targets, assigned)
@@ -189,7 +188,9 @@ class _Positives:
         return (x * y).sqrt()
 
 
-def _with_one_padding(targets: Targets) -> Targets:
-    """A batch without any object, as one whose only object is padding: nothing after this needs to know."""
+def never_empty(targets: Targets) -> Targets:
+    """The same; without any object or crowd, one that is padding: an assigner needs something to choose from."""
+    if targets.boxes.shape[1]:
+        return targets
     boxes, labels, valid, crowd = targets
     return Targets(F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1)), F.pad(valid, (0, 1)), F.pad(crowd, (0, 1)))

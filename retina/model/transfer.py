@@ -77,7 +77,6 @@ _LAYERS = {  # settings that make tensors of the same name, and maybe shape, par
 
 def other_layers(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
     """Patterns of tensors that belong to other layers under the settings of the weights than under ours, and why."""
-
     return {
         pattern: f"model.{name} is {theirs[name]} there"
         for name, pattern in _LAYERS.items()

@@ -21,6 +21,7 @@ from torch import Tensor
 from retina.errors import CheckpointError, ConfigError, RetinaError
 from retina.files import write_whole
 from retina.model.formats.convert import convert_detector
+from retina.model.formats.foreign import some
 from retina.model.formats.read import FOREIGN_SUFFIXES, read_foreign
 from retina.model.formats.torchvision import PREFIX, fetch_published
 from retina.model.retinanet import RetinaNet, retinanet
@@ -138,14 +139,14 @@ def init_from(
     there = {classes[our]: start.classes[their] for our, their in matched.items()}
     if start.classes != [there.get(name) for name in classes] and any(key.startswith(CLASS_LAYER) for key in taken):
         kept = [our if our == their else f"{our} ({their} there)" for our, their in there.items()]
-        lines.append(f"classes: {len(kept)} keep what they have learned: {_some(kept)}")
+        lines.append(f"classes: {len(kept)} keep what they have learned: {some(kept)}")
         if others := [name for name in classes if name not in there]:
-            lines.append(f"classes: {len(others)} start anew with the prior bias: {_some(others)}")
+            lines.append(f"classes: {len(others)} start anew with the prior bias: {some(others)}")
     if anew:
-        listed = _some([f"{key} ({reason})" for key, reason in anew.items()])
+        listed = some([f"{key} ({reason})" for key, reason in anew.items()])
         lines.append(f"model: {len(anew)} tensors start anew: {listed}")
     if unused := [key for key in theirs if key not in own]:
-        lines.append(f"init_from: {len(unused)} tensors of the file have no use here: {_some(unused)}")
+        lines.append(f"init_from: {len(unused)} tensors of the file have no use here: {some(unused)}")
     return lines + other_settings(start.model, settings)
 
 
@@ -173,10 +174,6 @@ def _read_start(source: str) -> _Start:
     header, data = _read_header(file)
     card = _card(file, header, data) if "retina" in header else None
     return _Start(file, load(data), card.classes if card else [], card.model if card else {}, [])
-
-
-def _some(names: Sequence[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _read(file: Path) -> tuple[DetectorCard, bytes]:

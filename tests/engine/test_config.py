@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,8 @@ def test_nearest_key_by_whole_name_then_by_last_part() -> None:
         (None, float | None),
         ([0, 0.5, 1], Sequence[float]),
         ((3, 4), Sequence[int]),
+        ({"a": 1}, dict[str, int]),
+        ({"a": 1}, Mapping[str, Any]),
         ("a", Any),
         ("a", Path),
     ],

@@ -125,7 +125,7 @@ def test_what_torchvision_has_not_is_not_written(
         (["to=torchvision", "conventions.bgr=false"], "conventions.bgr: is for weights of others"),
         (["to=torchvision", "ignore_unknown=true"], "ignore_unknown: is for weights of others"),
         (["output=x.pth"], "output: x.pth - give a name that ends in .safetensors"),
-        (["classes=[1,2]"], "classes: no list of names"),
+        (["classes=[1,2]"], "classes: [1, 2] is of the wrong type - give list[str] or str"),
         (["classes=none.txt"], "none.txt: No such file"),
         (["classes=[a,b,c]"], "classes: 3 names for 2 classes"),
         (["conventions.bgr=3"], "conventions.bgr: 3 is of the wrong type"),

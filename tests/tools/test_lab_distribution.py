@@ -20,6 +20,7 @@ from retina.inference import Detector
 from retina.losses.classification import Focal
 from retina.model.retinanet import retinanet
 from retina.model.weights import save_detector
+from retina.ops.anchors import Anchors
 from retina.ops.assigners import ATSS, MaxIoU
 from retina.ops.focal import sigmoid_focal_loss
 from retina.types import Assignment, Predictions, Targets
@@ -70,7 +71,7 @@ def seen() -> tuple[Predictions, Tensor, Assignment]:
     """Two images, two levels of 30 and 10 anchors, three classes; some anchors are ignored."""
     generator = torch.Generator().manual_seed(1)
     logits = tuple(torch.randn(2, count, 3, generator=generator) * 2 - 2 for count in (30, 10))
-    anchors = tuple(torch.rand(count, 4, generator=generator) for count in (30, 10))
+    anchors = Anchors((torch.rand(count, 4, generator=generator) for count in (30, 10)), ((5, 6), (2, 5)), (8, 16))
     kind = torch.rand(2, 40, generator=generator)
     labels = torch.randint(3, (2, 40), generator=generator)
     predictions = Predictions(logits, tuple(torch.zeros(2, count, 4) for count in (30, 10)), anchors)

@@ -5,16 +5,14 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from _lab.histogram import Histograms, histograms
+from retina.losses.detection import never_empty
 from retina.ops.assigners import Assigner
 from retina.types import Assignment, Predictions, Targets
 
 
 def assign(assigner: Assigner, predictions: Predictions, targets: Targets) -> tuple[Int64[Tensor, "B A"], Assignment]:
-    """The label of every anchor's object, and the assignment. Without any object or crowd, all anchors are negative."""
-    if targets.boxes.shape[1] == 0:  # a rule needs something to choose from
-        shape = len(targets.boxes), sum(map(len, predictions.anchors))
-        nothing = torch.zeros(shape, dtype=torch.bool, device=targets.boxes.device)
-        return nothing.long(), Assignment(nothing.long(), nothing, ~nothing)
+    """The label of every anchor's object, and the assignment."""
+    targets = never_empty(targets)
     assigned = assigner(predictions, targets)
     return targets.labels.gather(1, assigned.matched), assigned
 

@@ -113,7 +113,7 @@ _SHOWN = 8
 
 
 def some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def refusal(line: str, lists: Mapping[str, Sequence[str]]) -> CheckpointError:
