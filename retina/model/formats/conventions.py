@@ -23,6 +23,8 @@ class Conventions:
     stride_in_1x1: bool = False
     """A bottleneck halves its map in the first 1x1 convolution, as MSRA's did; else in the 3x3."""
     norm_eps: float = 1e-5
+    norm_fixed: bool = False
+    """The statistics of the backbone's BatchNorm were fixed while it was trained."""
     p7_relu: bool = True
     """A ReLU between P6 and P7."""
     anchor_sizes: Sequence[float] | None = None

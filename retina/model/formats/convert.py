@@ -58,7 +58,7 @@ def convert_detector(
     Raises CheckpointError for tensors that are missing, unknown or of other shapes, ConfigError for conventions and
     classes that do not fit."""
     told = given_conventions(_usual(foreign), conventions or {})
-    state = _floats(foreign.state)
+    state, fixed = _fixed_norms(_floats(foreign.state)) if told.norm_fixed else (_floats(foreign.state), [])
     anchors = num_anchors(state, file, told)
     rows = class_rows(foreign, file, state, anchors, classes)
     _apply(state, told, anchors, rows.kept, file)
@@ -92,6 +92,7 @@ def convert_detector(
             f"recognised: {foreign.program}, {len(foreign.names)} tensors",
             *foreign.notes,
             *_describe(told, arguments),
+            *fixed,
             rows.note,
             *notes,
         ],
@@ -144,6 +145,13 @@ def _usual(foreign: Foreign) -> Conventions:
 
 def _floats(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def _fixed_norms(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Without the counts of batches that a norm keeps which may be trained, and a line that says so."""
+    counts = [key for key in state if key.startswith("backbone.") and key.endswith(".num_batches_tracked")]
+    lines = [f"left out, for the backbone's statistics are fixed: {', '.join(counts)}"] if counts else []
+    return {key: value for key, value in state.items() if key not in counts}, lines
 
 
 def _apply(state: dict[str, Tensor], told: Conventions, anchors: int, kept: Sequence[int], file: Path) -> None:

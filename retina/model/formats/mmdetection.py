@@ -2,11 +2,12 @@
 
 Conventions (open-mmlab/mmdetection): in `pytorch` style images in RGB with ImageNet's mean and std and a stride in the
 3x3 convolution, in `caffe` style BGR less a mean and a stride in 1x1 (retinanet_r50_caffe_fpn_1x_coco.py in
-configs/retinanet/); short side 800, long side at most 1333, padded to multiples of 32; P6 of C5, and no ReLU before P7
-(`add_extra_convs` and `relu_before_extra_convs` in mmdet/models/necks/fpn.py); anchors [ratio scale] around
-(column, row) x stride, not rounded (mmdet/models/task_modules/prior_generators/anchor_generator.py; mmdet/core/anchor/
-in 2.x); classes from 0, no row for the background; score above 0.05, 1000 candidates per level, NMS at 0.5, 100
-detections (configs/_base_/models/retinanet_r50_fpn.py).
+configs/retinanet/); statistics of the backbone's norms fixed (`norm_eval`); short side 800, long side at most 1333,
+padded to multiples of 32; P6 of C5, and no ReLU before P7 (`add_extra_convs` and `relu_before_extra_convs` in
+mmdet/models/necks/fpn.py); anchors [ratio scale] around (column, row) x stride, not rounded
+(mmdet/models/task_modules/prior_generators/anchor_generator.py; mmdet/core/anchor/ in 2.x); classes from 0, no row for
+the background; score above 0.05, 1000 candidates per level, NMS at 0.5, 100 detections
+(configs/_base_/models/retinanet_r50_fpn.py).
 
 No tensor tells the style. The settings that mmcv and mmengine store as text beside the weights do: they are searched
 for single values and never run. Early 2.x stores the text of base files before that of the file that changes them, so
@@ -159,6 +160,7 @@ def _read_settings(settings: _Settings) -> Conventions:
         mean=mean[::turn],
         std=std[::turn],
         stride_in_1x1=caffe,
+        norm_fixed=find("norm_eval", "(True|False)", "True", str, inside="backbone") == "True",
         p7_relu=find("relu_before_extra_convs", "(True|False)", "False", str) == "True",
         anchor_sizes=None if base == 4 else [base * stride for stride in strides],
         anchor_scales=[2 ** (i / octaves) for i in range(octaves)],
@@ -197,8 +199,8 @@ def _refuse_others(settings: _Settings, strides: tuple[float, ...]) -> None:
 
 def _conventions(*, caffe: bool) -> Conventions:
     if caffe:
-        return Conventions(bgr=True, std=(1.0, 1.0, 1.0), stride_in_1x1=True, p7_relu=False)
-    return Conventions(p7_relu=False)
+        return Conventions(bgr=True, std=(1.0, 1.0, 1.0), stride_in_1x1=True, norm_fixed=True, p7_relu=False)
+    return Conventions(norm_fixed=True, p7_relu=False)
 
 
 def classes(other: dict[str, Any]) -> list[str | None] | None:

@@ -1,10 +1,10 @@
 """yhenon/pytorch-retinanet's state dicts.
 
 Conventions (yhenon/pytorch-retinanet, retinanet/): images in RGB with ImageNet's mean and std, short side 608 and long
-side at most 1024, padded to multiples of 32 (dataloader.py); P6 of C5 (model.py); anchors [ratio scale] around the
-middle of cells, (column + 1/2, row + 1/2) x stride, not rounded (anchors.py); deltas that are multiplied with (0.1,
-0.1, 0.2, 0.2) (utils.py, BBoxTransform); score above 0.05, NMS at 0.5, as many candidates and detections as there are
-(model.py); classes from 0 in the order of their category ids.
+side at most 1024, padded to multiples of 32 (dataloader.py); statistics of norms fixed (`freeze_bn` in train.py); P6 of
+C5 (model.py); anchors [ratio scale] around the middle of cells, (column + 1/2, row + 1/2) x stride, not rounded
+(anchors.py); deltas that are multiplied with (0.1, 0.1, 0.2, 0.2) (utils.py, BBoxTransform); score above 0.05, NMS at
+0.5, as many candidates and detections as there are (model.py); classes from 0 in the order of their category ids.
 """
 
 import re
@@ -46,6 +46,7 @@ def read(source: Source) -> Foreign:
         state=renamed.state,
         names=renamed.names,
         conventions=Conventions(
+            norm_fixed=True,
             anchor_offset=0.5,
             delta_std=(0.1, 0.1, 0.2, 0.2),
             short_side=608,

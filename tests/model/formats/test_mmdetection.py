@@ -35,7 +35,7 @@ def test_every_tensor_finds_its_place(tmp_path: Path) -> None:
     state = mmdetection()
     found = imported(state, tmp_path / "retinanet_r18_fpn_1x_coco.pth")
     expected = {
-        "backbone.stem.bn1.num_batches_tracked": "backbone.bn1.num_batches_tracked",
+        "backbone.stem.bn1.running_mean": "backbone.bn1.running_mean",
         "backbone.layer2.0.downsample.0.weight": "backbone.layer2.0.downsample.0.weight",
         "fpn.lateral.2.weight": "neck.lateral_convs.2.conv.weight",
         "fpn.output.0.bias": "neck.fpn_convs.0.conv.bias",
@@ -48,8 +48,10 @@ def test_every_tensor_finds_its_place(tmp_path: Path) -> None:
     }
     for ours, theirs in expected.items():
         assert found.state[ours].unique().tolist() == [number_of(theirs)], ours
-    assert len(found.state) == len(state)
-    told = {"p7_relu": False, "norm": "batch", "stride_in_1x1": False, "p6_from": "c5", "anchors_rounded": False}
+    counts = [key for key in state if key.endswith("num_batches_tracked")]
+    assert len(found.state) == len(state) - len(counts)
+    assert any(note.startswith("left out") and all(key in note for key in counts[1:]) for note in found.notes)
+    told = {"p7_relu": False, "norm": "frozen", "stride_in_1x1": False, "p6_from": "c5", "anchors_rounded": False}
     assert {key: found.model[key] for key in told} == told
     assert found.classes[0] == "person"
     assert found.category_ids[-1] == 90
@@ -67,6 +69,16 @@ def test_the_settings_beside_the_weights_are_read_and_never_run(tmp_path: Path) 
     assert found.postprocess["score_threshold"] == 0.1
     assert found.postprocess["nms_iou"] == 0.6
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(("norm_eval", "norm"), [(True, "frozen"), (False, "batch")])
+def test_statistics_are_fixed_where_they_were(tmp_path: Path, norm_eval: bool, norm: str) -> None:
+    text = PYTORCH_2.replace("depth=50,", f"depth=50, norm_eval={norm_eval},")
+    found = imported(mmdetection(2), tmp_path / "latest.pth", meta={"config": text})
+    assert found.model["norm"] == norm
+    other = {"norm_fixed": not norm_eval}
+    told = imported(mmdetection(2), tmp_path / "latest.pth", meta={"config": text}, conventions=other)
+    assert told.model["norm"] != norm
 
 
 @pytest.mark.parametrize("meta", [{"config": CAFFE_2}, {"cfg": CAFFE_3, "dataset_meta": {"classes": ["x"]}}])
