@@ -118,7 +118,7 @@ def read_classes(given: list[str] | str | None) -> list[str] | None:
         except UnicodeDecodeError:
             text = ""
         given = [line.strip() for line in text.splitlines() if line.strip()]
-    if given is not None and not (given and all(isinstance(name, str) and name.strip() for name in given)):
+    if given is not None and not (given and all(map(str.strip, given))):
         raise ConfigError("classes: no list of names - give [cat,dog], or a text file with one per line")
     return given
 

@@ -211,13 +211,17 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if origin is typing.Literal:
         return value in arguments
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping) and all(
+            _fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items()
+        )
     if origin in (list, tuple, Sequence):
         plain = isinstance(value, list if origin is list else list | tuple)
         return plain and all(_fits(item, arguments[0]) for item in value)
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    if origin in (dict, Mapping) or hint in (bool, str, list, dict, types.NoneType) or is_dataclass(hint):
-        return isinstance(value, origin or hint)
+    if hint in (bool, str, list, dict, types.NoneType) or is_dataclass(hint):
+        return isinstance(value, hint)
     if hint is Path:
         return isinstance(value, str | Path)
     return not isinstance(value, bool | int | float | str | list | dict | None)

@@ -1,5 +1,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from re import Pattern
 from typing import Any
 
 import pytest
@@ -108,3 +109,20 @@ def test_nearest_key_by_whole_name_then_by_last_part() -> None:
 )
 def test_what_yaml_may_write_for_it(value: Any, hint: Any) -> None:
     check_type(value, hint, "key")
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        (["a"], Sequence[float]),
+        ("ab", Sequence[str]),
+        ([True], list[int]),
+        ({"a": "b"}, dict[str, list[str]]),
+        ({1: ["b"]}, dict[str, list[str]]),
+        ([("a", 1)], Mapping[str, int]),
+        ("a", Pattern[str]),
+    ],
+)
+def test_values_of_a_wrong_type(value: Any, hint: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^key: .* is of the wrong type - give "):
+        check_type(value, hint, "key")

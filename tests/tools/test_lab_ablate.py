@@ -257,7 +257,8 @@ def test_runs_of_other_settings_are_told_before_any_starts(tool: Tool, place: Pa
         (["study=two.yaml", "into=../x"], "into: ../x is no name of a folder"),
         (["study=two.yaml", "output=taken"], "output: taken/two-shapes.md is there already and is no table of this"),
         (["study=row.yaml"], "row.yaml: study.rows.0.lable: no such key - did you mean study.rows.0.label?"),
-        (["study=word.yaml"], "word.yaml: [3] is no list of words - write [key=value, ...]"),
+        (["study=word.yaml"], "word.yaml: study.rows.0.set: [3] is of the wrong type - give list[str]"),
+        (["study=words.yaml"], "words.yaml: study.data: {'shapes': 'a=1'} is of the wrong type - give dict[str, list"),
         (["study=same.yaml"], "same.yaml: rows: none, or two of one label"),
         (["study=yaml.yaml"], "yaml.yaml: "),
         (["study=lost.yaml"], "study: experiment: ladder_gfll: no such file in "),
@@ -268,6 +269,7 @@ def test_mistakes_are_one_line(tool: Tool, place: Path, capsys: Capture, words: 
     (place / "taken" / "two-shapes.md").write_text("# mine\n")
     (place / "row.yaml").write_text("title: x\nrows: [{lable: a}]\n")
     (place / "word.yaml").write_text("title: x\nrows: [{label: a, set: [3]}]\n")
+    (place / "words.yaml").write_text("title: x\nrows: [{label: a, set: []}]\ndata: {shapes: a=1}\n")
     rows = "{label: first, set: []}, {label: second, set: [loss.classification.gamma=-1.0]}"
     (place / "later.yaml").write_text(f"title: x\nrows: [{rows}]\n")
     (place / "scale.yaml").write_text("title: x\nrows: [{label: a, set: [], image_scale: .nan}]\n")

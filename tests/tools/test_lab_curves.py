@@ -80,7 +80,7 @@ def test_the_same_command_writes_the_same_bytes(tool: Tool, tmp_path: Path) -> N
         (["losses=cross_entropy", "values=[2]"], "values: 2 is not allowed - give null"),
         (["losses=ghm"], "losses: ghm has no curve: it divides by how many elements of the batch have such a gradient"),
         (["losses=[focal,ohem]"], "losses: ohem has no curve: it chooses among the anchors of an image"),
-        (["values=[a]"], "values: ['a'] are no numbers"),
+        (["values=[a]"], "values: ['a'] is of the wrong type - give list[float] or null"),
         (["losses=[]"], "losses: nothing to draw"),
         (["output=a.gif"], "output: a.gif is of no known format - end it in .png or .svg"),
         (["gama=[1]"], "gama: no such key"),

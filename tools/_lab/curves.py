@@ -152,10 +152,6 @@ class CurvesConfig:
                 raise ConfigError(f"losses: {known.partition(' - --cfg')[0]} - choose among {', '.join(CURVES)}")
         if self.values is not None and len({CURVES[name].parameter for name in self.names}) > 1:
             raise ConfigError("values: of which parameter? - give values for one loss, or null")
-        if self.values is not None and not all(
-            isinstance(value, (int, float)) and not isinstance(value, bool) for value in self.values
-        ):
-            raise ConfigError(f"values: {self.values!r} are no numbers - give a list such as [0,1,2]")
         if not self.names or self.values == []:
             raise ConfigError("losses: nothing to draw - give at least one loss and one value")
         for curve, value in itertools.product((CURVES[name] for name in self.names), self.values or []):
