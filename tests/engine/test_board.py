@@ -1,7 +1,9 @@
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from retina.engine.board import Board
@@ -22,6 +24,7 @@ def test_tensorboard_reads_numbers_and_pictures(tmp_path: Path) -> None:
     assert (scalar.step, scalar.value) == (3, 0.5)
     (picture,) = shown(tmp_path / "deep" / "board").Images("val/pictures")
     assert (picture.step, picture.height, picture.width) == (3, 4, 6)
+    np.testing.assert_allclose(np.asarray(Image.open(BytesIO(picture.encoded_image_string))), 200, atol=2)
 
 
 def test_what_came_after_the_step_a_run_goes_on_from_is_hidden(tmp_path: Path) -> None:
