@@ -5,6 +5,7 @@ python tools/train.py data=coco data.root=DIR name=mine        # your own data i
 torchrun --nproc_per_node=8 tools/train.py experiment=coco_r50_1x
 """
 
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,12 +56,12 @@ def main(settings: Settings) -> int:
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
 
-    with distributed.process_group(device):
+    with distributed.process_group(device), ExitStack() as stack:
         run = Opened(*distributed.on_main(lambda: open_run(folder, settings, overwrite=settings["overwrite"])))
         if data.prepare and data.root:
             prepare, root = data.prepare, Path(data.root)
             distributed.on_main(lambda: build(prepare, "data.prepare", root=root))
-        logger = RunLogger(folder, active=distributed.is_main())
+        logger = stack.enter_context(closing(RunLogger(folder, active=distributed.is_main())))
         for line in run.told():
             logger.info(line)
         splits = ["train", "val"] if config.eval_every else ["train"]
@@ -166,7 +167,6 @@ def main(settings: Settings) -> int:
             )
             logger.info(f"finished at step {progress.step}{best}: {folder / 'best.safetensors'}")
             logger.info(f"next: python tools/eval.py checkpoint={folder}   |   tensorboard --logdir {folder}")
-        logger.close()
     return 128 + stopped if stopped else 0
 
 
