@@ -190,6 +190,7 @@ def test_everything_is_on_the_disk_before_it_is_believed(tmp_path: Path, monkeyp
 
 def test_a_disk_that_gives_back_other_bytes_is_not_believed(tmp_path: Path) -> None:
     save(tmp_path, 1)
+    model, optimizer, ema = parts()
 
     def flip(_: int, event: str, arguments: tuple[object, ...]) -> None:
         if event == "open" and str(arguments[0]).endswith(MANIFEST) and int(arguments[2]) & os.O_CREAT:
@@ -203,7 +204,7 @@ def test_a_disk_that_gives_back_other_bytes_is_not_believed(tmp_path: Path) -> N
         with pytest.raises(
             CheckpointError, match=r"step_00000002: model\.safetensors does not match its hash right after"
         ):
-            save(tmp_path, 2, keep=1)
+            save_checkpoint(tmp_path, Progress(step=2), model=model, optimizer=optimizer, ema=ema, keep=1)
 
     assert in_child(saving) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]

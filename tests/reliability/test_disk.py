@@ -29,7 +29,8 @@ def saver(folder: Path) -> Callable[[int], Path]:
     torch.manual_seed(0)
     model = nn.Linear(64, 128)
     optimizer = torch.optim.Adam(model.parameters())
-    model(torch.randn(2, 64)).sum().backward()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)  # not from autograd, which may refuse to work in a forked child
     optimizer.step()
     ema = ExponentialMovingAverage(model, 0.9)
     return lambda step: save_checkpoint(folder, Progress(step=step), model=model, optimizer=optimizer, ema=ema, keep=1)
