@@ -12,6 +12,7 @@ import torch
 from _bench.clock import Bench, Row, Times, cost
 from _bench.step import make_batch
 from retina.data.coco import Annotations, read_coco
+from retina.data.loader import BatchLoader
 from retina.data.sampler import DetectionBatchSampler
 from retina.data.shapes import write_shapes
 from retina.engine.config import TrainConfig
@@ -29,14 +30,14 @@ IMAGES = 4
 SIDE = 256
 
 
-class Replay:
+class Replay(BatchLoader):
     """A loader without data: one batch for ever, so that only the loop is measured."""
 
-    def __init__(self, batch: Batch, steps: int) -> None:
+    def __init__(self, batch: Batch, steps: int) -> None:  # not the parent's: there is nothing to load
         self.batch, self.steps = batch, steps
         self.faults: dict[int, str] = {}
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         return iter([self.batch] * self.steps)
 
 
@@ -97,7 +98,6 @@ def loop(
     config = TrainConfig(
         length=length, batch_size=IMAGES, ema=0.999, eval_every=None, save_every=10**6, log_every=20, pictures=0
     )
-    unused: Any = None  # nothing is evaluated
     logger = RunLogger(folder, active=True)
     fit(
         folder,
@@ -106,10 +106,10 @@ def loop(
         criterion=DetectionLoss(),
         optimizer=make_optimizer(model),
         schedule=MultiStep(warmup=1, milestones=()),
-        loader=Replay(batch, length),  # type: ignore[arg-type]
+        loader=Replay(batch, length),
         sampler=DetectionBatchSampler(annotations.sizes, total_batch=IMAGES),
-        evaluate=unused,
-        draw=unused,
+        evaluate=nothing,
+        draw=nothing,
         card=DetectorCard(model=model.arguments, classes=[], category_ids=[], preprocessing={}, postprocess={}),
         logger=logger,
         device=device,
@@ -117,6 +117,10 @@ def loop(
     )
     logger.close()
     return model
+
+
+def nothing(*_: Any, **__: Any) -> Any:
+    raise AssertionError("nothing is evaluated here")
 
 
 def bare(model: RetinaNet, batch: Batch, steps: int, criterion: DetectionLoss | None = None) -> RetinaNet:
