@@ -216,14 +216,15 @@ def damage(entry: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["cut off", "empty", "header", "column"])
 def test_a_damaged_entry_is_not_used_but_written_anew(file: Path, cache: Path, how: str) -> None:
-    plain = read(file)
+    plain = read(file, allow_outside=True)  # without the folders' stamps, which depend on the clock
     (entry,) = cache.iterdir()
+    sound = entry.read_bytes()
     damage(entry, how)
-    again = read(file)
+    again = read(file, allow_outside=True)
     assert not is_mapped(again[0])
     assert_equal(again, plain)
-    assert list(cache.iterdir()) == [entry]
-    recalled = read(file)
+    assert entry.read_bytes() == sound
+    recalled = read(file, allow_outside=True)
     assert is_mapped(recalled[0])
     assert_equal(recalled, plain)
 

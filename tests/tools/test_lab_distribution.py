@@ -198,6 +198,13 @@ def run_of_another_head(folder: Path, run: Path, **more: Any) -> Path:
     return folder
 
 
+def run_of_another_rule(folder: Path, run: Path) -> Path:
+    shutil.copytree(run, folder)
+    with (folder / "config.yaml").open("a") as file:
+        file.write("loss: {assigner: {_target_: retina.ops.assigners.TaskAligned}}\n")
+    return folder
+
+
 @pytest.mark.parametrize("loss", ["focal", "gfl", "tal"])
 def test_every_head_is_taken_apart_by_every_rule(tool: Tool, trained_run: Path, tmp_path: Path, loss: str) -> None:
     """A rule needs nothing but class logits and boxes, whatever else a head predicts."""
@@ -232,17 +239,16 @@ def test_every_head_is_taken_apart_by_every_rule(tool: Tool, trained_run: Path, 
 def test_a_wrong_rule_is_one_line(
     tool: Tool, trained_run: Path, tmp_path: Path, capsys: Capture, words: list[str], wanted: str
 ) -> None:
-    command = ("lab", "distribution", f"checkpoint={trained_run}", f"output={tmp_path / 'out'}", "device=cpu")
-    assert tool(*command, *words) == 2
+    """Also for a run that was trained with another one."""
+    run = run_of_another_rule(tmp_path / "run", trained_run)
+    assert tool("lab", "distribution", f"checkpoint={run}", f"output={tmp_path / 'out'}", "device=cpu", *words) == 2
     assert one_line(capsys).startswith(f"error: {wanted}")
 
 
 def test_a_run_that_was_trained_with_another_rule_is_told(
     tool: Tool, trained_run: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    run = shutil.copytree(trained_run, tmp_path / "run")
-    with (run / "config.yaml").open("a") as file:
-        file.write("loss: {assigner: {_target_: retina.ops.assigners.TaskAligned}}\n")
+    run = run_of_another_rule(tmp_path / "run", trained_run)
     assert tool("lab", "distribution", f"checkpoint={run}", f"output={tmp_path / 'out'}", "device=cpu") == 0
     assert capsys.readouterr().err.startswith("note: the run was trained with loss.assigner {'_target_': 'retina.ops.")
 
