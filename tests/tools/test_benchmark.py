@@ -89,8 +89,21 @@ def test_a_step_waits_for_nothing(load: Callable[[str], ModuleType], tmp_path: P
     """Counted, so this row is as true here as anywhere."""
     rows = measure(load, tmp_path, "syncs")
     assert {row["verdict"] for row in rows} <= {"goal", "-"}
-    theirs = [row["reference"] for row in rows]
-    assert theirs[1] == 11.0  # per image in torchvision's: the counter sees what there is to be seen
+
+
+def test_the_counter_sees_what_waits() -> None:
+    from _bench.syncs import count
+
+    values = torch.tensor([1.0, 2.0, 3.0])
+
+    def step() -> None:
+        assert values[1].item() == 2
+        assert len(values[values > 1]) == 2
+        assert len(values.nonzero()) == 3
+        values[values > 2] = 3
+
+    assert count(step).waiting.total() == 4
+    assert count(lambda: values + values.sum()).waiting.total() == 0
 
 
 def test_unknown_measures_are_named(load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]) -> None:
