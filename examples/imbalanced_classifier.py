@@ -22,10 +22,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from retina.data.repeats import class_balanced
-from retina.data.sampler import RepeatSampler
-from retina.losses.modules import SoftmaxFocalLoss
-from retina.ops.balance import class_balanced_weights
+from retina.data.sampler import RepeatSampler, class_balanced
+from retina.losses.balance import class_balanced_weights
+from retina.losses.focal import SoftmaxFocalLoss
 
 SIDE = 32  # pixels that images are resized to
 BATCH_SIZE = 16

@@ -11,15 +11,15 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from retina.data.collate import collate
 from retina.data.images import MAX_PIXELS, read_reduced
+from retina.data.loader import collate
 from retina.data.transforms import Sample, eval_pipeline
+from retina.detections import count_non_finite, postprocess, refuse_non_finite, to_original
 from retina.distributed import choose_device
 from retina.errors import CheckpointError, ConfigError
-from retina.model.conv_norm import merge_norms
+from retina.model.backbone import merge_norms
 from retina.model.retinanet import RetinaNet
 from retina.model.weights import DetectorCard, load_detector
-from retina.postprocess import count_non_finite, postprocess, refuse_non_finite, to_original
 from retina.types import Batch, Detections, Predictions, to_device
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

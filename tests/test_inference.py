@@ -17,11 +17,11 @@ from tiny import PREPROCESSING, write_tiny_data, write_tiny_run
 
 import retina
 from retina.data.images import read_image
+from retina.detections import postprocess
 from retina.errors import CheckpointError, ConfigError, DataError
 from retina.inference import Detector, as_array, check_postprocess
 from retina.model.retinanet import retinanet
 from retina.model.weights import DetectorCard, read_card, save_detector
-from retina.postprocess import postprocess
 from retina.types import Detections
 
 

@@ -29,7 +29,7 @@ def main(typed: list[str] | None = None) -> int:
     options = parser.parse_args(typed)
 
     import torch
-    from _bench import (
+    from benchmarks import (
         annotations,
         coco_eval,
         focal,
@@ -43,7 +43,8 @@ def main(typed: list[str] | None = None) -> int:
         step,
         syncs,
     )
-    from _bench.clock import Bench, machine, table
+
+    from retina.lab.clock import Bench, machine, table
 
     modules = (
         *(focal, matching, postprocess, coco_eval, loader, annotations),

@@ -5,6 +5,7 @@ The only place that knows COCO's conventions (`xywh` boxes, sparse category ids)
 Format: https://cocodataset.org/#format-data and #format-results.
 """
 
+import codecs
 import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,22 +16,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Float64, Int, Int64
 
-from retina.data import annotation_cache
-from retina.data.annotation_cache import Reading, Request
+from retina.data import cache as annotation_cache
 from retina.data.annotations import Annotations
-from retina.data.box_checks import box_problems, convention_problem
-from retina.data.coco_checks import (
+from retina.data.cache import Reading, Request
+from retina.data.checks import (
     Image,
     Images,
     RecordsError,
+    box_problems,
     check_annotations,
     check_categories,
     check_images,
     check_links,
+    convention_problem,
     describe,
 )
-from retina.data.coco_document import listing, parse_document, read_bytes
-from retina.data.report import DataReport
+from retina.data.report import DataReport, some
 from retina.errors import DataError
 from retina.files import write_whole
 
@@ -241,3 +242,78 @@ def write_results(
 
 def _offsets(counts: Int[np.ndarray, "N"]) -> Int64[np.ndarray, "N+1"]:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+_FOREIGN = {
+    b"\x1f\x8b": ("is compressed with gzip", "unpack it with gunzip and give the JSON file"),
+    b"PK\x03\x04": ("is a zip archive", "unpack it and give the JSON file inside"),
+    b"BZh": ("is compressed with bzip2", "unpack it with bunzip2 and give the JSON file"),
+    b"\xfd7zXZ": ("is compressed with xz", "unpack it with unxz and give the JSON file"),
+    b"version https://git-lfs": ("is a pointer of Git LFS", "fetch it with: git lfs pull"),
+    b"<": ("is XML or HTML", "give a COCO JSON file; tools/convert.py reads Pascal VOC and YOLO"),
+}
+"""First bytes of what is given instead of JSON, what that is, and what to do."""
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def read_bytes(file: Path) -> bytes:
+    """The content of an annotation file. Raises DataError if it is not there or cannot be read."""
+    try:
+        if file.is_file():
+            return file.read_bytes()
+        state = "is a folder" if file.is_dir() else "is no regular file" if file.exists() else "no such annotation file"
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}) - check its permissions and the disk") from error
+    raise DataError(f"{file}: {state}{listing(file.parent)} - give the path of a COCO JSON file")
+
+
+def parse_document(file: Path, data: bytes, warnings: list[str]) -> dict[str, Any]:
+    """Parse the content of the file and check what holds the records, not the records.
+
+    A byte order mark is read over, with a warning, since other readers refuse it. Raises DataError."""
+    if not data.strip():
+        raise DataError(f"{file}: is empty ({len(data)} bytes) - export it again, or finish its download")
+    for magic, (what, fix) in _FOREIGN.items():
+        if data.startswith(magic):
+            raise DataError(f"{file}: {what}, not JSON - {fix}")
+    if data.startswith(_MARKS):
+        warnings.append(f"{file}: starts with a byte order mark (BOM) - save it as UTF-8 without BOM: others refuse it")
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(_not_json(file, data, error)) from error
+    if isinstance(document, list):
+        raise DataError(
+            f"{file}: is a list, as files of detection results are, not an object - give the annotation file, the one "
+            "with `images`, `annotations` and `categories`"
+        )
+    if not isinstance(document, dict):
+        raise DataError(f"{file}: holds a {type(document).__name__}, not an object - give a COCO annotation file")
+    for section in ("images", "annotations", "categories"):
+        if not isinstance(document.get(section), list):
+            state = "is not a list" if section in document else f"is missing (there is {some(list(document))})"
+            raise DataError(f"{file}: `{section}` {state} - give a COCO annotation file, or export it again")
+        if not document[section] and section != "annotations":
+            raise DataError(f"{file}: `{section}` is empty - give a file with at least one record there")
+    return document
+
+
+def listing(folder: Path) -> str:
+    """What a reader who looked in vain may want to see: the content of the nearest folder that exists."""
+    try:
+        while not folder.is_dir() and folder != folder.parent:
+            folder = folder.parent
+        names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())
+    except OSError as error:
+        return f" ({folder}: {error.strerror})"
+    return f", but {folder} holds {some(names)}"
+
+
+def _not_json(file: Path, data: bytes, error: Exception) -> str:
+    text = data.rstrip(b" \t\r\n\0")
+    at_end = isinstance(error, json.JSONDecodeError) and error.pos >= len(error.doc.rstrip(" \t\r\n\0"))
+    if text[:1] in (b"{", b"[") and (at_end or text[-1:] not in (b"}", b"]")):
+        state = f"is cut off after {len(text)} bytes: the JSON does not end"
+    else:
+        state = f"is not JSON ({error})"
+    return f"{file}: {state} - export it again, or finish its download"

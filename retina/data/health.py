@@ -18,10 +18,9 @@ from jaxtyping import Int64
 from PIL import Image
 
 from retina.data.coco import Annotations
-from retina.data.coco_document import some
 from retina.data.images import FORMATS, image_size, read_image
 from retina.data.paths import Folder, is_listed, list_folders, parted
-from retina.data.report import DataReport
+from retina.data.report import DataReport, some
 from retina.errors import DataError
 
 _THREADS = 8

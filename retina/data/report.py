@@ -73,3 +73,9 @@ def _digest(lines: Sequence[str], limit: int) -> list[str]:
 def _kind(line: str) -> str:
     """Lines with the same remedy, but for the names and numbers in it, have one cause."""
     return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "", line.rpartition(" - ")[2])
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, for a message."""
+    first = ", ".join(name if len(name) <= 80 else brief(name) for name in names[:8])
+    return first + (f", ... ({len(names)} in all)" if len(names) > 8 else "") if names else "nothing"

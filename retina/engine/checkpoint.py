@@ -13,11 +13,14 @@ code, and nothing is unpickled. Other names in the folder are left by a kill, an
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,8 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retina.engine.config import from_mapping
-from retina.engine.ema import ExponentialMovingAverage
-from retina.engine.manifest import MANIFEST, find_fault, manifest
+from retina.engine.optim import ExponentialMovingAverage
 from retina.errors import CheckpointError, ConfigError
 from retina.files import sync_folder, write_synced
 from retina.model.weights import first_non_finite, load_state, serialize
@@ -271,3 +273,73 @@ def _fits(value: Tensor, parameter: Tensor) -> bool:
     """One number, a number for each of the parameter's, or (Adafactor) one for each of its rows or columns."""
     same_rank = value.ndim == parameter.ndim
     return not value.ndim or (same_rank and all(n in (1, m) for n, m in zip(value.shape, parameter.shape, strict=True)))
+
+
+# The list of a checkpoint's files and their hashes, which says whether it can be trusted.
+#
+#     <sha256>  model.safetensors
+#     ...
+#     # sha256 of the lines above: <sha256>
+#
+# `sha256sum -c MANIFEST.sha256` checks the files too.
+MANIFEST = "MANIFEST.sha256"
+REQUIRED = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+_ENTRY = re.compile(rb"([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9_.-]{0,99})")
+_SEAL = b"# sha256 of the lines above: "
+_LONGEST = 1 << 16
+"""Bytes: no manifest of ours comes near."""
+
+
+def manifest(digests: Mapping[str, str]) -> bytes:
+    """The text for files of these names and SHA-256 digests (hexadecimal)."""
+    lines = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode()
+    return lines + _SEAL + hashlib.sha256(lines).hexdigest().encode() + b"\n"
+
+
+def find_fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file, or None when it is exactly what its manifest says.
+
+    Every file is read. A file that is not listed, a link and anything that is no plain file are faults as well."""
+    if checkpoint.is_symlink():
+        return "is a symbolic link"
+    try:
+        with _open_plain(checkpoint / MANIFEST) as handle:
+            digests = _parse(handle.read(_LONGEST))
+        present = set(os.listdir(checkpoint))
+    except OSError:
+        return f"{MANIFEST} is missing or unreadable"
+    if digests is None:
+        return f"{MANIFEST} is damaged"
+    for name in REQUIRED:
+        if name not in digests:
+            return f"{MANIFEST} lists no {name}"
+    for name in sorted(present - {MANIFEST, *digests}):
+        return f"{name} is not listed in {MANIFEST}"
+    for name, digest in digests.items():
+        try:
+            with _open_plain(checkpoint / name) as handle:
+                if hashlib.file_digest(handle, "sha256").hexdigest() != digest:
+                    return f"{name} does not match its hash"
+        except OSError:
+            return f"{name} is missing or unreadable"
+    return None
+
+
+def _parse(text: bytes) -> dict[str, str] | None:
+    """Digest by name, or None for what `manifest` cannot have written."""
+    lines, seal, digest = text.rpartition(_SEAL)
+    if not seal or digest != hashlib.sha256(lines).hexdigest().encode() + b"\n":
+        return None
+    entries = [_ENTRY.fullmatch(line) for line in lines.removesuffix(b"\n").split(b"\n")]
+    digests = {entry[2].decode(): entry[1].decode() for entry in entries if entry}
+    return digests if len(digests) == len(entries) and MANIFEST not in digests else None
+
+
+def _open_plain(file: Path) -> BufferedReader:
+    """Opens a plain file for reading, without following a link or waiting for a pipe. Raises OSError."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{file} is no plain file")
+    return os.fdopen(descriptor, "rb")

@@ -18,13 +18,11 @@ from retina.data.coco import Annotations
 from retina.data.loader import BatchLoader
 from retina.data.sampler import DetectionBatchSampler
 from retina.engine.checkpoint import Progress
+from retina.engine.checkpointer import Keeper
 from retina.engine.config import TrainConfig, to_steps
-from retina.engine.ema import ExponentialMovingAverage
-from retina.engine.keeper import Keeper
-from retina.engine.lagged import LAG, Lagged
 from retina.engine.logging import RunLogger
-from retina.engine.meter import Meter
-from retina.engine.optim import Schedule, set_learning_rate
+from retina.engine.meter import LAG, Lagged, Meter
+from retina.engine.optim import ExponentialMovingAverage, Schedule, set_learning_rate
 from retina.engine.step import DTYPES, StepResult, parallel, train_step
 from retina.errors import RetinaError
 from retina.evaluation.evaluate import Criterion, Evaluation

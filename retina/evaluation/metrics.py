@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float64, Int64
 
 from retina.data.coco import Annotations
 from retina.errors import DataError
-from retina.evaluation.matching import AREA_RANGES, THRESHOLDS, Boxes, Matches, box_areas, match
+from retina.evaluation.coco_matching import AREA_RANGES, THRESHOLDS, Boxes, Matches, box_areas, match
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 """[P] recalls at which precision is sampled."""

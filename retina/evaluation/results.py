@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from retina.data.checks import RecordsError
 from retina.data.coco import Annotations
-from retina.data.coco_checks import RecordsError
 from retina.errors import DataError, plain
 from retina.evaluation.metrics import DetectionArrays
 from retina.files import write_whole

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from retina.ops.boxes import complete_iou, distance_iou, generalized_iou, paired_iou
-from retina.ops.coding import decode, encode
+from retina.ops.boxes import complete_iou, decode, distance_iou, encode, generalized_iou, paired_iou
 
 BoxLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(deltas [... A 4], anchors [A 4], boxes [... A 4]) -> [... A]: predicted offsets against the objects' boxes."""

@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torchvision.ops import nms
 
+from retina.losses.class_focal import class_focal_loss
+from retina.losses.focal import check_focal
+from retina.losses.soft_targets import ghm_loss, quality_focal_loss, varifocal_loss
 from retina.ops.boxes import pairwise_iou
-from retina.ops.class_focal import class_focal_loss
-from retina.ops.focal import check_focal
-from retina.ops.soft_focal import ghm_loss, quality_focal_loss, varifocal_loss
 from retina.types import Assignment, Predictions
 
 _CHUNK = 2**24  # logits that are copied at a time

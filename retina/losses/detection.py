@@ -14,11 +14,10 @@ from torch import Tensor
 
 from retina.losses.boxes import BoxLoss, smooth_l1
 from retina.losses.classification import ClassLoss, Focal
+from retina.losses.soft_targets import distribution_focal_loss
 from retina.ops.anchors import Anchors
 from retina.ops.assigners import Assigner, MaxIoU
-from retina.ops.boxes import paired_iou
-from retina.ops.coding import decode, encode_distances
-from retina.ops.soft_focal import distribution_focal_loss
+from retina.ops.boxes import decode, encode_distances, paired_iou
 from retina.types import Assignment, Losses, Predictions, Targets
 
 
@@ -176,10 +175,10 @@ class _Positives:
             return torch.where(self._mask, values, 0)
         return torch.zeros(self._mask.shape, dtype=values.dtype).index_put(self._indices, values)
 
-    @torch.no_grad()
     def iou(self) -> Float[Tensor, "*p"]:
-        """Of the predicted boxes with their objects."""
-        return paired_iou(decode(self.deltas, self.anchors), self.boxes)
+        """Of the predicted boxes with their objects, without a gradient."""
+        with torch.no_grad():  # not as a decorator, which torch 2.14 cannot compile on a method
+            return paired_iou(decode(self.deltas, self.anchors), self.boxes)
 
     def centerness(self) -> Float[Tensor, "*p"]:
         """1 for an anchor in the middle of its object, 0 on its border and outside."""

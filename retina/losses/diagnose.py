@@ -14,8 +14,8 @@ from torch import Tensor
 
 from retina.losses.classification import ClassLoss, Focal, QualityFocal, Varifocal
 from retina.losses.detection import DetectionLoss
-from retina.ops.focal import focal_of_error
-from retina.ops.soft_focal import quality_focal_loss, varifocal_loss
+from retina.losses.focal import focal_of_error
+from retina.losses.soft_targets import quality_focal_loss, varifocal_loss
 from retina.types import Assignment, Predictions
 
 # Logits at a time: in the second-level cache, or bounding the memory.

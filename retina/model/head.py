@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from retina.errors import ConfigError
-from retina.ops.coding import even_distribution
+from retina.ops.boxes import even_distribution
 
 
 class Tower(nn.Module):

@@ -13,7 +13,7 @@ from retina.model.fpn import FPN, NECKS
 from retina.model.head import Head
 from retina.model.timm_backbone import PREFIX, TimmBackbone
 from retina.ops.anchors import AnchorGenerator
-from retina.ops.coding import distances_to_deltas, mean_distances
+from retina.ops.boxes import distances_to_deltas, mean_distances
 from retina.types import Predictions
 
 

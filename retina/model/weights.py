@@ -8,7 +8,7 @@ goes unnoticed. Files written before there was one are read without it.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from retina.errors import CheckpointError, ConfigError, RetinaError
+from retina.errors import CheckpointError, RetinaError
 from retina.files import write_whole
-from retina.model.formats.convert import convert_detector
-from retina.model.formats.foreign import some
-from retina.model.formats.read import FOREIGN_SUFFIXES, read_foreign
-from retina.model.formats.torchvision import PREFIX, fetch_published
 from retina.model.retinanet import RetinaNet, retinanet
-from retina.model.transfer import CLASS_LAYER, fit, match_classes, other_layers, other_settings, renumber
 
 SCHEMA_VERSION = 1
 _NO_DIGEST = "0" * 64
@@ -106,87 +101,17 @@ def load_detector(file: Path, device: torch.device) -> tuple[RetinaNet, Detector
     return model.to(device).eval(), card
 
 
-def init_from(
-    model: torch.nn.Module,
-    source: str | Path,
-    *,
-    classes: Sequence[str],
-    remap: Mapping[str, str] | None = None,
-) -> list[str]:
-    """Starts a model that was just built from the weights of another: those that fit by name and shape, and nothing
-    else of the run they come from. Returns lines that say what was taken and what was not.
-
-    source: a run's folder, its best.safetensors, a checkpoint's folder or any .safetensors state dict of ours; a
-        detector of another program (.pth, .pt or .pkl); or `torchvision:NAME`, the COCO weights torchvision publishes.
-    classes: of the data to train on. Of the layer that predicts classes, the rows of a class that the file names too
-        are taken; the others keep the start they were built with, the prior bias among it.
-    remap: names of classes there to names here, for what is called otherwise.
-
-    Raises CheckpointError when nothing fits, ConfigError for a `remap` of classes that are not there."""
-    if not isinstance(remap or {}, Mapping):  # from the command line
-        raise ConfigError(f"remap: {remap!r} pairs no names - give {{theirs: ours}}")
-    start = _read_start(str(source))
-    if key := first_non_finite(start.state):
-        raise CheckpointError(f"{start.file}: {key} is not finite - give other weights for init_from")
-    own, settings = model.state_dict(), getattr(model, "arguments", {})
-    matched = match_classes(start.classes, classes, remap or {})
-    theirs, elsewhere = renumber(start.state, own), other_layers(start.model, settings)
-    taken, anew = fit(own, theirs, matched, num_own=len(classes), num_theirs=len(start.classes), others=elsewhere)
-    if not taken:
-        raise CheckpointError(f"{start.file}: holds nothing that fits this model - give other weights for init_from")
-    model.load_state_dict(taken, strict=False)
-    lines = [*start.notes, f"init_from: {len(taken)} of {len(own)} tensors are those of {start.file}"]
-    there = {classes[our]: start.classes[their] for our, their in matched.items()}
-    if start.classes != [there.get(name) for name in classes] and any(key.startswith(CLASS_LAYER) for key in taken):
-        kept = [our if our == their else f"{our} ({their} there)" for our, their in there.items()]
-        lines.append(f"classes: {len(kept)} keep what they have learned: {some(kept)}")
-        if others := [name for name in classes if name not in there]:
-            lines.append(f"classes: {len(others)} start anew with the prior bias: {some(others)}")
-    if anew:
-        listed = some([f"{key} ({reason})" for key, reason in anew.items()])
-        lines.append(f"model: {len(anew)} tensors start anew: {listed}")
-    if unused := [key for key in theirs if key not in own]:
-        lines.append(f"init_from: {len(unused)} tensors of the file have no use here: {some(unused)}")
-    return lines + other_settings(start.model, settings)
-
-
-@dataclass(frozen=True)
-class _Start:
-    file: Path
-    state: dict[str, Tensor]
-    classes: list[str]
-    """Empty where the file names none."""
-    model: dict[str, Any]
-    notes: list[str]
-
-
-def _read_start(source: str) -> _Start:
-    file = fetch_published(source) if source.startswith(PREFIX) else Path(source)
-    if file.suffix in FOREIGN_SUFFIXES:
-        foreign = read_foreign(file)
-        if not foreign.is_detector:
-            raise CheckpointError(f"{file}: {foreign.program}, which detects nothing - import it, for model.weights")
-        found = convert_detector(foreign, file)
-        return _Start(file, found.state, found.classes, found.model, found.notes)
-    if file.is_dir():
-        present = [file / name for name in ("best.safetensors", "model.safetensors") if (file / name).is_file()]
-        file = present[0] if present else file / "best.safetensors"
-    header, data = _read_header(file)
-    card = _card(file, header, data) if "retina" in header else None
-    return _Start(file, load(data), card.classes if card else [], card.model if card else {}, [])
-
-
 def _read(file: Path) -> tuple[DetectorCard, bytes]:
     """The card, and the bytes of the whole file once they have been found undamaged."""
-    header, data = _read_header(file)
+    header, data = read_header(file)
     if "retina" not in header:
         raise CheckpointError(
             f"{file}: has no detector description - give the best.safetensors of a run, not bare weights"
         )
-    return _card(file, header, data), data
+    return card_of(file, header, data), data
 
 
-def _read_header(file: Path) -> tuple[dict[str, str], bytes]:
+def read_header(file: Path) -> tuple[dict[str, str], bytes]:
     """Metadata and bytes of a safetensors file."""
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file - give a run folder or a .safetensors file written by training")
@@ -198,7 +123,7 @@ def _read_header(file: Path) -> tuple[dict[str, str], bytes]:
         raise _unreadable(file, fault) from None
 
 
-def _card(file: Path, header: Mapping[str, str], data: bytes) -> DetectorCard:
+def card_of(file: Path, header: Mapping[str, str], data: bytes) -> DetectorCard:
     try:
         values = json.loads(header["retina"])
         version = values["schema_version"]

@@ -10,8 +10,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from retina.ops.anchors import Anchors
-from retina.ops.boxes import paired_iou, pairwise_iou
-from retina.ops.coding import decode, encode_distances
+from retina.ops.boxes import decode, encode_distances, paired_iou, pairwise_iou
 from retina.ops.matching import check_thresholds, match_boxes
 from retina.types import Assignment, Predictions, Targets
 

@@ -5,10 +5,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
 
-import retina.engine.data  # noqa: E402
+import retina.engine.build  # noqa: E402
 
-retina.engine.data.train_loader = retina.engine.data.eval_loader  # type: ignore[assignment]
+retina.engine.build.train_loader = retina.engine.build.eval_loader  # type: ignore[assignment]
 sys.argv[0] = str(ROOT / "tools/train.py")
 runpy.run_path(sys.argv[0], run_name="__main__")

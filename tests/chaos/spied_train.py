@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
 
 from retina.data.dataset import DetectionDataset  # noqa: E402
 from retina.data.transforms import Sample  # noqa: E402

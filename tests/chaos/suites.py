@@ -17,7 +17,7 @@ SUITES: list[tuple[str, str]] = [
     ("disk full at some byte of a save, of a record, of a start", "tests/reliability/test_disk.py"),
     (
         "inference killed with kill -9",
-        "tests/tools/test_infer.py::test_killed_and_started_again_it_ends_with_the_same_bytes",
+        "tests/cli/test_infer.py::test_killed_and_started_again_it_ends_with_the_same_bytes",
     ),
     ("malformed annotations or image files", "tests/reliability/test_malformed.py::test_one_mutation_is_one_line"),
     ("bytes changed in images", "tests/reliability/test_images_fuzz.py"),

@@ -15,11 +15,11 @@ import pytest
 from children import before_each_file_call, in_child
 
 import retina
-from retina.data import annotation_cache
-from retina.data.annotation_cache import WORTH, cache_folder
+from retina.data import cache as annotation_cache
 from retina.data.annotations import Annotations
+from retina.data.cache import WORTH, cache_folder
+from retina.data.checks import RecordsError
 from retina.data.coco import read_coco
-from retina.data.coco_checks import RecordsError
 from retina.data.report import DataReport
 
 
@@ -158,12 +158,12 @@ def test_other_bytes_and_other_wishes_are_another_entry(file: Path, cache: Path)
 
 def test_other_rules_are_another_entry(tmp_path: Path, cache: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from retina.data.annotation_cache import Request, entry_of, WORTH\n"
+        "import sys; from pathlib import Path; from retina.data.cache import Request, entry_of, WORTH\n"
         "print(entry_of(bytes(WORTH), Request(classes=None, allow_outside=False)))"
     )
     package = tmp_path / "copy" / "retina"
     shutil.copytree(Path(retina.__file__).parent, package)
-    checks = package / "data" / "box_checks.py"
+    checks = package / "data" / "checks.py"
     names = []
     for text in (checks.read_text(), checks.read_text(), checks.read_text() + "\n# stricter\n"):
         checks.write_text(text)

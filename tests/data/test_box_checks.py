@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retina.data.box_checks import box_problems, convention_problem
+from retina.data.checks import box_problems, convention_problem
 
 Rows = list[list[float]]
 

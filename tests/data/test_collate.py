@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from retina.data.collate import collate
+from retina.data.loader import collate
 from retina.data.transforms import Sample, resize
 from retina.errors import ConfigError
 

@@ -18,12 +18,10 @@ import torch
 from PIL import Image
 
 from retina.data.coco import read_coco
-from retina.data.collate import collate
 from retina.data.dataset import DetectionDataset
-from retina.data.loader import BatchLoader, eval_loader, train_loader
+from retina.data.loader import BatchLoader, Flag, collate, eval_loader, train_loader
 from retina.data.sampler import DetectionBatchSampler, EvalSampler
 from retina.data.transforms import LargeScaleJitter, Pipeline, ResizeShortSide, eval_pipeline
-from retina.data.workers import Flag
 from retina.errors import ConfigError, DataError, RetinaError
 
 PAD = (124, 116, 104)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from retina.data.coco import locate_split, read_coco
-from retina.data.repeats import Repeats, class_balanced, draw, repeat_factors, repeats_of
+from retina.data.sampler import Repeats, class_balanced, draw, repeat_factors, repeats_of
 from retina.data.shapes import write_shapes
 
 # class 0 in images 0..7, class 1 in 6 and 7, class 2 in 8; image 9 is empty; class 3 has no image

@@ -2,8 +2,16 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from retina.data.repeats import Repeats, class_balanced, draw, repeat_factors
-from retina.data.sampler import DetectionBatchSampler, EvalSampler, RepeatSampler, eval_shard
+from retina.data.sampler import (
+    DetectionBatchSampler,
+    EvalSampler,
+    Repeats,
+    RepeatSampler,
+    class_balanced,
+    draw,
+    eval_shard,
+    repeat_factors,
+)
 
 
 def make_sizes(num, seed=0):

@@ -4,8 +4,8 @@ import albumentations as A
 import numpy as np
 import pytest
 
-from retina.data.color import ColorJitter
 from retina.data.transforms import (
+    ColorJitter,
     LargeScaleJitter,
     Pipeline,
     ResizeShortSide,

@@ -1,4 +1,4 @@
-from retina.data.workers import LockFreeFork
+from retina.data.loader import LockFreeFork
 
 
 def test_a_flag_is_seen_by_forked_processes_both_ways() -> None:

@@ -13,9 +13,16 @@ import torch
 from children import before_each_file_call, die_at_file_call, in_child
 from torch import nn
 
-from retina.engine.checkpoint import Progress, load_checkpoint, newest_valid, save_checkpoint
-from retina.engine.ema import ExponentialMovingAverage
-from retina.engine.manifest import MANIFEST, find_fault, manifest
+from retina.engine.checkpoint import (
+    MANIFEST,
+    Progress,
+    find_fault,
+    load_checkpoint,
+    manifest,
+    newest_valid,
+    save_checkpoint,
+)
+from retina.engine.optim import ExponentialMovingAverage
 from retina.errors import CheckpointError
 from retina.model.weights import serialize
 

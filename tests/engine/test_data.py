@@ -4,11 +4,11 @@ import albumentations
 import pytest
 
 from retina.data.coco import locate_split, read_coco
-from retina.data.repeats import repeats_of
+from retina.data.sampler import repeats_of
 from retina.data.shapes import write_shapes
 from retina.data.transforms import Pipeline
+from retina.engine.build import build_train_loader
 from retina.engine.config import DataConfig, TrainConfig
-from retina.engine.data import build_train_loader
 from retina.errors import ConfigError
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from retina.engine.ema import ExponentialMovingAverage
+from retina.engine.optim import ExponentialMovingAverage
 
 
 def test_average_follows_with_a_decay_that_grows() -> None:

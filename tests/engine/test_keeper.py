@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from retina.engine.checkpoint import Progress, newest_valid
-from retina.engine.keeper import BEST, Keeper
+from retina.engine.checkpointer import BEST, Keeper
 from retina.engine.logging import RunLogger
 from retina.engine.meter import Meter
 from retina.errors import CheckpointError

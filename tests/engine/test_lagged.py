@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from retina.engine.lagged import Lagged
+from retina.engine.meter import Lagged
 
 
 def test_flags_come_back_in_order_and_late() -> None:

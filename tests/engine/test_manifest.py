@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from retina.engine.manifest import MANIFEST, REQUIRED, find_fault, manifest
+from retina.engine.checkpoint import MANIFEST, REQUIRED, find_fault, manifest
 
 
 @pytest.fixture

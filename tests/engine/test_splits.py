@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from ranks import in_processes
 
-from retina.data import annotation_cache
-from retina.data.coco_checks import RecordsError
+from retina.data import cache as annotation_cache
+from retina.data.checks import RecordsError
 from retina.data.report import DataReport
+from retina.engine.build import load_checked
 from retina.engine.config import DataConfig, SplitConfig
-from retina.engine.data import load_checked
 from retina.engine.splits import check_data, load_split, named_splits
 from retina.errors import ConfigError, DataError
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from ranks import in_processes
 
-from retina.evaluation.collect import DetectionCollector
+from retina.evaluation.evaluate import DetectionCollector
 from retina.evaluation.metrics import DetectionArrays
 from retina.types import Detections
 

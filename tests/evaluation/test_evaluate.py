@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from retina.data.coco import Annotations, read_coco
 from retina.data.shapes import write_shapes
-from retina.engine.data import build_eval_loader
+from retina.detections import postprocess
+from retina.engine.build import build_eval_loader
 from retina.errors import DataError
 from retina.evaluation.evaluate import Evaluation, evaluate
 from retina.losses.detection import DetectionLoss
-from retina.postprocess import postprocess
 from retina.types import Batch, Losses, Predictions, Targets
 
 

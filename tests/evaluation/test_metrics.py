@@ -16,7 +16,7 @@ from ranks import in_processes
 from retina.data.coco import Annotations, read_coco
 from retina.data.sampler import eval_shard
 from retina.errors import DataError
-from retina.evaluation.collect import DetectionCollector
+from retina.evaluation.evaluate import DetectionCollector
 from retina.evaluation.metrics import DetectionArrays, coco_metrics
 from retina.evaluation.results import read_results
 from retina.types import Detections

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from retina.data.checks import RecordsError
 from retina.data.coco import Annotations, read_coco
-from retina.data.coco_checks import RecordsError
 from retina.errors import DataError
 from retina.evaluation.metrics import coco_metrics
 from retina.evaluation.results import format_metrics, read_results, write_metrics

@@ -4,7 +4,7 @@ from torchvision.ops import box_iou, complete_box_iou_loss, distance_box_iou_los
 
 from retina.losses.boxes import ciou, diou, giou, iou, l1, smooth_l1
 from retina.ops.anchors import AnchorGenerator
-from retina.ops.coding import decode
+from retina.ops.boxes import decode
 
 ANCHORS = AnchorGenerator((32.0, 64.0))(((16, 24), (8, 12)), (8, 16), "cpu")
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from torchvision.ops import box_iou, nms, sigmoid_focal_loss
 
 from retina.losses.classification import GHM, OHEM, ClassLoss, Focal, QualityFocal, Varifocal
+from retina.losses.soft_targets import ghm_loss, quality_focal_loss, varifocal_loss
 from retina.ops.anchors import AnchorGenerator
-from retina.ops.soft_focal import ghm_loss, quality_focal_loss, varifocal_loss
 from retina.types import Assignment, Predictions
 
 K = 5

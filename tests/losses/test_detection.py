@@ -15,14 +15,14 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import box_iou, generalized_box_iou_loss
 
+from retina.detections import postprocess
 from retina.losses.boxes import giou, smooth_l1
 from retina.losses.classification import GHM, OHEM, Focal, QualityFocal, Varifocal
 from retina.losses.detection import DetectionLoss
+from retina.losses.soft_targets import distribution_focal_loss
 from retina.ops.anchors import AnchorGenerator, Anchors
 from retina.ops.assigners import ATSS, MaxIoU, TaskAligned
-from retina.ops.coding import decode, distances_to_deltas, encode, encode_distances, mean_distances
-from retina.ops.soft_focal import distribution_focal_loss
-from retina.postprocess import postprocess
+from retina.ops.boxes import decode, distances_to_deltas, encode, encode_distances, mean_distances
 from retina.types import Assignment, Losses, Predictions, Targets
 
 ROOT = Path(__file__).parents[2]
@@ -290,7 +290,9 @@ FORMS.remove(("ohem", False))  # on a CPU, the NMS compares as many as it takes
 @pytest.mark.parametrize(("name", "compiling"), FORMS)
 def test_no_waiting_and_the_same_operations_for_any_batch(name: str, compiling: bool, monkeypatch):
     """Also in the form for GPUs and compilers."""
-    monkeypatch.setattr("retina.ops.class_focal._CHUNK", 2**20)  # on a CPU the loss goes by chunks: one is enough here
+    monkeypatch.setattr(
+        "retina.losses.class_focal._CHUNK", 2**20
+    )  # on a CPU the loss goes by chunks: one is enough here
     counts = []
     for num_images in (2, 5):
         predictions = predictions_for(RECIPES[name], num_images)
@@ -518,9 +520,8 @@ def test_on_a_gpu_nothing_waits_and_the_result_is_the_same(name: str):
 
 def commanded(name: str) -> tuple[DetectionLoss, dict[str, Any]]:
     """The loss of `loss=NAME`, and the model that the command in its header asks for."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    from _build import build
-    from _compose import compose
+    from retina.cli.build import build
+    from retina.cli.compose import compose
 
     header = (ROOT / "configs" / "loss" / f"{name}.yaml").read_text().partition("_target_")[0]
     words = re.findall(r"model[.=]\S+", header)

@@ -12,9 +12,9 @@ from retina.engine.step import train_step
 from retina.losses.classification import GHM, OHEM, ClassLoss, Focal, QualityFocal, Varifocal
 from retina.losses.detection import DetectionLoss
 from retina.losses.diagnose import diagnose, prior_is_lost, summarize, with_diagnosis
+from retina.losses.focal import sigmoid_focal_loss
+from retina.losses.soft_targets import quality_focal_loss, varifocal_loss
 from retina.model.retinanet import RetinaNet, retinanet
-from retina.ops.focal import sigmoid_focal_loss
-from retina.ops.soft_focal import quality_focal_loss, varifocal_loss
 from retina.types import Assignment, Batch, Predictions, Targets
 
 CLASSES, LEVELS, PRIOR = 5, [3, 4, 5], 0.01

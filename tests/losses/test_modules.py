@@ -10,22 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retina.losses.modules import (
+from retina.losses.balance import OHEMLoss, class_balanced_weights
+from retina.losses.common import FromSigmoid, FromSoftmax
+from retina.losses.dice import FocalPlusDiceLoss, SigmoidDiceLoss, SoftmaxDiceLoss
+from retina.losses.focal import SigmoidFocalLoss, SoftmaxFocalLoss
+from retina.losses.soft_targets import (
     DistributionFocalLoss,
-    FocalPlusDiceLoss,
-    FromSigmoid,
-    FromSoftmax,
     GHMLoss,
-    OHEMLoss,
     QualityFocalLoss,
-    SigmoidDiceLoss,
-    SigmoidFocalLoss,
-    SoftmaxDiceLoss,
-    SoftmaxFocalLoss,
     VarifocalLoss,
+    distribution_focal_loss,
+    ghm_loss,
+    quality_focal_loss,
+    varifocal_loss,
 )
-from retina.ops.balance import class_balanced_weights
-from retina.ops.soft_focal import distribution_focal_loss, ghm_loss, quality_focal_loss, varifocal_loss
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(6, 3, 5, generator=GENERATOR) * 3

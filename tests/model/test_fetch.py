@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from retina.errors import CheckpointError
-from retina.model.fetch import fetch
+from retina.model.backbone import fetch
 
 URL = "https://download.pytorch.org/models/some_model-0123abcd.pth"
 

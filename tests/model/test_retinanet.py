@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection import retinanet_resnet50_fpn
 from torchvision.models.detection.image_list import ImageList
 
+from retina.detections import postprocess
 from retina.errors import ConfigError
 from retina.losses.classification import Focal
 from retina.losses.detection import DetectionLoss
 from retina.model.retinanet import RetinaNet, retinanet
 from retina.ops.assigners import MaxIoU
-from retina.ops.coding import decode
-from retina.postprocess import postprocess
+from retina.ops.boxes import decode
 from retina.types import Targets
 
 TINY = {"num_classes": 3, "backbone": "resnet18", "fpn_channels": 16, "head_convs": 1}

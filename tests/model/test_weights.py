@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from formats.states import yhenon
+from interop.states import yhenon
 from safetensors.torch import load_file, save_file
 
 from retina.errors import CheckpointError, ConfigError
+from retina.interop.transfer import init_from
 from retina.model.retinanet import RetinaNet, retinanet
-from retina.model.weights import DetectorCard, init_from, load_detector, read_card, save_detector
+from retina.model.weights import DetectorCard, load_detector, read_card, save_detector
 
 CPU = torch.device("cpu")
 

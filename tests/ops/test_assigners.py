@@ -8,7 +8,7 @@ from torchvision.ops import box_iou
 
 from retina.ops.anchors import AnchorGenerator, Anchors
 from retina.ops.assigners import ATSS, MaxIoU, TaskAligned, _nearest_cells
-from retina.ops.coding import decode, encode
+from retina.ops.boxes import decode, encode
 from retina.types import Assignment, Predictions, Targets
 
 K = 4

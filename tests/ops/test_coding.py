@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 
-from retina.ops.coding import (
+from retina.ops.boxes import (
     LARGEST_LOG_SCALE,
     decode,
     distances_to_deltas,

@@ -4,10 +4,9 @@ import torch
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
-from retina.ops import matching_windows
+from retina.ops import matching as matching_windows
 from retina.ops.anchors import AnchorGenerator, Anchors
-from retina.ops.matching import Matches, match_boxes
-from retina.ops.matching_windows import match_in_windows
+from retina.ops.matching import Matches, match_boxes, match_in_windows
 
 PYRAMID = AnchorGenerator((32.0, 64.0, 128.0, 256.0, 512.0))
 STRIDES = (8, 16, 32, 64, 128)

@@ -13,8 +13,8 @@ from children import on_small_disk
 from torch import nn
 
 from retina.engine.checkpoint import Progress, find_fault, newest_valid, save_checkpoint
-from retina.engine.ema import ExponentialMovingAverage
 from retina.engine.logging import RunLogger
+from retina.engine.optim import ExponentialMovingAverage
 from retina.engine.run_folder import open_run
 from retina.errors import ConfigError
 from retina.model.weights import DetectorCard, read_card, save_detector

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from retina.engine.checkpoint import Progress, load_checkpoint, newest_valid
-from retina.engine.ema import ExponentialMovingAverage
-from retina.model.weights import DetectorCard, init_from, read_card
+from retina.engine.optim import ExponentialMovingAverage
+from retina.interop.transfer import init_from
+from retina.model.weights import DetectorCard, read_card
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINT = GOLDEN / "step_00000003"

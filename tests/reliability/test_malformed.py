@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import stat
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,6 @@ from malformed import CASES, HEIGHT, WIDTH, Data, Json, document, write_valid
 from retina.data.coco import Annotations, read_coco
 from retina.data.report import DataReport
 from retina.errors import RetinaError
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 
 @functools.cache

@@ -7,6 +7,7 @@ under FOLDER/own; nothing else may change, nothing may be run, no socket opened,
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -65,7 +66,7 @@ def may_write(path: str | bytes) -> bool:
 
 
 sys.addaudithook(watch)
-sys.path[:0] = [str(TESTS), str(TESTS.parent / "tools"), str(Path(__file__).parent)]
+sys.path[:0] = [str(TESTS), str(TESTS.parent), str(Path(__file__).parent)]
 sys.dont_write_bytecode = True
 
 import hostile  # noqa: E402
@@ -80,8 +81,8 @@ from retina.data.images import image_size, read_image  # noqa: E402
 from retina.data.report import DataReport  # noqa: E402
 from retina.data.shapes import write_shapes  # noqa: E402
 from retina.data.transforms import Pipeline  # noqa: E402, F401  (albumentations, with its wish to call the network)
+from retina.engine.build import check_data, load_split  # noqa: E402
 from retina.engine.config import DataConfig, from_mapping  # noqa: E402
-from retina.engine.data import check_data, load_split  # noqa: E402
 from retina.errors import RetinaError  # noqa: E402
 from retina.model.backbone import ResNet, read_weights  # noqa: E402
 from retina.model.weights import load_detector, read_card  # noqa: E402
@@ -91,7 +92,7 @@ def program(name: str, *words: object) -> Callable[[], object]:
     """tools/<name>.py with these words; returns its exit code and what it said."""
 
     def run() -> object:
-        main = __import__(name).main
+        main = importlib.import_module(f"retina.cli.{name}").main
         try:
             main([str(word) for word in words])
         except SystemExit as ended:
@@ -395,7 +396,7 @@ def main() -> None:
     run = tiny.write_tiny_run(FOLDER / "tiny" / "runs" / "tiny", data)
     cases = pickles() | configs(data, run) | cards(run) | paths(data, run) | bombs(data, run) | names(data)
     for name in ("train", "eval", "infer"):
-        __import__(name)
+        importlib.import_module(f"retina.cli.{name}")
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
     before = everything()

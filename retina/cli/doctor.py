@@ -1,0 +1,116 @@
+"""Checks a data set, annotations and images, and changes nothing in it. Exit code 0: healthy, 2: faults found.
+
+python tools/doctor.py data=coco data.root=DIR
+python tools/doctor.py data=coco data.root=DIR decode=false output=REPORT.json
+
+Both splits are checked, or the only one there is. The screen shows the first faults; the report file has them all.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retina.cli.compose import Settings, entry, typed
+from retina.cli.split import progress
+from retina.data.report import DataReport
+from retina.engine.config import DataConfig, from_mapping
+from retina.errors import ConfigError, DataError, plain
+
+if TYPE_CHECKING:
+    from retina.data.coco import Annotations
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """configs/doctor.yaml says what each is."""
+
+    data: dict[str, Any]
+    decode: bool
+    output: str
+    traceback: bool
+
+
+@entry("doctor")
+def main(settings: Settings) -> int:
+    config = typed(DoctorConfig, settings)
+    data = from_mapping(DataConfig, config.data, "data")
+    output = Path(config.output)
+    refuse_to_overwrite(output, data)
+
+    report = DataReport()
+    splits = read_splits(data, report)
+    examine_images(data, splits, report, decode=config.decode)
+    report.write(output)
+    print("\n".join([*describe(report), *report.lines(), verdict(report, output)]))
+    return 2 if report.faults else 0
+
+
+def read_splits(data: DataConfig, report: DataReport) -> dict[str, "Annotations"]:
+    """What can be read of each split; faulty records are left out, so that the rest is examined too."""
+    from retina.engine.splits import load_split, named_splits
+
+    splits: dict[str, Annotations] = {}
+    for split in named_splits(data):
+        classes = splits["train"].classes if "train" in splits else None
+        try:
+            splits[split] = load_split(replace(data, on_error="skip"), split, classes=classes, report=report)
+        except DataError:
+            continue  # in the report
+    return splits
+
+
+def examine_images(data: DataConfig, splits: Mapping[str, "Annotations"], report: DataReport, *, decode: bool) -> None:
+    """Image files, every pixel of them with `decode`, and the splits against each other."""
+    from retina.data.health import examine, undecodable
+
+    files = examine(splits, report, max_pixels=data.max_pixels)
+    for split, annotations in splits.items() if decode else []:
+        rows = [row for row in range(len(annotations)) if row not in files[split].bad]
+        faults = undecodable(annotations, rows, max_pixels=data.max_pixels)
+        report.faults += [fault for fault in progress(faults, f"decoding {split}", len(rows)) if fault]
+
+
+def describe(report: DataReport) -> list[str]:
+    """What was read: places, counts, and objects per class."""
+    lines = []
+    for split, told in report.splits.items():
+        lines.append(
+            f"{split}: {told['num_images']:,} images ({told['num_images_without_objects']:,} without objects), "
+            f"{told['num_objects']:,} objects, {told['num_crowd_regions']:,} crowd regions - {told['annotations']}"
+        )
+    counts = {split: told["objects_per_class"] for split, told in report.splits.items()}
+    names = list(dict.fromkeys(name for of_class in counts.values() for name in of_class))
+    if names:
+        width = max(len(plain(name)) for name in ["class", *names])
+        lines += ["", f"{'class':<{width}}" + "".join(f"{split:>12}" for split in counts)]
+        for name in names:
+            lines.append(f"{plain(name):<{width}}" + "".join(f"{of.get(name, 0):>12,}" for of in counts.values()))
+        lines.append("")
+    return [plain(line) for line in lines]
+
+
+def verdict(report: DataReport, output: Path) -> str:
+    def count(lines: list[str], what: str) -> str:
+        return f"{len(lines):,} {what}{'s' * (len(lines) != 1)}"
+
+    state = count(report.faults, "fault") if report.faults else "healthy"
+    return f"{state}, {count(report.warnings, 'warning')} - all in {output}"
+
+
+def refuse_to_overwrite(output: Path, data: DataConfig) -> None:
+    """Raises ConfigError for a place among the data, and for a file that is not an earlier report."""
+    folders = [data.root, data.train.images, data.val.images]
+    for folder in filter(None, folders):
+        if output.resolve().is_relative_to(Path(folder).resolve()):
+            raise ConfigError(f"output: {output} lies in {folder}, the data set's own - choose another place")
+    if (output.exists() or output.is_symlink()) and not is_report(output):
+        raise ConfigError(f"output: {output} is there already and is no report - choose another file")
+
+
+def is_report(file: Path) -> bool:
+    try:
+        return "num_faults" in json.loads(file.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False

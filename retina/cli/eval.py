@@ -1,0 +1,168 @@
+"""Scores a trained detector on a data set, or a COCO results file without any model.
+
+python tools/eval.py checkpoint=runs/mine
+python tools/eval.py checkpoint=runs/mine data=coco data.root=/data/other output=eval_other
+torchrun --nproc_per_node=8 tools/eval.py checkpoint=runs/mine
+python tools/eval.py detections=RESULTS.json data=coco data.val.annotations=GT.json output=DIR
+
+Images that cannot be read (up to data.max_bad_fraction) are listed on stderr and count as images in which nothing was
+found; the exit code is then 3.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retina.cli.build import call
+from retina.cli.compose import Settings, entry, typed
+from retina.cli.split import data_of, drop_nulls, open_split, progress
+from retina.engine.run_folder import read_settings
+from retina.errors import ConfigError
+
+if TYPE_CHECKING:
+    from retina.data.coco import Annotations
+    from retina.evaluation.metrics import DetectionArrays
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """configs/eval.yaml says what each is."""
+
+    checkpoint: str | None
+    detections: str | None
+    output: str | None
+    split: str
+    batch_size: int | None
+    device: str
+    precision: str | None
+    pictures: int
+    score_threshold: float
+    data: dict[str, Any]
+    postprocess: dict[str, Any]
+    traceback: bool
+
+    def __post_init__(self) -> None:
+        if (self.checkpoint is None) == (self.detections is None):
+            raise ConfigError("checkpoint: give checkpoint=RUN_OR_FILE, or detections=RESULTS.json, and not both")
+        if self.split not in ("train", "val"):
+            raise ConfigError(f"split: {self.split} is not known - choose train, or val for any other file")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(f"batch_size: {self.batch_size} is not allowed - give 1 or more, or null")
+        if self.pictures < 0:
+            raise ConfigError(f"pictures: {self.pictures} is not allowed - give 0 or more")
+
+
+@entry("eval")
+def main(settings: Settings) -> int:
+    config = typed(EvalConfig, settings)
+    if config.checkpoint:
+        return score_detector(config, Path(config.checkpoint))
+    score_file(config, Path(str(config.detections)))
+    return 0
+
+
+def score_file(config: EvalConfig, results: Path) -> None:
+    if config.output is None:
+        raise ConfigError("output: missing - give output=DIR for metrics.json")
+    data = data_of({}, config.data, {})
+
+    from retina.engine.build import load_split
+    from retina.evaluation.metrics import coco_metrics
+    from retina.evaluation.results import format_metrics, read_results, write_metrics
+
+    annotations = load_split(data, config.split, images_needed=False)
+    metrics = coco_metrics(annotations, read_results(results, annotations))
+    output = open_output(Path(config.output))
+    write_metrics(output / "metrics.json", metrics)
+    print(f"{format_metrics(metrics)}\n\nwritten: {output / 'metrics.json'}")
+
+
+def score_detector(config: EvalConfig, checkpoint: Path) -> int:
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    trained = read_settings(folder / "config.yaml").get("data", {}) if (folder / "config.yaml").is_file() else {}
+    if not isinstance(trained, dict):
+        raise ConfigError(f"{folder / 'config.yaml'}: data: is no section - restore it, or give data=...")
+
+    # torch takes seconds to load, and a wrong setting should not wait for it
+    from functools import partial
+
+    from retina import distributed
+    from retina.data.coco import write_results
+    from retina.detections import postprocess
+    from retina.evaluation.evaluate import evaluate
+    from retina.evaluation.pictures import write_evaluation_pictures
+    from retina.evaluation.results import format_metrics, write_metrics
+    from retina.inference import Detector, check_postprocess
+
+    device = call(distributed.choose_device, "device", name=config.device)
+    with distributed.process_group(device):
+        detector = Detector.load(checkpoint, device=str(device), precision=config.precision)
+        options = detector.card.postprocess | drop_nulls(config.postprocess)
+        call(check_postprocess, "postprocess", options=options)
+        data = data_of(trained, config.data, detector.card.preprocessing)
+        output = Path(config.output) if config.output else folder / "eval"
+        distributed.on_main(lambda: open_output(output) and None)
+        annotations, loader = open_split(data, config.split, detector, output, batch_size=config.batch_size)
+        evaluation = evaluate(
+            detector.model,
+            progress(loader, "evaluating", len(loader)),
+            annotations,
+            postprocess=partial(postprocess, **options),
+            device=device,
+            dtype=detector.dtype,
+        )
+        assert evaluation is not None  # a signal ends this program at once
+        skipped = dict(one for part in distributed.gather_objects(list(loader.faults.items())) for one in part)
+        if distributed.is_main():
+            found = keep_known(annotations, evaluation.detections)
+            write_metrics(output / "metrics.json", evaluation.metrics | {"skipped_images": len(skipped)})
+            write_results(output / "detections.json", annotations, *found)
+            drawn = write_evaluation_pictures(
+                output / "pictures",
+                annotations,
+                found,
+                max_images=config.pictures,
+                score_threshold=config.score_threshold,
+                max_pixels=data.max_pixels,
+            )
+            names = ["metrics.json", "detections.json", *(["pictures/"] if drawn else [])]
+            print(f"{format_metrics(evaluation.metrics)}\n\nwritten: {output}/{', '.join(names)}")
+            for _, line in sorted(skipped.items()):
+                print(f"skipped: {line}", file=sys.stderr)
+    return 3 if skipped else 0
+
+
+def keep_known(annotations: "Annotations", found: "DetectionArrays") -> "DetectionArrays":
+    """Without detections of classes that the annotation file has no category for: they have no id to be written under,
+    and no metric."""
+    import numpy as np
+
+    known = np.array([category is not None for category in annotations.category_ids])[found.labels]
+    if not known.all():
+        print(f"{np.count_nonzero(~known)} detections are of classes that {annotations.file} does not have: left out")
+    return type(found)(*(values[known] for values in found))
+
+
+def open_output(output: Path) -> Path:
+    """The folder, made if need be. Raises ConfigError for one that holds anything but an earlier evaluation."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for pattern in (".metrics.json.tmp", ".detections.json.*tmp", ".data_report.json.*tmp"):  # what a kill left
+            for leftover in output.glob(pattern):
+                leftover.unlink()
+        others = [entry for entry in output.iterdir() if entry.name != "data_report.json"]
+        strangers = others and not is_evaluation(output / "metrics.json")
+    except OSError as fault:
+        raise ConfigError(f"output: {output} cannot be written ({fault.strerror}) - choose another folder") from None
+    if strangers:
+        raise ConfigError(f"output: {output} holds other files - choose another folder")
+    return output
+
+
+def is_evaluation(metrics: Path) -> bool:
+    try:
+        return "per_class" in json.loads(metrics.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False

@@ -1,0 +1,141 @@
+"""Makes weights of other programs ours: detectors, ready for inference and fine-tuning, and ImageNet backbones.
+
+python tools/import_weights.py source=FILE output=FILE.safetensors
+python tools/import_weights.py source=torchvision:retinanet_resnet50_fpn_v2 output=FILE.safetensors
+python tools/import_weights.py source=RUN output=FILE.safetensors to=torchvision
+
+Reads RetinaNets of torchvision, detectron2 (.pkl and .pth), mmdetection and yhenon, and ImageNet ResNets of
+torchvision, timm and detectron2, each recognised by the names of its tensors. Nothing in a file is executed. With
+`to=torchvision` a detector of ours is written under torchvision's names.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retina.cli.build import call
+from retina.cli.compose import Settings, entry, typed
+from retina.errors import ConfigError, plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """configs/import_weights.yaml says what each is."""
+
+    source: str
+    output: str
+    to: str
+    overwrite: bool
+    ignore_unknown: bool
+    classes: list[str] | str | None
+    conventions: dict[str, Any]
+    traceback: bool
+
+    def __post_init__(self) -> None:
+        if self.to not in ("retina", "torchvision"):
+            raise ConfigError(f"to: {self.to!r} is not known - choose retina or torchvision")
+        if Path(self.output).suffix != ".safetensors":
+            raise ConfigError(f"output: {self.output} - give a name that ends in .safetensors")
+        if self.to == "torchvision":
+            conventions = {f"conventions.{name}": value for name, value in self.conventions.items()}
+            given = {"classes": self.classes, "ignore_unknown": self.ignore_unknown or None, **conventions}
+            for name, value in given.items():
+                if value is not None:
+                    raise ConfigError(f"{name}: is for weights of others, not for to=torchvision - leave it out")
+
+
+@entry("import_weights")
+def main(settings: Settings) -> int:
+    config = typed(ImportConfig, settings)
+    output = Path(config.output)
+    if (output.exists() or output.is_symlink()) and not config.overwrite:
+        raise ConfigError(f"output: {output} is there already - give another name, or overwrite=true")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lines = export(config, output) if config.to == "torchvision" else bring_in(config, output)
+    for line in [*lines, f"written: {output}"]:
+        print(plain(line))
+    return 0
+
+
+def bring_in(config: ImportConfig, output: Path) -> list[str]:
+    """Writes what another program's file holds, and returns lines that say what was done."""
+    # torch takes seconds to load, and a wrong setting should not wait for it
+    from retina.files import write_whole
+    from retina.inference import check_postprocess
+    from retina.interop.convert import convert_backbone, convert_detector
+    from retina.interop.read import read_foreign
+    from retina.interop.torchvision import PREFIX, fetch_published
+    from retina.model.weights import DetectorCard, save_detector, serialize
+
+    classes = read_classes(config.classes)
+    file = fetch_published(config.source) if config.source.startswith(PREFIX) else Path(config.source)
+    foreign = read_foreign(file)
+    options: dict[str, Any] = {"conventions": config.conventions, "ignore_unknown": config.ignore_unknown}
+    if not foreign.is_detector:
+        if classes is not None:
+            raise ConfigError(f"classes: mean nothing to {file}, a plain backbone - leave them out")
+        state, model, lines = convert_backbone(foreign, file, **options)
+        write_whole(output, serialize(state))
+        return [*lines, f"train with it: python tools/train.py {overrides(model | {'weights': str(output)})}"]
+    found = convert_detector(foreign, file, classes=classes, **options)
+    call(check_postprocess, "conventions", options=found.postprocess)
+    card = DetectorCard(
+        model=found.model,
+        classes=found.classes,
+        category_ids=found.category_ids,
+        preprocessing=found.preprocessing,
+        postprocess=found.postprocess,
+    )
+    save_detector(output, found.state, card)
+    tune = "python tools/train.py experiment=paper data=coco data.root=DIR"
+    tune = f"{tune} init_from={output} {overrides(unusual(found.model))}"
+    return [*found.notes, f"detect: python tools/infer.py checkpoint={output} source=photos/", f"fine-tune: {tune}"]
+
+
+def export(config: ImportConfig, output: Path) -> list[str]:
+    """Writes a detector of ours under torchvision's names, and returns lines that say how to load it."""
+    import torch
+
+    from retina.files import write_whole
+    from retina.inference import find_weights
+    from retina.interop.torchvision import check_export, describe_export, to_torchvision
+    from retina.model.weights import load_detector, serialize
+
+    model, card = load_detector(find_weights(Path(config.source)), torch.device("cpu"))
+    check_export(card.model, card.postprocess)
+    metadata = {"classes": json.dumps(card.classes)}
+    write_whole(output, serialize(to_torchvision(model.state_dict()), metadata))
+    return describe_export(model, card.preprocessing, card.postprocess, output)
+
+
+def read_classes(given: list[str] | str | None) -> list[str] | None:
+    """Names from the command line, or from a text file with one per line."""
+    if isinstance(given, str):
+        try:
+            text = Path(given).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            text = ""
+        given = [line.strip() for line in text.splitlines() if line.strip()]
+    if given is not None and not (given and all(map(str.strip, given))):
+        raise ConfigError("classes: no list of names - give [cat,dog], or a text file with one per line")
+    return given
+
+
+def unusual(model: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `retinanet` that are not its defaults, but for the number of classes."""
+    import inspect
+
+    from retina.model.retinanet import retinanet
+
+    defaults = {name: p.default for name, p in inspect.signature(retinanet).parameters.items()}
+    defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
+    return {name: value for name, value in model.items() if name != "num_classes" and value != defaults[name]}
+
+
+def overrides(model: dict[str, Any]) -> str:
+    """Settings as words of a command line."""
+    return " ".join(
+        f"model.{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
+        for name, value in model.items()
+    )

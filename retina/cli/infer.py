@@ -1,0 +1,180 @@
+"""Runs a trained detector over images: annotated pictures in a mirrored tree, and `detections.json`.
+
+python tools/infer.py checkpoint=runs/mine source=photos/ output=out/
+python tools/infer.py checkpoint=runs/mine source='photos/**/*.jpg' output=out/ score_threshold=0.5
+torchrun --nproc_per_node=8 tools/infer.py checkpoint=runs/mine source=photos/ output=out/
+
+A file that cannot be read is reported, on stderr and in `failed.txt`, and skipped; the exit code is then 3.
+The same command after a kill goes on where it was and ends with the same files.
+"""
+
+import hashlib
+import io
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retina.cli.build import call
+from retina.cli.compose import Settings, entry, typed
+from retina.cli.journal import Batch, Done, cut_batches, finish, note, open_journal, open_output, read_done, write_whole
+from retina.cli.sources import FORMATS, Source, find_images, name_sources
+from retina.errors import ConfigError, DataError, plain
+
+if TYPE_CHECKING:
+    from retina.inference import Detector
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferConfig:
+    """configs/infer.yaml says what each is."""
+
+    checkpoint: str
+    source: str
+    output: str
+    score_threshold: float
+    batch_size: int
+    max_pixels: int
+    device: str
+    precision: str | None
+    pictures: bool
+    traceback: bool
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.score_threshold < 1:
+            raise ConfigError(f"score_threshold: {self.score_threshold} is not allowed - give 0 or more, below 1")
+        for name in ("batch_size", "max_pixels"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} is not allowed - give 1 or more")
+
+
+@entry("infer")
+def main(settings: Settings) -> int:
+    config = typed(InferConfig, settings)
+    output = Path(config.output)
+    sources = name_sources(*find_images(config.source, output))
+
+    # torch takes seconds to load, and a wrong setting should not wait for it
+    from retina import distributed
+    from retina.inference import Detector
+
+    device = call(distributed.choose_device, "device", name=config.device)
+    with ExitStack() as stack:
+        stack.enter_context(distributed.process_group(device))
+        detector = Detector.load(config.checkpoint, device=str(device), precision=config.precision)
+        batches: list[Batch] = []
+        done: dict[str, Done] = {}
+
+        def prepare() -> None:
+            pictures = [source.picture for source in sources] if config.pictures else []
+            stack.enter_context(open_output(output, pictures))
+            batches.extend(cut_batches(sources, config.batch_size, what_matters(config, detector)))
+            done.update(read_done(output))
+
+        distributed.on_main(prepare)
+        left = distributed.broadcast_object(
+            [(key, [(str(file), *names) for file, *names in sources]) for key, sources in batches if key not in done]
+        )
+        own = [
+            Batch(key, [Source(Path(file), *names) for file, *names in sources])
+            for key, sources in left[distributed.rank() :: distributed.world_size()]
+        ]
+        found = distributed.on_all(lambda: detect(detector, own, config))
+        for part in distributed.gather_objects(found):
+            done |= {batch[0]: Done(*batch) for batch in part}
+        records = [record for batch in batches for record in done[batch.key].records]
+        faults = [fault for batch in batches for fault in done[batch.key].faults]
+        distributed.on_main(lambda: finish(output, records, faults))
+        if distributed.is_main():
+            objects = sum(len(record["boxes"]) for record in records)
+            print(f"{len(records)} images, {objects} objects of score {config.score_threshold:g} or more: {output}")
+            for fault in faults:
+                print(f"skipped: {fault}", file=sys.stderr)
+        return distributed.broadcast_object(3 if faults else 0)
+
+
+def what_matters(config: InferConfig, detector: "Detector") -> dict[str, Any]:
+    """All that detections and pictures depend on, apart from the images."""
+    with detector.file.open("rb") as weights:
+        digest = hashlib.file_digest(weights, "sha256").hexdigest()
+    settings = {key: getattr(config, key) for key in ("score_threshold", "max_pixels", "pictures")}
+    return settings | {"weights": digest, "dtype": str(detector.dtype), "device": detector.device.type}
+
+
+def detect(detector: "Detector", batches: Sequence[Batch], config: InferConfig) -> list[Done]:
+    """Looks at the images, writes their pictures, and notes each batch as done."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from retina import distributed
+
+    console = Console(stderr=True)
+    hidden = not (distributed.is_main() and console.is_terminal)
+    output = Path(config.output)
+    done = []
+    with ThreadPoolExecutor() as threads, open_journal(output, distributed.rank()) as journal:
+        for batch in track(batches, "detecting", console=console, transient=True, disable=hidden):
+            done.append(detect_batch(detector, batch, config, threads))
+            note(journal, done[-1])
+    return done
+
+
+def detect_batch(detector: "Detector", batch: Batch, config: InferConfig, threads: Executor) -> Done:
+    """A record for each image, whose picture is then written, and what is wrong with the files that are none."""
+    # decoding and encoding leave Python's lock
+    loaded = list(threads.map(lambda source: try_read(source.file, config.max_pixels), batch.sources))
+    faults = [image for image in loaded if isinstance(image, str)]
+    sources = [source for source, image in zip(batch.sources, loaded, strict=True) if not isinstance(image, str)]
+    images = [image for image in loaded if not isinstance(image, str)]
+    found = detector.predict(images, score_threshold=config.score_threshold, batch_size=config.batch_size)
+    records = [describe(*one, detector.classes) for one in zip(sources, images, found, strict=True)]
+    if config.pictures:
+        drawn = threads.map(partial(draw, config.output, detector.classes), sources, images, found)
+        for source, record, fault in zip(sources, records, drawn, strict=True):
+            if fault is None:
+                record["picture"] = source.picture
+            else:
+                faults.append(fault)
+    return Done(batch.key, records, faults)
+
+
+def try_read(file: Path, max_pixels: int) -> Any:
+    """The image, or what is wrong with it."""
+    from retina.data.images import read_image
+
+    try:
+        return read_image(file, max_pixels=max_pixels)
+    except DataError as fault:
+        return str(fault)
+
+
+def describe(source: Source, image: Any, detections: Any, classes: Sequence[str]) -> dict[str, Any]:
+    return {
+        "file_name": source.name,
+        "width": image.shape[1],
+        "height": image.shape[0],
+        "boxes": detections.boxes.tolist(),
+        "scores": detections.scores.tolist(),
+        "classes": [classes[label] for label in detections.labels.tolist()],
+    }
+
+
+def draw(output: str, classes: Sequence[str], source: Source, image: Any, detections: Any) -> str | None:
+    """Writes the picture of an image; what is wrong where its format cannot hold it."""
+    from PIL import Image
+
+    from retina.visualize import draw_detections
+
+    picture = Image.fromarray(draw_detections(image, detections, classes, score_threshold=0.0))
+    suffix = Path(source.picture).suffix
+    content = io.BytesIO()
+    try:
+        picture.save(content, FORMATS[suffix.lower()], quality=92)
+    except Exception as fault:  # sides that are too long, for one; each format has its own way to say so
+        return plain(f"{source.file}: no picture of it as {suffix} ({fault}) - give pictures=false, or another format")
+    write_whole(Path(output), source.picture, content.getvalue())
+    return None

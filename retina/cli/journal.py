@@ -1,0 +1,183 @@
+"""The output folder of tools/infer.py, which may be killed at any instant and then goes on where it was.
+
+While it works, `<output>/.infer/` holds `claims.json` (the pictures that this inference writes: whatever else is in
+their way is the user's), a `<rank>.jsonl` for each process with a line for every batch that is done, added after its
+pictures, and the files that are being written. The whole is removed at the end.
+
+A batch is done as a whole or not at all, since the numbers of an image change a little with the canvas that it shares
+and with the images it shares it with. Batches are cut from the sorted list of all images, whatever the number of
+processes.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple
+
+from retina.cli.sources import Source
+from retina.errors import ConfigError
+from retina.files import write_synced
+
+STATE, DETECTIONS, FAILED = ".infer", "detections.json", "failed.txt"
+FAILED_TITLE = "# files that tools/infer.py could not finish, and why"
+ADVICE = "choose another folder"
+
+
+class Batch(NamedTuple):
+    """Images that go through the model together."""
+
+    key: str
+    """Changes with the images, and with all that their detections and pictures depend on."""
+    sources: list[Source]
+
+
+class Done(NamedTuple):
+    """What came of a batch: a record for each image, and a line for each file that something is wrong with."""
+
+    key: str
+    records: list[dict[str, Any]]
+    faults: list[str]
+
+
+def cut_batches(sources: Sequence[Source], batch_size: int, settings: Mapping[str, Any]) -> list[Batch]:
+    """Consecutive images, `batch_size` at a time. `settings`: what their detections and pictures depend on."""
+    batches = []
+    for first in range(0, len(sources), batch_size):
+        batch = list(sources[first : first + batch_size])
+        identity = [settings, [[source.name, source.picture, *_version(source.file)] for source in batch]]
+        batches.append(Batch(hashlib.sha256(json.dumps(identity).encode()).hexdigest(), batch))
+    return batches
+
+
+def _version(file: Path) -> tuple[int, int]:
+    try:
+        status = file.stat()
+    except OSError:  # gone, or out of reach: reading it will tell
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+@contextmanager
+def open_output(output: Path, pictures: Collection[str]) -> Iterator[None]:
+    """Makes the folder and keeps other inferences out of it.
+
+    Raises ConfigError for a folder that holds anything but an earlier inference, is in use by another, or has something
+    in the way of a picture that this earlier inference did not write."""
+    state = output / STATE
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        own = _own_pictures(output)
+        if own is None and any(entry.name != STATE for entry in output.iterdir()):
+            raise ConfigError(f"output: {output} holds other files - {ADVICE}")
+        _check_way(output, pictures, own or set())
+        state.mkdir(exist_ok=True)
+        lock = (state / "lock").open("a")
+    except OSError as fault:
+        raise ConfigError(f"output: {output} cannot be written ({fault.strerror}) - {ADVICE}") from None
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"output: {output} is being written by another inference - wait, or {ADVICE}") from None
+        for leftover in state.glob("*.tmp"):
+            leftover.unlink()
+        write_whole(output, f"{STATE}/claims.json", json.dumps(sorted({*pictures, *(own or ())}, key=str)).encode())
+        yield
+
+
+def _own_pictures(output: Path) -> set[str] | None:
+    """Pictures of an earlier inference, finished or not; None where there was none."""
+    records, claims = _read(output / DETECTIONS), _read(output / STATE / "claims.json")
+    try:
+        found = {record["picture"] for record in records if record["file_name"] and "picture" in record}
+    except (TypeError, KeyError):
+        found = None
+    return found if claims is None else {*claims, *(found or ())}
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes()) if file.is_file() else None  # a pipe would block
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _check_way(output: Path, pictures: Collection[str], own: Collection[str]) -> None:
+    for picture in pictures:
+        if picture not in own and os.path.lexists(output / picture):
+            raise ConfigError(f"output: {output / picture} is there already and would be overwritten - {ADVICE}")
+    inside = os.path.realpath(output)
+    for folder in {(output / picture).parent for picture in pictures}:
+        if not Path(os.path.realpath(folder)).is_relative_to(inside):
+            raise ConfigError(f"output: {folder} leads out of {output} - {ADVICE}")
+    if (output / STATE).is_symlink():
+        raise ConfigError(f"output: {output / STATE} leads out of {output} - {ADVICE}")
+    for name in (DETECTIONS, FAILED, STATE):
+        if any(PurePosixPath(picture).parts[0].casefold() == name for picture in pictures):
+            raise ConfigError(f"source: has a folder {name}, a name that the output needs itself - rename it")
+    failed = output / FAILED
+    ours = failed.is_file() and failed.read_bytes().startswith(FAILED_TITLE.encode())
+    if os.path.lexists(failed) and not ours:
+        raise ConfigError(f"output: {failed} is there already and would be overwritten - {ADVICE}")
+
+
+def read_done(output: Path) -> dict[str, Done]:
+    """The batches that an interrupted inference finished and whose pictures are still there, by key."""
+    done = {}
+    for journal in sorted((output / STATE).glob("*.jsonl")):
+        for line in journal.read_bytes().splitlines():
+            try:
+                batch = Done(**json.loads(line))
+            except (ValueError, TypeError):  # cut off by a kill, or empty
+                continue
+            if all(os.path.isfile(output / record["picture"]) for record in batch.records if "picture" in record):
+                done[batch.key] = batch
+    return done
+
+
+@contextmanager
+def open_journal(output: Path, rank: int) -> Iterator[IO[str]]:
+    """To `note` batches in, behind those of an interrupted inference."""
+    with (output / STATE / f"{rank}.jsonl").open("a") as journal:
+        journal.write("\n")  # ends a line that a kill cut off
+        yield journal
+
+
+def note(journal: IO[str], batch: Done) -> None:
+    """The batch is on the disk when this returns."""
+    journal.write(json.dumps(batch._asdict()) + "\n")
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def write_whole(output: Path, name: str, content: bytes) -> None:
+    """Writes a file of the output in one step; it is on the disk when this returns."""
+    target = output / name
+    # in a place of its own, since behind a long name there may be no room for more letters
+    temporary = output / STATE / f"{hashlib.sha256(os.fsencode(name)).hexdigest()}.tmp"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write_synced(temporary, content)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def finish(output: Path, records: Sequence[Mapping[str, Any]], faults: Sequence[str]) -> None:
+    """Writes `detections.json`, a list with a line for each image, and `failed.txt` where there are faults; removes
+    what was needed to go on."""
+    lines = ",\n".join(json.dumps(record) for record in records)
+    write_whole(output, DETECTIONS, f"[\n{lines}\n]\n".encode())
+    if faults:
+        write_whole(output, FAILED, "\n".join([FAILED_TITLE, *faults, ""]).encode(errors="backslashreplace"))
+    else:
+        (output / FAILED).unlink(missing_ok=True)
+    for file in (output / STATE).iterdir():
+        if file.suffix in (".json", ".jsonl", ".tmp") or file.name == "lock":
+            file.unlink()
+    with suppress(OSError):  # holds something that is not ours
+        (output / STATE).rmdir()

@@ -1,0 +1,32 @@
+"""The focal lab: losses looked at, trained detectors taken apart, and choices measured on your own data.
+
+python tools/lab.py curves                                     # the losses and their gradients
+python tools/lab.py distribution checkpoint=runs/shapes        # where the loss of a detector comes from
+python tools/lab.py ablate study=gamma data=shapes             # the paper's Table 1
+python tools/lab.py ladder data=shapes                         # from the paper's recipe to today's
+python tools/lab.py anchors data=coco data.root=DIR            # whether anchors fit the objects
+
+Each has settings and a --help of its own: python tools/lab.py curves --help
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+EXPERIMENTS = ("curves", "distribution", "ablate", "ladder", "anchors")
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words.pop(0) if words else ""
+    if name in ("-h", "--help"):
+        print(__doc__)
+        sys.exit(0)
+    if name not in EXPERIMENTS:
+        near = difflib.get_close_matches(name, EXPERIMENTS, n=1)
+        hint = f"did you mean {near[0]}? There are " if near else "choose one of "
+        print(f"error: {name or 'nothing to do'} - {hint}{', '.join(EXPERIMENTS)}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(importlib.import_module(f"retina.lab.{name}").main(words))

@@ -1,0 +1,42 @@
+"""The command `retina`: hands over to one of its sub-commands, each a file of this folder."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from retina import __version__
+
+COMMANDS = {
+    "train": "train a detector; the same command again resumes",
+    "eval": "score a detector, or a results file, on annotated images",
+    "infer": "find objects in a folder of images",
+    "doctor": "look a data set over before training",
+    "convert": "turn Pascal VOC and YOLO labels into COCO's format",
+    "import-weights": "take over the weights of other programs",
+    "lab": "losses, detectors and recipes, measured",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words.pop(0) if words else "--help"
+    if name in ("-h", "--help"):
+        rows = "\n".join(f"  {command:<16}{what}" for command, what in COMMANDS.items())
+        print(f"usage: retina COMMAND [key=value ...]\n\n{rows}\n\nretina COMMAND --help says more.")
+        sys.exit(0)
+    if name == "--version":
+        print(__version__)
+        sys.exit(0)
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}? There are " if near else "choose one of "
+        print(f"error: {name}: no such command - {hint}{', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [f"retina {name}", *words]
+    sys.exit(importlib.import_module(f"retina.cli.{name.replace('-', '_')}").main())
+
+
+if __name__ == "__main__":
+    main()

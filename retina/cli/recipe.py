@@ -1,0 +1,71 @@
+"""What a run is made of, but for data and model: made and checked before either is touched."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from retina.cli.build import build, call, check_arguments
+from retina.cli.compose import Settings
+from retina.engine.config import DataConfig, from_mapping
+from retina.errors import ConfigError
+
+if TYPE_CHECKING:
+    from retina.data.transforms import Pipeline
+    from retina.engine.optim import Schedule
+
+
+class Recipe(NamedTuple):
+    criterion: Callable[..., Any]
+    postprocess: Callable[..., Any]
+    schedule: "Schedule"
+    optimizer: Callable[..., Any]
+    """Of parameter groups."""
+    pipeline: "Pipeline"
+
+
+def make_recipe(settings: Settings) -> Recipe:
+    """Raises ConfigError for settings that cannot be trained with, whatever the data."""
+    from retina.data.transforms import Pipeline
+    from retina.inference import check_postprocess
+    from retina.losses.detection import DetectionLoss
+    from retina.model.retinanet import retinanet
+
+    data = from_mapping(DataConfig, settings["data"], "data")
+    check_arguments(retinanet, [*settings["model"], "num_classes"], "model")
+    refuse_frozen_noise(settings)
+    if settings["remap"] and not settings["init_from"]:
+        raise ConfigError("remap: renames classes of init_from - give init_from=..., or leave remap out")
+    criterion = build(settings["loss"], "loss")
+    if isinstance(criterion, DetectionLoss):
+        branches = {
+            "quality": bool(settings["model"].get("head_quality")),
+            "bins": settings["model"].get("box_bins") is not None,
+        }
+        call(criterion.check_head, "loss", **branches)
+    call(check_postprocess, "postprocess", options=without_target(settings["postprocess"]))
+    return Recipe(
+        criterion=criterion,
+        postprocess=build(settings["postprocess"], "postprocess"),
+        schedule=build(settings["schedule"], "schedule"),
+        optimizer=build(settings["optimizer"], "optimizer"),
+        pipeline=Pipeline(
+            {name: build(section, f"augment.{name}") for name, section in settings["augment"].items()},
+            min_size=data.min_size,
+            min_visibility=data.min_visibility,
+        ),
+    )
+
+
+def without_target(section: Settings) -> Settings:
+    return {key: value for key, value in section.items() if not key.startswith("_")}
+
+
+def refuse_frozen_noise(settings: Settings) -> None:
+    """Raises ConfigError for settings that would freeze randomly initialised layers."""
+    model = settings["model"]
+    if not (model.get("weights") or settings["init_from"]) and (
+        model.get("frozen_stages") or model.get("norm") == "frozen"
+    ):
+        key = "frozen_stages" if model.get("frozen_stages") else "norm"
+        raise ConfigError(
+            f"model.{key}: {model[key]} without model.weights freezes random layers - give null, or weights"
+        )

@@ -1,0 +1,186 @@
+"""Trains a detector. The same command again resumes; a finished run says so.
+
+python tools/train.py                                          # the built-in shapes
+python tools/train.py data=coco data.root=DIR name=mine        # your own data in COCO's layout
+torchrun --nproc_per_node=8 tools/train.py experiment=coco_r50_1x
+"""
+
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retina.cli.build import build, call
+from retina.cli.compose import Settings, entry
+from retina.cli.recipe import make_recipe, without_target
+from retina.engine.config import DataConfig, TrainConfig, from_mapping
+from retina.engine.run_folder import Opened, open_run
+from retina.errors import ConfigError
+
+if TYPE_CHECKING:
+    from retina.data.loader import BatchLoader
+    from retina.engine.logging import RunLogger
+
+
+def shapes_by_default(typed: list[str]) -> list[str]:
+    chosen = any(word.startswith(("data=", "experiment=")) for word in typed)
+    return [] if chosen else ["experiment=shapes"]
+
+
+@entry("train", default=shapes_by_default)
+def main(settings: Settings) -> int:
+    config = from_mapping(TrainConfig, settings["train"], "train")
+    data = from_mapping(DataConfig, settings["data"], "data")
+    folder = run_folder(str(settings["runs"]), str(settings["name"]))
+
+    # torch takes seconds to load, and a wrong setting should not wait for it
+    import torch
+
+    from retina import distributed
+    from retina.engine.build import build_eval_loader, build_train_loader, load_checked
+    from retina.engine.logging import RunLogger, describe_run
+    from retina.engine.loop import fit
+    from retina.engine.optim import build_optimizer
+    from retina.engine.signals import StopRequest
+    from retina.engine.step import DTYPES
+    from retina.evaluation.evaluate import evaluate
+    from retina.evaluation.pictures import evaluation_pictures
+    from retina.interop.transfer import init_from
+    from retina.losses.detection import DetectionLoss
+    from retina.model.retinanet import retinanet
+    from retina.model.weights import DetectorCard
+
+    device = call(distributed.choose_device, "train.device", name=config.device)
+    recipe = make_recipe(settings)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+
+    with distributed.process_group(device), ExitStack() as stack:
+        run = Opened(*distributed.on_main(lambda: open_run(folder, settings, overwrite=settings["overwrite"])))
+        if data.prepare and data.root:
+            prepare, root = data.prepare, Path(data.root)
+            distributed.on_main(lambda: build(prepare, "data.prepare", root=root))
+        logger = stack.enter_context(closing(RunLogger(folder, active=distributed.is_main())))
+        for line in run.told():
+            logger.info(line)
+        splits = ["train", "val"] if config.eval_every else ["train"]
+        loaded = load_checked(data, splits, folder, say=logger.info)
+        annotations, val_annotations = loaded[0], loaded[-1]
+
+        if isinstance(recipe.criterion, DetectionLoss):
+            call(recipe.criterion.check_classes, "loss", num_classes=len(annotations.classes))
+
+        torch.manual_seed(config.seed)
+        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        model = call(retinanet, "model", **settings["model"], num_classes=len(annotations.classes))
+        model = model.to(memory_format=memory_format).to(device)
+        if settings["init_from"] and not run.resumes:
+            for line in init_from(model, settings["init_from"], classes=annotations.classes, remap=settings["remap"]):
+                logger.info(line)
+        optimizer = build_optimizer(recipe.optimizer, model, scale=config.batch_size / config.lr_batch_size)
+
+        divisor = data.pad_multiple or max(model.strides)
+        if model.arguments["anchors_spread"] and divisor % max(model.strides):
+            raise ConfigError(
+                f"data.pad_multiple: {divisor} - spread anchors stand on a grid only where it is a multiple of "
+                f"{max(model.strides)}: give that, or model.anchors_spread=false"
+            )
+        pin_memory = device.type == "cuda"
+        loader, sampler = build_train_loader(
+            annotations,
+            recipe.pipeline,
+            data,
+            config,
+            divisor=divisor,
+            pad_value=model.pad_value,
+            pin_memory=pin_memory,
+        )
+        val_loader = build_eval_loader(
+            val_annotations,
+            short_side=data.short_side,
+            long_side=data.long_side,
+            batch_size=data.eval_batch_size or sampler.micro_batch,
+            num_workers=data.num_workers,
+            divisor=divisor,
+            pad_value=model.pad_value,
+            pin_memory=pin_memory,
+            canvases=data.canvases,
+            max_pixels=data.max_pixels,
+            max_bad_fraction=data.max_bad_fraction,
+        )
+        card = DetectorCard(
+            model=model.arguments,
+            classes=list(annotations.classes),
+            category_ids=[i for i in annotations.category_ids if i is not None],
+            preprocessing={
+                "short_side": data.short_side,
+                "long_side": data.long_side,
+                "divisor": divisor,
+                "pad_value": list(model.pad_value),
+                "precision": config.precision,
+                "batch_size": data.eval_batch_size or sampler.micro_batch,
+            },
+            postprocess=without_target(settings["postprocess"]),
+        )
+        for line in describe_run(
+            folder, config, device, annotations, val_annotations, model, optimizer, recipe.schedule, sampler
+        ):
+            logger.info(line)
+        with StopRequest() as request:
+            progress, stopped = fit(
+                folder,
+                config,
+                model=model,
+                criterion=recipe.criterion,
+                optimizer=optimizer,
+                schedule=recipe.schedule,
+                loader=loader,
+                sampler=sampler,
+                evaluate=partial(
+                    evaluate,
+                    loader=val_loader,
+                    annotations=val_annotations,
+                    postprocess=recipe.postprocess,
+                    criterion=recipe.criterion,
+                    device=device,
+                    dtype=DTYPES[config.precision],
+                ),
+                draw=partial(
+                    evaluation_pictures, val_annotations, max_images=config.pictures, max_pixels=data.max_pixels
+                ),
+                card=card,
+                logger=logger,
+                device=device,
+                annotations=annotations,
+                allow_data_change=settings["allow_data_change"],
+                stopping=request.signal,
+            )
+        report_skipped(logger, loader, val_loader)
+        if stopped:
+            logger.info(f"told to stop: saved at step {progress.step}, the same command goes on from there")
+        else:
+            best = (
+                f", best {config.best_metric} {progress.best:.3f} at step {progress.best_step}"
+                if progress.best is not None
+                else ""
+            )
+            logger.info(f"finished at step {progress.step}{best}: {folder / 'best.safetensors'}")
+            logger.info(f"next: python tools/eval.py checkpoint={folder}   |   tensorboard --logdir {folder}")
+    return 128 + stopped if stopped else 0
+
+
+def report_skipped(logger: "RunLogger", *loaders: "BatchLoader") -> None:
+    """Lists the images that could not be read, those of other processes too."""
+    from retina import distributed
+
+    for loader in loaders:
+        faults = dict(one for part in distributed.gather_objects(list(loader.faults.items())) for one in part)
+        for line in sorted(faults.values()):
+            logger.once(f"skipped: {line}")
+
+
+def run_folder(runs: str, name: str) -> Path:
+    """Raises ConfigError for a name that leads out of `runs`, or nowhere."""
+    if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).name:
+        raise ConfigError(f"name: {name!r} is no name of a folder in {runs} - give another, or runs=FOLDER")
+    return Path(runs) / name

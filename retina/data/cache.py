@@ -1,0 +1,268 @@
+"""What came of reading a large annotation file, kept as columns for the next start and for the other processes.
+
+Parsing gigabytes of JSON takes minutes and many times their size in memory. An entry of this cache is there in seconds,
+and all processes of a machine share its pages.
+
+An entry is named by the SHA-256 of the JSON's bytes, of what was asked of them, and of the rules they were read by (the
+sources of this folder): whatever changes, there is no entry of that name yet. A damaged one counts as missing.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import mmap
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from retina.data.annotations import Annotations
+from retina.data.paths import folder_stamps, folders_of, is_free_of_links, links_outside
+from retina.files import sync_folder
+
+WORTH = 32 << 20
+"""Bytes of JSON from which on an entry pays: parsing them takes seconds. Smaller files are not even hashed."""
+_UNUSED_SECONDS = 30 * 24 * 3600
+"""An entry that nobody read for so long is removed when another one is written."""
+_COLUMNS = [f.name for f in fields(Annotations) if f.name not in ("file", "image_root", "classes", "category_ids")]
+
+
+class Request(NamedTuple):
+    """What a reading depends on besides the file and, unless `allow_outside`, the links in the image folder."""
+
+    classes: list[str] | None
+    allow_outside: bool
+    encoding: str = sys.getfilesystemencoding()
+    """Of file names on this machine: some cannot hold every name."""
+
+
+class Reading(NamedTuple):
+    """Annotations, and the lines on what was left out of them or is odd."""
+
+    annotations: Annotations
+    faults: list[str]
+    warnings: list[str]
+
+
+def cache_folder() -> Path | None:
+    """`$RETINA_CACHE`, else `retina` in `$XDG_CACHE_HOME` or `~/.cache`; None where RETINA_CACHE is set to nothing.
+
+    Whoever may write there decides what is trained on."""
+    if (chosen := os.environ.get("RETINA_CACHE")) is not None:
+        return Path(chosen) if chosen else None
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "retina")
+    except RuntimeError:  # there is no home
+        return None
+
+
+def find_entry(file: Path, request: Request) -> Path | None:
+    """Where the reading of `file` belongs, be it there or not; None if the file is small or cannot be read."""
+    folder = cache_folder()
+    try:
+        if folder is None or not file.is_file() or file.stat().st_size < WORTH:
+            return None
+        with file.open("rb") as stream:
+            return folder / _name(digest_in(stream, 0, os.fstat(stream.fileno()).st_size), request)
+    except OSError:  # told by whoever reads the file
+        return None
+
+
+def entry_of(data: bytes, request: Request) -> Path | None:
+    """`find_entry` of a file that holds `data`."""
+    folder = cache_folder()
+    return folder / _name(digest_of(memoryview(data)), request) if folder and len(data) >= WORTH else None
+
+
+def keep(entry: Path, reading: Reading, *, allow_outside: bool) -> str | None:
+    """Writes an entry; its folder is the user's alone. Returns what is to be told if it cannot be written."""
+    annotations = reading.annotations
+    start = f"{annotations.file}: "  # which may lie elsewhere next time
+    notes: dict[str, Any] = {
+        "classes": annotations.classes,
+        "category_ids": annotations.category_ids,
+        "faults": [line.removeprefix(start) for line in reading.faults],
+        "warnings": [line.removeprefix(start) for line in reading.warnings],
+    }
+    if not allow_outside:
+        folders = folders_of(annotations.file_name(row) for row in range(len(annotations)))
+        stamps = folder_stamps(annotations.image_root, folders)
+        is_free = is_free_of_links(annotations.image_root, folders, {})
+        notes |= {"folders": sorted(folders), "stamps": stamps if is_free else {}}
+    try:
+        entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_columns(entry, Columns({name: getattr(annotations, name) for name in _COLUMNS}, notes))
+    except OSError as fault:
+        return (
+            f"{entry.parent}: annotations cannot be kept for the next start ({fault.strerror or fault}) - make room, "
+            "or set the environment variable RETINA_CACHE to another folder, or to nothing"
+        )
+    _remove_unused(entry.parent)
+    return None
+
+
+def recall(entry: Path, file: Path, image_root: Path, *, allow_outside: bool) -> Reading | None:
+    """The reading of `file` as it was kept. None if there is none, or if a link now leads an image out of `image_root`:
+    that is for the reader to tell."""
+    columns = read_columns(entry)
+    if columns is None:
+        return None
+    with suppress(OSError):  # somebody else's
+        os.utime(entry)
+    notes = columns.notes
+    annotations = Annotations(
+        file=file,
+        image_root=image_root,
+        classes=tuple(notes["classes"]),
+        category_ids=tuple(notes["category_ids"]),
+        **columns.arrays,
+    )
+    if not allow_outside and not is_free_of_links(image_root, notes["folders"], notes["stamps"]):
+        names = [annotations.file_name(row) for row in range(len(annotations))]
+        if links_outside(image_root, names):
+            return None
+    faults, warnings = ([f"{file}: {line}" for line in notes[kind]] for kind in ("faults", "warnings"))
+    return Reading(annotations, faults, warnings)
+
+
+def _name(source: str, request: Request) -> str:
+    key = json.dumps([source, request, _rules()])
+    return hashlib.sha256(key.encode("ascii")).hexdigest() + ".annotations"
+
+
+@cache
+def _rules() -> str:
+    """Digest of the code that reads and checks annotations, so that nobody has to remember to raise a version."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def _remove_unused(folder: Path) -> None:
+    for file in _all(folder):
+        with suppress(OSError):  # somebody else's, or gone meanwhile
+            if time.time() - file.stat().st_mtime > _UNUSED_SECONDS:
+                file.unlink()
+
+
+def _all(folder: Path) -> Iterator[Path]:
+    """Entries, and what killed processes left of some."""
+    for pattern in ("*.annotations", ".*.tmp"):
+        yield from folder.glob(pattern)
+
+
+# Files of named arrays that are mapped into memory, with every byte verified before it is used.
+#
+# The first line is the digest of the second; the second is JSON with the type, shape, place and digest of every column;
+# then come the columns, raw and little-endian, each at a multiple of 64 bytes. Nothing in it can be executed.
+_CHUNK = 4 << 20
+_ALIGNMENT = 64
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+class Columns(NamedTuple):
+    """The content of a file."""
+
+    arrays: Mapping[str, np.ndarray]
+    """As read, they are mapped from the file and private to the process: what is written into one goes nowhere else."""
+    notes: dict[str, Any]
+    """What else there is to keep, as JSON knows it."""
+
+
+def write_columns(file: Path, columns: Columns) -> None:
+    """Writes the file whole, and reads it back, before it takes its name. Raises OSError; then nothing is left behind.
+
+    Several processes may write the same file at once."""
+    descriptor, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=file.parent)
+    try:
+        with open(descriptor, "wb") as stream:
+            _write(stream, columns)
+            stream.flush()
+            os.fsync(stream.fileno())
+        with open(name, "rb") as stream:
+            if _read(stream) is None:
+                raise OSError(errno.EIO, "it does not hold what was written")
+        os.replace(name, file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    sync_folder(file.parent)
+
+
+def read_columns(file: Path) -> Columns | None:
+    """None if the file is missing, damaged or cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            return _read(stream)
+    except (OSError, ValueError):
+        return None
+
+
+def digest_of(data: memoryview) -> str:
+    """SHA-256 over the SHA-256 of each 4 MB, which threads compute side by side."""
+    return _digest(lambda start, length: data[start : start + length], len(data))
+
+
+def digest_in(stream: BinaryIO, begin: int, size: int) -> str:
+    """`digest_of` a part of a file. A file cut off meanwhile has another digest, and does no harm. Raises OSError."""
+    descriptor = stream.fileno()
+    return _digest(lambda start, length: os.pread(descriptor, length, begin + start), size)
+
+
+def _digest(read: Callable[[int, int], bytes | memoryview], size: int) -> str:
+    def part(start: int) -> bytes:
+        return hashlib.sha256(read(start, min(_CHUNK, size - start))).digest()
+
+    starts = range(0, size, _CHUNK)
+    if len(starts) <= 1:
+        return hashlib.sha256(b"".join(map(part, starts))).hexdigest()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return hashlib.sha256(b"".join(pool.map(part, starts))).hexdigest()
+
+
+def _write(stream: BinaryIO, columns: Columns) -> None:
+    contents = {name: array.reshape(-1).view(np.uint8).data for name, array in columns.arrays.items()}
+    described: dict[str, dict[str, Any]] = {}
+    start = 0
+    for name, content in contents.items():
+        array = columns.arrays[name]
+        described[name] = {"type": array.dtype.str, "shape": array.shape, "start": start, "digest": digest_of(content)}
+        start += len(content) + -len(content) % _ALIGNMENT
+    header = json.dumps({"columns": described, "notes": columns.notes}).encode("ascii")
+    header += b" " * (-(64 + 1 + len(header) + 1) % _ALIGNMENT)
+    stream.write(hashlib.sha256(header).hexdigest().encode("ascii") + b"\n" + header + b"\n")
+    for content in contents.values():
+        stream.write(content)
+        stream.write(b"\0" * (-len(content) % _ALIGNMENT))
+
+
+def _read(stream: BinaryIO) -> Columns | None:
+    """None if it is damaged. Raises OSError; ValueError for what was never such a file."""
+    digest, header = stream.readline()[:-1], stream.readline()[:-1]
+    begin = stream.tell()
+    if hashlib.sha256(header).hexdigest().encode("ascii") != digest:
+        return None
+    content = json.loads(header)
+    places = []
+    for name, about in content["columns"].items():
+        kind, start, count = np.dtype(about["type"]), begin + about["start"], math.prod(about["shape"])
+        # not through the mapping, where a bad sector would end the process
+        if digest_in(stream, start, count * kind.itemsize) != about["digest"]:
+            return None
+        places.append((name, kind, count, start, about["shape"]))
+    mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    arrays = {
+        name: np.frombuffer(mapped, kind, count, start).reshape(shape) for name, kind, count, start, shape in places
+    }
+    return Columns(arrays, content["notes"])

@@ -1,0 +1,360 @@
+"""The checks of single records of COCO annotation files: every fault is collected, one line each."""
+
+import difflib
+import posixpath
+import sys
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+
+from retina.data.convert.records import MAX_OVERHANG
+from retina.data.paths import links_outside, name_problem
+from retina.data.report import brief, some
+from retina.errors import DataError, plain
+
+_REQUIRED = {
+    "categories": ("id", "name"),
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("image_id", "category_id", "bbox"),
+}
+_LARGEST_ID = 2**63 - 1
+
+
+class RecordsError(DataError):
+    """Faults in records of one file. `str()` is the first and how many more; `faults` holds one line for each."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__(faults)
+        self.faults = [plain(fault) for fault in faults]
+
+    def __str__(self) -> str:
+        return self.faults[0] + (f" (and {len(self.faults) - 1} more)" if len(self.faults) > 1 else "")
+
+
+class Image(NamedTuple):
+    """A sound record of `images`."""
+
+    id: int
+    name: str
+    size: tuple[int, int]
+    """(height, width)"""
+
+
+@dataclass
+class Images:
+    """The records of `images`, sorted into those to use and those not."""
+
+    sound: list[Image] = field(default_factory=list)
+    left_out: dict[int, str] = field(default_factory=dict)
+    """File name of every id that a faulty record claims. Its annotations are not faulty for that, but have no image."""
+    ids_unclear: bool = False
+    """Whether a record lacks the id that others may refer to: then an unknown id is not one more fault."""
+
+
+def check_categories(file: Path, records: list[Any], faults: list[str]) -> dict[int, str]:
+    """Name of every category id. Ids of faulty records count too, so that one fault does not cause thousands."""
+    name_of: dict[int, str] = {}
+    taken: dict[str, int] = {}
+    for position, record in enumerate(records):
+        problem = _missing_keys(record, "categories")
+        if not problem and not _is_id(record["id"]):
+            problem = f"id {brief(record['id'])} is not a whole number - number the categories"
+        if problem:
+            faults.append(f"{file}: categories[{position}]: {problem}")
+            continue
+        category_id, name = record["id"], record["name"]
+        if category_id in name_of:
+            problem = f"id is already that of {brief(name_of[category_id])} - give every category its own id"
+        elif not isinstance(name, str) or not name.strip():
+            problem = f"name {brief(name)} is no text - give every category a name"
+        elif name in taken:
+            problem = f"name {brief(name)} is already that of category {taken[name]} - merge the two, or rename one"
+        if problem:
+            faults.append(f"{file}: category {category_id}: {problem}")
+        name_of.setdefault(category_id, str(name))
+        taken.setdefault(str(name), category_id)
+    return name_of
+
+
+def check_images(
+    file: Path, records: list[Any], faults: list[str], warnings: list[str], *, allow_outside: bool
+) -> Images:
+    """The images and their faults. Of records that contradict each other, none is used; of equal ones, the first."""
+    images = Images()
+    by_id: dict[int, Image] = {}
+    by_name: dict[str, Image] = {}
+    by_folded: dict[str, Image] = {}
+    for position, record in enumerate(records):
+        problem = _missing_keys(record, "images")
+        if not problem and not _is_id(record["id"]):
+            problem = f"id {brief(record['id'])} is not a whole number - number the images"
+        if problem:
+            faults.append(f"{file}: images[{position}]: {problem}")
+            if isinstance(record, dict) and _is_id(record.get("id")):
+                images.left_out[record["id"]] = str(record.get("file_name", "no file_name"))
+            else:
+                images.ids_unclear = True
+            continue
+        image_id, name = record["id"], record["file_name"]
+        problem = _image_problem(record, allow_outside)
+        if problem:
+            faults.append(f"{file}: image {image_id} ({name if isinstance(name, str) else brief(name)}): {problem}")
+            images.left_out[image_id] = str(name)
+            continue
+        image = Image(image_id, name, (int(record["height"]), int(record["width"])))
+        path = posixpath.normpath(name) if "./" in name or "//" in name else name
+        folded = path.casefold()
+        if twin := by_id.get(image_id):
+            problem = f"id is already that of {twin.name} - give every image its own id"
+        elif twin := by_name.get(path):
+            problem = f"file_name is already that of image {twin.id} - merge the two records"
+        elif other := by_folded.get(folded):
+            warnings.append(
+                f"{file}: image {image_id} ({name}): differs from image {other.id} ({other.name}) in case only - "
+                "rename one: on some disks they are one file"
+            )
+        if problem and twin:
+            faults.append(f"{file}: image {image_id} ({name}): {problem}")
+            if (twin.id, twin.name) != (image_id, name):
+                images.left_out |= {image_id: name, twin.id: twin.name}
+            images.ids_unclear |= twin.id == image_id
+            continue
+        by_id[image_id] = by_name[path] = by_folded[folded] = image
+        images.sound.append(image)
+    images.sound = [image for image in images.sound if image.id not in images.left_out]
+    return images
+
+
+def check_links(file: Path, images: Images, image_root: Path, faults: list[str]) -> bool:
+    """Takes out the images that symbolic links lead out of the image folder; whether there are any."""
+    outside = links_outside(image_root, [image.name for image in images.sound])
+    for row, target in outside.items():
+        image = images.sound[row]
+        faults.append(
+            f"{file}: image {image.id} ({image.name}): a symbolic link leads out of the image folder, to "
+            f"{brief(target)} - copy the file there, or set data.allow_outside=true"
+        )
+        images.left_out[image.id] = image.name
+    images.sound = [image for image in images.sound if image.id not in images.left_out]
+    return bool(outside)
+
+
+def check_annotations(
+    file: Path,
+    records: list[Any],
+    images: Images,
+    name_of: Mapping[int, str],
+    classes: Sequence[str],
+    faults: list[str],
+    warnings: list[str],
+) -> list[int]:
+    """Positions of the annotations that are whole, of a sound image, and of a category that is one of `classes`."""
+    names = images.left_out | {image.id: image.name for image in images.sound}
+    known = {category_id for category_id, name in name_of.items() if name in classes}
+    outside: Counter[int] = Counter()
+    sound = []
+    for position, record in enumerate(records):
+        problem = _annotation_problem(record, names, name_of)
+        if problem and images.ids_unclear and problem.startswith("image_id "):
+            continue
+        if problem:
+            faults.append(f"{file}: {describe(record, position, names)}: {problem}")
+        elif record["category_id"] not in known:
+            outside[record["category_id"]] += 1
+        elif record["image_id"] not in images.left_out:
+            sound.append(position)
+    for category_id, count in outside.items():
+        name = name_of[category_id]
+        faults.append(
+            f"{file}: category {category_id} ({name}): used by {count} annotation{'s' * (count > 1)} but not among the "
+            f"classes {some(classes)} - {_nearest(name, classes)}"
+        )
+    _warn_of_ids(file, records, warnings)
+    return sound
+
+
+def describe(record: Any, position: int, names: Mapping[int, str]) -> str:
+    """`annotation 17 of image 5 (a.jpg)`, as far as the record says so. `names` are file names by image id."""
+    if not isinstance(record, dict):
+        return f"annotations[{position}]"
+    who = f"annotation {record['id']}" if _is_id(record.get("id")) else f"annotations[{position}]"
+    image_id: Any = record.get("image_id")
+    return who + (f" of image {image_id} ({names[image_id]})" if _is_id(image_id) and image_id in names else "")
+
+
+def _image_problem(record: Mapping[str, Any], allow_outside: bool) -> str | None:
+    name, height, width = record["file_name"], record["height"], record["width"]
+    if not isinstance(name, str) or not name:
+        return f"file_name {brief(name)} is no text - give the image's path inside the image folder"
+    if problem := name_problem(name, allow_outside=allow_outside):
+        return problem
+    if not all(_is_number(side) and 0 < side < 2**31 and side == int(side) for side in (height, width)):
+        return (
+            f"width {brief(width)} and height {brief(height)} are not whole numbers above 0 - give the image's pixels"
+        )
+    return None
+
+
+def _annotation_problem(record: Any, images: Container[int], categories: Container[int]) -> str | None:
+    """The first fault of an annotation as "problem - fix", or None."""
+    problem = _missing_keys(record, "annotations")
+    if problem:
+        return problem
+    image_id, category_id, box, area = record["image_id"], record["category_id"], record["bbox"], record.get("area")
+    if not _is_id(image_id) or image_id not in images:
+        fix = _as_id(image_id, images) or "add the image, or remove the annotation"
+        return f"image_id {brief(image_id)} is not in `images` - {fix}"
+    if not _is_id(category_id) or category_id not in categories:
+        fix = _as_id(category_id, categories) or "add the category, or correct the id"
+        return f"category_id {brief(category_id)} is not in `categories` - {fix}"
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        return f"bbox {brief(box)} is not four finite numbers - write [x, y, width, height] in pixels"
+    if box[2] < 0 or box[3] < 0:
+        return f"bbox {brief(box)} has a negative side (width {box[2]}, height {box[3]}) - correct or remove it"
+    if area is not None and not (_is_number(area) and area >= 0):
+        return f"area {brief(area)} is not a number from 0 up - correct it, or leave it out"
+    if record.get("iscrowd") not in (None, 0, 1):
+        return f"iscrowd {brief(record['iscrowd'])} is neither 0 nor 1 - correct it, or leave it out"
+    return None
+
+
+def _warn_of_ids(file: Path, records: list[Any], warnings: list[str]) -> None:
+    """Annotation ids mean nothing here, but other tools drop annotations over them: one warning for the file."""
+    ids = [record["id"] for record in records if isinstance(record, dict) and _is_id(record.get("id"))]
+    if len(set(ids)) < len(ids):
+        twice = [annotation_id for annotation_id, count in Counter(ids).items() if count > 1]
+        warnings.append(
+            f"{file}: annotations: id {some([str(annotation_id) for annotation_id in twice])} used more than once - "
+            "renumber them for other tools; here they are not used"
+        )
+
+
+def _missing_keys(record: Any, section: str) -> str | None:
+    if not isinstance(record, dict):
+        return f"is {brief(record)}, not an object - write an object with {', '.join(_REQUIRED[section])}"
+    for key in _REQUIRED[section]:
+        if key not in record:
+            return f"has no `{key}` - add it"
+    return None
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and abs(value) <= _LARGEST_ID
+
+
+def _as_id(value: Any, known: Container[int]) -> str | None:
+    """How to mend an id that is one of the known ones, but written as text or with a decimal point."""
+    is_text = isinstance(value, str) and len(value) < 20 and value.isascii() and value.isdigit()
+    if not is_text and not (isinstance(value, float) and value.is_integer()):
+        return None
+    return f"write it as the whole number {int(value)}" if int(value) in known else None
+
+
+def _is_number(value: Any) -> bool:
+    """A finite number of JSON: neither true nor "1" nor NaN, and not an integer beyond float64."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _nearest(name: str, classes: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, classes, n=1)
+    if close:
+        return f"rename it to {close[0]!r} if that is meant, or remove its annotations"
+    return "remove its annotations, or train with this class"
+
+
+# Boxes against their images: single ones that are wrong or odd, and whole files in another convention.
+#
+# Vectorised, for annotation files have a million of them. Boxes are COCO's [x, y, width, height] in pixels.
+_FARTHEST = 2.0**31
+_ENOUGH = 3
+"""Boxes from which on a file may be judged as a whole."""
+_NEARLY_ALL = 0.99
+_OFTEN = 0.3
+"""Share of boxes leaving their images that true [x, y, width, height] never has."""
+
+
+class BoxProblem(NamedTuple):
+    """Something about one box, as "problem - fix"."""
+
+    row: int
+    text: str
+    is_fault: bool
+
+
+def convention_problem(xywh: Float64[np.ndarray, "T 4"], sizes: Int64[np.ndarray, "T 2"]) -> str | None:
+    """Tells that a whole file is normalised to 0..1, or holds [x1, y1, x2, y2], as "problem - fix".
+
+    `sizes` are (height, width) of the image of every box. Fractions: nearly all numbers are within 0..1 and some are no
+    integers. Corners: nearly all boxes are sound when read so, while as [x, y, width, height] many leave their images.
+    """
+    if len(xywh) < _ENOUGH:
+        return None
+    small = ((xywh >= 0) & (xywh <= 1)).all(axis=1)
+    if small.mean() >= _NEARLY_ALL and (xywh != np.round(xywh)).any() and sizes.min() > 1:
+        return (
+            f"{small.mean():.0%} of the boxes lie within 0..1, so they are fractions of the image - multiply x and "
+            "width by the image's width, y and height by its height (tools/convert.py format=yolo reads YOLO labels)"
+        )
+    height, width = sizes.T
+    corners = (xywh[:, 2] > xywh[:, 0]) & (xywh[:, 3] > xywh[:, 1])
+    corners &= (xywh[:, 2] <= width + MAX_OVERHANG) & (xywh[:, 3] <= height + MAX_OVERHANG)
+    leaving = (_overhang(xywh, sizes) > MAX_OVERHANG).mean()
+    if corners.mean() >= _NEARLY_ALL and leaving >= _OFTEN and leaving * len(xywh) >= _ENOUGH - 1:
+        return (
+            f"the boxes are [x1, y1, x2, y2]: so read they fit, as [x, y, width, height] {leaving:.0%} of them leave "
+            "their images - write [x1, y1, x2 - x1, y2 - y1]"
+        )
+    return None
+
+
+def box_problems(xywh: Float64[np.ndarray, "T 4"], sizes: Int64[np.ndarray, "T 2"]) -> Iterator[BoxProblem]:
+    """What is wrong (outside the image) or odd (partly outside, no area, below a pixel) about single boxes, by row.
+
+    The numbers must be finite and no side negative. Of several problems of a box, the gravest."""
+    overhang = _overhang(xywh, sizes)
+    with np.errstate(over="ignore"):
+        reach = np.minimum(xywh[:, :2] + xywh[:, 2:], sizes[:, ::-1]) - np.maximum(xywh[:, :2], 0)
+    outside = ((reach < 0) | ((reach == 0) & (xywh[:, 2:] > 0))).any(axis=1)
+    side = xywh[:, 2:].min(axis=1)
+    kinds: list[tuple[Bool[np.ndarray, "T"], str, bool]] = [
+        (
+            np.abs(xywh).max(axis=1, initial=0) > _FARTHEST,
+            "is larger than any image - correct or remove it",
+            True,
+        ),
+        (
+            outside,
+            "lies outside the image of {width}x{height} - correct it, or the image's width and height",
+            True,
+        ),
+        (
+            overhang > MAX_OVERHANG,
+            "leaves the image of {width}x{height} by {overhang:g} px - training clips it; correct it, or the image's "
+            "width and height",
+            False,
+        ),
+        (side == 0, "has no area - training leaves it out; correct or remove it", False),
+        (side < 1, "is less than a pixel wide or high - training may leave it out; check its units", False),
+    ]
+    told = np.zeros(len(xywh), dtype=np.bool_)
+    found: list[BoxProblem] = []
+    for mask, text, is_fault in kinds:
+        for row in np.flatnonzero(mask & ~told).tolist():
+            height, width = sizes[row].tolist()
+            shown = ", ".join(f"{value:.12g}" for value in xywh[row].tolist())
+            words = text.format(width=width, height=height, overhang=overhang[row])
+            found.append(BoxProblem(row, f"bbox [{shown}] {words}", is_fault))
+        told |= mask
+    return iter(sorted(found))
+
+
+def _overhang(xywh: Float64[np.ndarray, "T 4"], sizes: Int64[np.ndarray, "T 2"]) -> Float64[np.ndarray, "T"]:
+    """Pixels by which each box leaves its image at the worst edge; negative inside."""
+    with np.errstate(over="ignore"):  # 1e308 is a number too
+        beyond = xywh[:, :2] + xywh[:, 2:] - sizes[:, ::-1]
+    return np.maximum(beyond, -xywh[:, :2]).max(axis=1, initial=-np.inf)

@@ -1,0 +1,208 @@
+"""From raw predictions to detections: threshold, best candidates per level, decode, clip, NMS."""
+
+import math
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torchvision.ops import nms
+
+from retina.errors import DataError
+from retina.ops.boxes import clip_boxes, decode
+from retina.types import Detections, Predictions
+
+
+@torch.no_grad()
+def postprocess(
+    predictions: Predictions,
+    sizes: Int64[Tensor, "B 2"],
+    *,
+    score_threshold: float = 0.05,
+    candidates_per_level: int = 1000,
+    nms_iou: float = 0.5,
+    max_detections: int = 100,
+    class_agnostic: bool = False,
+) -> list[Detections]:
+    """Detections of every image, best score first, in pixels of the images the model saw.
+
+    A candidate is an (anchor, class) pair with score sigmoid(logit) > `score_threshold`. The best
+    `candidates_per_level` of each level are decoded and clipped to the image's content `sizes` (height, width), not to
+    the padded canvas. With `predictions.quality`, scores are then multiplied by sigmoid(quality) of their anchor, and
+    may fall below the threshold. Of the candidates of one class that overlap by more than `nms_iou`, the best stays;
+    then the best `max_detections` of the image.
+
+    Ties of score go to the finer level, then the higher score before quality, then the lower anchor, then the lower
+    class. Boxes that are NaN, and anchors with a NaN logit or quality, never survive; `count_non_finite` tells of them.
+    float32 inside; boxes and scores are float32.
+
+    Args:
+        class_agnostic: suppress overlapping candidates whatever their class.
+
+    Raises ValueError for settings out of range.
+    Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, section 4 "Inference"; for quality, Zhang et
+    al., ATSS, CVPR 2020, as mmdetection applies it.
+    """
+    if not 0 <= score_threshold < 1:
+        raise ValueError(f"score_threshold must be in [0, 1), got {score_threshold}")
+    if not 0 <= nms_iou <= 1:
+        raise ValueError(f"nms_iou must be in [0, 1], got {nms_iou}")
+    if candidates_per_level < 1 or max_detections < 1:
+        raise ValueError(f"need at least 1 candidate and detection, got {candidates_per_level} and {max_detections}")
+
+    boxes, scores, labels, image = _candidates(predictions, score_threshold, candidates_per_level)
+    boxes = clip_boxes(boxes, sizes.to(boxes.device)[image])
+    sound = (boxes[:, 2:] >= boxes[:, :2]).all(dim=1)  # False for NaN
+    if predictions.quality is not None:
+        sound &= scores >= 0
+    keep = sound.nonzero().squeeze(1)
+    keep = keep[_best_first(scores[keep], image[keep])]
+    boxes, scores, labels, image = boxes[keep], scores[keep], labels[keep], image[keep]
+    groups = image if class_agnostic else image * predictions.logits[0].shape[-1] + labels
+    kept = _best_after_nms(boxes, scores, groups, image, len(sizes), nms_iou, max_detections)
+    return [Detections(boxes[one], scores[one], labels[one]) for one in kept]
+
+
+def count_non_finite(predictions: Predictions) -> Int64[Tensor, ""]:
+    """How many anchors, over all images, have a logit, delta or quality that is NaN or infinite. Stays on the device.
+
+    A distribution that is not finite shows in the deltas of its mean."""
+    device = predictions.logits[0].device
+    quality = predictions.quality or ()
+    tensors = *predictions.logits, *predictions.deltas, *quality
+    if device.type == "cpu" and all(bool(x.sum().isfinite()) for x in tensors):
+        return torch.zeros((), dtype=torch.int64)  # a sum is finite only if all its terms are; and it is the cheaper
+    wide = torch.float32 if device.type == "mps" else torch.float64  # finite float32 numbers add up to a finite sum
+    finite = [
+        (logits.sum(dim=-1, dtype=wide) + deltas.sum(dim=-1, dtype=wide)).isfinite()
+        for logits, deltas in zip(predictions.logits, predictions.deltas, strict=True)
+    ]
+    for level, logit in zip(finite, quality, strict=False):  # or without any quality
+        level &= logit.isfinite()
+    return torch.stack([(~one).sum() for one in finite]).sum()
+
+
+def refuse_non_finite(count: int, where: object) -> None:
+    """Raises DataError if there are any, for what `postprocess` makes of the others is no result to be trusted."""
+    if count:
+        raise DataError(
+            f"{where}: {count} predicted boxes have a score or side that is not a finite number - the model has "
+            "diverged (take an earlier checkpoint or a lower learning rate) or needs precision=fp32"
+        )
+
+
+def to_original(detections: Detections, size: Int64[Tensor, "2"], original_size: Int64[Tensor, "2"]) -> Detections:
+    """Detections of a resized image in the pixels of its file: each axis scaled on its own, then clipped.
+
+    Args:
+        size: (height, width) of the content the model saw, a row of `Batch.sizes`.
+        original_size: (height, width) of the file, a row of `Batch.original_sizes`.
+    """
+    boxes = detections.boxes
+    scale = (original_size.to(boxes) / size.to(boxes)).flip(0).repeat(2)
+    return detections._replace(boxes=clip_boxes(boxes * scale, original_size))
+
+
+def grouped_nms(
+    boxes: Float[Tensor, "N 4"], scores: Float[Tensor, "N"], groups: Int64[Tensor, "N"], iou: float
+) -> Int64[Tensor, "D"]:
+    """Indices that survive non-maximum suppression within each group, best score first, ties by position.
+
+    Equal to `torchvision.ops.batched_nms`, without its loop over groups. Each group is moved to a place of its own, so
+    that one plain NMS does; in float64, because at the far places float32 would round the overlaps.
+    """
+    if len(boxes) == 0:
+        return groups
+    if boxes.device.type == "mps":  # knows no float64
+        return grouped_nms(boxes.cpu(), scores.cpu(), groups.cpu(), iou).to(boxes.device)
+    boxes = boxes.double()
+    place = groups * (boxes.max() - boxes.min() + 1)
+    return nms(boxes + place[:, None], scores.double(), iou)
+
+
+def _candidates(
+    predictions: Predictions, threshold: float, limit: int
+) -> tuple[Float[Tensor, "N 4"], Float[Tensor, "N"], Int64[Tensor, "N"], Int64[Tensor, "N"]]:
+    """Decoded boxes, scores, labels and image of the best pairs of every level, by level, image and then best first
+    (before quality).
+
+    Shapes that depend on the data make a GPU wait: there are two here, whatever the number of images and levels."""
+    num_images, num_classes = len(predictions.logits[0]), predictions.logits[0].shape[-1]
+    lowest = [_lowest_logit(logits, threshold, limit) for logits in predictions.logits]
+    promising = torch.cat([(best >= low).flatten() for best, low in lowest]).nonzero().squeeze(1)
+    ends = torch.tensor([0, *(best.numel() for best, _ in lowest)]).cumsum(0)
+    bounds = torch.searchsorted(promising, ends.to(promising.device)).tolist()
+    rows, deltas, anchors, groups, fits = [], [], [], [], []
+    for level, (first, last) in enumerate(pairwise(bounds)):
+        row = promising[first:last] - ends[level]
+        num_anchors = len(predictions.anchors[level])
+        rows.append(predictions.logits[level].reshape(-1, num_classes)[row].float())
+        deltas.append(predictions.deltas[level].reshape(-1, 4)[row].float())
+        anchors.append(predictions.anchors[level][row % num_anchors])
+        groups.append(row // num_anchors + level * num_images)
+        if predictions.quality is not None:
+            fits.append(predictions.quality[level].flatten()[row].float())
+    logits, group = torch.cat(rows), torch.cat(groups)
+    low = torch.cat([low.flatten() for _, low in lowest])
+    pair, label = ((logits >= low[group, None]) & (logits.sigmoid() > threshold)).nonzero(as_tuple=True)
+    scores, group = logits[pair, label].sigmoid(), group[pair]
+    best = _best_first(scores, group, limit)
+    pair, group = pair[best], group[best]
+    scores = scores[best] * torch.cat(fits)[pair].sigmoid() if fits else scores[best]
+    boxes = decode(torch.cat(deltas)[pair], torch.cat(anchors)[pair])
+    return boxes, scores, label[best], group % num_images
+
+
+def _lowest_logit(
+    logits: Float[Tensor, "B A_l K"], threshold: float, limit: int
+) -> tuple[Float[Tensor, "B A_l"], Float[Tensor, "B 1"]]:
+    """The highest logit of every anchor, found with one pass over the logits and no sigmoid, and for each image the
+    one below which nothing can be a candidate."""
+    best = logits.amax(dim=-1).float()  # float32 before comparing: bfloat16 would round the threshold
+    # A hair below the threshold, since log and sigmoid round; the scores decide.
+    lowest = math.log(threshold / (1 - threshold)) - 1e-3 if threshold > 0 else torch.finfo(best.dtype).min
+    low = best.new_full((len(best), 1), lowest)
+    if best.shape[1] > limit:
+        # The best `limit` pairs lie within the `limit` anchors of highest logit: lower ones need not be looked at.
+        low = torch.maximum(low, best.nan_to_num(nan=-math.inf).topk(limit).values[:, -1:])
+    return best, low
+
+
+def _best_after_nms(
+    boxes: Float[Tensor, "N 4"],
+    scores: Float[Tensor, "N"],
+    groups: Int64[Tensor, "N"],
+    image: Int64[Tensor, "N"],
+    num_images: int,
+    iou: float,
+    limit: int,
+) -> list[Int64[Tensor, "_"]]:
+    """Indices of the best `limit` survivors of each image, best first, from candidates by image and best first.
+
+    Only a better candidate can suppress one, so the best few of each image are looked at first, and more of them only
+    if too few survive."""
+    images = torch.arange(num_images + 1, device=image.device)
+    available = torch.searchsorted(image, images).diff().tolist()
+    rank, looked = _rank(image), 4 * limit
+    while True:
+        first = (rank < looked).nonzero().squeeze(1)
+        # A GPU would rather do all at once; a CPU compares each with every later one, also those of other images.
+        parts = (first,) if first.is_cuda else first.split([min(n, looked) for n in available])
+        kept = [part[grouped_nms(boxes[part], scores[part], groups[part], iou)] for part in parts]
+        survivors = torch.cat(kept).sort().values
+        found = torch.searchsorted(image[survivors], images).diff().tolist()
+        if all(n >= limit or few <= looked for n, few in zip(found, available, strict=True)):
+            return [part[:limit] for part in survivors.split(found)]
+        looked *= 4
+
+
+def _best_first(scores: Float[Tensor, "N"], group: Int64[Tensor, "N"], limit: int | None = None) -> Int64[Tensor, "_"]:
+    """Indices by group and then descending score, ties by position; at most `limit` of each group."""
+    bits = scores.view(torch.int32)  # ordered as the scores are, for none is negative
+    order = (group * 2**31 - bits).argsort(stable=True)
+    return order if limit is None else order[_rank(group[order]) < limit]
+
+
+def _rank(group: Int64[Tensor, "N"]) -> Int64[Tensor, "N"]:
+    """Position within the group, for groups that rise."""
+    return torch.arange(len(group), device=group.device) - torch.searchsorted(group, group)

@@ -1,0 +1,132 @@
+"""Checkpoint files of other programs: read without running anything in them, and recognised by the names of their
+tensors."""
+
+import pickle
+from collections.abc import Callable, Set
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retina.errors import CheckpointError
+from retina.interop import detectron2, imagenet, mmdetection, torchvision, yhenon
+from retina.interop.foreign import Foreign, Source, refusal, some
+from retina.interop.restricted_pickle import load_arrays
+from retina.model.backbone import read_weights
+
+FOREIGN_SUFFIXES = (".pkl", ".pickle", ".pth", ".pt", ".bin")
+
+
+class Format(NamedTuple):
+    recognises: Callable[[Set[str]], bool]
+    read: Callable[[Source], Foreign]
+
+
+FORMATS = (
+    Format(torchvision.recognises, torchvision.read),
+    Format(detectron2.recognises, detectron2.read),
+    Format(mmdetection.recognises, mmdetection.read),
+    Format(yhenon.recognises, yhenon.read),
+    Format(imagenet.recognises_torchvision, imagenet.read_torchvision),
+    Format(imagenet.recognises_detectron2, imagenet.read_detectron2),
+)
+
+
+def read_foreign(file: Path) -> Foreign:
+    """The recognised contents of a `.pkl`, `.pth`, `.pt` or `.safetensors` file.
+
+    Raises CheckpointError for a file that is missing, damaged, of a kind that is not known, or holds anything but
+    tensors and plain values, and for weights that are no finite real numbers."""
+    source = read_source(file)
+    keys = source.state.keys()
+    for format_ in FORMATS:
+        if format_.recognises(keys):
+            foreign = format_.read(source)
+            _check_numbers(foreign, file)
+            return replace(foreign, unused=foreign.unused | dict.fromkeys(source.no_arrays, "no arrays"))
+    if "head.classification.predict.weight" in keys:
+        raise CheckpointError(f"{file}: is of this program already - use it as it is")
+    raise refusal(
+        f"{file}: not recognised by its tensors ({some(list(keys)) or 'none at all'}) - give a RetinaNet of "
+        "torchvision, detectron2, mmdetection or yhenon, or an ImageNet ResNet of torchvision, timm or detectron2",
+        {"tensors": list(keys)},
+    )
+
+
+def _check_numbers(foreign: Foreign, file: Path) -> None:
+    for key, value in foreign.state.items():
+        counts = key.endswith(".num_batches_tracked")
+        if not (value.is_floating_point() or counts):
+            raise CheckpointError(
+                f"{file}: {foreign.names[key]} is {str(value.dtype).removeprefix('torch.')}, which no weights are - "
+                "give another file"
+            )
+        if not value.float().isfinite().all():
+            raise CheckpointError(f"{file}: {foreign.names[key]} is not finite - give weights of a run that went well")
+
+
+def read_source(file: Path) -> Source:
+    """Tensors, without the `module.` of a DataParallel model, and what lies beside them."""
+    no_arrays: list[str] = []
+    if file.suffix in (".pkl", ".pickle"):
+        state, other, no_arrays = _read_pickle(file)
+    else:
+        with _inert_globals():
+            state = read_weights(file)
+            other = _beside(file) if mmdetection.recognises(state.keys()) else {}
+    if state and all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return Source(file, state, other, no_arrays)
+
+
+def _read_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """As detectron2 reads them (detectron2/checkpoint/detection_checkpoint.py): weights under `model`, in files
+    of Caffe2 under `blobs` or by themselves."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file - give an existing .pkl file")
+    try:
+        data = load_arrays(file.read_bytes())
+    except pickle.UnpicklingError as fault:
+        raise CheckpointError(f"{file}: no pickle of numpy arrays alone ({fault}) - give another file") from None
+    except OSError as fault:
+        raise CheckpointError(f"{file}: cannot be read ({fault.strerror}) - fetch it again") from None
+    data = data if isinstance(data, dict) else {}
+    inner = next((data[key] for key in ("model", "blobs") if isinstance(data.get(key), dict)), data)
+    arrays = {key: value for key, value in inner.items() if isinstance(value, np.ndarray)}
+    if not arrays:
+        raise CheckpointError(f"{file}: holds no arrays by name - give another file")
+    other = {key: value for key, value in data.items() if not isinstance(value, (dict, np.ndarray))}
+    state = {key: torch.from_numpy(value) for key, value in arrays.items()}
+    return state, other, [key for key in inner if key not in arrays]
+
+
+def _beside(file: Path) -> dict[str, Any]:
+    """What `read_weights`, which has just found the file harmless, leaves out."""
+    if file.suffix == ".safetensors":
+        return {}
+    data = torch.load(file, map_location="cpu", weights_only=True)
+    return {key: data[key] for key in ("meta",) if isinstance(data.get(key), dict)}
+
+
+class _Inert:
+    """Stands for an object beside the weights, which is neither made nor looked at."""
+
+    def __init__(self, *ignored: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _inert_globals() -> AbstractContextManager[None]:
+    """Lets `torch.load(weights_only=True)` pass over what trainers save beside the weights: torchvision's references
+    their arguments, mmengine its log (HistoryBuffer, with numpy arrays in it)."""
+    names = ["argparse.Namespace", "builtins.getattr", "mmengine.logging.history_buffer.HistoryBuffer"]
+    names += ["numpy.ndarray", "numpy.dtype", "numpy.dtypes.Float64DType", "numpy.dtypes.Int64DType"]
+    names += [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")]
+    names += [f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")]
+    return torch.serialization.safe_globals([(_Inert, name) for name in names])

@@ -1,0 +1,192 @@
+"""torchvision's RetinaNets: in, out and by name.
+
+Conventions (pytorch/vision, torchvision/models/detection/): images in RGB with ImageNet's mean and std, short side 800
+and long side at most 1333, padded to multiples of 32 (transform.py); score above 0.05, 1000 candidates per level, NMS
+at 0.5, 300 detections (retinanet.py); anchors [ratio scale] with sides cut to whole pixels (`_default_anchorgen`) and
+rounded corners around (column, row) x stride (anchor_utils.py), where the stride is canvas // grid; row k of the class
+layer is COCO category k, with rows for the background and for ids nothing has (_meta.py). P6 is made of P5 in
+`retinanet_resnet50_fpn` and of C5 in `retinanet_resnet50_fpn_v2`, whose heads have GroupNorm. The first's published
+weights were trained with norms of eps 0 (`overwrite_eps`), everything since with 1e-5.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torchvision.models import get_model_weights
+
+from retina.errors import ConfigError
+from retina.interop.foreign import Conventions, Foreign, Rule, Source, rename, tower_rules
+from retina.model.backbone import fetch
+from retina.model.retinanet import RetinaNet
+
+PREFIX = "torchvision:"
+MODELS = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")
+EPS_0 = "eeacb38b"
+"""The first digits of the SHA-256 of `retinanet_resnet50_fpn`'s weights, as in the name of their file."""
+
+
+def recognises(keys: Set[str]) -> bool:
+    return {"backbone.body.conv1.weight", "head.classification_head.cls_logits.weight"} <= keys
+
+
+def read(source: Source) -> Foreign:
+    has_norm = any(re.fullmatch(r"head\.\w+\.conv\.\d+\.1\.weight", key) for key in source.state)
+    rules: list[Rule] = [
+        (r"backbone\.body\.((?:conv|bn)1\..+)", r"backbone.stem.\1"),
+        (r"backbone\.body\.(layer[1-4]\..+)", r"backbone.\1"),
+        (r"backbone\.fpn\.inner_blocks\.(\d)\.(?:0\.)?(weight|bias)", r"fpn.lateral.\1.\2"),
+        (r"backbone\.fpn\.layer_blocks\.(\d)\.(?:0\.)?(weight|bias)", r"fpn.output.\1.\2"),
+        (r"backbone\.fpn\.extra_blocks\.p6\.(weight|bias)", r"fpn.extra.0.\1"),
+        (r"backbone\.fpn\.extra_blocks\.p7\.(weight|bias)", r"fpn.extra.1.\1"),
+        (r"head\.classification_head\.cls_logits\.(weight|bias)", r"head.classification.predict.\1"),
+        (r"head\.regression_head\.bbox_reg\.(weight|bias)", r"head.box.predict.\1"),
+        # until 2022, and in the published weights of the first: one sequence as ours
+        (r"head\.classification_head\.conv\.(\d+)\.(weight|bias)", r"head.classification.convs.\1.\2"),
+        (r"head\.regression_head\.conv\.(\d+)\.(weight|bias)", r"head.box.convs.\1.\2"),
+    ]
+    for theirs, ours in (("classification_head", "classification"), ("regression_head", "box")):
+        rules += tower_rules(rf"head\.{theirs}\.conv", ours, conv=r"\.0", norm=r"\.1", has_norm=has_norm)
+    renamed = rename(source.state, rules)
+    tracked = any(key.endswith("num_batches_tracked") for key in source.state)
+    published = not tracked and source.sha256().startswith(EPS_0)
+    notes = []
+    if published:
+        notes.append("norm eps is 0: these are torchvision's own COCO weights, by their hash")
+    elif not has_norm and not tracked:
+        notes.append("norm eps is taken to be 1e-5: for weights that are torchvision's own COCO_V1, saved anew, give 0")
+    return Foreign(
+        program=f"torchvision's RetinaNet v{2 if has_norm else 1}",
+        state=renamed.state,
+        names=renamed.names,
+        conventions=Conventions(
+            anchors_rounded=True, anchors_spread=True, max_detections=300, norm_eps=0.0 if published else 1e-5
+        ),
+        unused=renamed.unused,
+        unknown=renamed.unknown,
+        first_id=0,
+        background_first=True,
+        notes=notes,
+    )
+
+
+def fetch_published(name: str) -> Path:
+    """The file of the COCO weights that torchvision publishes for `torchvision:NAME`, downloaded where there is a
+    network. Raises ConfigError for another name, CheckpointError naming the file to bring."""
+    model = name.removeprefix(PREFIX)
+    if model not in MODELS:
+        raise ConfigError(f"{name}: not known - choose {' or '.join(PREFIX + model for model in MODELS)}")
+    weights = get_model_weights(model)["DEFAULT"]
+    return fetch(weights.url, f"{name}:", "give a file")
+
+
+def check_export(model: Mapping[str, Any], postprocess: Mapping[str, Any]) -> None:
+    """Raises ConfigError for settings of `retinanet` and `postprocess` that no RetinaNet of torchvision has."""
+    needed = {
+        "neck": "fpn",
+        "levels": [3, 4, 5, 6, 7],
+        "p7_relu": True,
+        "stride_in_1x1": False,
+        "head_convs": 4,
+        "head_quality": False,
+        "box_bins": None,
+        "anchor_offset": 0.0,
+    }
+    channels = model.get("fpn_channels", 256)
+    if channels == (512 if model.get("backbone") in ("resnet18", "resnet34") else 2048):
+        needed["p6_from"] = "p5"  # LastLevelP6P7 tells by the channels where P6 comes from
+    if model.get("head_channels") is not None:
+        needed["head_channels"] = channels
+    for name, value in needed.items():
+        if model.get(name, value) != value:
+            raise ConfigError(f"model.{name}: {model[name]} - torchvision's RetinaNet has {value} and nothing else")
+    if str(model.get("backbone", "")).startswith("timm:"):
+        raise ConfigError(f"model.backbone: {model['backbone']} - torchvision's RetinaNet takes its own backbones only")
+    if postprocess.get("class_agnostic"):
+        raise ConfigError("postprocess.class_agnostic: true - torchvision's RetinaNet has false and nothing else")
+
+
+def to_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a detector of ours on levels 3 to 7 under torchvision's names."""
+    step = 3 if "head.box.convs.1.weight" in state else 2
+    names = {
+        r"backbone\.(?:stem\.)?(.+)": r"backbone.body.\1",
+        r"fpn\.lateral\.(\d)\.(.+)": r"backbone.fpn.inner_blocks.\1.0.\2",
+        r"fpn\.output\.(\d)\.(.+)": r"backbone.fpn.layer_blocks.\1.0.\2",
+        r"fpn\.extra\.0\.(.+)": r"backbone.fpn.extra_blocks.p6.\1",
+        r"fpn\.extra\.1\.(.+)": r"backbone.fpn.extra_blocks.p7.\1",
+        r"head\.classification\.predict\.(.+)": r"head.classification_head.cls_logits.\1",
+        r"head\.box\.predict\.(.+)": r"head.regression_head.bbox_reg.\1",
+    }
+    renamed = {}
+    for key, value in state.items():
+        if tower := re.fullmatch(r"head\.(classification|box)\.convs\.(\d+)\.(weight|bias)", key):
+            head = "classification_head" if tower[1] == "classification" else "regression_head"
+            layer, part = divmod(int(tower[2]), step)
+            renamed[f"head.{head}.conv.{layer}.{part}.{tower[3]}"] = value
+        else:
+            match, template = next((found, name) for rule, name in names.items() if (found := re.fullmatch(rule, key)))
+            renamed[match.expand(template)] = value
+    return renamed
+
+
+def describe_export(
+    model: RetinaNet, preprocessing: Mapping[str, Any], postprocess: Mapping[str, Any], file: Path
+) -> list[str]:
+    """What `to_torchvision` gave, and then, after the line `in Python:`, the program that loads it."""
+    told, anchors, channels = model.arguments, model.anchors, model.arguments["fpn_channels"]
+    sides = [[size * scale for scale in anchors.scales] for size in anchors.sizes]
+    if anchors.rounded:
+        sides = [[float(int(side)) for side in level] for level in sides]
+    divisor = preprocessing.get("divisor", 32)
+    multiple = divisor if told["anchors_spread"] else math.lcm(divisor, max(model.strides))
+    notes = [f"torchvision: label k is class k of {told['num_classes']}, there is no background"]
+    if multiple != divisor:
+        notes.append(
+            f"torchvision: images are padded to multiples of {multiple}, not {divisor}: elsewhere it would place "
+            "anchors otherwise"
+        )
+    group = told["norm"] == "group"
+    inputs = list(model.backbone.channels[-3:])
+    extra = inputs[-1] if told["p6_from"] == "c5" else channels
+    head_norm = f", norm_layer=partial(torch.nn.GroupNorm, {math.gcd(32, channels)})" if told["head_norm"] else ""
+    options = {
+        "min_size": preprocessing.get("short_side", 800),
+        "max_size": preprocessing.get("long_side", 1333),
+        "size_divisible": multiple,
+        "image_mean": [value / 255 for value in told["mean"]],
+        "image_std": [value / 255 for value in told["std"]],
+        "score_thresh": postprocess.get("score_threshold", 0.05),
+        "topk_candidates": postprocess.get("candidates_per_level", 1000),
+        "nms_thresh": postprocess.get("nms_iou", 0.5),
+        "detections_per_img": postprocess.get("max_detections", 100),
+    }
+    half = "[(-s / r**0.5, -s * r**0.5, s / r**0.5, s * r**0.5) for r in ratios for s in level]"
+    exact = [f"anchors.cell_anchors = [torch.tensor({half}) / 2 for level in sizes]  # it would round them"]
+    return [
+        *notes,
+        "in Python:",
+        "from functools import partial",
+        "import safetensors.torch, torch",
+        "from torchvision.models import get_model",
+        "from torchvision.models.detection.anchor_utils import AnchorGenerator",
+        "from torchvision.models.detection.backbone_utils import BackboneWithFPN",
+        "from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead",
+        "from torchvision.ops import FrozenBatchNorm2d",
+        "from torchvision.ops.feature_pyramid_network import LastLevelP6P7",
+        f"norm = partial({'torch.nn.GroupNorm, 32' if group else 'FrozenBatchNorm2d'}, eps={told['norm_eps']})",
+        f"body = get_model({told['backbone']!r}, weights=None, norm_layer=norm)",
+        "maps = {'layer2': '0', 'layer3': '1', 'layer4': '2'}",
+        f"backbone = BackboneWithFPN(body, maps, {inputs}, {channels}, LastLevelP6P7({extra}, {channels}))",
+        f"sizes, ratios = {sides}, {list(anchors.ratios)}",
+        "anchors = AnchorGenerator(sizes, [ratios] * len(sizes))",
+        *([] if anchors.rounded else exact),
+        f"head = RetinaNetHead({channels}, {anchors.num_per_cell}, {told['num_classes']}{head_norm})",
+        f"options = {options}",
+        f"model = RetinaNet(backbone, {told['num_classes']}, anchor_generator=anchors, head=head, **options)",
+        f"model.load_state_dict(safetensors.torch.load_file({str(file)!r}))",
+        "model.eval()",
+    ]

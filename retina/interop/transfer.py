@@ -1,0 +1,225 @@
+"""What one model can take over from the weights of another: tensors of the same name and shape and, in the layer that
+predicts classes, the rows of classes that both have."""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load
+from torch import Tensor
+
+from retina.errors import CheckpointError, ConfigError
+from retina.interop.convert import convert_detector
+from retina.interop.foreign import some
+from retina.interop.read import FOREIGN_SUFFIXES, read_foreign
+from retina.interop.torchvision import PREFIX, fetch_published
+from retina.model.weights import card_of, first_non_finite, read_header
+
+CLASS_LAYER = "head.classification.predict."
+
+
+def match_classes(theirs: Sequence[str], ours: Sequence[str], remap: Mapping[str, str]) -> dict[int, int]:
+    """Our class to theirs, as indices, for classes of the same name once `remap` has renamed some of theirs.
+
+    Raises ConfigError for names in `remap` that are not in the lists, and when several of theirs become one of ours."""
+    for their, our in remap.items():
+        for name, known, where in ((their, theirs, "the weights"), (our, ours, "the data")):
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known[:8])}"
+                raise ConfigError(f"remap: {name!r} is no class of {where} - {hint}")
+    matched: dict[int, int] = {}
+    for index, name in enumerate(theirs):
+        our = remap.get(name, name)
+        if our not in ours:
+            continue
+        if (first := matched.setdefault(ours.index(our), index)) != index:
+            raise ConfigError(f"remap: {theirs[first]} and {name} would both be {our} - rename one of them at most")
+    return matched
+
+
+def merge_rows(
+    own: Float[Tensor, "_ ..."],
+    other: Float[Tensor, "_ ..."],
+    matched: Mapping[int, int],
+    *,
+    num_own: int,
+    num_other: int,
+) -> Float[Tensor, "_ ..."] | None:
+    """A copy of `own`, a weight or bias with rows [anchors x classes], with the rows of matched classes from `other`;
+    None where the two have other numbers of anchors or inputs."""
+    ours, theirs = own.unflatten(0, (-1, num_own)).clone(), other.unflatten(0, (-1, num_other))
+    if len(ours) != len(theirs) or ours.shape[2:] != theirs.shape[2:]:
+        return None
+    ours[:, list(matched)] = theirs[:, list(matched.values())].to(ours)
+    return ours.flatten(0, 1)
+
+
+def renumber(theirs: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Their tensors with the head's convolutions numbered as in `own`, where one of the two has norms between them."""
+    step, other = (3 if "head.box.convs.1.weight" in state else 2 for state in (own, theirs))
+
+    def name(key: str) -> str:
+        if not (found := re.fullmatch(r"(head\.\w+\.convs)\.(\d+)\.(\w+)", key)):
+            return key
+        layer, part = divmod(int(found[2]), other)
+        return f"{found[1]}.{step * layer + part}.{found[3]}"  # a norm's number is a ReLU's where there are none
+
+    return {name(key): value for key, value in theirs.items()}
+
+
+_LAYERS = {  # settings that make tensors of the same name, and maybe shape, parts of another layer
+    "backbone": r"backbone\..+",
+    "norm": r"backbone\.(.+\.)?(bn\d|downsample\.1)\..+",
+    "levels": r"fpn\.(lateral|output|down|down_output)\..+",
+    "p6_from": r"fpn\.extra\..+",
+    "head_convs": r"head\.\w+\.(predict|quality)\..+",
+    "box_bins": r"head\.box\.predict\..+",
+}
+
+
+def other_layers(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
+    """Patterns of tensors that belong to other layers under the settings of the weights than under ours, and why."""
+    return {
+        pattern: f"model.{name} is {theirs[name]} there"
+        for name, pattern in _LAYERS.items()
+        if name in theirs and name in ours and _layer(name, theirs[name]) != _layer(name, ours[name])
+    }
+
+
+def _layer(name: str, value: Any) -> Any:
+    """What of a setting's value makes other layers."""
+    if name == "norm":
+        return value == "group"  # the others differ in what is trained alone
+    return value[0] if name == "levels" else value
+
+
+def fit(
+    own: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    matched: Mapping[int, int],
+    *,
+    num_own: int,
+    num_theirs: int,
+    others: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors that a model can take over, and why it cannot take the others.
+
+    matched: classes, as from `match_classes`. num_own, num_theirs: how many there are, 0 where weights name none.
+    others: patterns of tensors that belong to other layers, as from `other_layers`."""
+    same = num_own == num_theirs and all(matched.get(k) == k for k in range(num_own))
+    taken: dict[str, Tensor] = {}
+    anew: dict[str, str] = {}
+    for key, value in own.items():
+        other = theirs.get(key)
+        reason = next((why for pattern, why in (others or {}).items() if re.fullmatch(pattern, key)), None)
+        if other is None:
+            anew[key] = "not in the file"
+        elif reason:
+            anew[key] = reason
+        elif not key.startswith(CLASS_LAYER) or same:
+            if other.shape == value.shape:
+                taken[key] = other
+            else:
+                anew[key] = f"{list(other.shape)} there, {list(value.shape)} here"
+        elif not matched:
+            anew[key] = "other classes" if num_theirs else "the file names no classes"
+        else:
+            merged = merge_rows(value, other, matched, num_own=num_own, num_other=num_theirs)
+            if merged is None:
+                anew[key] = f"{list(other.shape)} there for {num_theirs} classes, {list(value.shape)} here"
+            else:
+                taken[key] = merged
+    return taken, anew
+
+
+_OF_TRAINING = ("num_classes", "weights", "frozen_stages", "prior")
+"""Settings that change nothing about what given weights compute."""
+
+
+def other_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """One line, as overrides, if weights were made under settings that change what they compute."""
+    both = [name for name in theirs if name in ours and name not in _OF_TRAINING]
+    names = [name for name in both if theirs[name] != ours[name]]
+    if _layer("norm", theirs.get("norm")) == _layer("norm", ours.get("norm")):
+        names = [name for name in names if name != "norm"]
+    if not names:
+        return []
+    words = [f"model.{name}={json.dumps(theirs[name], separators=(',', ':'))}" for name in names]
+    return [f"init_from: the weights were trained with other settings, to go on with those give {' '.join(words)}"]
+
+
+def init_from(
+    model: torch.nn.Module,
+    source: str | Path,
+    *,
+    classes: Sequence[str],
+    remap: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Starts a model that was just built from the weights of another: those that fit by name and shape, and nothing
+    else of the run they come from. Returns lines that say what was taken and what was not.
+
+    source: a run's folder, its best.safetensors, a checkpoint's folder or any .safetensors state dict of ours; a
+        detector of another program (.pth, .pt or .pkl); or `torchvision:NAME`, the COCO weights torchvision publishes.
+    classes: of the data to train on. Of the layer that predicts classes, the rows of a class that the file names too
+        are taken; the others keep the start they were built with, the prior bias among it.
+    remap: names of classes there to names here, for what is called otherwise.
+
+    Raises CheckpointError when nothing fits, ConfigError for a `remap` of classes that are not there."""
+    if not isinstance(remap or {}, Mapping):  # from the command line
+        raise ConfigError(f"remap: {remap!r} pairs no names - give {{theirs: ours}}")
+    start = _read_start(str(source))
+    if key := first_non_finite(start.state):
+        raise CheckpointError(f"{start.file}: {key} is not finite - give other weights for init_from")
+    own, settings = model.state_dict(), getattr(model, "arguments", {})
+    matched = match_classes(start.classes, classes, remap or {})
+    theirs, elsewhere = renumber(start.state, own), other_layers(start.model, settings)
+    taken, anew = fit(own, theirs, matched, num_own=len(classes), num_theirs=len(start.classes), others=elsewhere)
+    if not taken:
+        raise CheckpointError(f"{start.file}: holds nothing that fits this model - give other weights for init_from")
+    model.load_state_dict(taken, strict=False)
+    lines = [*start.notes, f"init_from: {len(taken)} of {len(own)} tensors are those of {start.file}"]
+    there = {classes[our]: start.classes[their] for our, their in matched.items()}
+    if start.classes != [there.get(name) for name in classes] and any(key.startswith(CLASS_LAYER) for key in taken):
+        kept = [our if our == their else f"{our} ({their} there)" for our, their in there.items()]
+        lines.append(f"classes: {len(kept)} keep what they have learned: {some(kept)}")
+        if others := [name for name in classes if name not in there]:
+            lines.append(f"classes: {len(others)} start anew with the prior bias: {some(others)}")
+    if anew:
+        listed = some([f"{key} ({reason})" for key, reason in anew.items()])
+        lines.append(f"model: {len(anew)} tensors start anew: {listed}")
+    if unused := [key for key in theirs if key not in own]:
+        lines.append(f"init_from: {len(unused)} tensors of the file have no use here: {some(unused)}")
+    return lines + other_settings(start.model, settings)
+
+
+@dataclass(frozen=True)
+class _Start:
+    file: Path
+    state: dict[str, Tensor]
+    classes: list[str]
+    """Empty where the file names none."""
+    model: dict[str, Any]
+    notes: list[str]
+
+
+def _read_start(source: str) -> _Start:
+    file = fetch_published(source) if source.startswith(PREFIX) else Path(source)
+    if file.suffix in FOREIGN_SUFFIXES:
+        foreign = read_foreign(file)
+        if not foreign.is_detector:
+            raise CheckpointError(f"{file}: {foreign.program}, which detects nothing - import it, for model.weights")
+        found = convert_detector(foreign, file)
+        return _Start(file, found.state, found.classes, found.model, found.notes)
+    if file.is_dir():
+        present = [file / name for name in ("best.safetensors", "model.safetensors") if (file / name).is_file()]
+        file = present[0] if present else file / "best.safetensors"
+    header, data = read_header(file)
+    card = card_of(file, header, data) if "retina" in header else None
+    return _Start(file, load(data), card.classes if card else [], card.model if card else {}, [])

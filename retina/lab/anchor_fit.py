@@ -1,0 +1,227 @@
+"""Anchors fitted to the objects of a data set, and whether what is gained is more than noise.
+
+What changes are the size of every level, and the scales and ratios that all levels share, as `retinanet` takes them;
+the number of anchors per cell is kept. A fit climbs, in log space, the gradient of
+
+    mean over objects of  v + min(v / t, 1),   v the best IoU with any anchor, t the matching threshold,
+
+so that an object which no anchor reaches pulls harder than one that could only be covered better. As in k-means, each
+object pulls at the anchor that overlaps it most.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from retina.lab.coverage import Objects, Pyramid, best_iou, distances, iou_of_shapes
+from retina.ops.anchors import AnchorGenerator
+
+WORTH = 0.01
+"""The least difference, of mean best IoU or of recall, that other anchors are worth: new ones cost a trained head."""
+LEAST_IMAGES = 8
+"""With objects: fewer cannot tell a gain from noise."""
+_MOST_OBJECTS = 1500  # that one fit looks at; a few numbers need no more
+_MOST_STRIDES = 8  # side of an anchor, but on the coarsest level: a cell sees no more. ATSS (arXiv 1912.02424) has 8
+_ROUNDS = ((3, 10), (1, 20), (1, 50))  # so many of the starts are left after so many steps
+_RATE = 0.06  # of a log side per step
+
+
+class Logs(NamedTuple):
+    """Anchors as the natural logarithms of their numbers."""
+
+    sizes: Float[Tensor, "L"]
+    scales: Float[Tensor, "s"]
+    ratios: Float[Tensor, "r"]
+    """Height / width."""
+
+    def sides(self) -> Float[Tensor, "L s*r 2"]:
+        """Width and height of the anchors around a cell."""
+        side = (self.sizes[:, None] + self.scales)[:, :, None]
+        return torch.stack((side - self.ratios / 2, side + self.ratios / 2), dim=-1).exp().flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A difference between two sets of anchors over the same objects, neither of which they were fitted to."""
+
+    mean: float
+    noise: float
+    """Two standard errors: of the mean over images (objects of one image are alike), or over the ways of cutting the
+    data into halves, whichever is larger."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is more than noise, and worth anything."""
+        return abs(self.mean) > self.noise and abs(self.mean) >= WORTH
+
+    @property
+    def rises(self) -> bool:
+        return self.counts and self.mean > 0
+
+    @property
+    def falls(self) -> bool:
+        return self.counts and self.mean < 0
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ± {self.noise:.3f}"
+
+
+def fit(objects: Objects, pyramid: Pyramid, threshold: float, generator: torch.Generator) -> Pyramid:
+    """The pyramid with anchors fitted to the objects, of which there is at least one; the same for the same generator.
+
+    Every way of writing the number of anchors per cell as scales x ratios is tried."""
+    rows = torch.randperm(len(objects.boxes), generator=generator)[:_MOST_OBJECTS]
+    data = _Data(objects.sides()[rows], distances(objects.of(rows), pyramid), torch.tensor(pyramid.strides), threshold)
+    tried = _starts(data.sides, pyramid)
+    for number, steps in _ROUNDS:
+        climbed = sorted((data.climb(start, steps) for start in tried), key=lambda one: -one[0])
+        tried = [logs for _, logs in climbed[:number]]
+    return replace(pyramid, anchors=_anchors(data.with_idle_levels(tried[0]), pyramid))
+
+
+def halves(objects: Objects, times: int, generator: torch.Generator) -> list[Bool[Tensor, "N"]]:
+    """Random halves of the images, as masks of their objects. None with fewer than LEAST_IMAGES."""
+    images, number = objects.image.unique(return_inverse=True)
+    if len(images) < LEAST_IMAGES:
+        return []
+    return [(torch.randperm(len(images), generator=generator) < len(images) // 2)[number] for _ in range(times)]
+
+
+def held_out(
+    objects: Objects, cuts: Sequence[Bool[Tensor, "N"]], fitted: Callable[[Objects], Pyramid]
+) -> Float[Tensor, "S N"]:
+    """Best IoU of every object with the anchors fitted to the half that it is not in, for each cut into halves."""
+    scores = torch.empty(len(cuts), len(objects.boxes))
+    for score, cut in zip(scores, cuts, strict=True):
+        for half in (cut, ~cut):
+            score[~half] = best_iou(objects.of(~half), fitted(objects.of(half))).amax(dim=1)
+    return scores
+
+
+def gain(objects: Objects, after: Float[Tensor, "S N"], before: Float[Tensor, "*S N"]) -> Gain:
+    """Of numbers per object, and per cut into halves or for all of them."""
+    differences = after.double() - before.double()
+    of_object = differences.mean(dim=0)
+    mean = of_object.mean()
+    images, number = objects.image.unique(return_inverse=True)
+    # of a ratio of two sums over images: Cochran, Sampling Techniques, 3rd edition, section 2.11
+    residual = torch.zeros(len(images), dtype=torch.float64).index_add_(0, number, of_object - mean)
+    error = (residual.square().sum() * len(images) / (len(images) - 1)).sqrt() / len(of_object)
+    return Gain(mean.item(), 2 * max(error.item(), differences.mean(dim=1).std().item()))
+
+
+class _Data(NamedTuple):
+    """What a fit knows."""
+
+    sides: Float[Tensor, "N 2"]
+    far: Float[Tensor, "N L 2"]
+    """Distance to the nearest anchor's centre."""
+    strides: Int64[Tensor, "L"]
+    threshold: float
+
+    def climb(self, start: Logs, steps: int) -> tuple[float, Logs]:
+        """The value reached, and where. Adam's steps (Kingma and Ba, ICLR 2015), that end at 0."""
+        logs, mean, square = start, torch.zeros(()), torch.zeros(())
+        most = (_MOST_STRIDES * self.strides).log()
+        most[-1] = math.inf
+        for step in range(steps + 1):
+            # a coarser level has no smaller anchors
+            sizes = torch.minimum(logs.sizes.cummax(dim=0).values, most - logs.scales.max())
+            logs = logs._replace(sizes=sizes)
+            value, slope = self.slope(logs)
+            mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope**2
+            size = (square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+            moved = torch.cat(logs) + _RATE * (1 - step / steps) * mean / (1 - 0.9 ** (step + 1)) / size
+            logs = Logs(*moved.split([len(part) for part in logs]))
+        return value, logs
+
+    def slope(self, logs: Logs) -> tuple[float, Float[Tensor, "L+s+r"]]:
+        """The value, and how it changes with every logarithm."""
+        num_scales, num_ratios = len(logs.scales), len(logs.ratios)
+        winner = self.winners(logs)
+        level, shape = winner // (num_scales * num_ratios), winner % (num_scales * num_ratios)
+        far = self.far[torch.arange(len(level)), level]
+        iou, by_side = slope_of_iou(self.sides, far, logs.sides().flatten(0, 1)[winner])
+        value = (iou + (iou / self.threshold).clamp(max=1)).mean()
+        by_width, by_height = (by_side * (1 + (iou < self.threshold) / self.threshold)[:, None] / len(iou)).unbind(-1)
+        slope = torch.zeros(sum(map(len, logs)))
+        places = level, len(logs.sizes) + shape // num_ratios, len(logs.sizes) + num_scales + shape % num_ratios
+        for place, part in zip(
+            places, (by_width + by_height, by_width + by_height, (by_height - by_width) / 2), strict=True
+        ):
+            slope.index_add_(0, place, part)
+        return value.item(), slope
+
+    def winners(self, logs: Logs) -> Int64[Tensor, "N"]:
+        """The best of all L x n shapes for each object."""
+        return iou_of_shapes(self.sides, self.far, logs.sides()).flatten(0, 1).max(dim=0).indices
+
+    def with_idle_levels(self, logs: Logs) -> Logs:
+        """The levels above and below all those that win an object follow by octaves: nothing pulled at them."""
+        used = (self.winners(logs) // (len(logs.scales) * len(logs.ratios))).unique().tolist()
+        sizes = logs.sizes.clone()
+        for level in range(used[-1] + 1, len(sizes)):
+            sizes[level] = sizes[level - 1] + math.log(2)
+        for level in reversed(range(used[0])):
+            sizes[level] = sizes[level + 1] - math.log(2)
+        return logs._replace(sizes=sizes)
+
+
+def slope_of_iou(
+    sides: Float[Tensor, "N 2"], distance: Float[Tensor, "N 2"], anchors: Float[Tensor, "N 2"]
+) -> tuple[Float[Tensor, "N"], Float[Tensor, "N 2"]]:
+    """IoU as of `iou_of_shapes`, and its derivatives by the logarithms of the anchors' width and height.
+
+    With I the intersection, U the union and a the anchor's area: d(I / U) = (dI (U + I) - I da) / U^2."""
+    shared, which = torch.stack(((sides + anchors) / 2 - distance, sides, anchors)).min(dim=0)
+    grows = torch.tensor([0.5, 0.0, 1.0])[which] * (shared > 0)
+    shared = shared.clamp(min=0)
+    intersection, area = shared.prod(dim=-1, keepdim=True), anchors.prod(dim=-1, keepdim=True)
+    union = sides.prod(dim=-1, keepdim=True) + area - intersection
+    by_side = (grows * anchors * shared.flip(-1) * (union + intersection) - intersection * area) / union**2
+    return (intersection / union)[:, 0], by_side
+
+
+def _starts(sides: Float[Tensor, "N 2"], pyramid: Pyramid) -> list[Logs]:
+    """The anchors as they are; and for every way of cutting their number into scales and ratios, levels that share the
+    objects, or the octaves between the smallest and the largest, evenly."""
+    sizes, ratios = sides.log().mean(dim=1), (sides[:, 1] / sides[:, 0]).log()
+    levels = _middles(len(pyramid.strides))
+    by_number = torch.quantile(sizes, levels)
+    low, high = torch.quantile(sizes, torch.tensor([0.02, 0.98]))
+    by_octaves = low + (high - low) * levels
+    now = pyramid.anchors
+    starts = [Logs(*(torch.tensor(numbers).log() for numbers in (now.sizes, now.scales, now.ratios)))]
+    for count in range(1, now.num_per_cell + 1):
+        if now.num_per_cell % count == 0:
+            of_ratio = torch.quantile(ratios, _middles(now.num_per_cell // count))
+            # the paper's octave, and the distance of the levels
+            for middle, span in ((by_number, math.log(2)), (by_octaves, float(high - low) / len(levels))):
+                starts.append(Logs(middle, span * (_middles(count) - 0.5), of_ratio))
+    return starts
+
+
+def _middles(count: int) -> Float[Tensor, "n"]:
+    """Of equal parts of 0..1."""
+    return (torch.arange(count) + 0.5) / count
+
+
+def _anchors(logs: Logs, pyramid: Pyramid) -> AnchorGenerator:
+    """Scales begin with 1, all ascend, and no number has more digits than it deserves."""
+    sizes, scales, ratios = (part.exp() for part in logs)
+    least = scales.min()
+
+    def plain(numbers: Tensor) -> tuple[float, ...]:
+        return tuple(float(f"{number:.3g}") for number in numbers.tolist())
+
+    return replace(
+        pyramid.anchors,
+        sizes=plain(sizes * least),
+        scales=plain(scales.sort().values / least),
+        ratios=plain(ratios.sort().values),
+    )

@@ -1,0 +1,170 @@
+"""What the anchors lab shows: text, a picture and a config group."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+
+from retina.errors import plain
+from retina.lab.coverage import Coverage, Objects, Pyramid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLUMNS = {
+    "best IoU": ("best_iou", "{:.3f}"),
+    "recall": ("recall_at_threshold", "{:.1%}"),
+    "positives": ("positives", "{:.1f}"),
+    "none": ("without_positive", "{:.1%}"),
+    "none *": ("without_positive_at_threshold", "{:.1%}"),
+}
+_MOST_DOTS = 4000
+_MOST_CLASSES = 20  # on the screen: those with most objects
+_FEWEST = 10  # objects of a size that a point is drawn for
+
+
+def model_section(pyramid: Pyramid, levels: Sequence[int]) -> dict[str, Any]:
+    """The settings of `model` that the anchors are made of."""
+    anchors = pyramid.anchors
+    return {
+        "levels": list(levels),
+        "anchor_sizes": list(anchors.sizes),
+        "anchor_scales": list(anchors.scales),
+        "anchor_ratios": list(anchors.ratios),
+    }
+
+
+def yaml_file(model: Mapping[str, Any], result: Mapping[str, Any], name: str) -> str:
+    """A whole config group: the model's settings, with the fitted anchors, and where they come from."""
+    fitted, data = result["fitted"]["model"], result["data"]
+    means = (result[which]["coverage"]["best_iou"] for which in ("now", "fitted"))
+    words = " ".join(f"model.{key}=[{','.join(f'{number:g}' for number in one)}]" for key, one in fitted.items())
+    header = [
+        f"Anchors fitted to {data['objects']:,} objects by tools/lab.py:",
+        f"  {result['command']}",
+        f"Data: {plain(data['annotations'])}",
+        f"Mean best IoU of all objects: {' -> '.join(f'{mean:.3f}' for mean in means)}",
+        f"{result['verdict']}",
+        f"Use it as model={name}; with an experiment that has a model section of its own, which comes after this one:",
+        f"  {words}",
+    ]
+    section = yaml.safe_dump({**model, **fitted}, default_flow_style=None, sort_keys=False, width=120)
+    return "".join(f"# {line}\n" for line in header) + section
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """What the screen shows: every number as it is now and, if any were fitted, as those anchors would have it."""
+    shown = [which for which in ("now", "fitted") if which in result]
+    coverages = [result[which]["coverage"] for which in shown]
+    now = coverages[0]
+    groups = {"all": coverages}
+    for kind in ("by_size", "by_class", "by_level"):
+        names = [*dict.fromkeys(name for coverage in coverages for name in coverage[kind])]
+        if kind == "by_level":
+            names.sort()
+        if kind == "by_class":
+            names = sorted(names, key=lambda one: -now[kind][one]["objects"])[:_MOST_CLASSES]
+        groups |= {_name(kind, name): [coverage[kind].get(name) for coverage in coverages] for name in names}
+    width = max(map(len, groups))
+    lines = [
+        f"{result['data']['objects']:,} objects of {result['data']['images']:,} images after the resize; "
+        f"positives from {now['objects_matched']:,} of them."
+        + (" Each number as it is -> as fitted." if len(shown) > 1 else ""),
+        f"{'':<{width}}{'objects':>10}" + "".join(f"{title:>18}" for title in _COLUMNS),
+    ]
+    for name, group in groups.items():
+        count = f"{next(of for of in group if of)['objects']:,}"
+        lines.append(f"{name:<{width}}{count:>10}" + "".join(f"{cell:>18}" for cell in _cells(group)))
+    lines += [
+        f"recall: at IoU {result['threshold']:g}. none: objects without any positive anchor; *: or of less IoU only",
+        "",
+    ]
+    lines += ["fitted from, and judged on images not fitted to:"] if result["trials"] else []
+    for trial in result["trials"]:
+        gains = (trial["best_iou"], trial["recall_at_threshold"])
+        iou, recall = (f"{one['gain']:+.3f} ± {one['noise']:.3f}" for one in gains)
+        lines.append(f"  P{trial['levels'][0]}: {trial['anchors']:>9,} anchors, best IoU {iou}, recall {recall}")
+    lines += [""] if result["trials"] else []
+    lines += [*(_anchors(which, result[which]["model"]) for which in shown), result["verdict"]]
+    return "\n".join([*lines, *(f"note: {note}" for note in result["notes"])])
+
+
+def _name(kind: str, name: str) -> str:
+    return f"best on {name}" if kind == "by_level" else plain(name)
+
+
+def _cells(group: Sequence[Mapping[str, Any] | None]) -> Iterator[str]:
+    for key, shape in _COLUMNS.values():
+        values = (of.get(key) if of else None for of in group)
+        yield " -> ".join("-" if value is None else shape.format(value) for value in values)
+
+
+def _anchors(name: str, model: Mapping[str, Any]) -> str:
+    told = (f"{key.removeprefix('anchor_')} {[float(f'{n:.4g}') for n in model[key]]}" for key in list(model)[1:])
+    return f"{name:<7} from P{model['levels'][0]}: {', '.join(told)}"
+
+
+def draw(
+    objects: Objects, pyramids: Mapping[str, Pyramid], coverages: Mapping[str, Coverage], result: Mapping[str, Any]
+) -> "Figure":
+    """Objects and anchors by width and height, one panel per pyramid; and how well objects of each size fare."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.7 * (len(pyramids) + 1), 5.6), layout="constrained")
+    axes = figure.subplots(1, len(pyramids) + 1, width_ratios=(*(1 for _ in pyramids), 1.15))
+    shown = torch.randperm(len(objects.boxes), generator=torch.Generator().manual_seed(0))[:_MOST_DOTS]
+    for one, (name, pyramid) in zip(axes, pyramids.items(), strict=False):
+        _scatter(one, objects.of(shown), coverages[name].best()[shown], pyramid, result[name]["model"]["levels"])
+        one.set_title(f"{name}: mean best IoU {result[name]['coverage']['best_iou']:.3f}")
+    sides = [one.get_xlim() + one.get_ylim() for one in axes[:-1]]
+    low, high = min(map(min, sides)), max(map(max, sides))
+    for one in axes[:-1]:
+        _pixels(one, "x", low, high)
+        _pixels(one, "y", low, high)
+        one.set(xlabel="width in pixels", ylabel="height in pixels")
+    figure.colorbar(axes[-2].collections[0], ax=axes[-2], label="best IoU of an object")
+    _by_size(axes[-1], objects, coverages)
+    return figure
+
+
+def _scatter(axes: "Axes", objects: Objects, best: torch.Tensor, pyramid: Pyramid, levels: Sequence[int]) -> None:
+    width, height = objects.sides().unbind(-1)
+    axes.scatter(width, height, c=best, s=7, cmap="RdYlGn", vmin=0.2, vmax=0.9, alpha=0.7, linewidths=0)
+    around = pyramid.around_origin()
+    for number, (level, anchors) in enumerate(zip(levels, around[..., 2:] - around[..., :2], strict=True)):
+        marker = "osD^vPX"[number % 7]
+        axes.plot(*anchors.T, marker, mfc="none", mec="black", ms=7, mew=1.3, label=f"anchors of P{level}")
+    axes.set(xscale="log", yscale="log", aspect="equal")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", fontsize="small")
+
+
+def _pixels(axes: "Axes", axis: str, low: float, high: float) -> None:
+    """Powers of two along an axis, as strides and sizes are."""
+    ticks = [2**k for k in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+    axes.set(**{f"{axis}scale": "log", f"{axis}lim": (low, high), f"{axis}ticks": ticks})
+    axes.set(**{f"{axis}ticklabels": [f"{tick:g}" for tick in ticks]})
+    axes.minorticks_off()
+
+
+def _by_size(axes: "Axes", objects: Objects, coverages: Mapping[str, Coverage]) -> None:
+    """Half octaves of size: objects as bars; mean best IoU and recall as lines."""
+    place = (2 * objects.size().log2()).floor().long()
+    first, last = int(place.min()), int(place.max())
+    edges = 2 ** (np.arange(first, last + 2) / 2)
+    counts = np.bincount(place - first, minlength=last - first + 1)
+    axes.stairs(counts / counts.max(), edges, fill=True, color="0.88", label="objects (share of the fullest bar)")
+    middles, some = np.sqrt(edges[:-1] * edges[1:]), counts >= min(_FEWEST, counts.max())
+    for colour, (name, coverage) in zip(("tab:orange", "tab:blue"), coverages.items(), strict=False):
+        best = coverage.best().numpy()
+        for style, what, values in (("o-", "mean best IoU", best), ("s--", "recall at 0.5", best >= 0.5)):
+            mean = np.bincount(place - first, values, minlength=len(counts))[some] / counts[some]
+            axes.plot(middles[some], mean, style, color=colour, ms=4, label=f"{name}: {what}")
+    _pixels(axes, "x", edges[0], edges[-1])
+    axes.set(ylim=(0, 1.04), xlabel="size in pixels (square root of the area)", title="by size")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, fontsize="small")

@@ -1,0 +1,235 @@
+"""Tells how well the anchors of a detector cover the objects of a data set, and fits better ones.
+
+python tools/lab.py anchors                                       # the built-in shapes
+python tools/lab.py anchors data=coco data.root=DIR               # your own data: annotations only, no image is read
+python tools/lab.py anchors experiment=paper data=coco data.root=DIR output=configs/model/mine.yaml
+
+Settings are those of tools/train.py, and some more: configs/lab_anchors.yaml. Objects are taken at the size that the
+configured resize gives them; what crops, turns or rescales after it is not followed. Best IoUs are exact, for each
+image alone in its batch, and so are the positive anchors of the images that are matched. The fit keeps the number of
+anchors per cell, and is judged by images that it was not made from. Unless it gains more than noise, nothing is written
+to `output`. A fit is for a rule that chooses by IoU (experiment=paper); with another, as the default's, coverage is
+told and nothing fitted. Writes anchors.json (all numbers) and anchors.png.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from retina.cli.build import build, call
+from retina.cli.compose import Settings, entry, typed
+from retina.cli.split import progress
+from retina.cli.train import shapes_by_default
+from retina.engine.config import DataConfig, TrainConfig, from_mapping
+from retina.engine.splits import SPLITS, load_split
+from retina.errors import ConfigError, DataError, plain
+from retina.files import write_whole
+from retina.lab.figures import check_folder, check_format, save
+
+if TYPE_CHECKING:
+    from retina.data.annotations import Annotations
+    from retina.data.transforms import Pipeline
+    from retina.lab.coverage import Objects, Pyramid
+    from retina.ops.assigners import Assigner
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorsConfig:
+    """configs/lab_anchors.yaml says what each is."""
+
+    output: str | None
+    figures: str
+    split: str
+    images: int
+    overwrite: bool
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ConfigError(f"split: {self.split} is not known - choose {' or '.join(SPLITS)}")
+        if self.images < 1:
+            raise ConfigError(f"images: {self.images} is not allowed - give 1 or more")
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    words = list(sys.argv[1:] if argv is None else argv)
+
+    @entry("lab_anchors", default=shapes_by_default)
+    def anchors(settings: Settings) -> None:
+        own = {field.name: settings[field.name] for field in fields(AnchorsConfig)}
+        config = typed(AnchorsConfig, own)
+        data = from_mapping(DataConfig, settings["data"], "data")
+        check_places(config, data)
+        run(settings, config, data, words)
+
+    anchors(words)
+
+
+def run(settings: Settings, config: AnchorsConfig, data: DataConfig, words: Sequence[str]) -> None:
+    import torch
+
+    from retina.lab.anchor_fit import fit
+    from retina.lab.anchor_report import describe, draw, model_section, yaml_file
+    from retina.lab.anchor_trials import Decision, decide, try_levels
+    from retina.lab.coverage import batches_of_images, cover, draw_images, summarize
+
+    seed = from_mapping(TrainConfig, settings["train"], "train").seed
+    levels = levels_of(settings["model"])
+    now = pyramid_of(settings["model"], levels)
+    rule, threshold, refusal = rule_of(settings["loss"])
+    annotations, objects, notes = read(settings, config, data, seed, divisor=data.pad_multiple or max(now.strides))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = draw_images(objects, config.images, generator)
+    some = objects.of(drawn)
+    pyramids, decision, trials = {"now": now}, Decision(levels, False, refusal), []
+    if not refusal:
+        begin = list(starts(settings["model"], now))
+        trials = try_levels(some, now, progress(begin, "fitting", len(begin)), threshold, generator)
+        decision = decide(some, trials, levels, threshold)
+        pyramids["fitted"] = fit(some, pyramid_of(settings["model"], decision.levels), threshold, generator)
+
+    batches = batches_of_images(objects, drawn)
+    coverages, found = {}, {}
+    for name, pyramid in pyramids.items():
+        bar = progress(batches, f"matching: {name}", len(batches))
+        its_levels = levels if name == "now" else decision.levels
+        coverages[name] = cover(objects, pyramid, rule, threshold, bar)
+        told = summarize(objects, coverages[name], threshold, its_levels, annotations.classes)
+        found[name] = {"model": model_section(pyramid, its_levels), "coverage": told}
+    result = {
+        "command": shown(words),
+        "data": {"annotations": str(annotations.file), "images": len(annotations), "objects": len(objects.boxes)},
+        "positives_of": repr(rule),
+        "threshold": threshold,
+        "change": decision.change,
+        "verdict": decision.reason,
+        "trials": [trial.numbers() for trial in trials],
+        **found,
+        "notes": notes,
+    }
+    folder = Path(config.figures)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "anchors.json", (json.dumps(result, indent=2) + "\n").encode())
+    save(draw(objects, pyramids, coverages, found), folder / "anchors.png")
+    print(describe(result))
+    print(f"all numbers and a picture: {folder}")
+    if config.output and decision.change:
+        file = Path(config.output)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, yaml_file(settings["model"], result, file.stem).encode())
+        print(f"written: {file} - use it as model={file.stem}")
+    elif config.output:
+        print(f"not written: {config.output}")
+
+
+def shown(words: Sequence[str]) -> str:
+    import shlex
+
+    return plain(f"python tools/lab.py anchors {shlex.join(words)}")
+
+
+def check_places(config: AnchorsConfig, data: DataConfig) -> None:
+    """Raises ConfigError for places among the data or not to be written, and for files that are not the lab's own."""
+    folder, output = Path(config.figures), Path(config.output) if config.output else None
+    for key, place in (("figures", folder), ("output", output)):
+        for own in filter(None, (data.root, data.train.images, data.val.images)):
+            if place and place.resolve().is_relative_to(Path(own).resolve()):
+                raise ConfigError(f"{key}: {place} lies in {own}, the data set's own - choose another place")
+    check_format(folder / "anchors.png", "figures")
+    if (folder / "anchors.json").exists() and not (folder / "anchors.png").exists():
+        raise ConfigError(
+            f"figures: {folder / 'anchors.json'} is there already and not the lab's - choose another folder"
+        )
+    if output and output.suffix != ".yaml":
+        raise ConfigError(f"output: {output} is no config file - end it in .yaml")
+    if output and (output.exists() or output.is_symlink()) and not config.overwrite:
+        raise ConfigError(f"output: {output} is there already - choose another file, or give overwrite=true")
+    check_folder(folder, "figures")
+    if output:
+        check_folder(output.parent, "output")
+
+
+def levels_of(model: Settings) -> list[int]:
+    """Raises ConfigError where the settings leave them open."""
+    levels = model.get("levels")
+    if not isinstance(levels, list):
+        raise ConfigError("model.levels: missing - give a list, as in model.levels=[3,4,5,6,7]")
+    return levels
+
+
+def pyramid_of(model: Settings, levels: Sequence[int]) -> "Pyramid":
+    """The anchors of the model that these settings make, on these levels. Raises ConfigError where it cannot be made.
+
+    Levels that the settings have no size for get half the next one's."""
+    import torch
+
+    from retina.lab.coverage import Pyramid
+    from retina.model.retinanet import retinanet
+
+    if model.get("anchor_sizes") and levels != model["levels"]:
+        known = dict(zip(model["levels"], model["anchor_sizes"], strict=False))
+        lowest = model["anchor_sizes"][0] / 2
+        model = {**model, "anchor_sizes": [float(known.get(level, lowest)) for level in levels]}
+    with torch.device("meta"):  # shapes alone
+        made = call(retinanet, "model", **model | {"levels": list(levels), "weights": None}, num_classes=1)
+    return Pyramid(made.anchors, made.strides)
+
+
+def rule_of(loss: Settings) -> tuple["Assigner", float, str]:
+    """The rule whose positives are counted, the IoU that recall is told at, and why nothing is fitted for the rule, if
+    so. A rule that looks at predictions cannot be counted: the paper's is in its place."""
+    from retina.ops.assigners import ATSS, MaxIoU
+
+    assigner = getattr(build(loss, "loss"), "assigner", None)
+    if isinstance(assigner, MaxIoU):
+        return assigner, assigner.positive_iou, ""
+    name = type(assigner).__name__
+    refusal = f"no change: {name} has no fixed IoU for anchors to reach - give experiment=paper for a fit"
+    if isinstance(assigner, ATSS):
+        return assigner, 0.5, refusal
+    return MaxIoU(), 0.5, f"{refusal}. Positives are not {name}'s, which need predictions, but the paper's"
+
+
+def read(
+    settings: Settings, config: AnchorsConfig, data: DataConfig, seed: int, divisor: int
+) -> tuple["Annotations", "Objects", list[str]]:
+    """The data set, its objects after the resize, and what there is to say about that."""
+    from retina.lab.coverage import resized_objects
+
+    if data.prepare and data.root:
+        build(data.prepare, "data.prepare", root=Path(data.root))
+    pipeline, notes = resize_of(settings, data)
+    annotations = load_split(data, config.split, images_needed=False)
+    images = progress(range(len(annotations)), "resizing", len(annotations))
+    objects = resized_objects(annotations, pipeline, seed=seed, divisor=divisor, images=images)
+    if not len(objects.boxes):
+        raise DataError(f"{annotations.file}: no objects in it - nothing can be said about anchors")
+    return annotations, objects, notes
+
+
+def resize_of(settings: Settings, data: DataConfig) -> tuple["Pipeline", list[str]]:
+    """The resize among the augmentations, or else that of evaluation; and what else moves boxes, which is left out."""
+    import albumentations
+
+    from retina.data.transforms import Pipeline, ResizeShortSide
+
+    transforms = {name: build(section, f"augment.{name}") for name, section in settings["augment"].items()}
+    resizes = {name: one for name, one in transforms.items() if isinstance(one, ResizeShortSide)}
+    name, resize = next(iter(resizes.items()), ("resize", ResizeShortSide(data.short_side, data.long_side)))
+    harmless = (albumentations.ImageOnlyTransform, albumentations.HorizontalFlip, albumentations.VerticalFlip)
+    left_out = [key for key, one in transforms.items() if key != name and not isinstance(one, harmless)]
+    notes = [f"not followed: augment.{key}" for key in left_out]
+    if not resizes:
+        notes.append("no ResizeShortSide in augment: objects are of the size that evaluation gives them")
+    return Pipeline({name: resize}, min_size=data.min_size, min_visibility=data.min_visibility), notes
+
+
+def starts(model: Settings, now: "Pyramid") -> Iterator[tuple[list[int], "Pyramid"]]:
+    """The levels as they are, then with one more below and with one less, where there is such a model."""
+    levels = list(model["levels"])
+    for choice in (levels, [levels[0] - 1, *levels], levels[1:]):
+        with suppress(ConfigError):
+            yield choice, now if choice == levels else pyramid_of(model, choice)

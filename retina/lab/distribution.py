@@ -1,0 +1,157 @@
+"""Where the classification loss of a trained detector comes from, as in Figure 4 of the focal loss paper.
+
+python tools/lab.py distribution checkpoint=runs/shapes
+python tools/lab.py distribution checkpoint=runs/mine data=coco data.root=/data/other split=train
+
+One forward pass over the images. Every class of every anchor that is not ignored is one element: positive for the class
+of an anchor's object, negative for all others. Their losses under other gamma and alpha follow from the same logits.
+Writes distribution.json, cumulative.png (positives and negatives under each gamma, easiest elements first), the same by
+class (the rarest) and by pyramid level, and hardest.png (share of the loss on the hardest 1 % and 10 %, by class and
+level). Images that cannot be read are left out and listed; the exit code is then 3.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retina.cli.build import build, call
+from retina.cli.compose import Settings, entry, typed
+from retina.cli.split import data_of, open_split, progress
+from retina.engine.run_folder import read_settings
+from retina.errors import ConfigError
+from retina.files import write_whole
+from retina.lab.figures import FORMATS, save
+from retina.lab.share_figures import draw_cumulative, draw_cumulative_by, draw_hardest
+from retina.lab.shares import describe, summary
+
+if TYPE_CHECKING:
+    from retina.lab.elements import Elements
+
+FIGURES = ("cumulative", "cumulative_by_class", "cumulative_by_level", "hardest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributionConfig:
+    """configs/lab_distribution.yaml says what each is."""
+
+    checkpoint: str
+    output: str
+    split: str
+    gammas: list[float]
+    alphas: list[float]
+    figures: str
+    batch_size: int | None
+    device: str
+    precision: str | None
+    data: dict[str, Any]
+    loss: dict[str, Any]
+    traceback: bool
+
+    def __post_init__(self) -> None:
+        if self.split not in ("train", "val"):
+            raise ConfigError(f"split: {self.split} is not known - choose train, or val for any other file")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(f"batch_size: {self.batch_size} is not allowed - give 1 or more, or null")
+        if f".{self.figures}" not in FORMATS:
+            raise ConfigError(f"figures: {self.figures} is no known format - choose png or svg")
+        check_numbers("gammas", self.gammas, float("inf"))
+        check_numbers("alphas", self.alphas, 1)
+
+
+def check_numbers(key: str, values: Sequence[Any], most: float) -> None:
+    for value in values:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 0 <= value <= most
+            or value == most > 1
+        ):
+            wanted = "finite and at least 0" if most > 1 else "from 0 to 1"
+            raise ConfigError(f"{key}: {value!r} is not allowed - give numbers {wanted}")
+    if not values:
+        raise ConfigError(f"{key}: empty - give at least one number")
+    shown = [f"{value:g}" for value in values]
+    if twice := [text for text in shown if shown.count(text) > 1]:
+        raise ConfigError(f"{key}: {twice[0]} is there twice - give numbers that differ in six digits")
+
+
+@entry("lab_distribution")
+def main(settings: Settings) -> int:
+    config = typed(DistributionConfig, settings)
+    checkpoint, output = Path(config.checkpoint), Path(config.output)
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    trained = read_settings(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    open_output(output)
+    elements, told = collect(config, trained.get("data") or {}, output)
+    note_other_rule(trained.get("loss"), config.loss)
+    result = told | describe(elements, told["classes"], told["levels"], config.gammas, config.alphas)
+    write_whole(output / "distribution.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    drawn = (
+        draw_cumulative(result),
+        *(draw_cumulative_by(result, by) for by in ("class", "level")),
+        draw_hardest(result),
+    )
+    written = ["distribution.json", *(f"{name}.{config.figures}" for name in FIGURES)]
+    for figure, name in zip(drawn, written[1:], strict=True):
+        save(figure, output / name)
+    print(f"{summary(result)}\n\nwritten: {output}/{', '.join(written)}")
+    for line in told["skipped"]:
+        print(f"skipped: {line}", file=sys.stderr)
+    return 3 if told["skipped"] else 0
+
+
+def collect(config: DistributionConfig, trained: Mapping[str, Any], output: Path) -> tuple["Elements", dict[str, Any]]:
+    """The elements of all images, and what they are of."""
+    # torch takes seconds to load, and a wrong setting should not wait for it
+    import torch
+
+    from retina import distributed
+    from retina.inference import Detector
+    from retina.lab.elements import Elements, assign
+    from retina.types import to_device
+
+    device = call(distributed.choose_device, "device", name=config.device)
+    assigner = build(config.loss.get("assigner"), "loss.assigner")
+    detector = Detector.load(config.checkpoint, device=str(device), precision=config.precision)
+    data = data_of(trained, config.data, detector.card.preprocessing)
+    annotations, loader = open_split(data, config.split, detector, output, batch_size=config.batch_size)
+    elements = Elements(len(detector.classes), len(detector.model.strides))
+    with torch.no_grad():
+        for batch in progress(loader, "looking", len(loader)):
+            on_device = to_device(batch, device)
+            with torch.autocast(device.type, detector.dtype, enabled=detector.dtype != torch.float32):
+                predictions = detector.model(on_device.images)
+                given = {"assigner": assigner, "predictions": predictions, "targets": on_device.targets}
+                elements.add(predictions, *call(assign, "loss.assigner", **given))
+    skipped = sorted(loader.faults.values())
+    return elements, {
+        "checkpoint": config.checkpoint,
+        "annotations": str(annotations.file),
+        "images": len(annotations) - len(skipped),
+        "skipped": skipped,
+        "assigner": config.loss["assigner"],
+        "classes": list(detector.classes),
+        "levels": [f"P{stride.bit_length() - 1}" for stride in detector.model.strides],
+    }
+
+
+def note_other_rule(trained: Mapping[str, Any] | None, given: Mapping[str, Any]) -> None:
+    """Settings in a run's folder make no objects, so its assigner must be given; a line says when it was another."""
+    theirs = (trained or {}).get("assigner")
+    if theirs and theirs != given["assigner"]:
+        print(f"note: the run was trained with loss.assigner {theirs}, this uses {given['assigner']}", file=sys.stderr)
+
+
+def open_output(output: Path) -> None:
+    """The folder, made if need be. Raises ConfigError for one that holds anything but an earlier distribution."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        others = {path.name for path in output.iterdir()} - {"distribution.json", "data_report.json"}
+    except OSError as fault:
+        raise ConfigError(f"output: {output} cannot be written ({fault.strerror}) - choose another folder") from None
+    others = {name for name in others if not name.startswith((".", *(f"{figure}." for figure in FIGURES)))}
+    if others:
+        raise ConfigError(f"output: {output} holds other files - choose another folder")

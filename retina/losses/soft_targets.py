@@ -1,0 +1,194 @@
+"""The focal loss's successors in detectors: targets that say how well a box fits, weights by gradient density, and
+boxes as distributions. Elementwise, from logits, with p = sigmoid(logit) and BCE(p, y) the binary cross entropy.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from retina.losses.common import (
+    LossModule,
+    at_least_float32,
+    check_reduction,
+    element_targets,
+    reduce_loss,
+    refuse,
+)
+from retina.losses.focal import binary_cross_entropy, check_focal, clear_of_zero
+
+
+def quality_focal_loss(
+    logits: Float[Tensor, "*shape"], targets: Float[Tensor, "..."], *, gamma: float = 2.0
+) -> Float[Tensor, "*shape"]:
+    """|y - p|^gamma BCE(p, y): the focal loss for a target y anywhere in [0, 1], such as the IoU of the predicted box.
+
+    On targets 0 and 1 it is the focal loss without alpha; gamma 0 is the binary cross entropy. float32 inside for
+    narrower dtypes; finite with finite gradient for logits of any size and any gamma >= 0 (for gamma < 1 the slope is
+    infinite where p meets a soft target, and 0 is taken there).
+
+    Raises ValueError for targets of another shape; what they are is looked at by the modules, and not here, where a
+    detector's come from its own boxes.
+    Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 2 (there beta is our gamma).
+    """
+    check_focal(None, gamma)
+    logits, targets, cross_entropy = _cross_entropy(logits, targets)
+    return clear_of_zero(_distance(logits, targets)) ** gamma * cross_entropy
+
+
+def varifocal_loss(
+    logits: Float[Tensor, "*shape"], targets: Float[Tensor, "..."], *, alpha: float = 0.75, gamma: float = 2.0
+) -> Float[Tensor, "*shape"]:
+    """q BCE(p, q) where the target q > 0, alpha p^gamma BCE(p, 0) where it is 0.
+
+    Only negatives are weighted down, and positives count by their quality. The weight carries gradient, as published.
+    Precision and finiteness as in `quality_focal_loss`.
+
+    Args:
+        alpha: weight of negatives, at least 0.
+
+    Source: Zhang et al., VarifocalNet, CVPR 2021, equation 2.
+    """
+    check_focal(None, gamma)
+    if not 0 <= alpha < float("inf"):
+        raise ValueError(f"alpha must be finite and at least 0, got {alpha}")
+    logits, targets, cross_entropy = _cross_entropy(logits, targets)
+    negative = alpha * clear_of_zero(torch.sigmoid(logits)) ** gamma
+    return torch.where(targets > 0, targets, negative) * cross_entropy
+
+
+def ghm_loss(
+    logits: Float[Tensor, "*shape"],
+    targets: Float[Tensor, "..."],
+    valid: Bool[Tensor, "*shape"],
+    *,
+    num_bins: int = 30,
+) -> Float[Tensor, "*shape"]:
+    """BCE(p, y) / density(g), with g = |p - y| the length of the gradient; 0 where not `valid`.
+
+    The density of g is the number of valid elements in its bin of width 1 / num_bins, times num_bins. So elements of
+    one bin share the weight of one, however many they are, and the sum of this is the published loss: it is a mean
+    already (N cancels), to be divided by nothing. No average over past batches; densities carry no gradient.
+    (mmdetection multiplies by the number of bins that are not empty, not by all.)
+    Precision as in `quality_focal_loss`.
+    Source: Li, Liu and Wang, Gradient Harmonized Single-stage Detector, AAAI 2019, section GHM-C Loss.
+    """
+    if num_bins < 1 or num_bins != int(num_bins):
+        raise ValueError(f"num_bins must be a whole number, at least 1, got {num_bins}")
+    if valid.shape != logits.shape:
+        raise ValueError(f"valid must have the shape of the logits {list(logits.shape)}, got {list(valid.shape)}")
+    logits, targets, cross_entropy = _cross_entropy(logits, targets)
+    bins = (_distance(logits, targets).detach() * num_bins).long().clamp(max=num_bins - 1)
+    bins = torch.where(valid, bins, num_bins)  # one more, for what does not count
+    counts = torch.zeros(num_bins + 1, dtype=torch.int64, device=logits.device)  # float32 counts up to 2^24
+    counts.scatter_add_(0, bins.flatten(), counts.new_ones(()).expand(bins.numel()))
+    density = (counts * num_bins).clamp(min=1).to(logits.dtype)
+    return torch.where(valid, cross_entropy / density[bins], 0)
+
+
+def distribution_focal_loss(
+    logits: Float[Tensor, "*shape R"], distances: Float[Tensor, "..."]
+) -> Float[Tensor, "*shape"]:
+    """-(i + 1 - y) log S_i - (y - i) log S_(i+1), with S the softmax over R bins and i <= y <= i + 1 the bins beside y.
+
+    Draws the distribution to the two bins beside the true distance, in the ratio that makes y its mean.
+
+    Args:
+        logits: of the distances 0, 1, ..., R - 1, at least two.
+        distances: in bins, clamped to [0, R - 1].
+
+    Precision as in `quality_focal_loss`.
+    Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 6.
+    """
+    last = logits.shape[-1] - 1 if logits.dim() else 0
+    if last < 1:
+        raise ValueError(f"a distribution needs at least 2 bins, got logits of shape {list(logits.shape)}")
+    if logits.shape[:-1] != distances.shape:
+        raise ValueError(
+            f"there must be one distance per distribution, got {list(distances.shape)} for logits of "
+            f"shape {list(logits.shape)}"
+        )
+    log_probability = at_least_float32(logits).log_softmax(dim=-1)
+    distances = distances.to(log_probability.dtype).clamp(0, last)
+    left = distances.floor().clamp(max=last - 1)
+    beside = left.long()[..., None] + torch.arange(2, device=logits.device)
+    to_right = distances - left
+    return -(log_probability.gather(-1, beside) * torch.stack((1 - to_right, to_right), dim=-1)).sum(dim=-1)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and targets in float32 or float64, and their binary cross entropy."""
+    if logits.shape != targets.shape:
+        raise ValueError(f"targets must have the shape of the logits {list(logits.shape)}, got {list(targets.shape)}")
+    logits = at_least_float32(logits)
+    targets = targets.to(logits.dtype)
+    return logits, targets, binary_cross_entropy(logits, targets)
+
+
+def _distance(logits: Tensor, targets: Tensor) -> Tensor:
+    """|p - y|, to the last digit for y of 0 and 1."""
+    return (torch.sigmoid(logits) * (1 - targets) - torch.sigmoid(-logits) * targets).abs()
+
+
+class _SoftTargets(LossModule):
+    """A function of every logit and its target in [0, 1]."""
+
+    def __init__(self, function: Callable[..., Tensor], reduction: str, **settings: Any) -> None:
+        check_reduction(reduction)
+        function(torch.zeros(0), torch.zeros(0), **settings)  # settings out of range are refused here already
+        super().__init__(function, **settings)
+        self.reduction = reduction
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        targets, _ = element_targets(logits, targets)
+        return reduce_loss(super().forward(logits, targets), self.reduction, logits.numel())
+
+
+class QualityFocalLoss(_SoftTargets):
+    """`quality_focal_loss`, |y - p|^gamma BCE(p, y), for targets anywhere in [0, 1].
+
+    Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 2."""
+
+    def __init__(self, gamma: float = 2.0, *, reduction: str = "mean") -> None:
+        super().__init__(quality_focal_loss, reduction, gamma=gamma)
+
+
+class VarifocalLoss(_SoftTargets):
+    """`varifocal_loss`, y BCE(p, y) or alpha p^gamma BCE(p, 0), for targets anywhere in [0, 1].
+
+    Source: Zhang et al., VarifocalNet, CVPR 2021, equation 2."""
+
+    def __init__(self, alpha: float = 0.75, gamma: float = 2.0, *, reduction: str = "mean") -> None:
+        super().__init__(varifocal_loss, reduction, alpha=alpha, gamma=gamma)
+
+
+class GHMLoss(_SoftTargets):
+    """The sum of `ghm_loss`, BCE(p, y) / density(|p - y|), over all logits: a mean by itself.
+
+    Source: Li, Liu and Wang, Gradient Harmonized Single-stage Detector, AAAI 2019, section GHM-C Loss."""
+
+    def __init__(self, num_bins: int = 30) -> None:
+        super().__init__(_ghm, "sum", num_bins=num_bins)
+
+
+def _ghm(logits: Tensor, targets: Tensor, *, num_bins: int) -> Tensor:
+    return ghm_loss(logits, targets, torch.ones_like(logits, dtype=torch.bool), num_bins=num_bins)
+
+
+class DistributionFocalLoss(nn.Module):
+    """`distribution_focal_loss`, the cross entropy of the two bins beside y in the ratio that
+    makes y their mean, of logits (..., R) over R bins and targets (...) in bins.
+
+    Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 6."""
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        super().__init__()
+        check_reduction(reduction)
+        self.reduction = reduction
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        refuse(targets.isnan(), targets, "targets must be numbers")
+        loss = distribution_focal_loss(logits, targets)
+        return reduce_loss(loss, self.reduction, loss.numel())

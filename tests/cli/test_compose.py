@@ -1,0 +1,428 @@
+"""Overrides in, settings and objects out; every mistake is one line that names the key."""
+
+import functools
+import importlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import albumentations
+import pytest
+import torch
+
+import retina.losses.boxes
+import retina.losses.detection
+from retina.cli.build import build, call
+from retina.cli.compose import CONFIGS, compose, entry, sweep, typed
+from retina.data.checks import RecordsError
+from retina.distributed import choose_device
+from retina.engine.config import DataConfig, TrainConfig, from_mapping
+from retina.errors import ConfigError, DataError
+
+build_module = importlib.import_module("retina.cli.build")
+compose_module = importlib.import_module("retina.cli.compose")
+
+
+def fault_of(function: Callable[..., Any], *arguments: Any, **named: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        function(*arguments, **named)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("optimiser.lr=0.1", ["optimiser.lr: no such key", "did you mean optimizer.lr?"]),
+        ("train={lenght: 3}", ["train.lenght: no such key", "did you mean train.length?"]),
+        ("train.lenght=3", ["train.lenght: no such key", "did you mean train.length?"]),
+        ("optimizr=adamw", ["optimizr: no such key", "did you mean optimizer?"]),
+        ("modle/backbone=x", ["modle/backbone: no such key"]),
+        ("~augment.flop", ["augment.flop: no such key", "did you mean augment.flip?"]),
+        ("loss.box_loss.beta=1", ["loss.box_loss.beta: no such key", "not listed: +loss.box_loss.beta=..."]),
+        ("zzz=1", ["zzz: no such key", "--cfg job prints the keys"]),
+        ("data=cocoo", ["data=cocoo: no such option", "choose one of coco, shapes"]),
+        ("experiment=nothing", ["experiment=nothing: no such option", "bccd, coco_r101_3x"]),
+        ("+optimizer.lr=1", ["optimizer.lr: exists already"]),
+        ("optimizer.lr=0.1,0.2", ["optimizer.lr=0.1,0.2: several values", "-m"]),
+        ("length", ["length: cannot be understood", "key=value"]),
+        ("train.length=[1", ["train.length=[1: cannot be understood"]),
+        ("name=${nome}", ["name: ", "nome"]),
+        ("experiment=null", ["settings: ", "correct that override"]),
+        ("name=???", ["name: missing"]),
+        ("hydra.run.dir=x", ["hydra.run.dir=x: has no effect here"]),
+        ("hydra/launcher=joblib", ["hydra/launcher=joblib: has no effect here"]),
+    ],
+)
+def test_a_wrong_override_is_one_line(word: str, parts: list[str]) -> None:
+    fault = fault_of(compose, "train", [word])
+    assert all(part in fault for part in parts), fault
+
+
+def test_the_nearest_key_is_looked_for_under_the_groups_chosen() -> None:
+    assert "optimizer.betas?" in fault_of(compose, "train", ["optimizer=adamw", "optimizer.beta=1"])
+    assert "--cfg job prints the keys" in fault_of(compose, "eval", ["zzz=1"])
+
+
+def test_all_missing_settings_at_once() -> None:
+    fault = fault_of(compose, "infer", [])
+    assert "checkpoint: missing" in fault
+    assert "source: missing" in fault
+
+
+def test_values_arrive_as_typed() -> None:
+    settings = compose("train", ['name="a, b"', "data=coco", "data.root=/a b/c", "train.length=3ep", "train.ema=null"])
+    assert (settings["name"], settings["data"]["root"]) == ("a, b", "/a b/c")
+    assert (settings["train"]["length"], settings["train"]["ema"]) == ("3ep", None)
+    assert type(settings) is dict
+    assert type(settings["data"]["train"]) is dict
+    assert "hydra" not in settings
+
+
+@pytest.mark.parametrize(
+    ("cls", "section", "word", "fault"),
+    [
+        (TrainConfig, "train", "train.batch_size=many", "train.batch_size: 'many' is of the wrong type - give int"),
+        (TrainConfig, "train", "train.ema=true", "train.ema: True is of the wrong type - give float or null"),
+        (TrainConfig, "train", "train.length=abc", "train.length: 'abc' is not allowed"),
+        (TrainConfig, "train", "+train.lengt=1", "train.lengt: no such key - did you mean train.length?"),
+        (DataConfig, "data", "data.short_side=wide", "data.short_side: 'wide' is of the wrong type - give int"),
+        (DataConfig, "data", "data.train=x.json", "data.train: 'x.json' is of the wrong type"),
+    ],
+)
+def test_wrong_types_in_sections(cls: type, section: str, word: str, fault: str) -> None:
+    assert fault in fault_of(from_mapping, cls, compose("train", [word])[section], section)
+
+
+def test_typed_names_the_key_of_a_whole_command() -> None:
+    fault = fault_of(typed, TrainConfig, {"batch_size": "x"})
+    assert fault == "batch_size: 'x' is of the wrong type - give int"
+
+
+def test_classes_are_remapped_as_the_readme_writes_it() -> None:
+    readme = (CONFIGS.parent / "README.md").read_text()
+    (word,) = re.findall(r"`'(remap=[^`]*)'`", readme)
+    assert compose("train", [word])["remap"] == {"car": "vehicle"}
+
+
+def test_augmentations_from_the_command_line() -> None:
+    words = ["augment.flip.p=0", "+augment.blur._target_=albumentations.Blur", "+augment.blur.blur_limit=[3,5]"]
+    augment = compose("train", words)["augment"]
+    assert list(augment) == ["flip", "resize", "blur"]
+    assert build(augment["flip"], "augment.flip").p == 0
+    assert isinstance(build(augment["blur"], "augment.blur"), albumentations.Blur)
+    assert list(compose("train", ["~augment.flip"])["augment"]) == ["resize"]
+
+
+def test_nested_sections_are_built_also_in_lists() -> None:
+    blur = {"_target_": "albumentations.Blur", "p": 0.25}
+    some = build({"_target_": "albumentations.OneOf", "transforms": [blur, blur | {"p": 1}]}, "augment.some")
+    assert [transform.p for transform in some.transforms] == [0.25, 1]
+    loss = build(compose("train", ["loss=focal", "+loss.box_loss.beta=0.5"])["loss"], "loss")
+    assert isinstance(loss, retina.losses.detection.DetectionLoss)
+
+
+def test_partial_and_extra_arguments() -> None:
+    section = compose("train", ["optimizer=sgd", "optimizer.lr=0.5"])["optimizer"]
+    factory = build(section, "optimizer", momentum=0.25)
+    assert isinstance(factory, functools.partial)
+    (group,) = factory([torch.zeros(1, requires_grad=True)]).param_groups
+    assert (group["lr"], group["momentum"]) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("section", "target"),
+    [
+        ("augment", "os.system"),
+        ("augment", "builtins.eval"),
+        ("augment", "eval"),
+        ("augment", "retina"),
+        ("augment", "albumentations"),
+        ("augment", "retina.data.transforms."),
+        ("augment", "retina.data.transforms.Pipeline "),
+        ("optimizer", "torch.load"),
+        ("optimizer", "torch.optim"),
+        ("loss", "retinax.y"),
+        # an allowed module's own imports are not its own
+        ("augment", "retina.data.transforms.os.system"),
+        ("augment", "retina.data.transforms.os"),
+        ("augment", "retina.data.transforms.random.Random"),
+        ("augment", "retina.data.transforms.blake2b"),
+        ("augment", "albumentations.core.serialization.Path"),
+        ("augment", "albumentations.core.utils.get_args"),
+        ("augment", "albumentations.check_version.urllib.request.urlopen"),
+        ("augment", "albumentations.suppress"),
+        ("data", "retina.data.shapes.shutil.rmtree"),
+        ("data", "retina.data.shapes.shutil"),
+        ("optimizer", "torch.optim.lr_scheduler.types.FunctionType"),
+        ("optimizer", "torch.optim.lr_scheduler.partial"),
+        ("optimizer", "torch.optim.optimizer.torch.hub.load"),
+        # what is its own, but no public class or function
+        ("loss", "retina.losses.detection._with_one_padding"),
+        ("loss", "retina.losses.boxes.__loader__.get_data"),
+        ("loss", "retina.losses.boxes.__builtins__"),
+        ("loss", "retina.losses.detection.DetectionLoss.forward"),
+        ("loss", "retina.losses.detection.DetectionLoss.__init__.__globals__"),
+        ("augment", "albumentations.Blur.from_pretrained"),
+        ("augment", "albumentations.core.serialization.SerializableMeta"),
+        # functions of other libraries: these read files and call the network
+        ("augment", "albumentations.load"),
+        ("augment", "albumentations.from_dict"),
+        ("augment", "albumentations.check_for_updates"),
+        ("optimizer", "torch.optim.swa_utils.update_bn"),
+        # allowed elsewhere: a section makes its own kind only
+        ("augment", "retina.data.shapes.write_shapes"),
+        ("data", "retina.engine.run_folder.open_run"),
+        ("schedule", "torch.optim.lr_scheduler.StepLR"),
+        ("loss.box_loss", "torch.optim.SGD"),
+    ],
+)
+def test_targets_outside_the_allowed_are_refused(section: str, target: str) -> None:
+    fault = fault_of(build, {"_target_": target, "command": "true"}, f"{section}.x" if "." not in section else section)
+    assert "._target_: " in fault
+    assert f"{target} is not allowed" in fault or f"{target} does not exist" in fault
+
+
+def test_nothing_is_imported_to_find_out_that_it_is_not_allowed() -> None:
+    for target in ("antigravity.x", "retina.data.transforms..antigravity.x", "albumentations/../antigravity.x"):
+        assert "is not allowed" in fault_of(build, {"_target_": target}, "augment.x")
+    assert "antigravity" not in sys.modules
+
+
+def test_what_only_pretends_to_be_at_home_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def smooth_l1() -> None: ...
+
+    def pretender() -> None: ...
+
+    for function in (smooth_l1, pretender):
+        function.__module__, function.__qualname__ = "retina.losses.boxes", "smooth_l1"
+    monkeypatch.setattr(retina.losses.boxes, "pretender", pretender, raising=False)
+    monkeypatch.setattr(retina.losses.boxes, "short", functools.partial(print), raising=False)
+    monkeypatch.setattr(retina.losses.boxes, "nameless", lambda: None, raising=False)
+    for name in ("pretender", "short", "nameless"):
+        assert "is not allowed" in fault_of(build, {"_target_": f"retina.losses.boxes.{name}"}, "loss")
+
+
+def test_a_module_of_ones_own_can_be_allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "ones_own_losses.py").write_text("def squared(scale):\n    return scale\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    section = {"_target_": "ones_own_losses.squared", "scale": 3}
+    assert "is not allowed" in fault_of(build, section, "loss")
+    allowed = {**build_module.ALLOWED_TARGETS, "loss": ("retina.losses.", "ones_own_losses.")}
+    monkeypatch.setattr(build_module, "ALLOWED_TARGETS", allowed)
+    assert build(section, "loss") == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ('name: !!python/object/apply:os.system ["touch canary"]', "python/object/apply:os.system"),
+        ("name: !!python/name:os.system", "python/name:os.system"),
+        ("name: [", "expected the node content"),
+        ("name: a\nname: b", "duplicate key"),
+        (f"name: {'[' * 3000}", "recursion"),
+        ("name: ${nowhere:1}", "nowhere"),
+    ],
+)
+def test_a_config_file_that_is_no_plain_yaml(text: str, part: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "theirs.yaml").write_text(f"# @package _global_\n{text}\n")
+    fault = fault_of(compose, "train", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=theirs"])
+    assert part in fault
+    assert " - correct this setting" in fault or " - correct that override or YAML file" in fault
+
+
+def test_a_misspelt_target_names_the_nearest() -> None:
+    fault = fault_of(build, {"_target_": "albumentations.Blurr"}, "augment.blur")
+    assert fault == ("augment.blur._target_: albumentations.Blurr does not exist - did you mean albumentations.Blur?")
+    assert "check its spelling" in fault_of(build, {"_target_": "retina.data.transforms.nowhere.Blur"}, "augment.blur")
+
+
+@pytest.mark.parametrize("section", [None, 3, {}, {"p": 1}, {"_target_": 3}])
+def test_a_section_that_makes_nothing(section: Any) -> None:
+    assert "augment.flip: " in fault_of(build, section, "augment.flip")
+
+
+def test_all_bad_arguments_at_once() -> None:
+    fault = fault_of(build, {"_target_": "albumentations.Blur", "blur_limt": 3, "q": 1}, "augment.blur")
+    assert "augment.blur.blur_limt: no such key - did you mean augment.blur.blur_limit?" in fault
+    assert "augment.blur.q: no such key" in fault
+    section = {"_target_": "retina.data.transforms.ResizeShortSide", "long": 3}
+    fault = fault_of(build, section, "augment.resize")
+    assert "augment.resize.long: no such key - did you mean augment.resize.long_side?" in fault
+    assert "augment.resize.short_side: missing" in fault
+    assert "lrr: no such key" in fault_of(
+        build, {"_target_": "torch.optim.SGD", "_partial_": True, "lrr": 1}, "optimizer"
+    )
+
+
+def test_a_refused_value_is_one_line() -> None:
+    fault = fault_of(build, {"_target_": "albumentations.Blur", "blur_limit": "wide"}, "augment.blur")
+    assert fault.startswith("augment.blur: ")
+    assert "blur_limit" in fault
+    fault = fault_of(call, choose_device, "train.device", name="seven")
+    assert fault.startswith("train.device: device 'seven' does not exist")
+
+
+def test_sweep_names_every_job() -> None:
+    jobs = sweep("train", ["name=lr", "optimizer.lr=0.1,0.2", "model.backbone=resnet18"])
+    assert [job["name"] for job in jobs] == ["lr__optimizer.lr=0.1", "lr__optimizer.lr=0.2"]
+    assert [job["optimizer"]["lr"] for job in jobs] == [0.1, 0.2]
+    jobs = sweep("train", ["data=shapes,coco", "train.seed=range(2)", "data.root='/x/y z'"])
+    assert [job["name"] for job in jobs][:2] == ["shapes__data=shapes,train.seed=0", "shapes__data=shapes,train.seed=1"]
+    assert len({job["name"] for job in jobs}) == 4
+    assert [job["name"] for job in sweep("train", ["name=a,b"])] == ["a", "b"]
+    (job,) = sweep("train", ["data=coco", "data.root='/a/b','/c d'"])[1:]
+    assert job["name"] == "coco__data.root=_c_d_"
+
+
+def test_a_sweep_is_checked_before_its_first_job() -> None:
+    ran: list[Any] = []
+    task = entry("train")(lambda settings: ran.append(settings["name"]))
+    with pytest.raises(SystemExit) as ended:
+        task(["-m", "optimizer=adamw,sgd", "optimizer.momentum=0.5"])
+    assert (ended.value.code, ran) == (2, [])
+    with pytest.raises(SystemExit) as ended:
+        task(["-m", "optimizer.lr=0.1,0.2"])
+    assert (ended.value.code, ran) == (0, ["shapes__optimizer.lr=0.1", "shapes__optimizer.lr=0.2"])
+    assert "list the values" in fault_of(sweep, "train", ["optimizer.lr=interval(0,1)"])
+
+
+def test_no_sweep_over_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "-m: not under torchrun" in fault_of(sweep, "train", ["optimizer.lr=0.1,0.2"])
+
+
+def ending(task: Callable[[dict[str, Any]], int | None], *words: str) -> Any:
+    with pytest.raises(SystemExit) as ended:
+        entry("eval")(task)(list(words))
+    return ended.value.code
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    def faulty(settings: dict[str, Any]) -> None:
+        raise DataError("x.json: it is broken - mend it")
+
+    assert ending(lambda settings: None) == 0
+    assert ending(lambda settings: 3) == 3
+    capsys.readouterr()
+    assert ending(faulty) == 2
+    assert capsys.readouterr() == ("", "error: x.json: it is broken - mend it\n")
+    assert ending(faulty, "traceback=true") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_fault_is_one_harmless_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def faulty(settings: dict[str, Any]) -> None:
+        raise OSError(5, "broken\x1b[31m", "a\nb\x1b]0;title\x07.txt")
+
+    assert ending(faulty) == 2
+    expected = "error: a\\nb\\x1b]0;title\\x07.txt: broken\\x1b[31m - make room or correct the path\n"
+    assert capsys.readouterr() == ("", expected)
+
+
+def test_handlers_are_the_programs_only_while_it_runs() -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    seen: list[Any] = []
+    assert ending(lambda settings: seen.extend(signal.getsignal(number) for number in numbers)) == 0
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert all(handler not in before for handler in seen)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_start_up_at_once(
+    number: signal.Signals, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """At a random instant after the program has begun: while torch is loaded, data is made or the model is built."""
+    words = ["runs=runs", "data.root=shapes", "model.backbone=resnet18", "train.device=cpu", "experiment=smoke"]
+    process = start("-v", CONFIGS.parent / "tools" / "train.py", *words, cwd=tmp_path)
+    assert process.stderr is not None
+    for line in process.stderr:  # -v names the modules as they are imported: the handlers are set before this one is
+        if line.startswith("import 'torch.") or ("matches" in line and "/torch/" in line):
+            break
+    time.sleep(random.Random(number).uniform(0, 3))
+    process.send_signal(number)
+    sent = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err[-2000:]
+    assert time.monotonic() - sent < 10
+    assert "Traceback" not in err
+    assert "KeyboardInterrupt" not in err
+
+
+def test_many_faulty_records_are_listed_beside_the_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def faulty(settings: dict[str, Any]) -> None:
+        raise RecordsError([f"x.json: record {i}: bad" for i in range(25)])
+
+    assert ending(faulty) == 2
+    out, err = capsys.readouterr()
+    assert err == "error: x.json: record 0: bad (and 24 more)\n"
+    assert out.splitlines()[19] == "x.json: record 19: bad (and 5 more like it)"
+
+
+def test_defaults_are_added_to_what_is_typed() -> None:
+    seen: list[dict[str, Any]] = []
+    task = entry("train", default=lambda typed: [] if typed else ["experiment=shapes"])(
+        lambda settings: seen.append(settings)
+    )
+    for words in ([], ["data=coco"]):
+        with pytest.raises(SystemExit):
+            task(words)
+    assert [settings["data"]["name"] for settings in seen] == ["shapes", "coco"]
+    assert seen[0]["model"]["backbone"] == "resnet18"
+    assert seen[1]["model"]["backbone"] == "resnet50"
+
+
+def test_cfg_job_prints_and_does_nothing(tool: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool("infer", "--cfg", "job") == 0
+    assert "checkpoint: ???" in capsys.readouterr().out
+    assert tool("train", "name=x", "--cfg", "job", "--resolve", "data=coco") == 0
+    out = capsys.readouterr().out
+    assert "name: x\n" in out
+    assert "${" not in out
+    assert tool("train", "--help") == 0
+    assert "torchrun" in capsys.readouterr().out
+    assert tool("train", "--multi") == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --multi - see --help\n"
+
+
+def test_mistakes_are_told_before_torch_is_loaded(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    commands = [
+        ["train", "optimiser.lr=0.1"],
+        ["train", "data=cocoo"],
+        ["train", "train.batch_size=x"],
+        ["train", "data.short_side=x"],
+        ["eval", "batch_size=x", "checkpoint=y"],
+        ["eval"],
+        ["infer", "checkpoint=y", "source=nowhere"],
+        ["infer", "checkpoint=y", "source=nowhere", "score_threshold=2"],
+    ]
+    script = f"""
+import runpy, sys
+for name, *words in {commands!r}:
+    sys.argv = [name, *words]
+    try:
+        runpy.run_path(f"{CONFIGS.parent}/tools/{{name}}.py", run_name="__main__")
+    except SystemExit as ended:
+        assert ended.code == 2, (name, words, ended.code)
+print([name for name in ("torch", "torchvision", "albumentations") if name in sys.modules])
+"""
+    process = start("-c", script, cwd=tmp_path)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out == "[]\n"
+    assert [line.partition(":")[0] for line in err.splitlines()] == ["error"] * len(commands), err
+    assert not list(tmp_path.iterdir())
+
+
+def test_configs_folder_is_the_one_beside_the_tools() -> None:
+    assert Path(compose_module.__file__).parents[2] / "configs" == CONFIGS
+    assert (CONFIGS / "train.yaml").is_file()

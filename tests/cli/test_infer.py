@@ -1,0 +1,393 @@
+"""Pictures and records of a folder, an image or a glob; the unreadable is told; nothing of the user's is touched."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import Capture, Tool, digest, one_line
+from PIL import Image
+
+import retina
+from retina.cli.journal import Done, read_done
+from retina.data.images import read_image
+from retina.model.weights import load_detector, save_detector
+
+
+@pytest.fixture
+def photos(tiny_data: Path, tmp_path: Path) -> Path:
+    """a.jpg, sub/b.png, sub/deep/c.JPG and a text that is no image."""
+    files = sorted((tiny_data / "val").iterdir())
+    root = tmp_path / "photos"
+    (root / "sub" / "deep").mkdir(parents=True)
+    shutil.copy(files[0], root / "a.jpg")
+    Image.fromarray(read_image(files[1])).save(root / "sub" / "b.png")
+    shutil.copy(files[2], root / "sub" / "deep" / "c.JPG")
+    (root / "notes.txt").write_text("mine")
+    return root
+
+
+def records(output: Path) -> list[dict[str, Any]]:
+    found = json.loads((output / "detections.json").read_text())
+    assert isinstance(found, list)
+    return found
+
+
+def test_a_folder_is_mirrored(tool: Tool, trained_run: Path, photos: Path, tmp_path: Path, capsys: Capture) -> None:
+    before, output = digest(photos), tmp_path / "out"
+    words = [f"checkpoint={trained_run}", f"source={photos}", "batch_size=1"]
+    assert tool("infer", *words, f"output={output}") == 0
+    assert digest(photos) == before
+    assert sorted(digest(output)) == ["a.jpg", "detections.json", "sub/b.png", "sub/deep/c.JPG"]
+    out, err = capsys.readouterr()
+    total = sum(len(record["boxes"]) for record in records(output))
+    assert (out, err) == (f"3 images, {total} objects of score 0.3 or more: {output}\n", "")
+
+    detector = retina.load(trained_run)
+    for record in records(output):
+        image = read_image(photos / record["file_name"])
+        assert (record["height"], record["width"]) == image.shape[:2]
+        (found,) = detector.predict([image], score_threshold=0.3)
+        assert len(found.scores) > 0
+        np.testing.assert_allclose(record["boxes"], found.boxes, rtol=0, atol=1e-3)
+        np.testing.assert_allclose(record["scores"], found.scores, rtol=0, atol=1e-5)
+        assert record["classes"] == [detector.classes[k] for k in found.labels]
+        drawn = read_image(output / record["file_name"])
+        assert max(drawn.shape) == 768
+    assert [record["file_name"] for record in records(output)] == ["a.jpg", "sub/b.png", "sub/deep/c.JPG"]
+
+    assert tool("infer", *words, f"output={output}", "score_threshold=0.9") == 0  # an earlier inference is replaced
+    assert all(score > 0.9 for record in records(output) for score in record["scores"])
+
+
+def test_one_image_and_a_glob(
+    tool: Tool, trained_run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [f"checkpoint={trained_run}", "pictures=false"]
+    assert tool("infer", *words, f"source={photos}/sub/b.png", f"output={tmp_path}/one") == 0
+    assert [record["file_name"] for record in records(tmp_path / "one")] == ["b.png"]
+    assert list(digest(tmp_path / "one")) == ["detections.json"]
+    monkeypatch.chdir(photos)
+    assert tool("infer", *words, 'source="**/*.[jp][pn]g"', "output=../two") == 0
+    assert [record["file_name"] for record in records(tmp_path / "two")] == ["a.jpg", "sub/b.png"]
+    assert tool("infer", *words, "source=sub/*/*", "output=../three") == 0
+    assert [record["file_name"] for record in records(tmp_path / "three")] == ["c.JPG"]
+
+
+def test_an_unreadable_file_is_told_and_the_rest_is_done(
+    tool: Tool, trained_run: Path, photos: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (photos / "b_broken.jpg").write_bytes((photos / "a.jpg").read_bytes()[:500])
+    (photos / "c_empty.png").write_bytes(b"")
+    output = tmp_path / "out"
+    assert tool("infer", f"checkpoint={trained_run}", f"source={photos}", f"output={output}") == 3
+    out, err = capsys.readouterr()
+    assert out.startswith("3 images, ")
+    lines = err.splitlines()
+    assert [line.split(": ")[1] for line in lines] == [f"{photos}/b_broken.jpg", f"{photos}/c_empty.png"]
+    assert all(line.startswith("skipped: ") for line in lines)
+    assert len(records(output)) == 3
+    assert sorted(digest(output)) == ["a.jpg", "detections.json", "failed.txt", "sub/b.png", "sub/deep/c.JPG"]
+    assert (output / "failed.txt").read_text().splitlines()[1:] == [line.removeprefix("skipped: ") for line in lines]
+
+    (tmp_path / "bad").mkdir()
+    shutil.copy(photos / "c_empty.png", tmp_path / "bad")
+    assert tool("infer", f"checkpoint={trained_run}", f"source={tmp_path}/bad", f"output={tmp_path}/none") == 3
+    assert records(tmp_path / "none") == []
+
+
+def test_output_inside_the_source_is_not_fed_back(tool: Tool, trained_run: Path, photos: Path) -> None:
+    words = [f"checkpoint={trained_run}", f"source={photos}", f"output={photos}/found"]
+    for _ in range(2):
+        assert tool("infer", *words) == 0
+        assert [record["file_name"] for record in records(photos / "found")] == ["a.jpg", "sub/b.png", "sub/deep/c.JPG"]
+
+
+def test_formats_that_cannot_be_written_become_jpeg(
+    tool: Tool, trained_run: Path, photos: Path, tmp_path: Path
+) -> None:
+    (photos / "a.jpg").rename(photos / "a.dat")
+    words = [f"checkpoint={trained_run}", f"source={photos}/a.dat", f"output={tmp_path}/out"]
+    assert tool("infer", *words) == 0
+    assert tool("infer", *words) == 0
+    assert sorted(digest(tmp_path / "out")) == ["a.dat.jpg", "detections.json"]
+
+
+def test_users_images_are_never_overwritten(tool: Tool, trained_run: Path, photos: Path, capsys: Capture) -> None:
+    checkpoint = f"checkpoint={trained_run}"
+    (photos / "sub2").mkdir()
+    (photos / "sub2" / "b.png").write_text("mine")
+    before = digest(photos)
+    for source, output, problem in [
+        (photos, photos, "holds the source"),
+        (f"{photos}/*.jpg", photos, "holds the source"),
+        (photos / "sub" / "deep", photos, "holds the source"),
+        (photos / "sub", photos / "sub2", "holds other files"),
+        (photos, photos / "a.jpg", "cannot be written"),
+        (photos, photos / "a.jpg" / "out", "cannot be written"),
+    ]:
+        assert tool("infer", checkpoint, f"source={source}", f"output={output}") == 2
+        assert problem in one_line(capsys)
+    assert digest(photos) == before
+
+    # a folder that passes for that of an earlier inference
+    (photos / "sub2" / "detections.json").write_text(json.dumps([{"file_name": "x.jpg"}]))
+    before = digest(photos)
+    assert tool("infer", checkpoint, f"source={photos}/sub", f"output={photos}/sub2") == 2
+    assert "would be overwritten" in one_line(capsys)
+    assert digest(photos) == before
+
+
+def test_mistakes_are_one_line(tool: Tool, trained_run: Path, photos: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "empty").mkdir()
+    checkpoint, source, output = f"checkpoint={trained_run}", f"source={photos}", f"output={tmp_path}/out"
+    for words, parts in [
+        ([], ["checkpoint: missing", "source: missing"]),
+        ([checkpoint, f"source={tmp_path}/nowhere"], ["nowhere: no images there"]),
+        ([checkpoint, f"source={tmp_path}/empty"], ["empty: no images there"]),
+        ([checkpoint, f"source={tmp_path}/*.jpg"], ["*.jpg: no images there"]),
+        ([f"checkpoint={tmp_path}/nowhere", source], ["nowhere: no such file"]),
+        ([checkpoint, source, "score_threshold=1.5"], ["score_threshold: 1.5"]),
+        ([checkpoint, source, "score_threshold=high"], ["score_threshold: 'high' is of the wrong type - give float"]),
+        ([checkpoint, source, "batch_size=0"], ["batch_size: 0"]),
+        ([checkpoint, source, "max_pixels=0"], ["max_pixels: 0"]),
+        ([checkpoint, source, "device=tpu7"], ["device: "]),
+        ([checkpoint, source, "precision=int8"], ["precision: 'int8'"]),
+        ([checkpoint, source, "treshold=1"], ["treshold: no such key"]),
+    ]:
+        assert tool("infer", *words, output) == 2, words
+        line = one_line(capsys)
+        assert all(part in line for part in parts), (words, line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_share_the_work(tool: Tool, trained_run: Path, tmp_path: Path, two_processes: Path) -> None:
+    words = [f"checkpoint={trained_run}", f"source={two_processes}/photos", "batch_size=1", "device=cpu"]
+    assert tool("infer", *words, f"output={tmp_path}/one") == 3
+    one, two = records(tmp_path / "one"), records(two_processes / "infer")
+    assert [record["file_name"] for record in one] == [record["file_name"] for record in two]
+    assert [record["classes"] for record in one] == [record["classes"] for record in two]
+    for ours, theirs in zip(one, two, strict=True):
+        np.testing.assert_allclose(ours["boxes"], theirs["boxes"], rtol=0, atol=1e-3)
+    assert [record["picture"] for record in one] == [record["picture"] for record in two]
+    assert digest(tmp_path / "one").keys() == digest(two_processes / "infer").keys()
+    assert (two_processes / "out.txt").read_text().splitlines()[-1].startswith("5 images, ")
+    skipped = [line for line in (two_processes / "err.txt").read_text().splitlines() if line.startswith("skipped: ")]
+    assert [line.split(": ")[1] for line in skipped] == ["photos/broken.jpg"]
+
+
+def test_exactly_the_bad_files_are_told(
+    tool: Tool, trained_run: Path, tiny_data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """Of 50 images one is cut off, one empty, one a text, one a pipe, and one has more pixels than allowed."""
+    good, source, output = sorted((tiny_data / "val").iterdir()), tmp_path / "photos", tmp_path / "out"
+    source.mkdir()
+    for number in range(50):
+        shutil.copy(good[number % 5], source / f"{number:02}.jpg")
+    bad = ["03.jpg", "17.jpg", "18.jpg", "30.jpg", "49.jpg"]
+    (source / bad[0]).write_bytes(good[0].read_bytes()[:900])
+    (source / bad[1]).write_bytes(b"")
+    (source / bad[2]).write_text("no image")
+    (source / bad[3]).unlink()
+    os.mkfifo(source / bad[3])
+    Image.new("RGB", (400, 300)).save(source / bad[4])
+    words = [f"checkpoint={trained_run}", f"source={source}", f"output={output}", "pictures=false", "max_pixels=99999"]
+    signal.alarm(60)  # a pipe would block for ever
+    assert tool("infer", *words) == 3
+    signal.alarm(0)
+    out, err = capsys.readouterr()
+    assert out.startswith("45 images, ")
+    assert [line.split(": ")[1] for line in err.splitlines()] == [f"{source}/{name}" for name in bad]
+    assert [record["file_name"] for record in records(output)] == [f.name for f in good_names(source, bad)]
+    assert (output / "failed.txt").read_text().count("\n") == 6
+    for name in bad:
+        (source / name).unlink()
+    assert tool("infer", *words) == 0
+    assert sorted(digest(output)) == ["detections.json"]
+
+
+def good_names(source: Path, bad: list[str]) -> list[Path]:
+    return [file for file in sorted(source.iterdir()) if file.name not in bad]
+
+
+def test_pictures_of_similar_names_stand_side_by_side(
+    tool: Tool, trained_run: Path, photos: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "names"
+    for name in ("a/x.jpg", "b/x.jpg", "x.jpg", "x.JPG", "x.png", "x.dat", "x.dat.jpg"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos / "a.jpg", source / name)
+    assert tool("infer", f"checkpoint={trained_run}", f"source={source}/**/*.*", f"output={tmp_path}/out") == 0
+    told = {record["file_name"]: record["picture"] for record in records(tmp_path / "out")}
+    assert len(told) == 7
+    assert sorted(digest(tmp_path / "out")) == sorted([*told.values(), "detections.json"])
+    assert len({picture.casefold() for picture in told.values()}) == 7
+
+
+def test_a_picture_that_its_format_cannot_hold_is_told(
+    tool: Tool, trained_run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "long").mkdir()
+    Image.new("RGB", (16390, 3)).save(tmp_path / "long" / "a.png")
+    (tmp_path / "long" / "a.png").rename(tmp_path / "long" / "a.webp")  # WebP ends at 16383 pixels
+    Image.new("RGB", (30, 30)).save(tmp_path / "long" / "b.png")
+    words = [f"checkpoint={trained_run}", f"source={tmp_path}/long"]
+    assert tool("infer", *words, f"output={tmp_path}/out") == 3
+    assert "a.webp: no picture of it as .webp" in capsys.readouterr().err
+    assert [record.get("picture") for record in records(tmp_path / "out")] == [None, "b.png"]
+
+
+def test_a_model_that_has_diverged_is_refused(
+    tool: Tool, trained_run: Path, photos: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    model, card = load_detector(trained_run / "best.safetensors", torch.device("cpu"))
+    with torch.no_grad():
+        model.head.box.predict.weight.fill_(3e38)  # finite by itself
+    save_detector(tmp_path / "huge.safetensors", model.state_dict(), card)
+    words = [f"checkpoint={tmp_path}/huge.safetensors", f"source={photos}", f"output={tmp_path}/out"]
+    assert tool("infer", *words) == 2
+    assert "predicted boxes have a score or side that is not a finite number - the model has" in one_line(capsys)
+
+
+class Runs:
+    """Inferences over 24 images and a broken one, two at a time, in processes of their own that can be killed.
+
+    They are forks of this process, which has torch loaded already; one by one they would need seconds to start."""
+
+    def __init__(self, main: Callable[[list[str]], None], run: Path, source: Path, folder: Path) -> None:
+        self.main, self.folder = main, folder
+        self.words = [f"checkpoint={run}", f"source={source}", "batch_size=2", "device=cpu"]
+
+    def start(self, output: Path, *words: str, environment: dict[str, str] | None = None) -> Any:
+        def task() -> None:
+            os.environ.update(environment or {})
+            self.main([*self.words, f"output={output}", *words])
+
+        process = get_context("fork").Process(target=task, daemon=True)
+        process.start()
+        return process
+
+    def finish(self, output: Path, *words: str) -> dict[str, str]:
+        """What lies in the output in the end."""
+        process = self.start(output, *words)
+        process.join(120)
+        assert process.exitcode == 3
+        return digest(output)
+
+    def kill(self, output: Path, when: Callable[[], bool]) -> bool:
+        """Kills an inference as soon as `when()`; False when it was through before."""
+        process = self.start(output)
+        while process.is_alive() and not when():
+            time.sleep(0.0005)
+        process.kill()
+        process.join()
+        return process.exitcode == -signal.SIGKILL
+
+
+@pytest.fixture
+def runs(load: Callable[[str], ModuleType], trained_run: Path, tiny_data: Path, tmp_path: Path) -> Runs:
+    good, source = sorted((tiny_data / "val").iterdir()), tmp_path / "photos"
+    for number in range(24):
+        file = source / f"{number % 3}" / f"{number:02}.{'jpg' if number % 4 else 'png'}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(good[number % 5], file)
+    (source / "1" / "broken.jpg").write_bytes(b"")
+    return Runs(load("infer").main, trained_run, source, tmp_path)
+
+
+def noted(output: Path) -> dict[str, Done]:
+    """Done batches of an interrupted inference, by key."""
+    return read_done(output) if (output / ".infer").is_dir() else {}
+
+
+def done_pictures(output: Path) -> list[str]:
+    return [record["picture"] for batch in noted(output).values() for record in batch.records]
+
+
+def stamps(output: Path, pictures: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Which file, written when, each picture is."""
+    states = {picture: (output / picture).stat() for picture in pictures}
+    return {picture: (state.st_ino, state.st_mtime_ns) for picture, state in states.items()}
+
+
+def moments(output: Path, kills: int, randomness: random.Random) -> Iterator[Callable[[], bool]]:
+    """When to kill: some batches further, every second time as soon as a file is being written."""
+    for kill in range(kills):
+        wanted = len(noted(output)) + (1 if kills > 2 else 2)
+        delay = randomness.uniform(0, 0.02)
+
+        def reached(kill: int = kill, wanted: int = wanted, delay: float = delay) -> bool:
+            if len(noted(output)) < wanted:
+                return False
+            if kill % 2:
+                return any((output / ".infer").glob("*.tmp"))
+            time.sleep(delay)
+            return True
+
+        yield reached
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_and_started_again_it_ends_with_the_same_bytes(
+    runs: Runs, tmp_path: Path, kills: int, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("tried", kills)
+    expected = runs.finish(tmp_path / "clean")
+    assert len(expected) == 24 + 2
+    output, done, killed = tmp_path / "killed", {}, 0
+    for moment in moments(output, kills, random.Random(kills)):
+        killed += runs.kill(output, moment)
+        assert stamps(output, done) == done, "done images are not done again"
+        there = {name: code for name, code in digest(output).items() if not name.startswith(".infer/")}
+        assert there.items() <= expected.items(), "a picture is there whole or not at all"
+        done = stamps(output, done_pictures(output))
+    assert killed == kills
+    assert 0 < len(done) < 24
+    assert runs.finish(output) == expected
+    assert done == {
+        picture: (state.st_ino, state.st_mtime_ns) for picture in done for state in [(output / picture).stat()]
+    }
+    assert not (output / ".infer").exists()
+
+
+def test_what_was_done_under_other_settings_is_done_again(runs: Runs, tmp_path: Path) -> None:
+    clean, output = tmp_path / "clean", tmp_path / "killed"
+    expected = runs.finish(clean, "score_threshold=0.95")
+    assert runs.kill(output, lambda: len(noted(output)) > 2)
+    records = [record for batch in noted(output).values() for record in batch.records]
+    assert min(score for record in records for score in record["scores"]) < 0.95
+    assert runs.finish(output, "score_threshold=0.95") == expected
+
+
+def test_two_processes_killed_and_one_that_goes_on(runs: Runs, tmp_path: Path) -> None:
+    expected = runs.finish(tmp_path / "clean")
+    output = tmp_path / "killed"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = [runs.start(output, environment=group | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    journals = [output / ".infer" / f"{rank}.jsonl" for rank in range(2)]
+    while all(process.is_alive() for process in processes) and not all(
+        journal.is_file() and b"key" in journal.read_bytes() for journal in journals
+    ):
+        time.sleep(0.001)
+    for process in processes:
+        process.kill()
+    assert [(process.join(), process.exitcode) for process in processes] == [(None, -signal.SIGKILL)] * 2
+    done = stamps(output, done_pictures(output))
+    assert len(done) >= 4
+    assert runs.finish(output) == expected
+    assert done == {
+        picture: (state.st_ino, state.st_mtime_ns) for picture in done for state in [(output / picture).stat()]
+    }

@@ -1,0 +1,185 @@
+"""The output folder of an inference: what is done is known after any kill, and nothing of the user's is touched."""
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import digest
+
+from retina.cli.journal import (
+    FAILED_TITLE,
+    Batch,
+    Done,
+    cut_batches,
+    finish,
+    note,
+    open_journal,
+    open_output,
+    read_done,
+    write_whole,
+)
+from retina.cli.sources import Source, name_sources
+from retina.errors import ConfigError
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[Source]:
+    (tmp_path / "in").mkdir()
+    files = [tmp_path / "in" / f"{name}.jpg" for name in "abcdefg"]
+    for file in files:
+        file.write_text(file.name)
+    return name_sources(tmp_path / "in", files)
+
+
+def keys(sources: list[Source], batch_size: int = 2, **settings: Any) -> list[str]:
+    return [batch.key for batch in cut_batches(sources, batch_size, settings)]
+
+
+def test_batches_are_cut_in_order(sources: list[Source]) -> None:
+    batches = cut_batches(sources, 3, {})
+    assert [[source.name[0] for source in batch.sources] for batch in batches] == [[*"abc"], [*"def"], ["g"]]
+    assert len({batch.key for batch in batches}) == 3
+
+
+def test_a_key_is_of_all_that_matters_to_its_batch_and_of_nothing_else(sources: list[Source]) -> None:
+    before = keys(sources, threshold=0.3)
+    assert keys(sources, threshold=0.3) == before
+    assert not set(keys(sources, threshold=0.4)) & set(before)
+    assert not set(keys(sources, 3, threshold=0.3)[:2]) & set(before)
+    assert keys(sources[:-1], threshold=0.3) == before[:-1]
+    renamed = [sources[0], sources[1]._replace(picture="other.jpg"), *sources[2:]]
+    assert [a == b for a, b in zip(keys(renamed, threshold=0.3), before, strict=True)] == [False, True, True, True]
+    status = sources[6].file.stat()
+    os.utime(sources[6].file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert [a == b for a, b in zip(keys(sources, threshold=0.3), before, strict=True)] == [True, True, True, False]
+    sources[2].file.unlink()
+    assert [a == b for a, b in zip(keys(sources, threshold=0.3), before, strict=True)] == [True, False, True, False]
+
+
+def done(batch: Batch) -> Done:
+    records = [
+        {"file_name": source.name, "boxes": [[0.1, 1 / 3]], "picture": source.picture} for source in batch.sources
+    ]
+    return Done(batch.key, records, [f"{source.name}: \udcff odd" for source in batch.sources])
+
+
+def test_a_journal_cut_off_anywhere_tells_of_the_batches_before(sources: list[Source], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    batches = cut_batches(sources, 3, {})
+    results = {batch.key: done(batch) for batch in batches}
+    with open_output(output, []):
+        for source in sources:
+            write_whole(output, source.picture, b"picture")
+        with open_journal(output, 0) as journal:
+            for one in results.values():
+                note(journal, one)
+        assert read_done(output) == results
+        file = output / ".infer" / "0.jsonl"
+        whole = file.read_bytes()
+        begin = whole.index(batches[2].key.encode())
+        for length in range(begin, len(whole) - 1, 7):
+            file.write_bytes(whole[:length])
+            assert list(read_done(output)) == [batch.key for batch in batches[:2]]
+            with open_journal(output, 0) as journal:
+                note(journal, results[batches[2].key])
+            assert read_done(output) == results
+        file.write_bytes(whole[: begin // 2])
+        with open_journal(output, 1) as journal:  # another process's
+            note(journal, results[batches[2].key])
+        assert batches[2].key in read_done(output)
+        (output / "g.jpg").unlink()
+        assert batches[2].key not in read_done(output)
+
+
+def test_an_output_is_clean_at_the_end_and_the_users_files_stay(sources: list[Source], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / ".infer").mkdir(parents=True)  # all that a kill left
+    (output / ".infer" / "0f.tmp").write_text("half a picture")
+    (output / ".infer" / "mine.txt").write_text("mine")
+    record = {"file_name": "a.jpg", "picture": "a.jpg"}
+    for faults, files in [
+        (["b.jpg: broken"], [".infer/mine.txt", "a.jpg", "detections.json", "failed.txt"]),
+        ([], [".infer/mine.txt", "a.jpg", "detections.json"]),
+    ]:
+        with open_output(output, ["a.jpg"]):
+            assert not list((output / ".infer").glob("*.tmp"))
+            write_whole(output, "a.jpg", b"picture")
+            finish(output, [record], faults)
+        assert sorted(digest(output)) == files
+        assert json.loads((output / "detections.json").read_text()) == [record]
+        if faults:
+            assert (output / "failed.txt").read_text() == f"{FAILED_TITLE}\nb.jpg: broken\n"
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
+    (tmp_path / ".infer").mkdir()
+    write_whole(tmp_path, "sub/a.jpg", b"old")
+    with (tmp_path / "sub" / "a.jpg").open("rb") as old:
+        write_whole(tmp_path, "sub/a.jpg", b"new")
+        assert old.read() == b"old", "who reads it meanwhile sees the old file to its end"
+    assert (tmp_path / "sub" / "a.jpg").read_bytes() == b"new"
+    (tmp_path / "sub" / "b.jpg").mkdir()
+    with pytest.raises(OSError, match=r"b\.jpg"):
+        write_whole(tmp_path, "sub/b.jpg", b"new")
+    assert list((tmp_path / ".infer").iterdir()) == []
+
+
+def refused(output: Path, *pictures: str) -> str:
+    with pytest.raises(ConfigError) as caught, open_output(output, pictures):
+        pass
+    return str(caught.value)
+
+
+def test_what_is_in_the_way_is_refused(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "detections.json").write_text('[{"file_name": "a.gif", "picture": "a.gif.jpg"}]')
+    for name in ("a.gif.jpg", "b.jpg"):
+        (output / name).write_text("picture")
+    with open_output(output, ["a.gif.jpg", "c.jpg"]):
+        pass
+    assert "b.jpg is there already and would be overwritten" in refused(output, "a.gif.jpg", "b.jpg")
+    (tmp_path / "elsewhere").mkdir()
+    (output / "sub").symlink_to("../elsewhere")
+    assert "sub leads out of" in refused(output, "sub/x.jpg")
+    assert "sub/deep leads out of" in refused(output, "sub/deep/x.jpg")
+    for name in ("detections.json", ".INFER", "failed.txt"):
+        assert "rename it" in refused(output, f"{name}/x.jpg")
+    (output / "failed.txt").write_text("my notes")
+    assert "failed.txt is there already" in refused(output, "c.jpg")
+    (output / "failed.txt").unlink()
+    (output / "loop").symlink_to("loop")
+    assert "loop" in refused(output, "loop/x.jpg", "loop")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", '[{"file_name": "a.jpg"}]', '[{"file_name": "a.jpg", "picture": 3}, {"file_name": "", "picture": []}]'],
+)
+def test_odd_records_of_an_earlier_inference(tmp_path: Path, content: str) -> None:
+    (tmp_path / "detections.json").write_text(content)
+    (tmp_path / "a.jpg").write_text("mine")
+    fault = refused(tmp_path, "a.jpg")
+    assert "would be overwritten" in fault or "holds other files" in fault
+
+
+def _open(output: Path) -> None:
+    assert "is being written by another inference" in refused(output, "a.jpg")
+
+
+def test_two_inferences_do_not_write_at_the_same_time(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for expected in (0, 1):
+        process = context.Process(target=_open, args=(tmp_path,))
+        if expected == 0:
+            with open_output(tmp_path, ["a.jpg"]):
+                process.start()
+                process.join()
+        else:
+            process.start()
+            process.join()
+        assert process.exitcode == expected

@@ -1,0 +1,199 @@
+"""The YOLO reader: lines, layouts, every fault with its file and line."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from retina.data.convert.records import Object, Reading
+from retina.data.convert.yolo import label_path, parse_line, read_yolo
+from retina.errors import DataError
+
+SIZE = (100, 200)  # height, width
+CLASSES = ("cat", "dog")
+
+
+def add(image: Path, labels: str | None = None) -> None:
+    image.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", SIZE[::-1], (20, 90, 160)).save(image)
+    if labels is not None:
+        file = label_path(image)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(labels)
+
+
+def read_one(root: Path, labels: str) -> Reading:
+    """Read a data set whose training image has the given labels."""
+    add(root / "images" / "train" / "a.png", labels)
+    add(root / "images" / "val" / "b.png")
+    (root / "classes.txt").write_text("cat\ndog\n")
+    return read_yolo(root)
+
+
+def names(reading: Reading) -> tuple[list[str], list[str]]:
+    return [record.file_name for record in reading.train], [record.file_name for record in reading.val]
+
+
+def test_lines() -> None:
+    assert parse_line("1 0.5 0.5 0.25 0.5", SIZE, CLASSES) == Object("dog", (75, 25, 125, 75))
+    assert parse_line("0 0.1 0.2 0.5 0.1 0.3 0.9", SIZE, CLASSES) == Object("cat", (20, 10, 100, 90))
+    assert parse_line("0.0 0.5 0.5 1 1", SIZE, CLASSES) == Object("cat", (0, 0, 200, 100))
+
+
+def test_overhang_of_a_pixel_is_clipped() -> None:
+    assert parse_line("0 0.5 0.5 1.005 1.0000001", SIZE, CLASSES) == Object("cat", (0, 0, 200, 100))
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("0 0.5 0.5 x 0.1", "'x' is not a number"),
+        ("cat 0.5 0.5 0.1 0.1", "'cat' is not a number"),
+        ("0 0.5 0.5 0.1", "4 numbers"),
+        ("0 0.5 0.5 0.1 0.1 0.9", "6 numbers"),
+        ("0 0.1 0.1 0.2 0.2 0.3 0.3 0.4", "8 numbers"),
+        ("2 0.5 0.5 0.1 0.1", "class 2 is not in 0..1"),
+        ("-1 0.5 0.5 0.1 0.1", "class -1 is not in 0..1"),
+        ("0.5 0.5 0.5 0.1 0.1", "class 0.5 is not in 0..1"),
+        ("nan 0.5 0.5 0.1 0.1", "class nan is not in 0..1"),
+        ("0 nan 0.5 0.1 0.1", "nan is outside [0, 1]"),
+        ("0 0.5 inf 0.1 0.1", "inf is outside [0, 1]"),
+        ("0 120 50 20 20", "120 is outside [0, 1]"),
+        ("0 0.5 0.5 0.1 -0.1", "-0.1 is outside [0, 1]"),
+        ("0 0.1 0.1 0.2 0.2 1.5 0.3", "1.5 is outside [0, 1]"),
+        ("0 0.5 0.5 0 0.1", "has no area (width 0, height 10)"),
+        ("0 0.1 0.1 0.2 0.1 0.3 0.1", "has no area"),
+        ("0 0.95 0.5 0.2 0.1", "leaves the image of 200x100 by 10 px"),
+    ],
+)
+def test_faults_name_file_and_line(tmp_path: Path, line: str, problem: str) -> None:
+    reading = read_one(tmp_path, f"0 0.5 0.5 0.1 0.1\n\n{line}\n1 0.5 0.5 0.2 0.2")
+    (fault,) = reading.faults
+    file = tmp_path / "labels" / "train" / "a.txt"
+    assert (fault.file, fault.line) == (file, 3)
+    assert problem in fault.problem
+    assert str(fault).startswith(f"{file}:3: ")
+    assert " - " in str(fault)
+    assert [item.name for item in reading.train[0].objects] == ["cat", "dog"]
+
+
+def test_empty_and_missing_labels_are_negative_images(tmp_path: Path) -> None:
+    reading = read_one(tmp_path, "\n")
+    assert reading.train[0].objects == ()
+    assert reading.val[0].objects == ()
+    assert reading.faults == ()
+
+
+def test_no_label_file_at_all_is_no_set_of_negatives(tmp_path: Path) -> None:
+    add(tmp_path / "images" / "train" / "a.png")
+    add(tmp_path / "images" / "val" / "b.png")
+    with pytest.raises(DataError, match="no image has a label file"):
+        read_yolo(tmp_path, classes=["cat"])
+
+
+def test_labels_without_image_broken_images_and_binary_labels(tmp_path: Path) -> None:
+    add(tmp_path / "images" / "train" / "a.png", "0 0.5 0.5 0.1 0.1")
+    add(tmp_path / "images" / "train" / "broken.jpg", "0 0.5 0.5 0.1 0.1")
+    (tmp_path / "images" / "train" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    add(tmp_path / "images" / "val" / "b.png", "")
+    labels = tmp_path / "labels"
+    (labels / "train" / "lost.txt").write_text("0 0.5 0.5 0.1 0.1")
+    (labels / "train" / "classes.txt").write_text("cat\n")
+    (labels / "val" / "b.txt").write_bytes(b"\xff\xfe\x00")
+    faults = read_yolo(tmp_path, classes=["cat"]).faults
+    assert [(fault.file, fault.line) for fault in faults] == [
+        (labels / "train" / "lost.txt", 1),
+        (labels / "train" / "broken.txt", 1),
+        (labels / "val" / "b.txt", 1),
+    ]
+    for fault, word in zip(faults, ["missing image", "cannot be decoded", "not UTF-8"], strict=True):
+        assert word in fault.problem
+
+
+def test_label_path_replaces_the_last_images() -> None:
+    assert label_path(Path("/images/set/images/train/a.b.jpg")) == Path("/images/set/labels/train/a.b.txt")
+    assert label_path(Path("set/a.jpg")) == Path("set/a.txt")
+
+
+def test_sub_folders_stay_apart(tmp_path: Path) -> None:
+    for sub, labels in (("x", "0 0.5 0.5 0.1 0.1"), ("y", "1 0.5 0.5 0.2 0.2")):
+        add(tmp_path / "images" / "train" / sub / "a.png", labels)
+    add(tmp_path / "images" / "val" / "a.png")
+    reading = read_yolo(tmp_path, classes=CLASSES)
+    assert names(reading) == (["x/a.png", "y/a.png"], ["a.png"])
+    assert [record.objects[0].name for record in reading.train] == ["cat", "dog"]
+
+
+def test_other_folder_layouts(tmp_path: Path) -> None:
+    add(tmp_path / "one" / "train" / "images" / "a.png", "0 0.5 0.5 0.1 0.1")
+    add(tmp_path / "one" / "valid" / "images" / "b.png", "0 0.5 0.5 0.1 0.1")
+    reading = read_yolo(tmp_path / "one", classes=CLASSES)
+    assert names(reading) == (["a.png"], ["b.png"])
+    assert len(reading.val[0].objects) == 1
+
+    for i in range(5):
+        add(tmp_path / "two" / "images" / f"{i}.png", "0 0.5 0.5 0.1 0.1")
+    first, second = (names(read_yolo(tmp_path / "two", classes=CLASSES, val_fraction=0.4)) for _ in range(2))
+    assert first == second
+    assert len(first[1]) == 2
+    assert sorted(first[0] + first[1]) == [f"{i}.png" for i in range(5)]
+
+
+@pytest.mark.parametrize("table", ["names: [no, dog]", "names: {1: dog, 0: no}"])
+def test_data_yaml(tmp_path: Path, table: str) -> None:
+    add(tmp_path / "pictures" / "images" / "t" / "a.png", "0 0.5 0.5 0.1 0.1")
+    add(tmp_path / "pictures" / "images" / "v" / "b.png", "1 0.5 0.5 0.1 0.1")
+    (tmp_path / "data.yaml").write_text(f"path: pictures\ntrain: images/t\nval: ../pictures/images/v\n{table}\n")
+    reading = read_yolo(tmp_path)
+    assert names(reading) == (["a.png"], ["b.png"])
+    assert reading.classes == ("no", "dog")
+    assert [record.objects[0].name for record in reading.train + reading.val] == ["no", "dog"]
+
+
+def test_data_yaml_of_roboflow(tmp_path: Path) -> None:
+    add(tmp_path / "set" / "train" / "images" / "a.png", "0 0.5 0.5 0.1 0.1")
+    add(tmp_path / "set" / "valid" / "images" / "b.png", "0 0.5 0.5 0.1 0.1")
+    (tmp_path / "set" / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnames: [cat]\n")
+    assert names(read_yolo(tmp_path / "set")) == (["a.png"], ["b.png"])
+
+
+def test_data_yaml_with_a_list_file(tmp_path: Path) -> None:
+    for name in "abc":
+        add(tmp_path / "images" / f"{name}.png", "0 0.5 0.5 0.1 0.1")
+    (tmp_path / "train.txt").write_text("./images/a.png\nimages/gone.png\n./images/c.png\n./images/a.png\n")
+    (tmp_path / "val.txt").write_text("./images/b.png\n")
+    (tmp_path / "data.yaml").write_text("path: ../moved\ntrain: train.txt\nval: [val.txt]\nnames: [cat]\n")
+    reading = read_yolo(tmp_path)
+    assert names(reading) == (["a.png", "c.png"], ["b.png"])
+    (fault,) = reading.faults
+    assert (fault.file, fault.line) == (tmp_path / "train.txt", 2)
+    assert "missing image" in fault.problem
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("names: [cat, cat]", "there twice"),
+        ("names: {0: cat, 2: dog}", "keys are not 0..1"),
+        ("names: cat", "not a list of names"),
+        ("names: [cat\nval: x", "not valid YAML"),
+        ("just text", "not a mapping"),
+        ("names: [cat]\ntrain: nowhere", "train: no .*nowhere"),
+        ("names: [cat]\nkpt_shape: [17, 3]", "pose labels"),
+    ],
+)
+def test_faults_of_data_yaml(tmp_path: Path, table: str, message: str) -> None:
+    add(tmp_path / "images" / "train" / "a.png", "")
+    (tmp_path / "data.yaml").write_text(table)
+    with pytest.raises(DataError, match=message) as caught:
+        read_yolo(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path / "data.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_no_class_names(tmp_path: Path) -> None:
+    add(tmp_path / "images" / "train" / "a.png", "")
+    with pytest.raises(DataError, match="no class names"):
+        read_yolo(tmp_path)
+    with pytest.raises(DataError, match="no such folder"):
+        read_yolo(tmp_path / "nowhere")

@@ -1,0 +1,157 @@
+"""The whole training step, against nothing but its convolutions and against torchvision's RetinaNet."""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from benchmarks.torchvision_model import pair, target_dicts, unit_images
+from torch import Tensor, nn
+
+from retina.engine.optim import build_optimizer
+from retina.engine.step import train_step
+from retina.lab.clock import Bench, Row, Times, cost, speedup
+from retina.losses.detection import DetectionLoss
+from retina.model.retinanet import RetinaNet
+from retina.types import Batch, Predictions, Targets
+
+OBJECTS = 8
+"""Per image; COCO has 7.3 on average."""
+
+
+def run(bench: Bench) -> list[Row]:
+    cuda = bench.device.type == "cuda"
+    images, height, width = (16, 800, 1088) if cuda else (2, 512, 512)
+    if bench.quick:
+        images, height, width = 2, 128, 128
+    ours, theirs = pair()
+    ours.to(bench.device).to(memory_format=torch.channels_last)
+    theirs.to(bench.device)
+    batch = make_batch(images, height, width, bench.device)
+    check_losses(ours, theirs, batch)
+
+    reference = torchvision_step(theirs, batch, amp=cuda)
+    precisions = ["bf16"] if bench.quick else ["fp32", "bf16"]  # a part of the work is enough to see that it runs
+    ways: dict[str, Callable[[], object]] = {"torchvision": reference}
+    for name in precisions:
+        ways[f"step {name}"] = our_step(ours, batch, DTYPES[name])
+        ways[f"floor {name}"] = convolutions(ours, batch, DTYPES[name])
+    times = bench.time(ways)
+
+    shape = f"{images} x {height} x {width}"
+    rows = [floor_row(times, name, shape, cuda) for name in precisions]
+    if not (cuda or bench.quick):  # the size that is trained at, where the optimizer weighs less
+        large = make_batch(2, 800, 1088, bench.device)
+        ways = {
+            "step bf16": our_step(ours, large, DTYPES["bf16"]),
+            "floor bf16": convolutions(ours, large, DTYPES["bf16"]),
+        }
+        rows.append(floor_row(bench.time(ways, warmup=1), "bf16", "2 x 800 x 1088", cuda))
+    bars: dict[str, tuple[float, float]] = {"fp32": (1.0, 1.06), "bf16": (1.5, 2.5) if cuda else (1.8, 2.1)}
+    for name in precisions:
+        sides = {"ours": times[f"step {name}"], "reference": times["torchvision"]}
+        label = "under AMP" if cuda else "fp32"
+        must, goal = bars[name]
+        rows.append(speedup(f"step {name} vs torchvision {label}, {shape}", sides, must=must, goal=goal))
+    if cuda:
+        seconds = times["step bf16"].median
+        speed = images / seconds
+        rows.append(
+            Row(measure="training bf16", ours=speed, reference=None, unit="images/s", ratio=speed, must=130, goal=270)
+        )
+    return rows
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def floor_row(times: Mapping[str, Times], name: str, shape: str, cuda: bool) -> Row:
+    sides = {"ours": times[f"step {name}"], "reference": times[f"floor {name}"]}
+    must, goal = (1.20, 1.05) if cuda else (1.06, 1.02)
+    return cost(f"step {name} / its convolutions, {shape}", sides, must=must, goal=goal)
+
+
+def make_batch(images: int, height: int, width: int, device: torch.device, num_classes: int = 80) -> Batch:
+    """Random pixels and boxes of 16 pixels to half the canvas; only the number of objects is the same everywhere."""
+    side = torch.tensor([width, height]).float()
+    size = 16 + torch.rand(images, OBJECTS, 2) ** 2 * (side / 2 - 16)
+    corner = torch.rand(images, OBJECTS, 2) * (side - size)
+    targets = Targets(
+        boxes=torch.cat([corner, corner + size], dim=-1).to(device),
+        labels=torch.randint(num_classes, (images, OBJECTS), device=device),
+        valid=torch.ones(images, OBJECTS, dtype=torch.bool, device=device),
+        crowd=torch.zeros(images, OBJECTS, dtype=torch.bool, device=device),
+    )
+    pixels = torch.randint(0, 256, (images, height, width, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+    sizes = torch.tensor([[height, width]] * images, device=device)
+    return Batch(pixels, sizes, targets, torch.arange(images, device=device), sizes)
+
+
+def our_step(model: RetinaNet, batch: Batch, dtype: torch.dtype) -> Callable[[], object]:
+    """With the optimizer as training builds it."""
+    sgd = partial(torch.optim.SGD, lr=1e-6, momentum=0.9, weight_decay=1e-4)
+    optimizer = build_optimizer(sgd, model)
+    scaler = torch.amp.GradScaler(batch.images.device.type, enabled=False)
+    criterion = DetectionLoss()
+
+    def step() -> object:
+        return train_step(model, criterion, [batch], optimizer=optimizer, scaler=scaler, dtype=dtype, clip_norm=None)
+
+    return step
+
+
+def convolutions(model: RetinaNet, batch: Batch, dtype: torch.dtype) -> Callable[[], object]:
+    """Backbone, FPN and head, forward and backward from random gradients of their outputs: what no step can save."""
+    images = model.normalize(batch.images).contiguous(memory_format=torch.channels_last)
+    gradients: list[Tensor] = []
+
+    def floor() -> None:
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            logits, deltas, _ = model.head(model.fpn(model.backbone(images)))
+        outputs = [*logits, *deltas]
+        if not gradients:
+            gradients.extend(torch.randn_like(output) * 1e-3 for output in outputs)
+        torch.autograd.backward(outputs, gradients)
+        model.zero_grad(set_to_none=True)
+
+    return floor
+
+
+def torchvision_step(model: nn.Module, batch: Batch, *, amp: bool) -> Callable[[], object]:
+    """As torchvision's reference script trains: SGD with its defaults, optionally mixed precision with loss scaling."""
+    optimizer = torch.optim.SGD(trained(model), lr=1e-6, momentum=0.9, weight_decay=1e-4)
+    scaler = torch.amp.GradScaler(batch.images.device.type, enabled=amp)
+
+    def step() -> None:
+        images = unit_images(batch.images)
+        with torch.autocast(batch.images.device.type, torch.float16) if amp else nullcontext():
+            losses = model(images, target_dicts(batch.targets))
+        optimizer.zero_grad()
+        scaler.scale(sum(losses.values())).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@torch.no_grad()
+def check_losses(ours: RetinaNet, theirs: nn.Module, batch: Batch) -> None:
+    """Both losses of every image within 1e-4 of torchvision's, which divides each image by its own positives."""
+    predictions = ours(batch.images)
+    expected = theirs(unit_images(batch.images), target_dicts(batch.targets))
+    found = torch.zeros(2, device=batch.images.device)
+    for i in range(len(batch.images)):
+        one = slice(i, i + 1)
+        levels = Predictions(
+            tuple(level[one] for level in predictions.logits),
+            tuple(level[one] for level in predictions.deltas),
+            predictions.anchors,
+        )
+        losses = DetectionLoss()(levels, Targets(*(field[one] for field in batch.targets)))
+        found += torch.stack(losses[:2]) / losses.num_positives / len(batch.images)
+    wanted = torch.stack([expected["classification"], expected["bbox_regression"]])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
