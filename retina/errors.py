@@ -1,6 +1,8 @@
 """The one family of errors meant for users: a single line that says where, what and how to mend it."""
 
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _JOINERS = "\u200c\u200d"
 """Formatting characters that words of many scripts, and emoji, are spelt with; they neither move nor hide others."""
@@ -22,14 +24,34 @@ def _is_harmless(character: str) -> bool:
 
 
 class RetinaError(Exception):
-    """A fault a user can mend. `str()` is one line: `<file>: <record>: <problem> - <how to fix>`."""
+    """A fault that a user can mend. `str()` is one line: `<file or key>: <record>: <problem> - <how to fix>`.
+
+    code: a short name of the kind of fault, such as "unknown-key". It stays when the wording changes, so programs and
+        tests can rely on it; the command line prints it as `error[unknown-key]: ...`.
+    key: the argument or setting at fault; it is printed first. The library names its own argument (`batch_size`), and
+        the command line adds the section it belongs to (`train.batch_size`), see `under`."""
+
+    def __init__(self, text: str, *, code: str = "", key: str = "") -> None:
+        super().__init__(text)
+        self.code, self.key = code, key
 
     def __str__(self) -> str:
-        return plain(super().__str__())
+        return plain(": ".join(part for part in (self.key, super().__str__()) if part))
+
+
+@contextmanager
+def under(section: str) -> Iterator[None]:
+    """Within the `with` block, faults that name an argument name it as a setting of that section."""
+    try:
+        yield
+    except RetinaError as fault:
+        if fault.key:
+            fault.key = f"{section}.{fault.key}"
+        raise
 
 
 class ConfigError(RetinaError):
-    """A setting that does not exist, has the wrong type or contradicts another."""
+    """A setting or argument that does not exist, has the wrong type or contradicts another."""
 
 
 class DataError(RetinaError):

@@ -1,6 +1,7 @@
 """What tests of several tools say about commands and their traces."""
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def one_line(capsys: Capture) -> str:
     out, err = capsys.readouterr()
     assert out == ""
     (line,) = err.splitlines()
-    assert line.startswith("error: ")
+    assert re.match(r"error(\[[a-z0-9-]+\])?: ", line)
     return line
 
 

@@ -155,7 +155,8 @@ def _report(fault: RetinaError | OSError) -> None:
         print(line)
     for note in getattr(fault, "__notes__", ()):
         print(plain(note))
-    print(f"error: {plain(str(fault))}", file=sys.stderr)
+    code = f"[{fault.code}]" if fault.code else ""
+    print(f"error{code}: {plain(str(fault))}", file=sys.stderr)
 
 
 def _parser(task: Callable[..., Any], config_name: str) -> argparse.ArgumentParser:
