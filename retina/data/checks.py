@@ -29,7 +29,8 @@ class RecordsError(DataError):
     """Faults in records of one file. `str()` is the first and how many more; `faults` holds one line for each."""
 
     def __init__(self, faults: Sequence[str]) -> None:
-        super().__init__(faults)
+        super().__init__(faults[0], code="records")
+        self.args = (faults,)  # what it is made of anew in another process
         self.faults = [plain(fault) for fault in faults]
 
     def __str__(self) -> str:

@@ -105,9 +105,9 @@ def test_typed_names_the_key_of_a_whole_command() -> None:
     assert fault == "batch_size: 'x' is of the wrong type - give int"
 
 
-def test_classes_are_remapped_as_the_readme_writes_it() -> None:
-    readme = (CONFIGS.parent / "README.md").read_text()
-    (word,) = re.findall(r"`'(remap=[^`]*)'`", readme)
+def test_classes_are_remapped_as_the_documents_write_it() -> None:
+    page = (CONFIGS.parent / "docs" / "weights.md").read_text()
+    (word,) = re.findall(r"`'(remap=[^`]*)'`", page)
     assert compose("train", [word])["remap"] == {"car": "vehicle"}
 
 
