@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import PREPROCESSING, write_tiny_data, write_tiny_run
 
 import retina
 from retina.data.images import read_image
@@ -23,6 +22,7 @@ from retina.inference import Detector, as_array, check_postprocess
 from retina.model.retinanet import retinanet
 from retina.model.weights import DetectorCard, read_card, save_detector
 from retina.types import Detections
+from tiny import PREPROCESSING, write_tiny_data, write_tiny_run
 
 
 @pytest.fixture(scope="module", autouse=True)

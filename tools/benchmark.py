@@ -29,6 +29,7 @@ def main(typed: list[str] | None = None) -> int:
     options = parser.parse_args(typed)
 
     import torch
+
     from benchmarks import (
         annotations,
         coco_eval,
@@ -43,7 +44,6 @@ def main(typed: list[str] | None = None) -> int:
         step,
         syncs,
     )
-
     from retina.lab.clock import Bench, machine, table
 
     modules = (

@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from benchmarks.syncs import Operations
 
+from benchmarks.syncs import Operations
 from retina.lab.clock import Bench, Row, Times, cost, speedup, table
 
 FAST = ("focal", "matching", "coco_eval", "loader", "annotations")

@@ -364,7 +364,7 @@ def test_many_faulty_records_are_listed_beside_the_one_line(capsys: pytest.Captu
 
     assert ending(faulty) == 2
     out, err = capsys.readouterr()
-    assert err == "error: x.json: record 0: bad (and 24 more)\n"
+    assert err == "error[records]: x.json: record 0: bad (and 24 more)\n"
     assert out.splitlines()[19] == "x.json: record 19: bad (and 5 more like it)"
 
 

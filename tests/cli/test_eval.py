@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from commands import Capture, Tool, one_line
 from PIL import Image
-from tiny import PREPROCESSING
 
 import retina
+from commands import Capture, Tool, one_line
 from retina.errors import ConfigError
 from retina.model.weights import load_detector, save_detector
+from tiny import PREPROCESSING
 
 KEYS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 

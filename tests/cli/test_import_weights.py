@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Capture, Tool, one_line
-from interop.states import body, filled, yhenon
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torchvision.models import resnet50
 from torchvision.models.detection import retinanet_resnet50_fpn
 
 import retina
+from commands import Capture, Tool, one_line
+from interop.states import body, filled, yhenon
 from retina.cli.compose import compose
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import Capture, Tool, digest, one_line
 from PIL import Image
 
 import retina
+from commands import Capture, Tool, digest, one_line
 from retina.cli.journal import Done, read_done
 from retina.data.images import read_image
 from retina.model.weights import load_detector, save_detector

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import digest
 
+from commands import digest
 from retina.cli.journal import (
     FAILED_TITLE,
     Batch,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from children import before_each_file_call, in_child
 
 import retina
+from children import before_each_file_call, in_child
 from retina.data import cache as annotation_cache
 from retina.data.annotations import Annotations
 from retina.data.cache import WORTH, cache_folder

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from children import in_child
 
+from children import in_child
 from retina.data.cache import Columns, digest_in, digest_of, read_columns, write_columns
 
 CHUNK = 4 << 20

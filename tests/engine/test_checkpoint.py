@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import before_each_file_call, die_at_file_call, in_child
 from torch import nn
 
+from children import before_each_file_call, die_at_file_call, in_child
 from retina.engine.checkpoint import (
     MANIFEST,
     Progress,

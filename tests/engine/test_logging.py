@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from children import in_child
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from children import in_child
 from retina.engine.logging import RunLogger
 
 

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from children import die_at_file_call, in_child, on_small_disk, remount_read_only
 
+from children import die_at_file_call, in_child, on_small_disk, remount_read_only
 from retina.engine.run_folder import Opened, compare, open_run, read_settings
 from retina.errors import ConfigError
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from ranks import in_processes
 
+from ranks import in_processes
 from retina.data import cache as annotation_cache
 from retina.data.checks import RecordsError
 from retina.data.report import DataReport

@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import in_processes
 
+from ranks import in_processes
 from retina.evaluation.evaluate import DetectionCollector
 from retina.evaluation.metrics import DetectionArrays
 from retina.types import Detections

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import in_processes
 from torch import Tensor, nn
 
+from ranks import in_processes
 from retina.data.coco import Annotations, read_coco
 from retina.data.shapes import write_shapes
 from retina.detections import postprocess

@@ -11,8 +11,8 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from ranks import in_processes
 
+from ranks import in_processes
 from retina.data.coco import Annotations, read_coco
 from retina.data.sampler import eval_shard
 from retina.errors import DataError

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import Capture, Tool, one_line
 
+from commands import Capture, Tool, one_line
 from retina.cli.compose import compose
 from retina.data.shapes import write_shapes
 from retina.lab.checks import check_settings

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Capture, Tool, digest, one_line
 from PIL import Image
 from torch import Tensor
 
+from commands import Capture, Tool, digest, one_line
 from retina.cli.compose import compose
 from retina.data.coco import locate_split, read_coco
 from retina.data.dataset import DetectionDataset

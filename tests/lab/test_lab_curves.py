@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Capture, Tool, one_line
 from PIL import Image
 
+from commands import Capture, Tool, one_line
 from retina.lab.curves import CURVES, sample
 
 

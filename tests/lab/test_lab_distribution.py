@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import Capture, Tool, one_line
 from PIL import Image
 from torch import Tensor
 
+from commands import Capture, Tool, one_line
 from retina.inference import Detector
 from retina.lab.elements import Elements, assign
 from retina.lab.histogram import WIDTH, Bins, histograms

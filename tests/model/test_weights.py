@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from interop.states import yhenon
 from safetensors.torch import load_file, save_file
 
+from interop.states import yhenon
 from retina.errors import CheckpointError, ConfigError
 from retina.interop.transfer import init_from
 from retina.model.retinanet import RetinaNet, retinanet

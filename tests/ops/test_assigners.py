@@ -1,11 +1,11 @@
 """Each rule against its published form, written out for one image with whole matrices and a loop over objects."""
 
-import matching_cases
 import pytest
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+import matching_cases
 from retina.ops.anchors import AnchorGenerator, Anchors
 from retina.ops.assigners import ATSS, MaxIoU, TaskAligned, _nearest_cells
 from retina.ops.boxes import decode, encode

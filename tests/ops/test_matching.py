@@ -1,9 +1,9 @@
-import matching_cases
 import pytest
 import torch
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 
+import matching_cases
 from retina.ops.anchors import AnchorGenerator
 from retina.ops.matching import _match_boxes, match, match_boxes
 

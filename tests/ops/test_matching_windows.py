@@ -1,9 +1,9 @@
-import matching_cases
 import pytest
 import torch
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
+import matching_cases
 from retina.ops import matching as matching_windows
 from retina.ops.anchors import AnchorGenerator, Anchors
 from retina.ops.matching import Matches, match_boxes, match_in_windows

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from children import on_small_disk
 from torch import nn
 
+from children import on_small_disk
 from retina.engine.checkpoint import Progress, find_fault, newest_valid, save_checkpoint
 from retina.engine.logging import RunLogger
 from retina.engine.optim import ExponentialMovingAverage

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from chaos.kill import kill_nine
 from chaos.processes import loader_workers, ranks_change
 from chaos.runs import write_data

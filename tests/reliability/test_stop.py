@@ -5,6 +5,7 @@ from pathlib import Path
 from signal import SIGINT, SIGTERM, Signals
 
 import pytest
+
 from chaos.runs import write_data
 from chaos.signals import Trial, second_interrupt, signals_stop
 

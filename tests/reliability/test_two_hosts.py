@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from chaos.hosts import hosts_fail, why_not
 from chaos.runs import write_data
 

@@ -71,11 +71,11 @@ sys.dont_write_bytecode = True
 
 import hostile  # noqa: E402
 import matplotlib.font_manager  # noqa: E402
-import tiny  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+import tiny  # noqa: E402
 from retina.data.coco import read_coco  # noqa: E402
 from retina.data.images import image_size, read_image  # noqa: E402
 from retina.data.report import DataReport  # noqa: E402

@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from benchmarks.step import make_batch
-from benchmarks.torchvision_model import assert_same_detections, pair, unit_images
 from torch import Tensor, nn
 
+from benchmarks.step import make_batch
+from benchmarks.torchvision_model import assert_same_detections, pair, unit_images
 from retina.inference import Detector
 from retina.lab.clock import Bench, Row, speedup
 from retina.model.retinanet import RetinaNet

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.step import make_batch
 
+from benchmarks.step import make_batch
 from retina.data.coco import Annotations, read_coco
 from retina.data.loader import BatchLoader
 from retina.data.sampler import DetectionBatchSampler

@@ -6,9 +6,9 @@ import multiprocessing
 import sys
 
 import torch
+
 from benchmarks.step import check_losses, make_batch, our_step, torchvision_step
 from benchmarks.torchvision_model import pair
-
 from retina.lab.clock import Bench, Row, peak_memory
 
 

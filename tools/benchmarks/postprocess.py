@@ -3,8 +3,8 @@
 from functools import partial
 
 import torch
-from benchmarks.torchvision_model import assert_same_detections, pair
 
+from benchmarks.torchvision_model import assert_same_detections, pair
 from retina.detections import postprocess
 from retina.lab.clock import Bench, Row, speedup
 from retina.types import Predictions

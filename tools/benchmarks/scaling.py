@@ -18,9 +18,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from benchmarks.step import make_batch
 from torch.distributed.run import main as torchrun
 
+from benchmarks.step import make_batch
 from retina import distributed
 from retina.engine.optim import build_optimizer
 from retina.engine.step import parallel, train_step

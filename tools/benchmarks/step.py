@@ -5,9 +5,9 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
-from benchmarks.torchvision_model import pair, target_dicts, unit_images
 from torch import Tensor, nn
 
+from benchmarks.torchvision_model import pair, target_dicts, unit_images
 from retina.engine.optim import build_optimizer
 from retina.engine.step import train_step
 from retina.lab.clock import Bench, Row, Times, cost, speedup

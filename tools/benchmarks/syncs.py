@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmarks.step import make_batch, our_step, torchvision_step
-from benchmarks.torchvision_model import pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.step import make_batch, our_step, torchvision_step
+from benchmarks.torchvision_model import pair
 from retina.lab.clock import Bench, Row
 from retina.losses import class_focal
 
