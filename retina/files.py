@@ -6,6 +6,11 @@ from collections import deque
 from io import FileIO
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 def write_whole(file: Path, data: bytes) -> None:
     """Writes beside `file` and renames once, so that a reader sees the old file or the new one, never a half.
@@ -35,7 +40,10 @@ def write_synced(file: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in `folder` are on the disk. Some network shares cannot tell; they are believed."""
+    """Waits until the names in `folder` are on the disk. Some network shares cannot tell, nor can Windows; they are
+    believed."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -44,6 +52,33 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def open_flags(flags: int, *names: str) -> int:
+    """`flags` for `os.open`, with those of `names` that this system has: Windows knows no `O_NOFOLLOW`, and needs
+    `O_BINARY`."""
+    for name in ("O_BINARY", *names):
+        flags |= getattr(os, name, 0)
+    return flags
+
+
+def lock(descriptor: int) -> bool:
+    """Locks an open file for this process, or says that neither the file system nor Windows has such locks (False).
+
+    It is a POSIX record lock: the kernel drops it when the process ends, however that happens, and children do not
+    share it, so that loader workers who outlive their parent for seconds keep nobody out. Closing any descriptor of the
+    file drops it too. Raises BlockingIOError when another process holds it, OSError."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as fault:
+        if fault.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            return False
+        if fault.errno == errno.EACCES:  # what some systems say for EAGAIN
+            raise BlockingIOError(errno.EAGAIN, fault.strerror) from None
+        raise
+    return True
 
 
 class Appender:

@@ -124,7 +124,7 @@ MUTANTS = [
     ),
     Mutant(
         "no lock",
-        "retina/engine/run_folder.py",
+        "retina/files.py",
         "fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "pass",
         "tests/engine/test_run_folder.py",

@@ -1,12 +1,17 @@
+import errno
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from retina.files import Appender, write_whole
+from children import in_child
+from retina import files
+from retina.files import Appender, lock, write_whole
 
 
 @contextmanager
@@ -61,3 +66,53 @@ def test_records_are_appended_whole_and_none_is_lost(tmp_path: Path) -> None:
     assert appender.file.read_bytes() == b"first\n" + b"record\n" * 3 + b"last\n"
     assert not appender.waiting
     appender.close()
+
+
+def test_a_lock_keeps_other_processes_out(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+
+    def second() -> None:
+        with file.open("a") as handle, pytest.raises(BlockingIOError):
+            lock(handle.fileno())
+
+    with file.open("a") as handle:
+        assert lock(handle.fileno())
+        assert in_child(second) == 0
+    with file.open("a") as handle:
+        assert in_child(lambda: lock(handle.fileno()) or os._exit(3)) == 0, "closing it has let it go"
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with (tmp_path / "lock").open("a") as handle:
+        assert lock(handle.fileno()) is False
+
+
+def test_without_fcntl_nothing_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "fcntl", None)
+    with (tmp_path / "lock").open("a") as handle:
+        assert lock(handle.fileno()) is False
+
+
+def test_every_module_is_imported_without_what_windows_lacks(tmp_path: Path) -> None:
+    """Then a run starts as on a file system without locks, and says so."""
+    code = """
+import importlib, os, pkgutil, sys
+from pathlib import Path
+sys.modules["fcntl"] = None
+for name in ("O_NOFOLLOW", "O_DIRECTORY", "O_NONBLOCK"):
+    delattr(os, name)
+import retina
+names = [module.name for module in pkgutil.walk_packages(retina.__path__, "retina.")]
+for name in names:
+    importlib.import_module(name)
+from retina.engine.run_folder import open_run
+opened = open_run(Path("run"), {"name": "run"}, overwrite=False)
+print(len(names) > 80, opened.locked, *opened.told())
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout.startswith("True False warning: this file system has no locks"), run.stderr

@@ -9,10 +9,10 @@ and with the images it shares it with. Batches are cut from the sorted list of a
 processes.
 """
 
-import fcntl
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 
 from retina.cli.sources import Source
 from retina.errors import ConfigError
-from retina.files import write_synced
+from retina.files import lock, write_synced
 
 STATE, DETECTIONS, FAILED = ".infer", "detections.json", "failed.txt"
 FAILED_TITLE = "# files that tools/infer.py could not finish, and why"
@@ -75,12 +75,13 @@ def open_output(output: Path, pictures: Collection[str]) -> Iterator[None]:
             raise ConfigError(f"output: {output} holds other files - {ADVICE}")
         _check_way(output, pictures, own or set())
         state.mkdir(exist_ok=True)
-        lock = (state / "lock").open("a")
+        lock_file = (state / "lock").open("a")
     except OSError as fault:
         raise ConfigError(f"output: {output} cannot be written ({fault.strerror}) - {ADVICE}") from None
-    with lock:
+    with lock_file:
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock(lock_file.fileno()):
+                print(f"warning: {output} knows no locks: start no second inference into it", file=sys.stderr)
         except OSError:
             raise ConfigError(f"output: {output} is being written by another inference - wait, or {ADVICE}") from None
         for leftover in state.glob("*.tmp"):

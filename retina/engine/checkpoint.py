@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from retina.engine.config import from_mapping
 from retina.engine.optim import ExponentialMovingAverage
 from retina.errors import CheckpointError, ConfigError
-from retina.files import sync_folder, write_synced
+from retina.files import open_flags, sync_folder, write_synced
 from retina.model.weights import first_non_finite, load_state, serialize
 
 SCHEMA_VERSION = 1
@@ -338,7 +338,7 @@ def _parse(text: bytes) -> dict[str, str] | None:
 
 def _open_plain(file: Path) -> BufferedReader:
     """Opens a plain file for reading, without following a link or waiting for a pipe. Raises OSError."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    descriptor = os.open(file, open_flags(os.O_RDONLY, "O_NOFOLLOW", "O_NONBLOCK"))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(f"{file} is no plain file")

@@ -1,7 +1,5 @@
 """The folder of a run: whose it is, whether it may be continued, and what of its settings changed."""
 
-import errno
-import fcntl
 import os
 import shutil
 import socket
@@ -13,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from retina.errors import ConfigError
-from retina.files import temporary_of, write_whole
+from retina.files import lock, open_flags, temporary_of, write_whole
 
 OWN = (
     "log.txt",
@@ -175,29 +173,24 @@ def _remove(folder: Path) -> None:
 
 
 def _lock(folder: Path, patience: float) -> bool:
-    """Locks the folder for this process. Raises ConfigError naming the process that has it, OSError.
-
-    A POSIX record lock: the kernel drops it when the process ends, however that happens, and children do not share it,
-    so that loader workers who outlive their parent for seconds keep nobody out. It would also go if the file were
-    closed, so it is not."""
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    """Locks the folder for this process, which must not close the file. Raises ConfigError naming the process that has
+    it, OSError."""
+    descriptor = os.open(folder / LOCK, open_flags(os.O_RDWR | os.O_CREAT, "O_NOFOLLOW"), 0o644)
     deadline = time.monotonic() + patience
     while True:
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as fault:
-            if fault.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            if not lock(descriptor):
                 os.close(descriptor)
                 return False
-            if fault.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
+            break
+        except BlockingIOError:
             if time.monotonic() >= deadline:
                 host, _, pid = os.pread(descriptor, 300, 0).decode(errors="replace").strip().rpartition(" ")
                 os.close(descriptor)
                 raise ConfigError(
                     f"{folder}: process {pid or '?'} on {host or '?'} is training here - wait until it ends, stop it, "
-                    "or choose another name=..."
+                    "or choose another name=...",
+                    code="in-use",
                 ) from None
             time.sleep(0.05)
     os.ftruncate(descriptor, 0)
