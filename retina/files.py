@@ -114,7 +114,13 @@ class Appender:
             self.waiting.popleft()
 
     def close(self) -> None:
-        """Lets go of the file. What is waiting stays so."""
-        if self._handle is not None:
-            handle, self._handle = self._handle, None
-            handle.close()
+        """Tries once more to write what is waiting, and lets go of the file. Raises OSError when records are lost."""
+        try:
+            self.flush()
+        except OSError as fault:
+            lost = f"{fault.strerror}: the last {len(self.waiting)} records are lost"
+            raise OSError(fault.errno, lost, str(self.file)) from None
+        finally:
+            if self._handle is not None:
+                handle, self._handle = self._handle, None
+                handle.close()

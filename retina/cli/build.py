@@ -20,6 +20,7 @@ ALLOWED_TARGETS = {
     "optimizer": ("torch.optim.",),
     "postprocess": ("retina.detections.",),
     "schedule": ("retina.engine.optim.",),
+    "trackers": ("retina.engine.trackers.",),
 }
 """Where the classes (and, of `retina`, functions) that each section names must be defined. Add your own module here,
 such as "mypackage.losses.", to use what it defines."""
@@ -43,6 +44,20 @@ def build(section: Any, key: str, **extra: Any) -> Any:
         return call(factory, key, **arguments)
     _check_types(factory, arguments, key)
     return functools.partial(factory, **arguments)
+
+
+TRACKERS = {"tensorboard": "TensorBoard", "wandb": "WandB", "mlflow": "MLflow", "trackio": "Trackio"}
+
+
+def build_trackers(chosen: Any) -> list[Any]:
+    """The objects behind `trackers`: a list of names, or of sections with `_target_`. Raises ConfigError."""
+    if not isinstance(chosen, list):
+        raise ConfigError(f"trackers: {chosen!r:.80} is no list - give [], [tensorboard] or others", code="wrong-type")
+    for name in chosen:
+        if isinstance(name, str) and name not in TRACKERS:
+            raise ConfigError(unknown_key(f"trackers.{name}", [f"trackers.{known}" for known in TRACKERS]))
+    sections = [{"_target_": f"retina.engine.trackers.{TRACKERS[c]}"} if isinstance(c, str) else c for c in chosen]
+    return [build(section, f"trackers.{i}") for i, section in enumerate(sections)]
 
 
 def call(factory: Callable[..., T], key: str, **arguments: Any) -> T:

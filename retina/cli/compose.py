@@ -33,9 +33,7 @@ from retina.engine.config import from_mapping, unknown_key
 from retina.engine.signals import SIGNALS, quit_at_once
 from retina.errors import ConfigError, RetinaError, plain
 
-PACKAGED = Path(__file__).parents[1] / "configs"
-CONFIGS = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[2] / "configs"
-"""Within an installed package, else at the top of the repository."""
+CONFIGS = Path(__file__).parents[2] / "configs"
 Settings = dict[str, Any]
 T = TypeVar("T")
 

@@ -5,12 +5,12 @@ python tools/train.py data=coco data.root=DIR name=mine        # your own data i
 torchrun --nproc_per_node=8 tools/train.py experiment=coco_r50_1x
 """
 
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retina.cli.build import build, call
+from retina.cli.build import build, build_trackers, call
 from retina.cli.compose import Settings, entry
 from retina.cli.recipe import make_recipe, without_target
 from retina.engine.config import DataConfig, TrainConfig, from_mapping
@@ -52,6 +52,7 @@ def main(settings: Settings) -> int:
 
     device = call(distributed.choose_device, "train.device", name=config.device)
     recipe = make_recipe(settings)
+    trackers = build_trackers(settings["trackers"])
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
 
@@ -60,7 +61,8 @@ def main(settings: Settings) -> int:
         if data.prepare and data.root:
             prepare, root = data.prepare, Path(data.root)
             distributed.on_main(lambda: build(prepare, "data.prepare", root=root))
-        logger = stack.enter_context(closing(RunLogger(folder, active=distributed.is_main())))
+        logger = RunLogger(folder, active=distributed.is_main(), trackers=trackers, settings=settings)
+        stack.callback(logger.close)
         for line in run.told():
             logger.info(line)
         splits = ["train", "val"] if config.eval_every else ["train"]
@@ -138,7 +140,7 @@ def main(settings: Settings) -> int:
                 sampler=sampler,
                 evaluate=partial(
                     evaluate,
-                    loader=val_loader,
+                    loader=logger.evaluating(val_loader, len(val_annotations)),
                     annotations=val_annotations,
                     postprocess=recipe.postprocess,
                     criterion=recipe.criterion,
@@ -164,8 +166,9 @@ def main(settings: Settings) -> int:
                 if progress.best is not None
                 else ""
             )
+            logger.curves()
             logger.info(f"finished at step {progress.step}{best}: {folder / 'best.safetensors'}")
-            logger.info(f"next: python tools/eval.py checkpoint={folder}   |   tensorboard --logdir {folder}")
+            logger.info(f"next: python tools/eval.py checkpoint={folder}   |   curves: {folder / 'curves.png'}")
     return 128 + stopped if stopped else 0
 
 

@@ -1,12 +1,16 @@
-"""What a run says: the screen, `log.txt`, `metrics.jsonl` and TensorBoard, written by rank 0 only.
+"""What a run says: the screen, `log.txt`, `metrics.jsonl` and its trackers, written by rank 0 only.
 
-None of it is worth a run: where there is no room, a warning says so once, training goes on, and what could not be
-written is kept until it can be."""
+None of it stops a run. Where there is no room a warning says so once, and the records that could not be written are
+kept until they can be."""
 
+import errno
 import json
 import math
+import os
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -14,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -23,41 +25,43 @@ from retina import distributed
 from retina.data.coco import Annotations
 from retina.data.sampler import DetectionBatchSampler
 from retina.engine.config import TrainConfig, to_steps
+from retina.engine.curves import draw_curves
 from retina.engine.optim import Schedule
+from retina.engine.trackers import Tracker
 from retina.errors import plain
 from retina.files import Appender, write_whole
+from retina.types import Batch
 
 if TYPE_CHECKING:
-    from retina.engine.tensorboard import Board
+    from retina.engine.terminal import Terminal
 
 
 class RunLogger:
-    """Every method does nothing where `active` is False, so callers need not ask which rank they are."""
+    """Every method does nothing where `active` is False, so callers need not ask which rank they are.
 
-    def __init__(self, folder: Path, *, active: bool) -> None:
+    settings: those of the whole command, for the trackers that show them."""
+
+    def __init__(
+        self, folder: Path, *, active: bool, trackers: Sequence[Tracker] = (), settings: Mapping[str, Any] | None = None
+    ) -> None:
         self.active = active
         if not active:
             return
-        from retina.engine.tensorboard import Board  # slow to import, and only this rank needs it
-
-        self._console = _Screen(highlight=False, soft_wrap=True)
+        self._folder, self._settings = folder, settings or {}
         self._log = Appender(folder / "log.txt")
         self._metrics = Appender(folder / "metrics.jsonl")
         self._step = 0
-        self._new_board = lambda: Board(folder / "tensorboard", self._step)
-        self._open_board: Board | None = None
-        self._progress: Progress | None = None
-        self._warned = False
+        self._unstarted, self._trackers = list(trackers), list[Tracker]()
+        self._terminal = _terminal()
+        self._pace = Pace()
+        self._warned: set[str] = set()
         self._said: set[str] = set()
 
     def info(self, text: str) -> None:
         """A line on the screen and in `log.txt`."""
-        if not self.active:
-            return
-        text = plain(text)
-        self._print(text)
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
-        self._attempt(self._log.file, lambda: self._log.write(line.encode()))
+        if self.active:
+            self._print(plain(text))
+            self._write_log(plain(text))
 
     def once(self, text: str) -> None:
         """`info`, unless it has been said before."""
@@ -66,43 +70,44 @@ class RunLogger:
             self.info(text)
 
     def scalars(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """One record of `metrics.jsonl`, and the same numbers in TensorBoard under `kind/`. Steps never go back."""
+        """One record of `metrics.jsonl`, and the same numbers under `kind/` in the trackers. Steps never go back."""
         if not self.active:
             return
         record = json.dumps({"step": step, "kind": kind, **_finite(values)}, allow_nan=False) + "\n"
-        self._attempt(self._metrics.file, lambda: self._metrics.write(record.encode()))
-        for name, value in _flatten(values, f"{kind}/"):
-            self._attempt(self._board.file.file, partial(self._board.scalar, step, plain(name), value))
+        self._attempt(str(self._metrics.file), lambda: self._metrics.write(record.encode()))
+        numbers = {plain(name): value for name, value in _flatten(values, f"{kind}/")}
+        self._track(lambda tracker: tracker.scalars(step, numbers))
 
     def picture(self, step: int, name: str, image: NDArray[Any]) -> None:
         """`image` is uint8 [H W 3]."""
         if self.active:
-            self._attempt(self._board.file.file, lambda: self._board.picture(step, name, image))
+            self._track(lambda tracker: tracker.pictures(step, {name: image}))
 
-    def progress(self, step: int, total: int, values: Mapping[str, float], seconds_left: float) -> None:
-        """Moves the bar to `step` of `total`; on a screen that is no terminal, prints a line instead."""
+    def progress(self, step: int, total: int, values: Mapping[str, float] | None = None) -> None:
+        """Moves the bar of a terminal to `step` of `total`. Called before the first step and after every one.
+
+        values: the means since they were last given; they make a line of `log.txt`, and of a screen without a bar."""
         if not self.active:
             return
-        text = (
-            f"loss {values['loss']:.3f} (class {values['loss_classification']:.3f}, box {values['loss_box']:.3f})  "
-            f"{values['images_per_second']:.1f} images/s  waiting for data {values['data_wait']:.0%}"
-        )
-        if not self._console.is_terminal:
-            eta = f"ETA {int(seconds_left // 60)}:{int(seconds_left % 60):02d}"
-            self.info(f"step {step}/{total}  epoch {values['epoch']:.2f}  {text}  lr {values['lr']:.2g}  {eta}")
-            return
-        if self._progress is None:
-            columns = (
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.description}  ETA"),
-                TimeRemainingColumn(elapsed_when_finished=True),
+        eta = self._pace.left(step, total)
+        if values is not None:
+            line = (
+                f"step {step}/{total}  epoch {values['epoch']:.2f}  loss {values['loss']:.3f} "
+                f"(class {values['loss_classification']:.3f}, box {values['loss_box']:.3f})  "
+                f"{values['images_per_second']:.1f} images/s  waiting for data {values['data_wait']:.0%}  "
+                f"lr {values['lr']:.2g}  ETA {eta}"
             )
-            self._progress = Progress(*columns, console=self._console, transient=True, speed_estimate_period=300)
-            self._progress.add_task("", total=total, completed=step)
-            self._progress.start()
-        self._progress.update(self._progress.task_ids[0], completed=step, description=text)
+            self._write_log(line)
+            if self._terminal is None:
+                self._print(line)
+        if self._terminal is not None:
+            short = f"loss {values['loss']:.3f}  {values['images_per_second']:.1f} images/s" if values else None
+            with suppress(OSError):
+                self._terminal.show("step", step, total, eta, short)
+
+    def evaluating(self, batches: Iterable[Batch], total: int) -> Iterable[Batch]:
+        """`batches` as they are, with a bar that counts their images, of `total` over all ranks, on a terminal."""
+        return _Counted(batches, total, self._terminal) if self.active and self._terminal else batches
 
     def evaluation(
         self, step: int, metrics: Mapping[str, Any], losses: Mapping[str, float], seconds: float, *, better: bool
@@ -124,45 +129,116 @@ class RunLogger:
         if step:
             self.info(f"resumed at step {step}")
 
+    def curves(self) -> None:
+        """Draws `curves.png` from all records so far."""
+        if self.active:
+            self._attempt("curves.png", partial(draw_curves, self._folder))
+
     def close(self) -> None:
-        """Tries once more to write what has found no room, and says what is lost for good."""
+        """Tries once more to write the records that found no room, and says what is lost for good."""
         if not self.active:
             return
-        if self._progress is not None:
-            self._progress.stop()
-        for appender in (self._metrics, *([self._open_board.file] if self._open_board else []), self._log):
-            self._attempt(appender.file, appender.flush)
-            if appender.waiting:
-                self._print(plain(f"warning: {appender.file}: the last {len(appender.waiting)} records are lost"))
-            self._attempt(appender.file, appender.close)
+        if self._terminal is not None:
+            self._terminal.close()
+        for tracker in self._trackers:
+            self._attempt(type(tracker).__name__, tracker.end, last=True)
+        self._trackers = []
+        for appender in (self._metrics, self._log):
+            self._attempt(str(appender.file), appender.close, last=True)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _mute()
 
-    @property
-    def _board(self) -> "Board":
-        """Opened at the first use, for it hides what lies after the step that the run goes on from."""
-        if self._open_board is None:
-            self._open_board = self._new_board()
-        return self._open_board
+    def _track(self, record: Callable[[Tracker], None]) -> None:
+        """Trackers start at their first record, because `resume` decides where they go on from."""
+        while self._unstarted:
+            tracker = self._unstarted.pop(0)
+            if self._attempt(type(tracker).__name__, partial(tracker.start, self._folder, self._settings, self._step)):
+                self._trackers.append(tracker)
+        for tracker in self._trackers:
+            self._attempt(type(tracker).__name__, partial(record, tracker))
 
-    def _attempt(self, file: Path, write: Callable[[], None]) -> None:
+    def _attempt(self, name: str, write: Callable[[], None], *, last: bool = False) -> bool:
+        """Whether `write` worked. Faults of files are said once per kind, those of a tracker once; `last` says all."""
         try:
             write()
-        except OSError as fault:
-            if not self._warned:
-                self._warned = True
-                self._print(
-                    plain(f"warning: {file}: {fault.strerror} - make room: training goes on, and it is written then")
-                )
+            return True
+        except Exception as fault:
+            full = isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = (isinstance(fault, OSError) and fault.strerror) or f"{type(fault).__name__}: {fault}"
+            key = reason if isinstance(fault, OSError) else name
+            if key not in self._warned or last:
+                self._warned.add(key)
+                goes_on = "" if last else f" - {'make room: ' if full else ''}training goes on"
+                line = plain(f"warning: {name}: {reason}{goes_on}")
+                self._print(line)
+                if not isinstance(fault, OSError):
+                    self._write_log(line)
+            return False
+
+    def _write_log(self, text: str) -> None:
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
+        self._attempt(str(self._log.file), lambda: self._log.write(line.encode()))
 
     def _print(self, text: str) -> None:
-        with suppress(OSError):  # a screen that is gone or a full disk behind it
-            self._console.print(text, markup=False)
+        try:
+            if self._terminal is not None:
+                self._terminal.print(text)
+            else:
+                print(text, flush=True)
+        except BrokenPipeError:  # such as behind `| head`: nobody reads any more
+            _mute()
+        except OSError:  # such as a full disk behind `> out.txt`: Python keeps the line, and tries again with the next
+            pass
 
 
-class _Screen(Console):
-    def on_broken_pipe(self) -> None:
-        """Nobody reads any more. Rich would end the program; here it only falls silent."""
-        with suppress(SystemExit):
-            super().on_broken_pipe()
+def _terminal() -> "Terminal | None":
+    """None where lines are all that the screen takes; then rich need not be imported."""
+    if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+        return None
+    from retina.engine.terminal import Terminal
+
+    return Terminal()
+
+
+class _Counted:
+    def __init__(self, batches: Iterable[Batch], total: int, terminal: "Terminal") -> None:
+        self.batches, self.total, self.terminal = batches, total, terminal
+
+    def __iter__(self) -> Iterator[Batch]:
+        done, pace = 0, Pace()
+        try:
+            self.terminal.show("evaluating", 0, self.total, pace.left(0, self.total))
+            for batch in self.batches:
+                yield batch
+                done = min(done + len(batch.images) * distributed.world_size(), self.total)
+                self.terminal.show("evaluating", done, self.total, pace.left(done, self.total))
+        finally:
+            self.terminal.hide("evaluating")
+
+
+class Pace:
+    """How long the rest takes at the pace of the last 1000 steps."""
+
+    def __init__(self) -> None:
+        self._marks: deque[tuple[int, float]] = deque(maxlen=1000)
+
+    def left(self, done: int, total: int) -> str:
+        """As `2:03` or `1:02:03`, from the second call on. Steps never go back."""
+        self._marks.append((done, time.monotonic()))
+        (begin, started), (_, now) = self._marks[0], self._marks[-1]
+        if done == begin:
+            return "-:--"
+        seconds = round((now - started) / (done - begin) * (total - done))
+        minutes, hours = seconds // 60 % 60, seconds // 3600
+        return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
+
+
+def _mute() -> None:
+    """What is printed from here on goes nowhere. Otherwise Python would complain while it shuts down."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _flatten(values: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:

@@ -25,12 +25,12 @@ from retina.engine.meter import LAG, Lagged, Meter
 from retina.engine.optim import ExponentialMovingAverage, Schedule, set_learning_rate
 from retina.engine.step import DTYPES, StepResult, parallel, train_step
 from retina.errors import RetinaError
-from retina.evaluation.evaluate import Evaluation
+from retina.evaluation.evaluate import Criterion, Evaluation
 from retina.evaluation.metrics import DetectionArrays
 from retina.losses.detection import DetectionLoss
 from retina.losses.diagnose import Diagnosis, prior_is_lost, summarize, with_diagnosis
 from retina.model.weights import DetectorCard
-from retina.types import Batch, Criterion, to_device
+from retina.types import Batch, to_device
 from retina.visualize import batch_pictures, grid
 
 
@@ -97,6 +97,7 @@ def fit(
     due = partial(_evaluation_due, every=eval_every, total=total)
     progress = keeper.restore(annotations.fingerprint(), allow_data_change=allow_data_change)
     logger.resume(progress.step, pending_evaluation=due(progress))
+    logger.progress(progress.step, total)
     meter.load_state(progress.meter, device)
     if config.compile:
         for one in {model, keeper.best_model}:
@@ -159,6 +160,7 @@ def fit(
                 watched=ema.floating if ema else (),
             )
             progress.step += 1
+            logger.progress(progress.step, total)
             meter.add(result.updated, result.losses, result.positives, result.grad_norm)
             if ema is not None:
                 ema.update(step)
@@ -171,8 +173,7 @@ def fit(
             if logging and (means := meter.read()):
                 values: dict[str, Any] = {"epoch": progress.step / per_epoch, "lr": lr, **means, "diagnosis": anatomy}
                 logger.scalars(progress.step, "train", values)
-                left = (total - progress.step) * config.batch_size / values["images_per_second"]
-                logger.progress(progress.step, total, values, left)
+                logger.progress(progress.step, total, values)
                 for line in loader.faults.values():
                     logger.once(f"skipped: {line}")
     if ending:

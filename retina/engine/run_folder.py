@@ -20,6 +20,8 @@ OWN = (
     "data_report.json",
     "checkpoints",
     "tensorboard",
+    "trackers",
+    "curves.png",
     "eval",
 )
 """What a run writes beside `config.yaml`, and all that `overwrite` removes."""
@@ -46,6 +48,7 @@ HARMLESS = (
     "train.patience",
     "train.save_every",
     "train.max_bad_steps",
+    "trackers",
 )
 """Settings that change nothing about the weights a run arrives at, or only whether it does; they may differ when it is
 resumed."""

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from retina import distributed
 from retina.engine.optim import norm_and_divisor, step_where
-from retina.types import Batch, Criterion
+from retina.evaluation.evaluate import Criterion
+from retina.types import Batch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -1,11 +1,12 @@
 """Numbers and pictures for TensorBoard.
 
-PyTorch's own writer hands records to a thread, which dies with a traceback when the disk is full and loses what it held
+PyTorch's own writer hands records to a thread, which dies with a traceback when the disk is full and loses its queue
 when the process is killed. Here every record is in the file when the call returns."""
 
 import os
 import socket
 import time
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from retina.files import Appender
 
 
 class Board:
-    """One more event file in `folder`. Opened after a resume at `step`, it hides what older files say of later steps.
+    """One more event file in `folder`. It hides what older files of the folder say of steps after `step`.
 
-    Every method raises OSError when there is no room; what could not be written follows as soon as there is."""
+    Every method raises OSError when there is no room. Records that find no room follow as soon as there is some."""
 
     def __init__(self, folder: Path, step: int) -> None:
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
@@ -33,17 +34,17 @@ class Board:
             Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)),
         ]
 
-    def scalar(self, step: int, tag: str, value: float) -> None:
-        self._write(Event(step=step, summary=scalar(tag, value)))
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        parts = [part for tag, value in values.items() for part in scalar(tag, value).value]
+        self._write(Event(step=step, summary=Summary(value=parts)))
 
     def picture(self, step: int, tag: str, pixels: NDArray[Any]) -> None:
-        """`pixels` is uint8 [H W 3]. Stored as JPEG: a photograph as PNG takes many times as long, half of it for
-        TensorBoard's checksum of so many more bytes."""
+        """`pixels` is uint8 [H W 3]. Stored as JPEG, because a photograph as PNG takes many times as long, half of
+        that for TensorBoard's checksum of so many more bytes."""
         content = BytesIO()
         Image.fromarray(pixels).save(content, "JPEG", quality=90)
-        picture = Summary.Image(
-            height=pixels.shape[0], width=pixels.shape[1], colorspace=3, encoded_image_string=content.getvalue()
-        )
+        height, width = pixels.shape[:2]
+        picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content.getvalue())
         self._write(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=picture)])))
 
     def close(self) -> None:
@@ -51,8 +52,8 @@ class Board:
 
     def _write(self, event: Event) -> None:
         records = BytesIO()
-        for one in (*self._head, event):
-            one.wall_time = time.time()
-            RecordWriter(records).write(one.SerializeToString())
+        for record in (*self._head, event):
+            record.wall_time = time.time()
+            RecordWriter(records).write(record.SerializeToString())
         self._head = []
         self.file.write(records.getvalue())

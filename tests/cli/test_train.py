@@ -118,9 +118,8 @@ def test_a_head_without_its_prior_is_told(
 
 def test_run_folder_holds_what_the_plan_says(place: Path, finished: subprocess.CompletedProcess[str]) -> None:
     folder = place / "runs" / "whole"
-    assert {path.name for path in folder.iterdir()} == {
-        ".lock", "best.safetensors", "checkpoints", "config.yaml", "log.txt", "metrics.jsonl", "tensorboard"
-    }  # fmt: skip
+    files = {".lock", "best.safetensors", "config.yaml", "curves.png", "log.txt", "metrics.jsonl"}
+    assert {path.name for path in folder.iterdir()} == files | {"checkpoints", "tensorboard"}
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
     steps = [(r["step"], r["kind"]) for r in records(folder)]
     assert steps == [(2, "train"), (3, "val"), (4, "train"), (6, "train"), (6, "val")]

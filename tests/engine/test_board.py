@@ -17,7 +17,7 @@ def shown(folder: Path) -> EventAccumulator:
 
 def test_tensorboard_reads_numbers_and_pictures(tmp_path: Path) -> None:
     board = Board(tmp_path / "deep" / "board", 0)
-    board.scalar(3, "train/loss", 0.5)
+    board.scalars(3, {"train/loss": 0.5})
     board.picture(3, "val/pictures", np.full((4, 6, 3), 200, np.uint8))
     board.close()
     (scalar,) = shown(tmp_path / "deep" / "board").Scalars("train/loss")
@@ -30,10 +30,10 @@ def test_tensorboard_reads_numbers_and_pictures(tmp_path: Path) -> None:
 def test_what_came_after_the_step_a_run_goes_on_from_is_hidden(tmp_path: Path) -> None:
     first = Board(tmp_path, 0)
     for step in (1, 2, 3):
-        first.scalar(step, "loss", float(step))
+        first.scalars(step, {"loss": float(step)})
     first.close()
     second = Board(tmp_path, 2)
-    second.scalar(3, "loss", 9.0)
+    second.scalars(3, {"loss": 9.0})
     second.close()
     assert [(e.step, e.value) for e in shown(tmp_path).Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 9.0)]
 
@@ -42,8 +42,8 @@ def test_a_folder_that_cannot_be_made_is_an_os_error_and_the_record_follows(tmp_
     (tmp_path / "board").write_text("in the way")
     board = Board(tmp_path / "board", 0)
     with pytest.raises(FileExistsError):
-        board.scalar(1, "loss", 1.0)
+        board.scalars(1, {"loss": 1.0})
     (tmp_path / "board").unlink()
-    board.scalar(2, "loss", 2.0)
+    board.scalars(2, {"loss": 2.0})
     board.close()
     assert [event.step for event in shown(tmp_path / "board").Scalars("loss")] == [1, 2]

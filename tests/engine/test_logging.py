@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from children import in_child
 from retina.engine.logging import RunLogger
+from retina.engine.trackers import TensorBoard
 
 
 def read(folder: Path) -> list[dict[str, object]]:
@@ -18,7 +19,7 @@ def read(folder: Path) -> list[dict[str, object]]:
 
 
 def test_records_lines_and_pictures(tmp_path: Path) -> None:
-    logger = RunLogger(tmp_path, active=True)
+    logger = RunLogger(tmp_path, active=True, trackers=[TensorBoard()])
     logger.info("hello [red]")
     logger.scalars(1, "train", {"loss": 0.5})
     logger.evaluation(
@@ -121,7 +122,7 @@ def test_a_screen_that_is_gone_stops_nothing(tmp_path: Path) -> None:
 
 def test_what_is_recorded_is_in_the_file_at_once(tmp_path: Path) -> None:
     def task() -> None:
-        logger = RunLogger(tmp_path, active=True)
+        logger = RunLogger(tmp_path, active=True, trackers=[TensorBoard()])
         logger.info("line")
         logger.scalars(1, "train", {"loss": 0.5})
         os.kill(os.getpid(), signal.SIGKILL)
@@ -138,14 +139,16 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     logger = RunLogger(tmp_path / "nowhere", active=False)
     logger.info("x")
     logger.scalars(1, "train", {"loss": 1.0})
-    logger.progress(1, 2, {}, 0.0)
+    logger.progress(1, 2, {})
+    logger.curves()
+    assert logger.evaluating([], 3) == []
     logger.resume(1)
     logger.close()
     assert not (tmp_path / "nowhere").exists()
 
 
 def test_named_values_of_a_step_get_a_group_of_their_own(tmp_path: Path) -> None:
-    logger = RunLogger(tmp_path, active=True)
+    logger = RunLogger(tmp_path, active=True, trackers=[TensorBoard()])
     for step, share in ((20, 0.25), (40, math.nan)):
         logger.scalars(step, "train", {"loss": 0.5, "diagnosis": {"p_t_positives": share, "positives_p3": 7.0}})
     logger.close()

@@ -16,6 +16,7 @@ from retina.engine.checkpoint import Progress, find_fault, newest_valid, save_ch
 from retina.engine.logging import RunLogger
 from retina.engine.optim import ExponentialMovingAverage
 from retina.engine.run_folder import open_run
+from retina.engine.trackers import TensorBoard
 from retina.errors import ConfigError
 from retina.model.weights import DetectorCard, read_card, save_detector
 
@@ -117,7 +118,7 @@ def test_records_find_no_room_for_a_while(tmp_path: Path, capfd: pytest.CaptureF
     """Nothing stops, nothing is cut in half, one warning; and all of it is there once there is room again."""
 
     def task() -> None:
-        logger = RunLogger(tmp_path, active=True)
+        logger = RunLogger(tmp_path, active=True, trackers=[TensorBoard()])
         picture = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
         for step in range(1, 61):
             if step == 20:
@@ -143,7 +144,7 @@ def test_records_find_no_room_for_a_while(tmp_path: Path, capfd: pytest.CaptureF
 
 def test_what_found_no_room_to_the_end_is_said_to_be_lost(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def task() -> None:
-        logger = RunLogger(tmp_path, active=True)
+        logger = RunLogger(tmp_path, active=True, trackers=[TensorBoard()])
         logger.scalars(1, "train", {"loss": 1.0})
         fill(tmp_path, free=0)
         for step in range(2, 40):
@@ -154,8 +155,9 @@ def test_what_found_no_room_to_the_end_is_said_to_be_lost(tmp_path: Path, capfd:
 
     assert on_small_disk(tmp_path, MEGABYTES, task) == 0
     said = capfd.readouterr().out
-    assert "metrics.jsonl: the last " in said
-    assert said.count("records are lost") == 2
+    board, metrics = (line for line in said.splitlines() if "records are lost" in line)
+    assert "TensorBoard" in board
+    assert "metrics.jsonl" in metrics
 
 
 def test_a_full_disk_is_found_before_anything_else(tmp_path: Path) -> None:
