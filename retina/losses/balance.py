@@ -72,7 +72,7 @@ def _rank(losses: Tensor) -> Tensor:
     """0 for the greatest."""
     order = losses.detach().flatten().argsort(descending=True)
     places = torch.arange(len(order), device=order.device)
-    return torch.empty_like(order).scatter_(0, order, places).reshape(losses.shape)
+    return torch.zeros_like(order).scatter(0, order, places).reshape(losses.shape)
 
 
 class OHEMLoss(nn.Module):

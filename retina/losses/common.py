@@ -68,8 +68,13 @@ def class_indices(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[T
 
 
 def refuse(wrong: Tensor, values: Tensor, message: str) -> None:
-    """Raises ValueError where `wrong` is true anywhere. Silent on a GPU and under a compiler, which should not wait."""
-    if wrong.device.type == "cpu" and not torch.compiler.is_compiling() and wrong.any():
+    """Raises ValueError where `wrong` is true anywhere.
+
+    Silent on a GPU, which should not wait, and within `torch.compile` and `torch.func.vmap`, where values are unknown.
+    """
+    if wrong.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
+        return
+    if wrong.any():
         raise ValueError(f"{message}, got {values[wrong][0].item():g}")
 
 

@@ -83,7 +83,7 @@ def ghm_loss(
     bins = (_distance(logits, targets).detach() * num_bins).long().clamp(max=num_bins - 1)
     bins = torch.where(valid, bins, num_bins)  # one more, for what does not count
     counts = torch.zeros(num_bins + 1, dtype=torch.int64, device=logits.device)  # float32 counts up to 2^24
-    counts.scatter_add_(0, bins.flatten(), counts.new_ones(()).expand(bins.numel()))
+    counts = counts.scatter_add(0, bins.flatten(), counts.new_ones(()).expand(bins.numel()))
     density = (counts * num_bins).clamp(min=1).to(logits.dtype)
     return torch.where(valid, cross_entropy / density[bins], 0)
 

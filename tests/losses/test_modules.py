@@ -165,6 +165,19 @@ def test_gradients_are_those_of_the_values(module: nn.Module, logits: Tensor, ta
     assert torch.autograd.gradcheck(lambda x: module(x, targets), logits[:2].double().requires_grad_())
 
 
+@pytest.mark.parametrize(("module", "logits", "targets"), EVERY, ids=name_of)
+def test_gradients_per_sample_by_vmap_are_those_of_a_loop(module: nn.Module, logits: Tensor, targets: Tensor):
+    def gradient(x: Tensor, y: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: module(x[None], y[None]))(x)
+
+    x = logits[:1].clone().requires_grad_()
+    (first,) = torch.autograd.grad(module(x, targets[:1]), x)
+    gradients = torch.func.vmap(gradient)(logits, targets)
+    torch.testing.assert_close(gradients[:1], first)
+    looped = torch.stack([gradient(x, y) for x, y in zip(logits, targets, strict=True)])
+    torch.testing.assert_close(gradients, looped)
+
+
 def test_successors_are_reduced():
     targets = HOT * 0.7
     for module, function in ((QualityFocalLoss, quality_focal_loss), (VarifocalLoss, varifocal_loss)):
