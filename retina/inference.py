@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from retina.data.images import MAX_PIXELS, read_reduced
-from retina.data.loader import collate
+from retina.data.loader import Canvas, collate
 from retina.data.transforms import Sample, eval_pipeline
 from retina.detections import count_non_finite, postprocess, refuse_non_finite, to_original
 from retina.distributed import choose_device
@@ -52,8 +52,7 @@ class Detector:
         for layer in self.model.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.to(self.dtype)  # once, where autocast would do it on every level of every batch
-        self.divisor: int = card.preprocessing["divisor"]
-        self.pad_value: tuple[int, int, int] = tuple(card.preprocessing["pad_value"])
+        self.canvas = Canvas(card.preprocessing["divisor"], tuple(card.preprocessing["pad_value"]))
         self._resize = eval_pipeline(card.preprocessing["short_side"], card.preprocessing["long_side"])
 
     @classmethod
@@ -111,7 +110,7 @@ class Detector:
         for first in range(0, len(images), batch_size):
             some = images[first : first + batch_size]  # only these are in memory
             samples = [self._resize.without_last_resize(self._sample(image, max_pixels), 0) for image in some]
-            found += self.detect(collate(samples, divisor=self.divisor, pad_value=self.pad_value), options)
+            found += self.detect(collate(samples, self.canvas), options)
         return found
 
     def _sample(self, image: object, max_pixels: int) -> Sample:

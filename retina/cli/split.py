@@ -55,7 +55,7 @@ def open_split(
     from functools import partial
 
     from retina import distributed
-    from retina.engine.build import build_eval_loader, load_checked
+    from retina.engine.build import build_eval_loader, canvas_of, load_checked
 
     if data.prepare and data.root:
         prepare, root = data.prepare, Path(data.root)
@@ -64,16 +64,10 @@ def open_split(
     (annotations,) = load_checked(data, [split], output, classes=detector.classes, say=complain)
     loader = build_eval_loader(
         annotations,
-        short_side=data.short_side,
-        long_side=data.long_side,
+        data,
+        canvas_of(data, detector.canvas),
         batch_size=batch_size or detector.card.preprocessing["batch_size"],
-        num_workers=data.num_workers,
-        divisor=data.pad_multiple or detector.divisor,
-        pad_value=detector.pad_value,
         pin_memory=detector.device.type == "cuda",
-        canvases=data.canvases,
-        max_pixels=data.max_pixels,
-        max_bad_fraction=data.max_bad_fraction,
     )
     return annotations, loader
 

@@ -37,7 +37,8 @@ def main(settings: Settings) -> int:
     import torch
 
     from retina import distributed
-    from retina.engine.build import build_eval_loader, build_train_loader, load_checked
+    from retina.data.loader import Canvas
+    from retina.engine.build import build_eval_loader, build_train_loader, canvas_of, load_checked
     from retina.engine.logging import RunLogger, describe_run
     from retina.engine.loop import fit
     from retina.engine.optim import build_optimizer
@@ -88,28 +89,10 @@ def main(settings: Settings) -> int:
                 f"{max(model.strides)}: give that, or model.anchors_spread=false"
             )
         pin_memory = device.type == "cuda"
-        loader, sampler = build_train_loader(
-            annotations,
-            recipe.pipeline,
-            data,
-            config,
-            divisor=divisor,
-            pad_value=model.pad_value,
-            pin_memory=pin_memory,
-        )
-        val_loader = build_eval_loader(
-            val_annotations,
-            short_side=data.short_side,
-            long_side=data.long_side,
-            batch_size=data.eval_batch_size or sampler.micro_batch,
-            num_workers=data.num_workers,
-            divisor=divisor,
-            pad_value=model.pad_value,
-            pin_memory=pin_memory,
-            canvases=data.canvases,
-            max_pixels=data.max_pixels,
-            max_bad_fraction=data.max_bad_fraction,
-        )
+        canvas = canvas_of(data, Canvas(divisor, model.pad_value))
+        loader, sampler = build_train_loader(annotations, recipe.pipeline, data, config, canvas, pin_memory=pin_memory)
+        val_batch = data.eval_batch_size or sampler.micro_batch
+        val_loader = build_eval_loader(val_annotations, data, canvas, batch_size=val_batch, pin_memory=pin_memory)
         card = DetectorCard(
             model=model.arguments,
             classes=list(annotations.classes),
@@ -120,7 +103,7 @@ def main(settings: Settings) -> int:
                 "divisor": divisor,
                 "pad_value": list(model.pad_value),
                 "precision": config.precision,
-                "batch_size": data.eval_batch_size or sampler.micro_batch,
+                "batch_size": val_batch,
             },
             postprocess=without_target(settings["postprocess"]),
         )

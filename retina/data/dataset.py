@@ -1,27 +1,34 @@
 """Annotated images as samples, each a pure function of (seed, epoch, image)."""
 
+from typing import SupportsIndex
+
 import numpy as np
 from torch.utils.data import Dataset
 
-from retina.data.coco import Annotations
+from retina.data.annotations import Annotations
 from retina.data.images import MAX_PIXELS, read_reduced
 from retina.data.transforms import Pipeline, Sample, stable_hash
 from retina.errors import DataError, RetinaError
 
 
-class DetectionDataset(Dataset[Sample]):
-    """Reads and augments one image at a time; its keys are (epoch, index into the annotations).
+class CocoDetection(Dataset[Sample]):
+    """Annotated images, each read and augmented when it is asked for.
 
-    The augmentation's seed is a hash of (seed, epoch, image id): how many workers there are, in which order they
-    work and where a run was resumed change nothing. The key carries the epoch, so that worker processes that live
-    through several epochs need not be told of them.
+    A key is an index into the annotations, which is epoch 0, or (epoch, index), which `BatchLoader` uses. The
+    augmentation's seed is a hash of (seed, epoch, image id), so neither the workers nor a resumption change
+    it. The key carries the epoch because worker processes live through several epochs.
+
+        dataset = CocoDetection(read_coco(file, folder), pipeline)
+        loader = DataLoader(dataset, batch_size=4, collate_fn=collate)
+
+    Of a key (epoch, index), `Sample.size` may ask for a resize that `collate` makes; of a plain index, all is done.
 
     Raises DataError if an image cannot be read, has more than `max_pixels`, is not of the size that its annotations
-    state, or makes the pipeline fail.
+    state, or makes the pipeline fail; IndexError for an index outside.
     """
 
     def __init__(
-        self, annotations: Annotations, pipeline: Pipeline, *, seed: int, max_pixels: int = MAX_PIXELS
+        self, annotations: Annotations, pipeline: Pipeline, *, seed: int = 0, max_pixels: int = MAX_PIXELS
     ) -> None:
         self.annotations = annotations
         self.pipeline = pipeline
@@ -31,12 +38,14 @@ class DetectionDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.annotations)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
+    def __getitem__(self, key: SupportsIndex | tuple[int, int]) -> Sample:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        index = range(len(self))[index]
         sample = self.read(index)
         try:
             seed = stable_hash(self.seed, epoch, int(self.annotations.image_ids[index]))
-            return self.pipeline.without_last_resize(sample, seed)  # collate does it
+            transform = self.pipeline.without_last_resize if isinstance(key, tuple) else self.pipeline
+            return transform(sample, seed)
         except RetinaError:  # the settings are at fault, not this image
             raise
         except Exception as error:  # transforms raise whatever they stumble over
@@ -44,7 +53,8 @@ class DetectionDataset(Dataset[Sample]):
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise DataError(
                 f"{self.annotations.path(index)}: augment ({names}) failed in epoch {epoch} ({reason})"
-                " - remove the image, or correct that transform"
+                " - remove the image, or correct that transform",
+                code="failed-transform",
             ) from error
 
     def read(self, index: int) -> Sample:
@@ -60,7 +70,8 @@ class DetectionDataset(Dataset[Sample]):
             raise DataError(
                 f"{known.file}: image id {known.image_ids[index]} ({known.file_name(index)}): stated as"
                 f" {stated_width}x{stated_height}, but the file is {width}x{height} after EXIF rotation"
-                " - correct the image's width, height and boxes"
+                " - correct the image's width, height and boxes",
+                code="image-size",
             )
         rows = slice(known.offsets[index], known.offsets[index + 1])
         return Sample(

@@ -108,10 +108,12 @@ def list_images(folder: Path) -> list[Path]:
         DataError: there is no such folder, or a folder in it may not be read.
     """
     if not os.path.isdir(folder):  # Path.is_dir raises where permissions are missing
-        raise _fault(folder, "no such folder of images", "correct the path")
+        raise _fault(folder, "no-such-folder", "no such folder of images", "correct the path")
 
     def fail(error: OSError) -> NoReturn:
-        raise _fault(error.filename, f"cannot be listed ({error.strerror})", "give permission or move it") from error
+        raise _fault(
+            error.filename, "unreadable-folder", f"cannot be listed ({error.strerror})", "give permission or move it"
+        ) from error
 
     found = [Path(parent, name) for parent, _, names in os.walk(folder, onerror=fail) for name in names]
     return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
@@ -131,27 +133,39 @@ def _opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
     except DataError:
         raise
     except Image.DecompressionBombError as error:  # formats that Pillow itself checks before we can
-        raise _fault(path, f"has too many pixels ({error})", "make it smaller or remove it") from error
+        raise _fault(
+            path, "too-many-pixels", f"has too many pixels ({error})", "make it smaller or remove it"
+        ) from error
     except MemoryError as error:
-        raise _fault(path, "needs more memory than there is", "make it smaller, or lower data.num_workers") from error
+        raise _fault(
+            path, "out-of-memory", "needs more memory than there is", "make it smaller, or lower num_workers"
+        ) from error
     except Exception as error:  # on a damaged file, decoders raise whatever they stumble over
         reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{error}" or type(error).__name__
-        raise _fault(path, f"cannot be decoded ({reason})", "copy or download it again, or remove it") from error
+        raise _fault(
+            path, "bad-image", f"cannot be decoded ({reason})", "copy or download it again, or remove it"
+        ) from error
 
 
 def _open_regular(path: Path) -> BinaryIO:
     """The file opened, if it is one. Opening a pipe would wait for a writer, and opening a device may do anything."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise _fault(path, "is a folder, pipe or device, not a file", "replace it by an image, or remove it")
+            raise _fault(
+                path, "not-a-file", "is a folder, pipe or device, not a file", "replace it by an image, or remove it"
+            )
         return open(path, "rb")
     except FileNotFoundError as error:
         if os.path.islink(path):
-            raise _fault(path, f"is a link to {os.readlink(path)}, which is missing", "restore or remove it") from error
-        raise _fault(path, "no such image", "correct the file name or the image folder") from error
+            raise _fault(
+                path, "no-such-image", f"is a link to {os.readlink(path)}, which is missing", "restore or remove it"
+            ) from error
+        raise _fault(path, "no-such-image", "no such image", "correct the file name or the image folder") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
-        raise _fault(path, f"cannot be opened ({reason})", "correct its name or give read permission") from error
+        raise _fault(
+            path, "unreadable-image", f"cannot be opened ({reason})", "correct its name or give read permission"
+        ) from error
 
 
 def _identify(path: Path, file: BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
@@ -162,7 +176,7 @@ def _identify(path: Path, file: BinaryIO, max_pixels: int) -> ImageFile.ImageFil
     """
     start = file.read(16)
     if not start:
-        raise _fault(path, "is empty (0 bytes)", "copy or download it again, or remove it")
+        raise _fault(path, "bad-image", "is empty (0 bytes)", "copy or download it again, or remove it")
     for name in FORMATS:
         make, accepts = Image.OPEN[name]
         if accepts is not None and accepts(start) is True:
@@ -171,14 +185,16 @@ def _identify(path: Path, file: BinaryIO, max_pixels: int) -> ImageFile.ImageFil
             file.seek(0)
             return make(file, "")
     kinds = ", ".join(FORMATS)
-    raise _fault(path, f"is not an image that can be read here ({kinds})", "replace or convert it, or remove it")
+    raise _fault(
+        path, "bad-image", f"is not an image that can be read here ({kinds})", "replace or convert it, or remove it"
+    )
 
 
 def _check_pixels(path: Path, size: tuple[int, ...], max_pixels: int) -> None:
     width, height = size
     if width * height > max_pixels:
-        problem = f"has {width}x{height} pixels, more than data.max_pixels={max_pixels} allows"
-        raise _fault(path, problem, "make it smaller, remove it, or raise that limit")
+        problem = f"has {width}x{height} pixels, more than max_pixels={max_pixels} allows"
+        raise _fault(path, "too-many-pixels", problem, "make it smaller, remove it, or raise that limit")
 
 
 def _turn(image: ImageFile.ImageFile) -> Image.Transpose | None:
@@ -218,10 +234,10 @@ def _as_rgb(path: Path, upright: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     if upright.mode in _SHORT:
         grey = np.asarray(upright)
         if grey.min() < 0 or grey.max() > 65535:
-            raise _fault(path, "has 32 bits per channel", "convert it to 8 or 16 bits")
+            raise _fault(path, "bad-image", "has 32 bits per channel", "convert it to 8 or 16 bits")
         return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if upright.mode == "F":
-        raise _fault(path, "has 32 bits per channel", "convert it to 8 or 16 bits")
+        raise _fault(path, "bad-image", "has 32 bits per channel", "convert it to 8 or 16 bits")
     return np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))
 
 
@@ -238,5 +254,5 @@ def _late_exif(file: BinaryIO) -> bytes | None:
     return found
 
 
-def _fault(path: Path | str, problem: str, fix: str) -> DataError:
-    return DataError(f"{path}: {' '.join(problem.split())} - {fix}")
+def _fault(path: Path | str, code: str, problem: str, fix: str) -> DataError:
+    return DataError(f"{path}: {' '.join(problem.split())} - {fix}", code=code)

@@ -1,8 +1,8 @@
-"""From a decoded photograph and its boxes to a training or evaluation sample, by albumentations and two transforms of
-our own.
+"""From a decoded photograph and its boxes to a training or evaluation sample.
 
 Boxes stay in step with pixels: both move by the same ratio of whole-pixel sizes, so rounding a new image size never
 shifts a box against its object. Images stay uint8 from end to end; mean and std belong to the model.
+Transforms of albumentations and torchvision work as well: `retina.data.adapters`.
 """
 
 import math
@@ -12,10 +12,6 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
-# albumentations asks the network for its newest version while it is imported, unless told not to.
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-
-import albumentations as A
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt8
@@ -23,70 +19,107 @@ from numpy import ndarray
 
 from retina.errors import ConfigError
 
+# Whoever imports albumentations after this module: it asks the network for its newest version, unless told not to.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+Image = UInt8[ndarray, "_ _ 3"]
+Boxes = Float64[ndarray, "_ 5"]
+"""x1, y1, x2, y2 as fractions of the image, and the row that the object has in the sample: it travels with its box."""
+
+
+class Transform:
+    """A random change of an image and its boxes, made with probability `p`. Subclasses say `apply`.
+
+    All randomness must come from the generator that `apply` is given, because a sample must not depend on anything
+    but its seed. Boxes may come out beyond the image: `Pipeline` clips them."""
+
+    p: float = 1.0
+    keeps_sizes = False
+    """Whether image and boxes keep their sizes."""
+    scale_free = False
+    """Whether it does the same before a resize and after it: then large photographs may be decoded smaller."""
+
+    def __call__(self, image: Image, boxes: Boxes, seed: int) -> tuple[Image, Boxes]:
+        generator = random.Random(seed)
+        if self.p < 1 and generator.random() >= self.p:
+            return image, boxes
+        return self.apply(image, boxes, generator)
+
+    def apply(self, image: Image, boxes: Boxes, generator: random.Random) -> tuple[Image, Boxes]:
+        raise NotImplementedError
+
+
+class _Flip(Transform):
+    keeps_sizes = scale_free = True
+    axis: int
+
+    def __init__(self, p: float = 0.5) -> None:
+        self.p = p
+
+    def apply(self, image: Image, boxes: Boxes, generator: random.Random) -> tuple[Image, Boxes]:
+        flipped = boxes.copy()
+        flipped[:, self.axis], flipped[:, self.axis + 2] = 1 - boxes[:, self.axis + 2], 1 - boxes[:, self.axis]
+        return cv2.flip(image, 1 - self.axis), flipped
+
+
+class HorizontalFlip(_Flip):
+    """Left becomes right, with probability `p`."""
+
+    axis = 0
+
+
+class VerticalFlip(_Flip):
+    """Top becomes bottom, with probability `p`."""
+
+    axis = 1
+
+
 GREY = np.array([0.299, 0.587, 0.114])
 """What red, green and blue contribute to brightness (Rec. 601)."""
-
-
 _TO_YIQ = np.array([GREY, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-
-
 _FROM_YIQ = np.linalg.inv(_TO_YIQ)
 
 
-class ColorJitter(A.ImageOnlyTransform):
+class ColorJitter(Transform):
     """Brightness, contrast, saturation and hue by random amounts, all in one pass over the pixels.
 
     Brightness, contrast and saturation are factors, uniform in 1 - x .. 1 + x (none below 0): of the pixel, of its
     distance from the image's mean grey, of its distance from its own grey. `hue` turns colours by a uniform -hue .. hue
     of the full circle around the grey axis, from red towards green, in the plane of YIQ's I and Q. So all are linear
-    but for contrast's offset, and since nothing is clipped in between, one 3x4 matrix does all four, as NVIDIA DALI's
+    except contrast's offset, and since nothing is clipped in between, one 3x4 matrix does all four, as NVIDIA DALI's
     ColorTwist (P. Haeberli, Matrix Operations for Image Processing, 1993). albumentations and torchvision turn hue in
     HSV, clip after each of the four, and take them in a random order.
 
-    Rounding is to the nearest grey level, but for one in the last place.
-
-    Raises ValueError if an amount is negative or `hue` above 0.5.
+    The result is within one grey level of the exact one. Raises ValueError if an amount is negative or `hue` above 0.5.
     """
+
+    keeps_sizes = scale_free = True
 
     def __init__(
         self, brightness: float = 0.2, contrast: float = 0.2, saturation: float = 0.2, hue: float = 0.05, p: float = 0.5
     ) -> None:
-        super().__init__(p=p)
-        self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
-        if min(brightness, contrast, saturation, hue) < 0 or hue > 0.5:
+        self.p = p
+        self.factors, self.hue = (brightness, contrast, saturation), hue
+        if min(*self.factors, hue) < 0 or hue > 0.5:
             raise ValueError(
                 "brightness, contrast and saturation must not be negative and hue must lie in 0..0.5, got"
                 f" {brightness}, {contrast}, {saturation} and {hue}"
             )
 
-    def get_params(self) -> dict[str, Any]:
-        factors = {
-            name: self.py_random.uniform(max(0.0, 1 - amount), 1 + amount)
-            for name, amount in (
-                ("brightness", self.brightness),
-                ("contrast", self.contrast),
-                ("saturation", self.saturation),
-            )
-        }
-        return factors | {"turn": self.py_random.uniform(-self.hue, self.hue)}
+    def draw(self, generator: random.Random) -> tuple[float, float, float, float]:
+        """Factors of brightness, contrast and saturation, and the turn of hue."""
+        brightness, contrast, saturation = (generator.uniform(max(0.0, 1 - x), 1 + x) for x in self.factors)
+        return brightness, contrast, saturation, generator.uniform(-self.hue, self.hue)
 
-    def apply(
-        self,
-        img: UInt8[ndarray, "H W 3"],
-        brightness: float,
-        contrast: float,
-        saturation: float,
-        turn: float,
-        **params: Any,
-    ) -> UInt8[ndarray, "H W 3"]:
-        mean_grey = GREY @ cv2.mean(img)[:3]
-        return cv2.transform(img, color_matrix(brightness, contrast, saturation, turn, mean_grey))
+    def apply(self, image: Image, boxes: Boxes, generator: random.Random) -> tuple[Image, Boxes]:
+        matrix = color_matrix(*self.draw(generator), mean_grey=GREY @ cv2.mean(image)[:3])
+        return cv2.transform(image, matrix), boxes
 
 
 def color_matrix(
     brightness: float, contrast: float, saturation: float, turn: float, mean_grey: float
 ) -> Float64[ndarray, "3 4"]:
-    """What a pixel (r, g, b, 1) is multiplied by.
+    """The matrix that a pixel (r, g, b, 1) is multiplied by.
 
     With x' = brightness * x and m' = brightness * mean_grey, the result is m' + contrast * (S x' - m'), where S scales
     I and Q of YIQ by `saturation` and turns them by 2 pi `turn`, and leaves greys as they are.
@@ -98,8 +131,63 @@ def color_matrix(
     return np.hstack((linear, offset))
 
 
-_SIMPLE = (A.HorizontalFlip, A.VerticalFlip, ColorJitter)
-"""Transforms that change no size, do the same before a resize and after, and draw from Python's generator alone."""
+class ResizeShortSide(Transform):
+    """Resize with the ratio kept: the short side becomes `short_side`, unless the long one would exceed `long_side`.
+
+    scale = min(short_side / min(h, w), long_side / max(h, w)), new sizes rounded to the nearest pixel. Of several
+    `short_side` one is drawn per image. Without `long_side` nothing is capped. The rule of Faster R-CNN (Ren et al.,
+    arXiv 1506.01497) as detectron2 and torchvision have it.
+    """
+
+    def __init__(self, short_side: int | Sequence[int], long_side: int | None = None) -> None:
+        self.short_side = [int(short_side)] if isinstance(short_side, int) else [int(side) for side in short_side]
+        self.long_side = long_side
+        if not self.short_side or min(self.short_side) < 1 or (long_side is not None and long_side < 1):
+            raise ValueError(f"sides must be positive, got short_side={short_side}, long_side={long_side}")
+
+    def apply(self, image: Image, boxes: Boxes, generator: random.Random) -> tuple[Image, Boxes]:
+        return resize(image, self.draw_size(image.shape[0], image.shape[1], generator)), boxes
+
+    def draw_size(self, height: int, width: int, generator: random.Random) -> tuple[int, int]:
+        """What an image of this size becomes, as (height, width)."""
+        return self._size(height, width, generator.choice(self.short_side))
+
+    def largest_size(self, height: int, width: int) -> tuple[int, int]:
+        """What an image of this size becomes at most."""
+        return self._size(height, width, max(self.short_side))
+
+    def _size(self, height: int, width: int, short_side: int) -> tuple[int, int]:
+        scale = short_side / min(height, width)
+        if self.long_side is not None:
+            scale = min(scale, self.long_side / max(height, width))
+        return _scaled(height, width, scale)
+
+
+class LargeScaleJitter(Transform):
+    """Resize so that the image fits `height` x `width` times a random factor, then cut out what exceeds the target.
+
+    scale = u * min(height / h, width / w), u uniform in `scale`; the window lies anywhere in the resized image with
+    equal chance. An image that comes out smaller than the target stays smaller: the collate pads. Sources: Ghiasi et
+    al., Simple Copy-Paste, arXiv 2012.07177, section 3; RetinaNet trained with it: Du et al., arXiv 2107.00057.
+    """
+
+    def __init__(self, height: int, width: int, scale: Sequence[float] = (0.1, 2.0)) -> None:
+        self.height, self.width = height, width
+        self.scale = [float(bound) for bound in scale]
+        if min(height, width) < 1:
+            raise ValueError(f"height and width must be positive, got {height} and {width}")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale must be [low, high] with 0 < low <= high, got {self.scale}")
+
+    def apply(self, image: Image, boxes: Boxes, generator: random.Random) -> tuple[Image, Boxes]:
+        fit = min(self.height / image.shape[0], self.width / image.shape[1])
+        resized = _scaled(image.shape[0], image.shape[1], fit * generator.uniform(*self.scale))
+        height, width = min(self.height, resized[0]), min(self.width, resized[1])
+        top, left = generator.randint(0, resized[0] - height), generator.randint(0, resized[1] - width)
+        moved = boxes.copy()
+        moved[:, [0, 2]] = (boxes[:, [0, 2]] * resized[1] - left) / width
+        moved[:, [1, 3]] = (boxes[:, [1, 3]] * resized[0] - top) / height
+        return np.ascontiguousarray(resize(image, resized)[top : top + height, left : left + width]), moved
 
 
 class Sample(NamedTuple):
@@ -118,55 +206,45 @@ class Sample(NamedTuple):
 
 
 class Pipeline:
-    """Named albumentations transforms, applied in order to an image and its boxes.
+    """Named transforms, applied in order to an image and its boxes.
 
     After each transform (and at the end, if that was a flip or `ColorJitter`: they change no box's size) boxes are
     clipped to the image; one that is then narrower or lower than `min_size` pixels, or has less than `min_visibility`
     of the area it had before that clip, is dropped with its label and crowd flag.
     Boxes that come in outside the image are clipped to it, those that come in without area are dropped; none raises.
-    In between, coordinates are float64 fractions of the image, as albumentations' transforms take them: a box that
-    nothing moves comes out within 0.001 px of what it was (images up to 8192 px).
+    In between, coordinates are float64 fractions of the image: a box that nothing moves comes out within 0.001 px of
+    what it was (images up to 8192 px).
 
     These are the rules of `albumentations.Compose` with `clip`, `filter_invalid_bboxes` and `check_each_transform`, in
     a fifth of its time.
 
     Each transform draws from a random stream of its own, keyed by its name in the mapping, so that switching one off
-    leaves what the others do as it was. (`Compose.set_random_seed` of albumentations 2.0.8 gives every transform the
+    does not change what the others do. (`Compose.set_random_seed` of albumentations 2.0.8 gives every transform the
     same stream: two flips of p=0.5 would then always happen together.)
 
-    Raises ValueError if `min_size` is not positive or `min_visibility` not in 0..1; on use, ConfigError if an image
-    comes out as anything but uint8 RGB, ValueError if a transform makes a box NaN or infinite, and whatever a transform
-    raises.
+    Raises ValueError if `min_size` is not positive or `min_visibility` not in 0..1, ConfigError for what is no
+    transform; on use, ConfigError if an image comes out as anything but uint8 RGB, ValueError if a transform makes a
+    box NaN or infinite, and whatever a transform raises.
     """
 
-    def __init__(
-        self,
-        transforms: Mapping[str, A.BasicTransform | A.BaseCompose],
-        *,
-        min_size: float = 1.0,
-        min_visibility: float = 0.1,
-    ) -> None:
+    def __init__(self, transforms: Mapping[str, Any], *, min_size: float = 1.0, min_visibility: float = 0.1) -> None:
         if not min_size > 0:
             raise ValueError(f"min_size must be positive, got {min_size}")
         if not 0 <= min_visibility <= 1:
             raise ValueError(f"min_visibility must lie in 0..1, got {min_visibility}")
-        self.transforms = dict(transforms)
         # a box of exactly min_size must survive what float32 does to its sides
         self.min_size, self.min_visibility = min_size * (1 - 1e-3), min_visibility * (1 - 1e-6)
+        self.transforms = {name: self._adapted(name, transform) for name, transform in transforms.items()}
         *before, last = self.transforms.values() if self.transforms else [None]
         self._resize = last if isinstance(last, ResizeShortSide) else None
-        self._simple_before = all(isinstance(transform, _SIMPLE) for transform in before)
-        # Never called: it tells those transforms that drop boxes of their own accord (dropout, OneOf) what to keep.
-        # Without a transform that knows boxes, it would warn.
-        A.Compose(
-            [*self.transforms.values(), A.NoOp(p=0)],
-            bbox_params=A.BboxParams(
-                format="pascal_voc",
-                min_width=self.min_size,
-                min_height=self.min_size,
-                min_visibility=self.min_visibility,
-            ),
-        )
+        self._may_reduce = all(transform.scale_free for transform in before if transform)
+
+    def _adapted(self, name: str, transform: Any) -> Transform:
+        if isinstance(transform, Transform):
+            return transform
+        from retina.data.adapters import adapt  # only for other libraries' transforms
+
+        return adapt(transform, name, min_size=self.min_size, min_visibility=self.min_visibility)
 
     def __call__(self, sample: Sample, seed: int) -> Sample:
         """The transformed sample: a pure function of the sample and the seed."""
@@ -174,13 +252,13 @@ class Pipeline:
         return unsized._replace(image=resize(unsized.image, unsized.size), size=None)
 
     def without_last_resize(self, sample: Sample, seed: int) -> Sample:
-        """The transformed sample, but for the pixels of a `ResizeShortSide` that comes last: `Sample.size` is set
+        """The transformed sample, except the pixels of a `ResizeShortSide` that comes last: `Sample.size` is set
         instead, so that `collate` can resize straight onto the canvas of the batch."""
         image = sample.image
-        size = sample.size or image.shape[:2]
+        size: tuple[int, int] = sample.size or (image.shape[0], image.shape[1])
         boxes = np.empty((len(sample.boxes), 5))
         boxes[:, :4] = _clip(sample.boxes / _sides(size))
-        boxes[:, 4] = np.arange(len(boxes))  # which object it is travels with each box
+        boxes[:, 4] = np.arange(len(boxes))
         boxes = boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
         checked = False
         for name, transform in self.transforms.items():
@@ -188,14 +266,11 @@ class Pipeline:
             if transform is self._resize:
                 size = self._resize.draw_size(*size, random.Random(stream))
             else:
-                # numpy's generator takes longer to seed than a flip's whole bookkeeping
-                fresh = transform.random_generator if isinstance(transform, _SIMPLE) else np.random.default_rng(stream)
-                transform.set_random_state(fresh, random.Random(stream))
-                result = transform(image=image, bboxes=boxes)
-                if result["image"].shape[:2] != image.shape[:2]:
-                    size = result["image"].shape[:2]
-                image, boxes = result["image"], result["bboxes"]
-            checked = not isinstance(transform, _SIMPLE)
+                shape = image.shape[:2]
+                image, boxes = transform(image, boxes, stream)
+                if image.shape[:2] != shape:
+                    size = image.shape[0], image.shape[1]
+            checked = not transform.scale_free
             if checked:
                 boxes = self._kept(boxes, size)
         if not checked:
@@ -203,24 +278,25 @@ class Pipeline:
         if image.dtype != np.uint8 or image.shape[2:] != (3,):
             raise ConfigError(
                 f"augment: {', '.join(self.transforms)}: the image came out as {image.dtype} of shape {image.shape}"
-                " - leave out normalisation and conversions, the model does them"
+                " - leave out normalisation and conversions, the model does them",
+                code="augment",
             )
-        kept = boxes[:, 4].round().astype(np.int64)
+        rows = boxes[:, 4].round().astype(np.int64)
         return sample._replace(
             image=np.ascontiguousarray(image),
             boxes=(boxes[:, :4] * _sides(size)).astype(np.float32),
-            labels=sample.labels[kept],
-            crowd=sample.crowd[kept],
+            labels=sample.labels[rows],
+            crowd=sample.crowd[rows],
             size=size,
         )
 
     def least_size(self, size: tuple[int, int]) -> tuple[int, int] | None:
         """How small, as (height, width), an image of this size may come here: as the resize at the end makes it, if
         nothing before that counts in pixels. None: as it is."""
-        return self._resize.largest_size(*size) if self._resize and self._simple_before else None
+        return self._resize.largest_size(*size) if self._resize and self._may_reduce else None
 
-    def _kept(self, boxes: Float[ndarray, "..."], size: tuple[int, int]) -> Float64[ndarray, "kept 5"]:
-        """What is left of boxes in fractions of an image when they are clipped to it."""
+    def _kept(self, boxes: Float[ndarray, "..."], size: tuple[int, int]) -> Boxes:
+        """Boxes clipped to the image, without those that are then too small."""
         if len(boxes) == 0:  # of any shape: some transforms forget the columns
             return np.empty((0, 5))
         if not np.isfinite(boxes).all():
@@ -233,102 +309,12 @@ class Pipeline:
         return clipped[large & (width * height >= before * self.min_visibility)]
 
 
-class ResizeShortSide(A.DualTransform):
-    """Resize with the ratio kept: the short side becomes `short_side`, unless the long one would exceed `long_side`.
-
-    scale = min(short_side / min(h, w), long_side / max(h, w)), new sizes rounded to the nearest pixel. Of several
-    `short_side` one is drawn per image. Without `long_side` nothing is capped. The rule of Faster R-CNN (Ren et al.,
-    arXiv 1506.01497) as detectron2 and torchvision have it.
-    """
-
-    _targets = (A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES)
-
-    def __init__(self, short_side: int | Sequence[int], long_side: int | None = None) -> None:
-        super().__init__(p=1.0)
-        self.short_side = [int(short_side)] if isinstance(short_side, int) else [int(side) for side in short_side]
-        self.long_side = long_side
-        if not self.short_side or min(self.short_side) < 1 or (long_side is not None and long_side < 1):
-            raise ValueError(f"sides must be positive, got short_side={short_side}, long_side={long_side}")
-
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        height, width = params["shape"][:2]
-        return {"size": self.draw_size(height, width, self.py_random)}
-
-    def draw_size(self, height: int, width: int, generator: random.Random) -> tuple[int, int]:
-        """What an image of this size becomes, as (height, width)."""
-        return self._size(height, width, generator.choice(self.short_side))
-
-    def largest_size(self, height: int, width: int) -> tuple[int, int]:
-        """What an image of this size becomes at most."""
-        return self._size(height, width, max(self.short_side))
-
-    def _size(self, height: int, width: int, short_side: int) -> tuple[int, int]:
-        scale = short_side / min(height, width)
-        if self.long_side is not None:
-            scale = min(scale, self.long_side / max(height, width))
-        return _scaled(height, width, scale)
-
-    def apply(self, img: UInt8[ndarray, "H W C"], size: tuple[int, int], **params: Any) -> UInt8[ndarray, "h w C"]:
-        return resize(img, size)
-
-    def apply_to_bboxes(self, bboxes: Float[ndarray, "M c"], **params: Any) -> Float[ndarray, "M c"]:
-        return bboxes  # fractions of the image
+def default_pipeline() -> Pipeline:
+    """The paper's training recipe: half of the images flipped, and the resize of evaluation."""
+    return Pipeline({"flip": HorizontalFlip(), "resize": ResizeShortSide(800, 1333)})
 
 
-class LargeScaleJitter(A.DualTransform):
-    """Resize so that the image fits `height` x `width` times a random factor, then cut out what exceeds the target.
-
-    scale = u * min(height / h, width / w), u uniform in `scale`; the window lies anywhere in the resized image with
-    equal chance. An image that comes out smaller than the target stays smaller: the collate pads. Sources: Ghiasi et
-    al., Simple Copy-Paste, arXiv 2012.07177, section 3; RetinaNet trained with it: Du et al., arXiv 2107.00057.
-    """
-
-    _targets = (A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES)
-
-    def __init__(self, height: int, width: int, scale: Sequence[float] = (0.1, 2.0)) -> None:
-        super().__init__(p=1.0)
-        self.height, self.width = height, width
-        self.scale = [float(bound) for bound in scale]
-        if min(height, width) < 1:
-            raise ValueError(f"height and width must be positive, got {height} and {width}")
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"scale must be [low, high] with 0 < low <= high, got {self.scale}")
-
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        height, width = params["shape"][:2]
-        fit = min(self.height / height, self.width / width)
-        resized = _scaled(height, width, fit * self.py_random.uniform(*self.scale))
-        window = min(self.height, resized[0]), min(self.width, resized[1])
-        corner = self.py_random.randint(0, resized[0] - window[0]), self.py_random.randint(0, resized[1] - window[1])
-        return {"resized": resized, "corner": corner, "window": window}
-
-    def apply(
-        self,
-        img: UInt8[ndarray, "H W C"],
-        resized: tuple[int, int],
-        corner: tuple[int, int],
-        window: tuple[int, int],
-        **params: Any,
-    ) -> UInt8[ndarray, "h w C"]:
-        (top, left), (height, width) = corner, window
-        return np.ascontiguousarray(resize(img, resized)[top : top + height, left : left + width])
-
-    def apply_to_bboxes(
-        self,
-        bboxes: Float[ndarray, "M c"],
-        resized: tuple[int, int],
-        corner: tuple[int, int],
-        window: tuple[int, int],
-        **params: Any,
-    ) -> Float[ndarray, "M c"]:
-        (top, left), (height, width) = corner, window
-        moved = bboxes.astype(np.float64)
-        moved[:, [0, 2]] = (moved[:, [0, 2]] * resized[1] - left) / width
-        moved[:, [1, 3]] = (moved[:, [1, 3]] * resized[0] - top) / height
-        return moved
-
-
-def eval_pipeline(short_side: int, long_side: int | None) -> Pipeline:
+def eval_pipeline(short_side: int = 800, long_side: int | None = 1333) -> Pipeline:
     """The pipeline of evaluation and inference: nothing but the resize."""
     return Pipeline({"resize": ResizeShortSide(short_side, long_side)})
 
@@ -361,8 +347,8 @@ def resize(
         out[:] = image
         return out
     height, width = size
-    # Bilinear looks at four pixels only, so going down it skips the others and aliases; area averages all of them.
-    # Going up, area would repeat whole pixels.
+    # Bilinear reads four pixels only, so when it shrinks it skips the others and aliases; area averages all of them.
+    # When it enlarges, area would repeat whole pixels.
     shrinks = height < image.shape[0] or width < image.shape[1]
-    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return cv2.resize(image, (width, height), dst=out, interpolation=how)
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(image, (width, height), dst=out, interpolation=interpolation)

@@ -5,16 +5,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from retina import distributed
-from retina.data.coco import Annotations
-from retina.data.dataset import DetectionDataset
-from retina.data.images import MAX_PIXELS
-from retina.data.loader import BatchLoader, eval_loader, train_loader
+from retina.data.annotations import Annotations
+from retina.data.loader import BatchLoader, Canvas, LoaderConfig, eval_loader, train_loader
 from retina.data.report import DataReport
-from retina.data.sampler import DetectionBatchSampler, EvalSampler, repeats_of
+from retina.data.sampler import DetectionBatchSampler, repeats_of
 from retina.data.transforms import Pipeline, eval_pipeline
 from retina.engine.config import DataConfig, TrainConfig
 from retina.engine.splits import check_data, load_split
-from retina.errors import ConfigError
+from retina.errors import ConfigError, under
 
 
 def load_checked(
@@ -51,15 +49,26 @@ def load_checked(
     return list(loaded.values())
 
 
+def loader_config(config: DataConfig, *, pin_memory: bool) -> LoaderConfig:
+    """How the settings want images to be read."""
+    return LoaderConfig(config.num_workers, pin_memory, config.max_pixels, config.max_bad_fraction)
+
+
+def canvas_of(config: DataConfig, usual: Canvas) -> Canvas:
+    """The settings' canvas, or `usual` where they leave it open. Raises ConfigError for a canvas of wrong sides."""
+    canvases = [(height, width) for height, width in config.canvases] if config.canvases else None
+    with under("data"):
+        return Canvas(config.pad_multiple or usual.pad_multiple, usual.pad_value, canvases)
+
+
 def build_train_loader(
     annotations: Annotations,
     pipeline: Pipeline,
     config: DataConfig,
     train: TrainConfig,
+    canvas: Canvas,
     *,
-    divisor: int,
-    pad_value: tuple[int, int, int],
-    pin_memory: bool,
+    pin_memory: bool = False,
 ) -> tuple[BatchLoader, DetectionBatchSampler]:
     """This rank's micro-batches. Raises ConfigError when the batch size cannot be cut evenly."""
     repeats = repeats_of(annotations, config.sampling, threshold=config.repeat_threshold)
@@ -75,49 +84,19 @@ def build_train_loader(
             repeats=repeats,
         )
     except ValueError as fault:
-        raise ConfigError(f"train.batch_size: {fault}") from None
-    loader = train_loader(
-        DetectionDataset(annotations, pipeline, seed=train.seed, max_pixels=config.max_pixels),
-        sampler,
-        num_workers=config.num_workers,
-        divisor=divisor,
-        pad_value=pad_value,
-        max_bad_fraction=config.max_bad_fraction,
-        canvases=_canvases(config.canvases),
-        pin_memory=pin_memory,
-    )
+        raise ConfigError(f"{fault}", code="batch-size", key="train.batch_size") from None
+    reading = loader_config(config, pin_memory=pin_memory)
+    loader = train_loader(annotations, pipeline, seed=train.seed, canvas=canvas, config=reading, sampler=sampler)
+    loader.section = "data."
     return loader, sampler
 
 
 def build_eval_loader(
-    annotations: Annotations,
-    *,
-    short_side: int,
-    long_side: int,
-    batch_size: int,
-    num_workers: int,
-    divisor: int,
-    pad_value: tuple[int, int, int],
-    pin_memory: bool,
-    canvases: Sequence[Sequence[int]] | None = None,
-    max_pixels: int = MAX_PIXELS,
-    max_bad_fraction: float = 0.0,
+    annotations: Annotations, config: DataConfig, canvas: Canvas, *, batch_size: int, pin_memory: bool = False
 ) -> BatchLoader:
-    """This rank's share of images, each once over all ranks, but for the unreadable ones: those are left out."""
-    sampler = EvalSampler(
-        annotations.sizes, batch_size=batch_size, rank=distributed.rank(), world_size=distributed.world_size()
-    )
-    return eval_loader(
-        DetectionDataset(annotations, eval_pipeline(short_side, long_side), seed=0, max_pixels=max_pixels),
-        sampler,
-        num_workers=num_workers,
-        divisor=divisor,
-        pad_value=pad_value,
-        max_bad_fraction=max_bad_fraction,
-        canvases=_canvases(canvases),
-        pin_memory=pin_memory,
-    )
-
-
-def _canvases(sides: Sequence[Sequence[int]] | None) -> list[tuple[int, int]] | None:
-    return [(height, width) for height, width in sides] if sides else None
+    """This rank's share of images, each once over all ranks, except unreadable ones."""
+    pipeline = eval_pipeline(config.short_side, config.long_side)
+    reading = loader_config(config, pin_memory=pin_memory)
+    loader = eval_loader(annotations, pipeline, batch_size=batch_size, canvas=canvas, config=reading)
+    loader.section = "data."
+    return loader

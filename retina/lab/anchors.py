@@ -212,15 +212,13 @@ def read(
 
 def resize_of(settings: Settings, data: DataConfig) -> tuple["Pipeline", list[str]]:
     """The resize among the augmentations, or else that of evaluation; and what else moves boxes, which is left out."""
-    import albumentations
-
+    from retina.data.adapters import adapt
     from retina.data.transforms import Pipeline, ResizeShortSide
 
     transforms = {name: build(section, f"augment.{name}") for name, section in settings["augment"].items()}
     resizes = {name: one for name, one in transforms.items() if isinstance(one, ResizeShortSide)}
     name, resize = next(iter(resizes.items()), ("resize", ResizeShortSide(data.short_side, data.long_side)))
-    harmless = (albumentations.ImageOnlyTransform, albumentations.HorizontalFlip, albumentations.VerticalFlip)
-    left_out = [key for key, one in transforms.items() if key != name and not isinstance(one, harmless)]
+    left_out = [key for key, one in transforms.items() if key != name and not adapt(one, key).keeps_sizes]
     notes = [f"not followed: augment.{key}" for key in left_out]
     if not resizes:
         notes.append("no ResizeShortSide in augment: objects are of the size that evaluation gives them")

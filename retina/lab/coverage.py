@@ -85,7 +85,7 @@ class Coverage(NamedTuple):
 def resized_objects(
     annotations: Annotations, pipeline: Pipeline, *, seed: int, divisor: int, images: Iterable[int]
 ) -> Objects:
-    """The objects of these images after `pipeline`, which resizes only: as `DetectionDataset` has it in epoch 0, on the
+    """The objects of these images after `pipeline`, which resizes only: as `CocoDetection` has it in epoch 0, on the
     canvas that the image would have alone in its batch."""
     pixel = np.zeros((1, 1, 3), dtype=np.uint8)  # the arithmetic of boxes reads no other
     parts: list[tuple[np.ndarray, ...]] = []

@@ -1,6 +1,7 @@
 """How long trained detectors take for an image, measured side by side."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -43,13 +44,6 @@ def _detector(job: Job) -> tuple[Detector, Batch]:
     detector = Detector.load(job.folder, device=job.settings["train"]["device"])
     data = from_mapping(DataConfig, job.settings["data"], "data")
     loader = build_eval_loader(
-        load_split(data, "val"),
-        short_side=data.short_side,
-        long_side=data.long_side,
-        batch_size=IMAGES,
-        num_workers=0,
-        divisor=detector.divisor,
-        pad_value=detector.pad_value,
-        pin_memory=False,
+        load_split(data, "val"), replace(data, num_workers=0, canvases=None), detector.canvas, batch_size=IMAGES
     )
     return detector, next(iter(loader))

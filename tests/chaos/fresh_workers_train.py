@@ -3,11 +3,20 @@
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
-import retina.engine.build  # noqa: E402
+from retina.data.loader import BatchLoader  # noqa: E402
 
-retina.engine.build.train_loader = retina.engine.build.eval_loader  # type: ignore[assignment]
+make = BatchLoader.__init__
+
+
+def make_fresh(self: BatchLoader, *args: Any, **options: Any) -> None:
+    make(self, *args, **options)
+    object.__setattr__(self, "persistent_workers", False)  # DataLoader itself forbids the change
+
+
+BatchLoader.__init__ = make_fresh  # type: ignore[method-assign]
 sys.argv[0] = str(ROOT / "tools/train.py")
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -9,16 +9,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-from retina.data.dataset import DetectionDataset  # noqa: E402
+from retina.data.dataset import CocoDetection  # noqa: E402
 from retina.data.transforms import Sample  # noqa: E402
 
-read = DetectionDataset.__getitem__
+read = CocoDetection.__getitem__
 note = os.open(
     f"{os.environ['SPY']}/{os.environ.get('RANK', '0')}.{os.getpid()}", os.O_CREAT | os.O_APPEND | os.O_WRONLY
 )
 
 
-def noted(self: DetectionDataset, key: tuple[int, int]) -> Sample:
+def noted(self: CocoDetection, key: tuple[int, int]) -> Sample:
     sample = read(self, key)
     if "train" in self.annotations.file.name:
         digest = hashlib.sha256(sample.image.tobytes() + sample.boxes.tobytes()).hexdigest()
@@ -26,6 +26,6 @@ def noted(self: DetectionDataset, key: tuple[int, int]) -> Sample:
     return sample
 
 
-DetectionDataset.__getitem__ = noted  # type: ignore[method-assign]
+CocoDetection.__getitem__ = noted  # type: ignore[method-assign]
 sys.argv[0] = str(ROOT / "tools/train.py")
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from faults import refused
 
-from retina.data.loader import collate
+from retina.data.loader import Canvas, collate
 from retina.data.transforms import Sample, resize
 from retina.errors import ConfigError
 
@@ -25,7 +26,7 @@ def make_sample(height, width, num_objects, *, crowd=(), index=0):
 
 def test_content_is_top_left_and_the_rest_padding():
     samples = [make_sample(20, 30, 1, index=7), make_sample(33, 17, 1, index=4)]
-    batch = collate(samples, divisor=32, pad_value=PAD)
+    batch = collate(samples, Canvas(32, PAD))
     assert batch.images.shape == (2, 3, 64, 32)
     assert batch.images.dtype == torch.uint8
     for image, sample in zip(batch.images.permute(0, 2, 3, 1).numpy(), samples, strict=True):
@@ -42,7 +43,7 @@ def test_content_is_top_left_and_the_rest_padding():
 @pytest.mark.parametrize("size", [(48, 66), (10, 15), (20, 30), (1, 1)])
 def test_what_is_still_to_be_resized_is_resized_onto_the_canvas(size):
     samples = [make_sample(20, 30, 1)._replace(size=size), make_sample(33, 17, 1)]
-    batch = collate(samples, divisor=32, pad_value=PAD)
+    batch = collate(samples, Canvas(32, PAD))
     images = batch.images.permute(0, 2, 3, 1).numpy()
     height, width = size
     np.testing.assert_array_equal(images[0, :height, :width], resize(samples[0].image, size))
@@ -55,7 +56,7 @@ def test_what_is_still_to_be_resized_is_resized_onto_the_canvas(size):
 
 def test_shared_memory_holds_the_same():
     samples = [make_sample(20, 30, 1)._replace(size=(40, 60)), make_sample(33, 17, 1)]
-    ours, plain = (collate(samples, divisor=32, pad_value=PAD, shared=shared).images for shared in (True, False))
+    ours, plain = (collate(samples, Canvas(32, PAD), shared=shared).images for shared in (True, False))
     assert (ours.is_shared(), plain.is_shared()) == (True, False)
     assert torch.equal(ours, plain)
     assert ours.stride() == plain.stride()
@@ -63,7 +64,7 @@ def test_shared_memory_holds_the_same():
 
 def test_targets_are_padded_to_the_largest_count():
     samples = [make_sample(8, 8, 3, crowd=[1]), make_sample(8, 9, 0), make_sample(9, 8, 1)]
-    targets = collate(samples, divisor=1, pad_value=PAD).targets
+    targets = collate(samples, Canvas(1, PAD)).targets
     assert targets.valid.tolist() == [[True, False, True], [False] * 3, [True, False, False]]
     assert targets.crowd.tolist() == [[False, True, False], [False] * 3, [False] * 3]
     assert targets.boxes.dtype == torch.float32
@@ -75,13 +76,13 @@ def test_targets_are_padded_to_the_largest_count():
 
 
 def test_a_batch_without_objects_has_none():
-    targets = collate([make_sample(8, 8, 0), make_sample(8, 8, 0)], divisor=4, pad_value=PAD).targets
+    targets = collate([make_sample(8, 8, 0), make_sample(8, 8, 0)], Canvas(4, PAD)).targets
     assert targets.boxes.shape == (2, 0, 4)
     assert targets.labels.shape == targets.valid.shape == targets.crowd.shape == (2, 0)
 
 
 def test_only_crowd():
-    targets = collate([make_sample(8, 8, 2, crowd=[0, 1])], divisor=4, pad_value=PAD).targets
+    targets = collate([make_sample(8, 8, 2, crowd=[0, 1])], Canvas(4, PAD)).targets
     assert targets.valid.tolist() == [[False, False]]
     assert targets.crowd.tolist() == [[True, True]]
 
@@ -97,15 +98,15 @@ def test_only_crowd():
 )
 def test_smallest_canvas_that_fits(sizes, expected):
     canvases = [(64, 64), (48, 32), (32, 48)]
-    batch = collate([make_sample(h, w, 0) for h, w in sizes], divisor=16, pad_value=PAD, canvases=canvases)
+    batch = collate([make_sample(h, w, 0) for h, w in sizes], Canvas(16, PAD, canvases))
     assert batch.images.shape[2:] == expected
 
 
 def test_faulty_calls_are_refused():
     samples = [make_sample(70, 20, 0), make_sample(10, 90, 0)]
-    with pytest.raises(ConfigError, match=r"^data\.canvases: none of 64x96, 96x64 .* holds images of 70x90 - \S"):
-        collate(samples, divisor=16, pad_value=PAD, canvases=[(64, 96), (96, 64)])
-    with pytest.raises(ConfigError, match=r"^data\.canvases: 80x80 .* are not all multiples of 32 - \S"):
-        collate(samples, divisor=32, pad_value=PAD, canvases=[(80, 80)])
+    with refused("canvas", "canvases: none of 64x96, 96x64", "70x90", kind=ConfigError):
+        collate(samples, Canvas(16, PAD, [(64, 96), (96, 64)]))
+    with refused("canvas", "canvases: 80x80", "32", kind=ConfigError):
+        Canvas(32, PAD, [(80, 80)])
     with pytest.raises(ValueError, match="at least one"):
-        collate([], divisor=32, pad_value=PAD)
+        collate([], Canvas(32, PAD))

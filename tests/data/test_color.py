@@ -1,4 +1,5 @@
-import albumentations as A
+import random
+
 import cv2
 import numpy as np
 import pytest
@@ -24,7 +25,9 @@ def plain(image, *, brightness=1.0, contrast=1.0, saturation=1.0):
 
 
 def changed(image, *, brightness=1.0, contrast=1.0, saturation=1.0, turn=0.0):
-    return ColorJitter().apply(image, brightness, contrast, saturation, turn)
+    jitter = ColorJitter()
+    jitter.draw = lambda generator: (brightness, contrast, saturation, turn)
+    return jitter.apply(image, np.zeros((0, 5)), random.Random(0))[0]
 
 
 def test_brightness_contrast_and_saturation_follow_the_plain_formula():
@@ -60,24 +63,19 @@ def test_turns_add_up_to_the_full_circle():
 
 
 def test_amounts_bound_what_is_drawn_and_cover_it():
-    jitter = ColorJitter(brightness=0.3, contrast=1.5, saturation=0.0, hue=0.1, p=1.0)
-    jitter.set_random_seed(0)
-    drawn = [jitter.get_params() for _ in range(300)]
-    for name, low, high in (("brightness", 0.7, 1.3), ("contrast", 0.0, 2.5), ("turn", -0.1, 0.1)):
-        values = [params[name] for params in drawn]
+    jitter, generator = ColorJitter(brightness=0.3, contrast=1.5, saturation=0.0, hue=0.1, p=1.0), random.Random(0)
+    drawn = np.array([jitter.draw(generator) for _ in range(300)])
+    for values, low, high in zip(drawn[:, [0, 1, 3]].T, (0.7, 0.0, -0.1), (1.3, 2.5, 0.1), strict=True):
         span = 0.03 * (high - low)
-        assert low <= min(values) < low + span < high - span < max(values) <= high
-    assert {params["saturation"] for params in drawn} == {1.0}
+        assert low <= values.min() < low + span < high - span < values.max() <= high
+    assert set(drawn[:, 2]) == {1.0}
 
 
 def test_it_is_applied_with_its_probability_and_leaves_boxes_alone():
     image, boxes = all_kinds_of_pixels(), np.array([[0.1, 0.2, 0.5, 0.6, 0]])
-    jitter = ColorJitter(p=0.5)
-    jitter.set_random_seed(0)
-    results = [jitter(image=image, bboxes=boxes) for _ in range(60)]
-    assert 15 < sum((result["image"] != image).any() for result in results) < 45
-    assert all(result["bboxes"] is boxes or np.array_equal(result["bboxes"], boxes) for result in results)
-    assert isinstance(jitter, A.ImageOnlyTransform)
+    results = [ColorJitter(p=0.5)(image, boxes, seed) for seed in range(60)]
+    assert 15 < sum((result != image).any() for result, _ in results) < 45
+    assert all(np.array_equal(kept, boxes) for _, kept in results)
 
 
 @pytest.mark.parametrize("amounts", [{"brightness": -0.1}, {"contrast": -1.0}, {"saturation": -1.0}, {"hue": 0.6}])

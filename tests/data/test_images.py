@@ -17,7 +17,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from retina.data.coco import read_coco
-from retina.data.dataset import DetectionDataset
+from retina.data.dataset import CocoDetection
 from retina.data.images import _opened, image_size, list_images, read_image, read_reduced
 from retina.data.transforms import eval_pipeline
 from retina.errors import DataError
@@ -87,7 +87,7 @@ def test_training_evaluation_and_inference_see_the_same_pixels(tmp_path, orienta
     file = tmp_path / "a.json"
     file.write_text(json.dumps({"images": [image], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}))
     pipeline = eval_pipeline(16, None)
-    read = DetectionDataset(read_coco(file, tmp_path), pipeline, seed=0).read(0)
+    read = CocoDetection(read_coco(file, tmp_path), pipeline, seed=0).read(0)
     np.testing.assert_array_equal(read.image, read_reduced(tmp_path / "a.png", pipeline.least_size)[0])
     np.testing.assert_array_equal(read.image, read_image(tmp_path / "a.png"))
     np.testing.assert_array_equal(read.image, UPRIGHT[orientation](np.asarray(a_picture())))
@@ -440,7 +440,7 @@ def test_max_pixels_is_the_only_limit(tmp_path, name, monkeypatch):
         warnings.simplefilter("error")
         assert read_image(tmp_path / name, max_pixels=2000).shape == (40, 50, 3)
         for read in (read_image, image_size):
-            with pytest.raises(DataError, match=r"has 50x40 pixels, more than data\.max_pixels=1999 allows - make it"):
+            with pytest.raises(DataError, match=r"has 50x40 pixels, more than max_pixels=1999 allows - make it"):
                 read(tmp_path / name, max_pixels=1999)
 
 
@@ -555,7 +555,7 @@ def test_reduced_or_not_the_same_damage_is_an_error(tmp_path, options):
 
 def test_max_pixels_counts_the_whole_of_what_is_reduced(tmp_path):
     file = a_photograph(tmp_path / "a.jpg", (96, 128))
-    with pytest.raises(DataError, match=r"has 128x96 pixels, more than data\.max_pixels=5000 allows"):
+    with pytest.raises(DataError, match=r"has 128x96 pixels, more than max_pixels=5000 allows"):
         read_reduced(file, lambda size: (12, 16), max_pixels=5000)
 
 

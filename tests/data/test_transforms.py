@@ -1,15 +1,21 @@
 import random
+import subprocess
+import sys
 
 import albumentations as A
 import numpy as np
 import pytest
+from faults import refused
 
 from retina.data.transforms import (
     ColorJitter,
+    HorizontalFlip,
     LargeScaleJitter,
     Pipeline,
     ResizeShortSide,
     Sample,
+    Transform,
+    VerticalFlip,
     eval_pipeline,
     resize,
     stable_hash,
@@ -245,7 +251,7 @@ def test_stable_hash_is_pinned():
 @pytest.mark.parametrize("transform", [A.Normalize(), A.ToFloat(), A.ToGray(num_output_channels=1, p=1)])
 def test_images_that_are_not_uint8_rgb_are_refused(transform):
     pipeline = Pipeline({"resize": ResizeShortSide(20), "odd": transform})
-    with pytest.raises(ConfigError, match="augment: resize, odd: the image came out as"):
+    with refused("augment", "augment: resize, odd", kind=ConfigError):
         pipeline(make_sample(30, 30), 0)
 
 
@@ -285,8 +291,35 @@ ALL_KINDS = {
 }
 
 
+class InTheirs(A.DualTransform):
+    """One of our transforms among those of albumentations."""
+
+    _targets = (A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES)
+
+    def __init__(self, transform):
+        super().__init__(p=1.0)
+        self.transform = transform
+
+    def set_random_state(self, random_generator, py_random):
+        self.seed = py_random.getstate()
+
+    def get_params_dependent_on_data(self, params, data):
+        generator = random.Random()
+        generator.setstate(self.seed)
+        boxes = np.asarray(data["bboxes"], np.float64).reshape(-1, 5)
+        image, boxes = self.transform.apply(data["image"], boxes, generator)
+        return {"pixels": image, "boxes": boxes}
+
+    def apply(self, img, pixels, **params):
+        return pixels
+
+    def apply_to_bboxes(self, bboxes, boxes, **params):
+        return boxes
+
+
 def composed(transforms, sample, seed, *, min_size, min_visibility):
     """What `Pipeline` does, by albumentations.Compose."""
+    transforms = {name: InTheirs(t) if isinstance(t, Transform) else t for name, t in transforms.items()}
     compose = A.Compose(
         [*transforms.values(), A.NoOp()],
         bbox_params=A.BboxParams(
@@ -325,6 +358,38 @@ def test_pipeline_keeps_the_rules_of_compose(kind):
         np.testing.assert_allclose(result.boxes, expected, atol=1e-3)
         lost += len(boxes) - len(kept)
     assert lost > 1  # or the rules were never asked
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(HorizontalFlip, A.HorizontalFlip), (VerticalFlip, A.VerticalFlip)])
+def test_our_flips_are_those_of_albumentations_bit_for_bit(ours, theirs):
+    rng = np.random.default_rng(0)
+    for p in (0.0, 0.5, 1.0):
+        flips = set()
+        for seed in range(20):
+            sample = make_sample(31, 47, rng.uniform(0, 31, (seed % 4, 4)))
+            sample = sample._replace(image=rng.integers(0, 256, (31, 47, 3), dtype=np.uint8))
+            result, expected = (Pipeline({"flip": flip(p=p)})(sample, seed) for flip in (ours, theirs))
+            np.testing.assert_array_equal(result.image, expected.image)
+            np.testing.assert_array_equal(result.boxes, expected.boxes)
+            flips.add(bool((result.image != sample.image).any()))
+        assert flips == {0.0: {False}, 0.5: {False, True}, 1.0: {True}}[p]
+
+
+def test_what_is_no_transform_is_refused():
+    with refused("augment", "odd", "Sample", kind=ConfigError):
+        Pipeline({"odd": make_sample(5, 5)})
+
+
+def test_without_their_transforms_albumentations_is_not_imported():
+    code = (
+        "import sys, retina.data.loader\n"
+        "from retina.data.transforms import *\n"
+        "Pipeline({'color': ColorJitter(), 'flip': HorizontalFlip(), 'jitter': LargeScaleJitter(9, 9)})\n"
+        "default_pipeline(), eval_pipeline()\n"
+        "print('albumentations' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
 
 
 def test_the_resize_at_the_end_may_be_left_to_the_collate():

@@ -1,8 +1,8 @@
-from retina.data.loader import LockFreeFork
+from retina.data.workers import lock_free_fork
 
 
 def test_a_flag_is_seen_by_forked_processes_both_ways() -> None:
-    context = LockFreeFork()
+    context = lock_free_fork()
     seen, answer = context.Event(), context.Event()
     assert not seen.is_set()
 

@@ -2,8 +2,10 @@ from pathlib import Path
 
 import albumentations
 import pytest
+from faults import refused
 
 from retina.data.coco import locate_split, read_coco
+from retina.data.loader import Canvas
 from retina.data.sampler import repeats_of
 from retina.data.shapes import write_shapes
 from retina.data.transforms import Pipeline
@@ -20,9 +22,7 @@ def loader_of(root: Path, *, accumulate: int = 1, transforms: dict[str, object] 
         Pipeline(transforms or {}),
         DataConfig(name="shapes", short_side=64, long_side=96, num_workers=0, **data),
         TrainConfig(batch_size=4, accumulate=accumulate, seed=3),
-        divisor=32,
-        pad_value=(0, 0, 0),
-        pin_memory=False,
+        Canvas(32, (0, 0, 0)),
     )
 
 
@@ -49,5 +49,5 @@ def test_repeats_of_an_image_are_augmented_each_in_its_own_way(tmp_path: Path) -
 
 
 def test_a_batch_that_cannot_be_cut_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^train\.batch_size: a total batch of 4 images cannot be cut evenly"):
+    with refused("batch-size", "train.batch_size: ", "3", kind=ConfigError):
         loader_of(tmp_path / "shapes", accumulate=3)

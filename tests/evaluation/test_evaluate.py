@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from ranks import in_processes
 from retina.data.coco import Annotations, read_coco
+from retina.data.loader import Canvas
 from retina.data.shapes import write_shapes
 from retina.detections import postprocess
 from retina.engine.build import build_eval_loader
+from retina.engine.config import DataConfig
 from retina.errors import DataError
 from retina.evaluation.evaluate import Evaluation, evaluate
 from retina.losses.detection import DetectionLoss
@@ -53,17 +55,8 @@ def annotations(tmp_path_factory: pytest.TempPathFactory) -> Annotations:
 
 
 def loader(annotations: Annotations, batch_size: int = 2, **options: Any) -> Any:
-    return build_eval_loader(
-        annotations,
-        short_side=128,
-        long_side=192,
-        batch_size=batch_size,
-        num_workers=0,
-        divisor=32,
-        pad_value=(0, 0, 0),
-        pin_memory=False,
-        **options,
-    )
+    data = DataConfig(name="shapes", short_side=128, long_side=192, num_workers=0, **options)
+    return build_eval_loader(annotations, data, Canvas(32, (0, 0, 0)), batch_size=batch_size)
 
 
 def run(annotations: Annotations, batches: Iterable[Batch], model: Oracle | None = None, **options: Any) -> Any:

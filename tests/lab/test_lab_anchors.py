@@ -13,7 +13,7 @@ from torch import Tensor
 from commands import Capture, Tool, digest, one_line
 from retina.cli.compose import compose
 from retina.data.coco import locate_split, read_coco
-from retina.data.dataset import DetectionDataset
+from retina.data.dataset import CocoDetection
 from retina.data.shapes import write_shapes
 from retina.data.transforms import Pipeline, ResizeShortSide
 from retina.engine.config import DataConfig
@@ -150,7 +150,7 @@ def test_objects_are_those_a_training_sees(tiny_data: Path) -> None:
     annotations = read_coco(*locate_split(tiny_data, "train"))
     pipeline = Pipeline({"resize": ResizeShortSide([50, 90, 120], 150)}, min_size=12.0)
     found = resized_objects(annotations, pipeline, seed=3, divisor=32, images=range(len(annotations)))
-    dataset, rows = DetectionDataset(annotations, pipeline, seed=3), []
+    dataset, rows = CocoDetection(annotations, pipeline, seed=3), []
     for index in range(len(annotations)):
         sample = dataset[0, index]
         rows += [(*box, label, index) for box, label in zip(sample.boxes.tolist(), sample.labels, strict=True)]

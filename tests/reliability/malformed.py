@@ -449,7 +449,7 @@ image_case("image truncated", lambda file, content: content[: len(content) // 2]
 image_case("image of zero bytes", lambda file, content: b"")
 image_case("text named .jpg", lambda file, content: b"an image of a cat\n")
 image_case("PNG with a bad CRC", lambda file, content: broken_png())
-image_case("decompression bomb", lambda file, content: bomb(), "data.max_pixels")
+image_case("decompression bomb", lambda file, content: bomb(), "max_pixels")
 image_case("FIFO", lambda file, content: os.mkfifo(file))
 image_case("image that is a folder", lambda file, content: file.mkdir())
 image_case("dangling link", lambda file, content: file.symlink_to("gone.jpg"))

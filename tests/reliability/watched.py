@@ -80,7 +80,7 @@ from retina.data.coco import read_coco  # noqa: E402
 from retina.data.images import image_size, read_image  # noqa: E402
 from retina.data.report import DataReport  # noqa: E402
 from retina.data.shapes import write_shapes  # noqa: E402
-from retina.data.transforms import Pipeline  # noqa: E402, F401  (albumentations, with its wish to call the network)
+from retina.data.transforms import Pipeline  # noqa: E402, F401  (it keeps albumentations from calling the network)
 from retina.engine.build import check_data, load_split  # noqa: E402
 from retina.engine.config import DataConfig, from_mapping  # noqa: E402
 from retina.errors import RetinaError  # noqa: E402

@@ -21,9 +21,7 @@ from numpy import ndarray
 from PIL import Image
 
 from retina.data.coco import Annotations, read_coco
-from retina.data.dataset import DetectionDataset
 from retina.data.loader import BatchLoader, train_loader
-from retina.data.sampler import DetectionBatchSampler
 from retina.data.transforms import ColorJitter, Pipeline, ResizeShortSide
 from retina.lab.clock import Bench, Row, Times
 
@@ -105,14 +103,8 @@ def boxes(rng: np.random.Generator, height: int, width: int) -> Float[ndarray, "
 
 
 def loader(photos: Annotations, transforms: Mapping[str, Any], batch_size: int = 8) -> BatchLoader:
-    return train_loader(
-        DetectionDataset(photos, Pipeline({**transforms, "resize": ResizeShortSide(SHORT_SIDE, LONG_SIDE)}), seed=0),
-        DetectionBatchSampler(photos.sizes, total_batch=min(batch_size, len(photos))),
-        num_workers=0,
-        divisor=128,
-        pad_value=(124, 116, 104),
-        max_bad_fraction=0.0,
-    )
+    pipeline = Pipeline({**transforms, "resize": ResizeShortSide(SHORT_SIDE, LONG_SIDE)})
+    return train_loader(photos, pipeline, batch_size=min(batch_size, len(photos)))
 
 
 def epoch(loader: BatchLoader) -> Callable[[], None]:

@@ -1,0 +1,52 @@
+"""Transforms of other libraries, applied as our own are: the one place that knows how. Beside the road.
+
+`augment` takes them by name; a library is loaded only when one of its transforms is used.
+"""
+
+import random
+from typing import Any
+
+import numpy as np
+
+from retina.data.transforms import Boxes, Image, Transform
+from retina.errors import ConfigError
+
+
+def adapt(transform: Any, name: str = "transform", *, min_size: float = 1.0, min_visibility: float = 0.1) -> Transform:
+    """`transform` as one of ours. Raises ConfigError for what is no transform of a library known here.
+
+    name: in `augment`. min_size, min_visibility: for transforms that drop boxes of their own accord."""
+    libraries = {cls.__module__.partition(".")[0] for cls in type(transform).__mro__}
+    if isinstance(transform, Transform):
+        return transform
+    if "albumentations" in libraries and hasattr(transform, "set_random_state"):
+        return Albumentations(transform, min_size, min_visibility)
+    raise ConfigError(
+        f"{name}: {type(transform).__name__} is no transform - give one of retina.data.transforms or albumentations",
+        code="augment",
+        key="augment",
+    )
+
+
+class Albumentations(Transform):
+    """A transform of albumentations, or a composition such as `OneOf` or `Sequential`."""
+
+    def __init__(self, transform: Any, min_size: float, min_visibility: float) -> None:
+        import albumentations as A
+
+        self.transform = transform
+        self.scale_free = isinstance(transform, (A.HorizontalFlip, A.VerticalFlip))
+        self.keeps_sizes = self.scale_free or isinstance(transform, A.ImageOnlyTransform)
+        # Never called: it tells transforms that drop boxes of their own accord (dropout, OneOf) what to keep. NoOp is
+        # there because Compose warns if none of its transforms knows boxes.
+        A.Compose(
+            [transform, A.NoOp(p=0)],
+            bbox_params=A.BboxParams(
+                format="pascal_voc", min_width=min_size, min_height=min_size, min_visibility=min_visibility
+            ),
+        )
+
+    def __call__(self, image: Image, boxes: Boxes, seed: int) -> tuple[Any, Any]:  # `Pipeline` checks what comes out
+        self.transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        result = self.transform(image=image, bboxes=boxes)
+        return result["image"], result["bboxes"]
