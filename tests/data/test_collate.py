@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from faults import refused
 
+from faults import refused
 from retina.data.loader import Canvas, collate
 from retina.data.transforms import Sample, resize
 from retina.errors import ConfigError

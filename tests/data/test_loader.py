@@ -16,10 +16,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from faults import refused
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from faults import refused
 from retina.data.coco import read_coco
 from retina.data.dataset import CocoDetection
 from retina.data.loader import BatchLoader, Canvas, LoaderConfig, collate, eval_loader, train_loader

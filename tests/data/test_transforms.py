@@ -5,8 +5,8 @@ import sys
 import albumentations as A
 import numpy as np
 import pytest
-from faults import refused
 
+from faults import refused
 from retina.data.transforms import (
     ColorJitter,
     HorizontalFlip,

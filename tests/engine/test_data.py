@@ -2,8 +2,8 @@ from pathlib import Path
 
 import albumentations
 import pytest
-from faults import refused
 
+from faults import refused
 from retina.data.coco import locate_split, read_coco
 from retina.data.loader import Canvas
 from retina.data.sampler import repeats_of
