@@ -11,6 +11,7 @@ Boxes are `xyxy`, absolute pixels, float32, in the coordinates of the image tens
 is positive, negative, ignored, a real object or padding is said by a bool mask, never by a magic integer.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,16 +38,16 @@ class Batch(NamedTuple):
     """(height, width) of the content inside the canvas; the rest is padding."""
     targets: Targets
     indices: Int64[Tensor, "B"]
-    """Which record of the annotations each image is."""
+    """Position of each image in the annotations, from 0."""
     original_sizes: Int64[Tensor, "B 2"]
     """(height, width) of the image file after EXIF rotation, before any resize."""
 
 
 class Assignment(NamedTuple):
-    """What every anchor is trained to be. One that is neither positive nor negative is ignored."""
+    """What every anchor is trained to be. An anchor that is neither positive nor negative is ignored."""
 
     matched: Int64[Tensor, "B A"]
-    """The object an anchor belongs to, 0..M-1; it means something at positive anchors only."""
+    """The object an anchor belongs to, 0..M-1; meaningful at positive anchors only."""
     positive: Bool[Tensor, "B A"]
     negative: Bool[Tensor, "B A"]
     quality: Float[Tensor, "B A"] | None = None
@@ -59,7 +60,7 @@ class Predictions(NamedTuple):
     logits: tuple[Float[Tensor, "B A_l K"], ...]
     deltas: tuple[Float[Tensor, "B A_l 4"], ...]
     anchors: tuple[Float[Tensor, "A_l 4"], ...]
-    """Any tuple; `retina.ops.anchors.Anchors` also say on which grids they stand."""
+    """A plain tuple, or `retina.ops.anchors.Anchors`, which also holds the grid of each level."""
     quality: tuple[Float[Tensor, "B A_l"], ...] | None = None
     """Logits of how well each box fits (centerness or IoU), where the head has such a branch."""
     bins: tuple[Float[Tensor, "B A_l 4 _"], ...] | None = None
@@ -83,8 +84,13 @@ class Detections(NamedTuple):
     labels: Int64[Tensor, "D"]
 
 
+Criterion = Callable[[Predictions, Targets], Losses]
+Postprocess = Callable[[Predictions, Tensor], list[Detections]]
+"""From the predictions and `Batch.sizes` to the detections of each image."""
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor on `device`; copies from pinned memory do not wait."""
+    """The batch with every tensor on `device`. A copy from pinned memory does not wait for the device."""
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)

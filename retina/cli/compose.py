@@ -33,7 +33,9 @@ from retina.engine.config import from_mapping, unknown_key
 from retina.engine.signals import SIGNALS, quit_at_once
 from retina.errors import ConfigError, RetinaError, plain
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+PACKAGED = Path(__file__).parents[1] / "configs"
+CONFIGS = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[2] / "configs"
+"""Within an installed package, else at the top of the repository."""
 Settings = dict[str, Any]
 T = TypeVar("T")
 

@@ -25,12 +25,12 @@ from retina.engine.meter import LAG, Lagged, Meter
 from retina.engine.optim import ExponentialMovingAverage, Schedule, set_learning_rate
 from retina.engine.step import DTYPES, StepResult, parallel, train_step
 from retina.errors import RetinaError
-from retina.evaluation.evaluate import Criterion, Evaluation
+from retina.evaluation.evaluate import Evaluation
 from retina.evaluation.metrics import DetectionArrays
 from retina.losses.detection import DetectionLoss
 from retina.losses.diagnose import Diagnosis, prior_is_lost, summarize, with_diagnosis
 from retina.model.weights import DetectorCard
-from retina.types import Batch, to_device
+from retina.types import Batch, Criterion, to_device
 from retina.visualize import batch_pictures, grid
 
 

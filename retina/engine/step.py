@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 
 from retina import distributed
 from retina.engine.optim import norm_and_divisor, step_where
-from retina.evaluation.evaluate import Criterion
-from retina.types import Batch
+from retina.types import Batch, Criterion
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

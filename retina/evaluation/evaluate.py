@@ -14,10 +14,7 @@ from retina.data.coco import Annotations
 from retina.detections import count_non_finite, refuse_non_finite, to_original
 from retina.distributed import gather_arrays
 from retina.evaluation.metrics import DetectionArrays, coco_metrics
-from retina.types import Batch, Detections, Losses, Predictions, Targets, to_device
-
-Postprocess = Callable[[Predictions, Tensor], list[Detections]]
-Criterion = Callable[[Predictions, Targets], Losses]
+from retina.types import Batch, Criterion, Detections, Postprocess, to_device
 
 
 class Evaluation(NamedTuple):

@@ -1,4 +1,4 @@
-"""Bottom-up networks of timm (`pip install 'retina[timm]'`), as a source of the maps C2..C5."""
+"""Bottom-up networks of timm (`pip install 'retina-detect[timm]'`), as a source of the maps C2..C5."""
 
 from contextlib import suppress
 from difflib import get_close_matches
@@ -80,7 +80,7 @@ def _create(name: str, **options: Any) -> Any:
     try:
         import timm
     except ImportError:
-        raise ConfigError(f"model.backbone: timm:{name} needs timm - pip install 'retina[timm]'") from None
+        raise ConfigError(f"model.backbone: timm:{name} needs timm - pip install 'retina-detect[timm]'") from None
     # No other source of create_model: a weights file names its backbone, and must not say what to download.
     if ":" in name or "/" in name or not timm.is_model(name):
         near = ", ".join(get_close_matches(name, timm.list_models())) or "one of timm.list_models()"

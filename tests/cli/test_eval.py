@@ -145,8 +145,32 @@ def test_a_results_file_scores_as_pycocotools_says(
         assert metrics[name] == (None if expected[name] == -1 else pytest.approx(expected[name], abs=1e-9))
 
 
-def test_empty_results_and_empty_ground_truth(tool: Tool, metric_fixtures: Path, tmp_path: Path) -> None:
-    truth = json.loads((metric_fixtures / "detectron2_edge" / "gt.json").read_text())
+@pytest.fixture
+def scored(tmp_path: Path) -> Path:
+    """A folder with `gt.json`, two images with objects of two classes, and `dt.json`, results for it."""
+    boxes = {1: [10.0, 10.0, 50.0, 80.0], 2: [100.0, 40.0, 20.0, 20.0], 3: [30.5, 200.25, 90.0, 60.5]}
+    truth = {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 640, "height": 480} for i in (139, 285)],
+        "categories": [{"id": 1, "name": "person"}, {"id": 65, "name": "bed"}],
+        "annotations": [
+            {"id": n, "image_id": 139 if n < 3 else 285, "category_id": 65 if n == 2 else 1, "bbox": box}
+            for n, box in boxes.items()
+        ],
+    }
+    results = [
+        {"image_id": 139, "category_id": 1, "bbox": [12.0, 11.0, 49.0, 78.0], "score": 0.9},
+        {"image_id": 139, "category_id": 65, "bbox": boxes[2], "score": 0.7},
+        {"image_id": 285, "category_id": 1, "bbox": [300.0, 10.0, 30.0, 30.0], "score": 0.4},
+    ]
+    place = tmp_path / "scored"
+    place.mkdir()
+    (place / "gt.json").write_text(json.dumps(truth))
+    (place / "dt.json").write_text(json.dumps(results))
+    return place
+
+
+def test_empty_results_and_empty_ground_truth(tool: Tool, scored: Path, tmp_path: Path) -> None:
+    truth = json.loads((scored / "gt.json").read_text())
     (tmp_path / "none.json").write_text("[]")
     (tmp_path / "gt.json").write_text(json.dumps(truth))
     words = [f"detections={tmp_path}/none.json", "data=coco", f"data.val.annotations={tmp_path}/gt.json"]
@@ -275,9 +299,8 @@ def test_mistakes_are_one_line(tool: Tool, run: Path, other_data: Path, capsys: 
     assert not (run.parent / "new").exists()
 
 
-def test_nothing_of_the_users_is_overwritten(tool: Tool, run: Path, metric_fixtures: Path, capsys: Capture) -> None:
-    place = metric_fixtures / "detectron2_edge"
-    score = [f"detections={place}/dt.json", "data=coco", f"data.val.annotations={place}/gt.json"]
+def test_nothing_of_the_users_is_overwritten(tool: Tool, run: Path, scored: Path, capsys: Capture) -> None:
+    score = [f"detections={scored}/dt.json", "data=coco", f"data.val.annotations={scored}/gt.json"]
     output = run.parent / "notes"
     output.mkdir()
     (output / "metrics.json").write_text('{"mine": 1}')
@@ -377,15 +400,14 @@ def test_two_processes_tell_of_all_the_bad_images(
     assert strict(run / "eval" / "metrics.json")["skipped_images"] == 5
 
 
-def test_faults_of_a_results_file_are_all_listed(tool: Tool, run: Path, metric_fixtures: Path, capsys: Capture) -> None:
-    place = metric_fixtures / "detectron2_edge"
-    results = json.loads((place / "dt.json").read_text())
+def test_faults_of_a_results_file_are_all_listed(tool: Tool, run: Path, scored: Path, capsys: Capture) -> None:
+    results = json.loads((scored / "dt.json").read_text())
     strange = [results[0] | {"image_id": 999_999}] * 3 + [
         results[0] | {"category_id": 77},
         results[0] | {"score": None},
     ]
     (run.parent / "dt.json").write_text(json.dumps([*results, *strange]).replace('"score": null', '"score": NaN'))
-    words = [f"detections={run.parent}/dt.json", "data=coco", f"data.val.annotations={place}/gt.json"]
+    words = [f"detections={run.parent}/dt.json", "data=coco", f"data.val.annotations={scored}/gt.json"]
     assert tool("eval", *words, f"output={run.parent}/new") == 2
     out, err = capsys.readouterr()
     assert err.count("\n") == 1

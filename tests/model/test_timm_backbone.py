@@ -170,7 +170,7 @@ def test_without_timm_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConfigError) as caught:
         retinanet(**DETECTOR, backbone="timm:convnext_tiny")
-    assert str(caught.value) == "model.backbone: timm:convnext_tiny needs timm - pip install 'retina[timm]'"
+    assert str(caught.value) == "model.backbone: timm:convnext_tiny needs timm - pip install 'retina-detect[timm]'"
 
 
 @pytest.mark.slow
