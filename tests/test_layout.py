@@ -24,6 +24,7 @@ ROOMS = {
     "ops": 4,
     "distributed": 4,
     "files": 4,
+    "plugins": 4,
     "types": 5,
     "errors": 5,
     "_lazy": 6,

@@ -1,20 +1,19 @@
 """From sections with a `_target_` to objects, after all their arguments have been checked at once. Only what
-ALLOWED_TARGETS names is made, and only from the settings of the command itself, never from a run's files."""
+ALLOWED_TARGETS or `plugins` names is made, and only from the settings of the command itself, never from a run's files.
+"""
 
-import difflib
 import functools
-import importlib
 import inspect
-import sys
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from retina.engine.config import check_type, unknown_key
 from retina.errors import ConfigError
+from retina.plugins import find, prefixes
 
 ALLOWED_TARGETS = {
-    "augment": ("albumentations.", "retina.data.transforms."),
+    "augment": ("albumentations.", "retina.data.transforms.", "torchvision.transforms.v2."),
     "data": ("retina.data.shapes.",),
     "loss": ("retina.losses.", "retina.ops.assigners."),
     "optimizer": ("torch.optim.",),
@@ -22,24 +21,26 @@ ALLOWED_TARGETS = {
     "schedule": ("retina.engine.optim.",),
     "trackers": ("retina.engine.trackers.",),
 }
-"""Where the classes (and, of `retina`, functions) that each section names must be defined. Add your own module here,
-such as "mypackage.losses.", to use what it defines."""
+"""Where the classes (and, of `retina`, functions) that each section names must be defined. The packages in `plugins`
+are allowed in every section."""
 
 T = TypeVar("T")
 
 
-def build(section: Any, key: str, **extra: Any) -> Any:
+def build(section: Any, key: str, *, plugins: Sequence[str] = (), **extra: Any) -> Any:
     """The object that a section's `_target_` describes, or with `_partial_: true` a callable that makes it.
 
     Nested sections are built first, also those in lists. `extra` arguments win. Raises ConfigError for a target outside
-    what ALLOWED_TARGETS has for the first part of `key` and, all at once, for arguments it does not take or lacks."""
+    what ALLOWED_TARGETS has for the first part of `key` and outside the packages in `plugins`, and, all at once, for
+    arguments it does not take or lacks."""
     if not isinstance(section, Mapping) or not isinstance(section.get("_target_"), str):
         raise ConfigError(f"{key}: {section!r:.80} makes nothing - give {key}._target_=, the dotted name of a class")
     values = dict(section)
-    factory = _find(values.pop("_target_"), f"{key}._target_")
+    allowed = (*ALLOWED_TARGETS[key.partition(".")[0]], *prefixes(plugins))
+    factory = find(values.pop("_target_"), allowed, key=f"{key}._target_")
     partial = values.pop("_partial_", False)
     check_arguments(factory, values | extra, key, partial=partial)
-    arguments = {name: _build_nested(value, f"{key}.{name}") for name, value in values.items()} | extra
+    arguments = {name: _build_nested(value, f"{key}.{name}", plugins) for name, value in values.items()} | extra
     if not partial:
         return call(factory, key, **arguments)
     _check_types(factory, arguments, key)
@@ -49,7 +50,7 @@ def build(section: Any, key: str, **extra: Any) -> Any:
 TRACKERS = {"tensorboard": "TensorBoard", "wandb": "WandB", "mlflow": "MLflow", "trackio": "Trackio"}
 
 
-def build_trackers(chosen: Any) -> list[Any]:
+def build_trackers(chosen: Any, plugins: Sequence[str] = ()) -> list[Any]:
     """The objects behind `trackers`: a list of names, or of sections with `_target_`. Raises ConfigError."""
     if not isinstance(chosen, list):
         raise ConfigError(f"trackers: {chosen!r:.80} is no list - give [], [tensorboard] or others", code="wrong-type")
@@ -57,7 +58,7 @@ def build_trackers(chosen: Any) -> list[Any]:
         if isinstance(name, str) and name not in TRACKERS:
             raise ConfigError(unknown_key(f"trackers.{name}", [f"trackers.{known}" for known in TRACKERS]))
     sections = [{"_target_": f"retina.engine.trackers.{TRACKERS[c]}"} if isinstance(c, str) else c for c in chosen]
-    return [build(section, f"trackers.{i}") for i, section in enumerate(sections)]
+    return [build(section, f"trackers.{i}", plugins=plugins) for i, section in enumerate(sections)]
 
 
 def call(factory: Callable[..., T], key: str, **arguments: Any) -> T:
@@ -95,43 +96,7 @@ def _check_types(factory: Callable[..., Any], arguments: Mapping[str, Any], key:
         check_type(value, hints.get(name, Any), f"{key}.{name}")
 
 
-def _build_nested(value: Any, key: str) -> Any:
+def _build_nested(value: Any, key: str, plugins: Sequence[str]) -> Any:
     if isinstance(value, list):
-        return [_build_nested(item, f"{key}.{i}") for i, item in enumerate(value)]
-    return build(value, key) if isinstance(value, Mapping) and "_target_" in value else value
-
-
-def _find(target: str, key: str) -> Callable[..., Any]:
-    """The class or function of that name. Importing a module runs it, so the name is checked first; the object is
-    checked as well, for a module also holds what it imported."""
-    allowed = ALLOWED_TARGETS[key.partition(".")[0]]
-    refusal = ConfigError(f"{key}: {target} is not allowed - choose something under {', '.join(allowed)}")
-    module, _, name = target.rpartition(".")
-    if not target.startswith(allowed) or not all(part.isidentifier() for part in target.split(".")):
-        raise refusal
-    try:
-        owner = importlib.import_module(module)
-        found = getattr(owner, name)
-    except (ImportError, AttributeError):
-        near = difflib.get_close_matches(name, dir(owner), n=1) if "owner" in locals() else []
-        fix = f"did you mean {module}.{near[0]}?" if near else "check its spelling"
-        raise ConfigError(f"{key}: {target} does not exist - {fix}") from None
-    if not _is_own(found, allowed):
-        raise refusal
-    return found
-
-
-def _is_own(found: Any, allowed: tuple[str, ...]) -> bool:
-    """Whether `found` is a public class, or function of this library, that a module under `allowed` itself defines
-    under the name it bears: no method, partial, lambda, nested or borrowed object, and nothing that lies about its
-    home."""
-    if not inspect.isclass(found) and not inspect.isfunction(found):
-        return False
-    home, name = f"{found.__module__}.", found.__qualname__
-    if not home.startswith(allowed) or name.startswith("_"):
-        return False
-    if inspect.isfunction(found) and home.startswith(("albumentations.", "torch.")):  # reads files, say
-        return False
-    if inspect.isclass(found) and issubclass(found, type):  # makes classes, not objects
-        return False
-    return getattr(sys.modules.get(home[:-1]), name, None) is found
+        return [_build_nested(item, f"{key}.{i}", plugins) for i, item in enumerate(value)]
+    return build(value, key, plugins=plugins) if isinstance(value, Mapping) and "_target_" in value else value

@@ -1,6 +1,7 @@
 """What a run is made of, but for data and model: made and checked before either is touched."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retina.cli.build import build, call, check_arguments
@@ -34,7 +35,8 @@ def make_recipe(settings: Settings) -> Recipe:
     refuse_frozen_noise(settings)
     if settings["remap"] and not settings["init_from"]:
         raise ConfigError("remap: renames classes of init_from - give init_from=..., or leave remap out")
-    criterion = build(settings["loss"], "loss")
+    made = partial(build, plugins=settings["plugins"])
+    criterion = made(settings["loss"], "loss")
     if isinstance(criterion, DetectionLoss):
         branches = {
             "quality": bool(settings["model"].get("head_quality")),
@@ -44,11 +46,11 @@ def make_recipe(settings: Settings) -> Recipe:
     call(check_postprocess, "postprocess", options=without_target(settings["postprocess"]))
     return Recipe(
         criterion=criterion,
-        postprocess=build(settings["postprocess"], "postprocess"),
-        schedule=build(settings["schedule"], "schedule"),
-        optimizer=build(settings["optimizer"], "optimizer"),
+        postprocess=made(settings["postprocess"], "postprocess"),
+        schedule=made(settings["schedule"], "schedule"),
+        optimizer=made(settings["optimizer"], "optimizer"),
         pipeline=Pipeline(
-            {name: build(section, f"augment.{name}") for name, section in settings["augment"].items()},
+            {name: made(section, f"augment.{name}") for name, section in settings["augment"].items()},
             min_size=data.min_size,
             min_visibility=data.min_visibility,
         ),

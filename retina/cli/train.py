@@ -53,7 +53,7 @@ def main(settings: Settings) -> int:
 
     device = call(distributed.choose_device, "train.device", name=config.device)
     recipe = make_recipe(settings)
-    trackers = build_trackers(settings["trackers"])
+    trackers = build_trackers(settings["trackers"], settings["plugins"])
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
 
@@ -61,7 +61,7 @@ def main(settings: Settings) -> int:
         run = Opened(*distributed.on_main(lambda: open_run(folder, settings, overwrite=settings["overwrite"])))
         if data.prepare and data.root:
             prepare, root = data.prepare, Path(data.root)
-            distributed.on_main(lambda: build(prepare, "data.prepare", root=root))
+            distributed.on_main(lambda: build(prepare, "data.prepare", plugins=settings["plugins"], root=root))
         logger = RunLogger(folder, active=distributed.is_main(), trackers=trackers, settings=settings)
         stack.callback(logger.close)
         for line in run.told():

@@ -49,6 +49,7 @@ HARMLESS = (
     "train.save_every",
     "train.max_bad_steps",
     "trackers",
+    "plugins",  # the sections that name their parts are compared
 )
 """Settings that change nothing about the weights a run arrives at, or only whether it does; they may differ when it is
 resumed."""

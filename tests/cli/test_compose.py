@@ -25,7 +25,6 @@ from retina.distributed import choose_device
 from retina.engine.config import DataConfig, TrainConfig, from_mapping
 from retina.errors import ConfigError, DataError
 
-build_module = importlib.import_module("retina.cli.build")
 compose_module = importlib.import_module("retina.cli.compose")
 
 
@@ -214,9 +213,9 @@ def test_a_module_of_ones_own_can_be_allowed(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.syspath_prepend(tmp_path)
     section = {"_target_": "ones_own_losses.squared", "scale": 3}
     assert "is not allowed" in fault_of(build, section, "loss")
-    allowed = {**build_module.ALLOWED_TARGETS, "loss": ("retina.losses.", "ones_own_losses.")}
-    monkeypatch.setattr(build_module, "ALLOWED_TARGETS", allowed)
-    assert build(section, "loss") == 3
+    assert build(section, "loss", plugins=["ones_own_losses"]) == 3
+    nested = {"_target_": "retina.losses.detection.DetectionLoss", "assigner": section}
+    assert "loss.assigner._target_: ones_own_losses.squared is not allowed" in fault_of(build, nested, "loss")
 
 
 @pytest.mark.parametrize(
