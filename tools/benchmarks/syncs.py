@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.step import make_batch, our_step, torchvision_step
 from benchmarks.torchvision_model import pair
 from retina.lab.clock import Bench, Row
-from retina.losses import class_focal
+from retina.ops.kernels import focal_cpu
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_", "is_nonzero", "equal.default")
 """Operations whose result the host must have before it can go on."""
@@ -44,17 +44,15 @@ def run(bench: Bench) -> list[Row]:
     ours.to(bench.device).to(memory_format=torch.channels_last)
     theirs.to(bench.device)
     batches = [make_batch(images, height, width, bench.device) for images in (2, 4)]
-    chunk = class_focal._CHUNK
-    class_focal._CHUNK = (
-        2**40
-    )  # as on a GPU: a CPU takes the loss through its cache in chunks, more of them for more images
+    chunk = focal_cpu._CHUNK
+    focal_cpu._CHUNK = 2**40  # as on a GPU; a CPU computes the loss in chunks, the more the more images
     try:
         counted = {
             "ours": [count(our_step(ours, batch, torch.bfloat16)) for batch in batches],
             "reference": [count(torchvision_step(theirs, batch, amp=False)) for batch in batches],
         }
     finally:
-        class_focal._CHUNK = chunk
+        focal_cpu._CHUNK = chunk
     values: dict[str, list[float]] = {}
     for side, (two, four) in counted.items():
         values[side] = [

@@ -4,9 +4,10 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 import matching_cases
-from retina.ops import matching as matching_windows
 from retina.ops.anchors import AnchorGenerator, Anchors
-from retina.ops.matching import Matches, match_boxes, match_in_windows
+from retina.ops.kernels import matching_cpu
+from retina.ops.kernels.matching_cpu import match_in_windows
+from retina.ops.matching import Matches, match_boxes
 
 PYRAMID = AnchorGenerator((32.0, 64.0, 128.0, 256.0, 512.0))
 STRIDES = (8, 16, 32, 64, 128)
@@ -101,10 +102,10 @@ def test_far_from_the_origin_float32_is_coarse():
 def test_few_pairs_are_looked_at(monkeypatch):
     """That is what makes it fast: some thousand of 10 million."""
     looked_at = []
-    overlap = matching_windows._overlap
+    overlap = matching_cpu._elementwise
     monkeypatch.setattr(
-        matching_windows,
-        "_overlap",
+        matching_cpu,
+        "_elementwise",
         lambda *arguments: looked_at.append(overlap(*arguments)) or looked_at[-1],
     )
     generator = torch.Generator().manual_seed(0)
