@@ -53,7 +53,7 @@ class _Flip(Transform):
     keeps_sizes = scale_free = True
     axis: int
 
-    def __init__(self, p: float = 0.5) -> None:
+    def __init__(self, p: int | float = 0.5) -> None:
         self.p = p
 
     def apply(self, image: Image, boxes: Boxes, generator: random.Random) -> tuple[Image, Boxes]:
