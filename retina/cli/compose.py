@@ -27,8 +27,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from retina.data.checks import RecordsError
-from retina.data.report import DataReport
+from retina.data.checks import DataReport, RecordsError
 from retina.engine.config import from_mapping, unknown_key
 from retina.engine.signals import SIGNALS, quit_at_once
 from retina.errors import ConfigError, RetinaError, plain

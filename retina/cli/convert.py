@@ -33,7 +33,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from retina.data.convert.records import Fault, Reading, Record, check_classes
+from retina.data.convert.records import Fault, Record, Records, check_classes
 from retina.data.convert.voc import DIFFICULT, read_voc
 from retina.data.convert.yolo import read_yolo
 from retina.errors import ConfigError, DataError, RetinaError
@@ -137,7 +137,7 @@ def _classes(text: str) -> tuple[str, ...]:
     return classes
 
 
-def read(options: Options) -> Reading:
+def read(options: Options) -> Records:
     """The records of the source, once the output is known to be free."""
     source, output = options.source.resolve(), options.output.resolve()
     if output.is_relative_to(source):
@@ -161,7 +161,7 @@ def report(faults: Sequence[Fault], on_error: str) -> None:
     print(f"{len(faults)} faulty {'record' if len(faults) == 1 else 'records'}: {outcome}", file=sys.stderr)
 
 
-def write(options: Options, reading: Reading) -> None:
+def write(options: Options, reading: Records) -> None:
     """The data set in COCO's layout: made in a temporary folder beside the output, which is then renamed."""
     splits = {"train": reading.train, "val": reading.val}
     check_classes(options.source, reading.classes)

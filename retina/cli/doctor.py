@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from retina.cli.compose import Settings, entry, typed
 from retina.cli.split import progress
-from retina.data.report import DataReport
+from retina.data.checks import DataReport
 from retina.engine.config import DataConfig, from_mapping
 from retina.errors import ConfigError, DataError, plain
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from retina.data.transforms import Boxes, Image, Transform
+from retina.data.transforms import Boxes, Pixels, Transform
 from retina.errors import ConfigError
 
 
@@ -46,7 +46,7 @@ class Albumentations(Transform):
             ),
         )
 
-    def __call__(self, image: Image, boxes: Boxes, seed: int) -> tuple[Any, Any]:  # `Pipeline` checks what comes out
+    def __call__(self, image: Pixels, boxes: Boxes, seed: int) -> tuple[Any, Any]:  # `Pipeline` checks what comes out
         self.transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
         result = self.transform(image=image, bboxes=boxes)
         return result["image"], result["bboxes"]

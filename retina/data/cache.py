@@ -30,7 +30,7 @@ from retina.data.annotations import Annotations
 from retina.data.paths import folder_stamps, folders_of, is_free_of_links, links_outside
 from retina.files import sync_folder
 
-WORTH = 32 << 20
+CACHE_FROM_BYTES = 32 << 20
 """Bytes of JSON from which on an entry pays: parsing them takes seconds. Smaller files are not even hashed."""
 _UNUSED_SECONDS = 30 * 24 * 3600
 """An entry that nobody read for so long is removed when another one is written."""
@@ -46,7 +46,7 @@ class Request(NamedTuple):
     """Of file names on this machine: some cannot hold every name."""
 
 
-class Reading(NamedTuple):
+class CachedAnnotations(NamedTuple):
     """Annotations, and the lines on what was left out of them or is odd."""
 
     annotations: Annotations
@@ -70,7 +70,7 @@ def find_entry(file: Path, request: Request) -> Path | None:
     """Where the reading of `file` belongs, be it there or not; None if the file is small or cannot be read."""
     folder = cache_folder()
     try:
-        if folder is None or not file.is_file() or file.stat().st_size < WORTH:
+        if folder is None or not file.is_file() or file.stat().st_size < CACHE_FROM_BYTES:
             return None
         with file.open("rb") as stream:
             return folder / _name(digest_in(stream, 0, os.fstat(stream.fileno()).st_size), request)
@@ -81,11 +81,11 @@ def find_entry(file: Path, request: Request) -> Path | None:
 def entry_of(data: bytes, request: Request) -> Path | None:
     """`find_entry` of a file that holds `data`."""
     folder = cache_folder()
-    return folder / _name(digest_of(memoryview(data)), request) if folder and len(data) >= WORTH else None
+    return folder / _name(digest_of(memoryview(data)), request) if folder and len(data) >= CACHE_FROM_BYTES else None
 
 
-def keep(entry: Path, reading: Reading, *, allow_outside: bool) -> str | None:
-    """Writes an entry; its folder is the user's alone. Returns what is to be told if it cannot be written."""
+def store(entry: Path, reading: CachedAnnotations, *, allow_outside: bool) -> str | None:
+    """Writes an entry; its folder is the user's alone. Returns a warning if it cannot be written."""
     annotations = reading.annotations
     start = f"{annotations.file}: "  # which may lie elsewhere next time
     notes: dict[str, Any] = {
@@ -111,7 +111,7 @@ def keep(entry: Path, reading: Reading, *, allow_outside: bool) -> str | None:
     return None
 
 
-def recall(entry: Path, file: Path, image_root: Path, *, allow_outside: bool) -> Reading | None:
+def load(entry: Path, file: Path, image_root: Path, *, allow_outside: bool) -> CachedAnnotations | None:
     """The reading of `file` as it was kept. None if there is none, or if a link now leads an image out of `image_root`:
     that is for the reader to tell."""
     columns = read_columns(entry)
@@ -132,7 +132,7 @@ def recall(entry: Path, file: Path, image_root: Path, *, allow_outside: bool) ->
         if links_outside(image_root, names):
             return None
     faults, warnings = ([f"{file}: {line}" for line in notes[kind]] for kind in ("faults", "warnings"))
-    return Reading(annotations, faults, warnings)
+    return CachedAnnotations(annotations, faults, warnings)
 
 
 def _name(source: str, request: Request) -> str:

@@ -1,7 +1,10 @@
-"""The checks of single records of COCO annotation files: every fault is collected, one line each."""
+"""The checks of single records of COCO annotation files: every fault is collected, one line each, in a report."""
 
 import difflib
+import json
 import posixpath
+import re
+import reprlib
 import sys
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -14,8 +17,78 @@ from jaxtyping import Bool, Float64, Int64
 
 from retina.data.convert.records import MAX_OVERHANG
 from retina.data.paths import links_outside, name_problem
-from retina.data.report import brief, some
 from retina.errors import DataError, plain
+from retina.files import write_whole
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
+_REPR.maxlist = _REPR.maxdict = 6
+_REPR.maxlevel = 3
+
+
+@dataclass
+class DataReport:
+    """Faults and warnings of a data set, each one line as in `retina.errors`.
+
+    A fault keeps records from being used as they are; a warning does not.
+    """
+
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    splits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What was read of each split: places and counts."""
+
+    def lines(self, limit: int = 20) -> list[str]:
+        """For a screen: at most `limit` faults, then at most `limit` warnings; no kind crowds out another."""
+        return _digest(self.faults, limit) + [f"warning: {line}" for line in _digest(self.warnings, limit)]
+
+    def write(self, file: Path) -> None:
+        """All of it as JSON, in one step, with the folder. Raises OSError."""
+        content = {
+            "healthy": not self.faults,
+            "num_faults": len(self.faults),
+            "num_warnings": len(self.warnings),
+            "splits": self.splits,
+            "faults": [plain(line) for line in self.faults],
+            "warnings": [plain(line) for line in self.warnings],
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, (json.dumps(content, indent=2) + "\n").encode("ascii"))  # names are escaped, odd ones too
+
+
+def brief(value: object) -> str:
+    """A user's value as Python writes it, cut where it is wider or deeper than needed to recognise it."""
+    return _REPR.repr(value)
+
+
+def _digest(lines: Sequence[str], limit: int) -> list[str]:
+    """The lines themselves if they are few; else the first of every kind, with how many more there are of it."""
+    if len(lines) <= limit:
+        return [plain(line) for line in lines]
+    kinds: dict[str, list[str]] = {}
+    for line in lines:
+        kinds.setdefault(_kind(line), []).append(line)
+    share = max(1, limit // len(kinds))
+    shown = []
+    for same in list(kinds.values())[:limit]:
+        shown += [plain(line) for line in same[:share]]
+        if len(same) > share:
+            shown[-1] += f" (and {len(same) - share:,} more like it)"
+    if len(kinds) > limit:
+        shown.append(f"and {sum(map(len, list(kinds.values())[limit:])):,} more")
+    return shown
+
+
+def _kind(line: str) -> str:
+    """Lines with the same remedy, but for the names and numbers in it, have one cause."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "", line.rpartition(" - ")[2])
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, for a message."""
+    first = ", ".join(name if len(name) <= 80 else brief(name) for name in names[:8])
+    return first + (f", ... ({len(names)} in all)" if len(names) > 8 else "") if names else "nothing"
+
 
 _REQUIRED = {
     "categories": ("id", "name"),
@@ -37,7 +110,7 @@ class RecordsError(DataError):
         return self.faults[0] + (f" (and {len(self.faults) - 1} more)" if len(self.faults) > 1 else "")
 
 
-class Image(NamedTuple):
+class ImageRecord(NamedTuple):
     """A sound record of `images`."""
 
     id: int
@@ -50,7 +123,7 @@ class Image(NamedTuple):
 class Images:
     """The records of `images`, sorted into those to use and those not."""
 
-    sound: list[Image] = field(default_factory=list)
+    sound: list[ImageRecord] = field(default_factory=list)
     left_out: dict[int, str] = field(default_factory=dict)
     """File name of every id that a faulty record claims. Its annotations are not faulty for that, but have no image."""
     ids_unclear: bool = False
@@ -87,9 +160,9 @@ def check_images(
 ) -> Images:
     """The images and their faults. Of records that contradict each other, none is used; of equal ones, the first."""
     images = Images()
-    by_id: dict[int, Image] = {}
-    by_name: dict[str, Image] = {}
-    by_folded: dict[str, Image] = {}
+    by_id: dict[int, ImageRecord] = {}
+    by_name: dict[str, ImageRecord] = {}
+    by_folded: dict[str, ImageRecord] = {}
     for position, record in enumerate(records):
         problem = _missing_keys(record, "images")
         if not problem and not _is_id(record["id"]):
@@ -107,16 +180,16 @@ def check_images(
             faults.append(f"{file}: image {image_id} ({name if isinstance(name, str) else brief(name)}): {problem}")
             images.left_out[image_id] = str(name)
             continue
-        image = Image(image_id, name, (int(record["height"]), int(record["width"])))
+        image = ImageRecord(image_id, name, (int(record["height"]), int(record["width"])))
         path = posixpath.normpath(name) if "./" in name or "//" in name else name
         folded = path.casefold()
         if twin := by_id.get(image_id):
             problem = f"id is already that of {twin.name} - give every image its own id"
         elif twin := by_name.get(path):
             problem = f"file_name is already that of image {twin.id} - merge the two records"
-        elif other := by_folded.get(folded):
+        elif alike := by_folded.get(folded):
             warnings.append(
-                f"{file}: image {image_id} ({name}): differs from image {other.id} ({other.name}) in case only - "
+                f"{file}: image {image_id} ({name}): differs from image {alike.id} ({alike.name}) in case only - "
                 "rename one: on some disks they are one file"
             )
         if problem and twin:
@@ -138,7 +211,7 @@ def check_links(file: Path, images: Images, image_root: Path, faults: list[str])
         image = images.sound[row]
         faults.append(
             f"{file}: image {image.id} ({image.name}): a symbolic link leads out of the image folder, to "
-            f"{brief(target)} - copy the file there, or set data.allow_outside=true"
+            f"{brief(target)} - copy the file there, or set allow_outside=true"
         )
         images.left_out[image.id] = image.name
     images.sound = [image for image in images.sound if image.id not in images.left_out]
@@ -342,16 +415,16 @@ def box_problems(xywh: Float64[np.ndarray, "T 4"], sizes: Int64[np.ndarray, "T 2
         (side == 0, "has no area - training leaves it out; correct or remove it", False),
         (side < 1, "is less than a pixel wide or high - training may leave it out; check its units", False),
     ]
-    told = np.zeros(len(xywh), dtype=np.bool_)
-    found: list[BoxProblem] = []
+    reported = np.zeros(len(xywh), dtype=np.bool_)
+    problems: list[BoxProblem] = []
     for mask, text, is_fault in kinds:
-        for row in np.flatnonzero(mask & ~told).tolist():
+        for row in np.flatnonzero(mask & ~reported).tolist():
             height, width = sizes[row].tolist()
             shown = ", ".join(f"{value:.12g}" for value in xywh[row].tolist())
             words = text.format(width=width, height=height, overhang=overhang[row])
-            found.append(BoxProblem(row, f"bbox [{shown}] {words}", is_fault))
-        told |= mask
-    return iter(sorted(found))
+            problems.append(BoxProblem(row, f"bbox [{shown}] {words}", is_fault))
+        reported |= mask
+    return iter(sorted(problems))
 
 
 def _overhang(xywh: Float64[np.ndarray, "T 4"], sizes: Int64[np.ndarray, "T 2"]) -> Float64[np.ndarray, "T"]:

@@ -18,9 +18,10 @@ from jaxtyping import Float, Float64, Int, Int64
 
 from retina.data import cache as annotation_cache
 from retina.data.annotations import Annotations
-from retina.data.cache import Reading, Request
+from retina.data.cache import CachedAnnotations, Request
 from retina.data.checks import (
-    Image,
+    DataReport,
+    ImageRecord,
     Images,
     RecordsError,
     box_problems,
@@ -30,8 +31,8 @@ from retina.data.checks import (
     check_links,
     convention_problem,
     describe,
+    some,
 )
-from retina.data.report import DataReport, some
 from retina.errors import DataError
 from retina.files import write_whole
 
@@ -68,7 +69,7 @@ def read_coco(
     report = DataReport() if report is None else report
     request = Request(None if classes is None else list(classes), allow_outside)
     entry = annotation_cache.find_entry(file, request)
-    reading = annotation_cache.recall(entry, file, image_root, allow_outside=allow_outside) if entry else None
+    reading = annotation_cache.load(entry, file, image_root, allow_outside=allow_outside) if entry else None
     if reading is not None:
         report.warnings += reading.warnings
         if reading.faults and not skip_faulty:
@@ -80,11 +81,13 @@ def read_coco(
     return reading.annotations
 
 
-def _parse(file: Path, image_root: Path, request: Request, report: DataReport, *, skip_faulty: bool) -> Reading:
+def _parse(
+    file: Path, image_root: Path, request: Request, report: DataReport, *, skip_faulty: bool
+) -> CachedAnnotations:
     """Reads and checks the JSON itself, and keeps what came of a large file. Warnings are in `report` by then."""
     faults: list[str] = []
     warnings = report.warnings
-    told = len(warnings)
+    known_warnings = len(warnings)
     data = read_bytes(file)
     document = parse_document(file, data, warnings)
     entry = annotation_cache.entry_of(data, request)
@@ -106,8 +109,8 @@ def _parse(file: Path, image_root: Path, request: Request, report: DataReport, *
     if faults and not (skip_faulty and images.sound):
         raise RecordsError(faults)
     annotations = _arranged(file, image_root, classes, name_of, images.sound, objects)
-    reading = Reading(annotations, faults, warnings[told:])
-    complaint = annotation_cache.keep(entry, reading, allow_outside=request.allow_outside) if entry else None
+    reading = CachedAnnotations(annotations, faults, warnings[known_warnings:])
+    complaint = annotation_cache.store(entry, reading, allow_outside=request.allow_outside) if entry else None
     if complaint and complaint not in warnings:
         warnings.append(complaint)
     return reading
@@ -118,7 +121,7 @@ def _arranged(
     image_root: Path,
     classes: Sequence[str],
     name_of: Mapping[int, str],
-    images: Sequence[Image],
+    images: Sequence[ImageRecord],
     objects: "_Objects",
 ) -> Annotations:
     """Sound records as columns, the objects of an image beside each other."""
@@ -176,14 +179,14 @@ def _objects(
     rows = np.array([row_of[a["image_id"]] for a in sound], dtype=np.int64)
     xywh = np.array([a["bbox"] for a in sound], dtype=np.float64).reshape(-1, 4)
     sizes = np.array([image.size for image in images.sound], dtype=np.int64).reshape(-1, 2)[rows]
-    if problem := convention_problem(xywh, sizes):
-        raise DataError(f"{file}: annotations: {problem}")
+    if convention := convention_problem(xywh, sizes):
+        raise DataError(f"{file}: annotations: {convention}", code="box-convention")
     names = {image.id: image.name for image in images.sound}
     kept = np.ones(len(rows), dtype=np.bool_)
-    for found in box_problems(xywh, sizes):
-        line = f"{file}: {describe(sound[found.row], positions[found.row], names)}: {found.text}"
-        (faults if found.is_fault else warnings).append(line)
-        kept[found.row] = not found.is_fault
+    for problem in box_problems(xywh, sizes):
+        line = f"{file}: {describe(sound[problem.row], positions[problem.row], names)}: {problem.text}"
+        (faults if problem.is_fault else warnings).append(line)
+        kept[problem.row] = not problem.is_fault
     return _Objects([a for a, keep in zip(sound, kept.tolist(), strict=True) if keep], rows[kept], xywh[kept])
 
 
@@ -206,7 +209,8 @@ def locate_split(root: Path, split: str) -> tuple[Path, Path]:
         problem = f"expected the images in {folders[0]}/ or {folders[1]}/{listing(root)}"
     raise DataError(
         f"{root}: split {split!r}: {problem} - put them there, or name them: "
-        f"data.{split}.annotations=<file.json> data.{split}.images=<folder>"
+        f"data.{split}.annotations=<file.json> data.{split}.images=<folder>",
+        code="no-such-split",
     )
 
 
@@ -227,7 +231,8 @@ def write_results(
     if unknown:
         raise DataError(
             f"{annotations.file}: class {annotations.classes[unknown[0]]!r}: detected, but the file has no category of "
-            "that name to write it under - add it to the file's `categories`"
+            "that name to write it under - add it to the file's `categories`",
+            code="unknown-class",
         )
     xy, wh = boxes[:, :2].astype(np.float64), boxes[:, 2:].astype(np.float64) - boxes[:, :2]
     columns = (annotations.image_ids[indices], labels, np.concatenate([xy, wh], axis=1), scores)
@@ -263,8 +268,10 @@ def read_bytes(file: Path) -> bytes:
             return file.read_bytes()
         state = "is a folder" if file.is_dir() else "is no regular file" if file.exists() else "no such annotation file"
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}) - check its permissions and the disk") from error
-    raise DataError(f"{file}: {state}{listing(file.parent)} - give the path of a COCO JSON file")
+        raise DataError(
+            f"{file}: cannot be read ({error.strerror}) - check its permissions and the disk", code="unreadable-file"
+        ) from error
+    raise DataError(f"{file}: {state}{listing(file.parent)} - give the path of a COCO JSON file", code="no-such-file")
 
 
 def parse_document(file: Path, data: bytes, warnings: list[str]) -> dict[str, Any]:
@@ -272,29 +279,27 @@ def parse_document(file: Path, data: bytes, warnings: list[str]) -> dict[str, An
 
     A byte order mark is read over, with a warning, since other readers refuse it. Raises DataError."""
     if not data.strip():
-        raise DataError(f"{file}: is empty ({len(data)} bytes) - export it again, or finish its download")
+        raise _no_coco(file, f"is empty ({len(data)} bytes)", "export it again, or finish its download")
     for magic, (what, fix) in _FOREIGN.items():
         if data.startswith(magic):
-            raise DataError(f"{file}: {what}, not JSON - {fix}")
+            raise _no_coco(file, f"{what}, not JSON", fix)
     if data.startswith(_MARKS):
         warnings.append(f"{file}: starts with a byte order mark (BOM) - save it as UTF-8 without BOM: others refuse it")
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DataError(_not_json(file, data, error)) from error
+        raise _no_coco(file, _json_problem(data, error), "export it again, or finish its download") from error
     if isinstance(document, list):
-        raise DataError(
-            f"{file}: is a list, as files of detection results are, not an object - give the annotation file, the one "
-            "with `images`, `annotations` and `categories`"
-        )
+        problem = "is a list, as files of detection results are, not an object"
+        raise _no_coco(file, problem, "give the annotation file, with `images`, `annotations` and `categories`")
     if not isinstance(document, dict):
-        raise DataError(f"{file}: holds a {type(document).__name__}, not an object - give a COCO annotation file")
+        raise _no_coco(file, f"holds a {type(document).__name__}, not an object", "give a COCO annotation file")
     for section in ("images", "annotations", "categories"):
         if not isinstance(document.get(section), list):
             state = "is not a list" if section in document else f"is missing (there is {some(list(document))})"
-            raise DataError(f"{file}: `{section}` {state} - give a COCO annotation file, or export it again")
+            raise _no_coco(file, f"`{section}` {state}", "give a COCO annotation file, or export it again")
         if not document[section] and section != "annotations":
-            raise DataError(f"{file}: `{section}` is empty - give a file with at least one record there")
+            raise _no_coco(file, f"`{section}` is empty", "give a file with at least one record there")
     return document
 
 
@@ -309,11 +314,13 @@ def listing(folder: Path) -> str:
     return f", but {folder} holds {some(names)}"
 
 
-def _not_json(file: Path, data: bytes, error: Exception) -> str:
+def _no_coco(file: Path, problem: str, fix: str) -> DataError:
+    return DataError(f"{file}: {problem} - {fix}", code="not-coco")
+
+
+def _json_problem(data: bytes, error: Exception) -> str:
     text = data.rstrip(b" \t\r\n\0")
     at_end = isinstance(error, json.JSONDecodeError) and error.pos >= len(error.doc.rstrip(" \t\r\n\0"))
     if text[:1] in (b"{", b"[") and (at_end or text[-1:] not in (b"}", b"]")):
-        state = f"is cut off after {len(text)} bytes: the JSON does not end"
-    else:
-        state = f"is not JSON ({error})"
-    return f"{file}: {state} - export it again, or finish its download"
+        return f"is cut off after {len(text)} bytes: the JSON does not end"
+    return f"is not JSON ({error})"

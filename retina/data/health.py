@@ -17,10 +17,10 @@ import numpy as np
 from jaxtyping import Int64
 from PIL import Image
 
+from retina.data.checks import DataReport, some
 from retina.data.coco import Annotations
 from retina.data.images import FORMATS, image_size, read_image
 from retina.data.paths import Folder, is_listed, list_folders, parted
-from retina.data.report import DataReport, some
 from retina.errors import DataError
 
 _THREADS = 8
@@ -68,8 +68,8 @@ def check_files(annotations: Annotations, *, max_pixels: int) -> Files:
         return [(row, *_check_header(annotations, row, names[row], max_pixels)) for row in rows]
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        for found in pool.map(read, chunks):
-            for row, length, fault in found:
+        for headers in pool.map(read, chunks):
+            for row, length, fault in headers:
                 if fault:
                     bad[row] = fault
                 else:
@@ -121,10 +121,10 @@ def compare_splits(train: Annotations, val: Annotations, report: DataReport, fil
 
 def _category_warnings(train: Annotations, val: Annotations) -> Iterator[str]:
     ids = {
-        name: (ours, theirs)
-        for name, ours, theirs in zip(train.classes, train.category_ids, val.category_ids, strict=True)
+        name: (train_id, val_id)
+        for name, train_id, val_id in zip(train.classes, train.category_ids, val.category_ids, strict=True)
     }
-    moved = [f"{name} is {ours} and {theirs}" for name, (ours, theirs) in ids.items() if theirs not in (ours, None)]
+    moved = [f"{name} is {id1} and {id2}" for name, (id1, id2) in ids.items() if id2 not in (id1, None)]
     if moved:
         yield (
             f"{val.file}: categories: other ids or another order than in {train.file} ({some(moved)}) - nothing to do "
@@ -146,11 +146,11 @@ def _same_images(train: Annotations, val: Annotations, files: Mapping[str, Files
     def keys(split: Annotations, lengths: Int64[np.ndarray, "N"]) -> list[tuple[int, int, int]]:
         return [*zip(lengths.tolist(), *split.sizes.T.tolist(), strict=True)]
 
-    ours, theirs = keys(train, files["train"].lengths), keys(val, files["val"].lengths)
-    common = {key for key in set(ours) & set(theirs) if key[0] >= 0}
-    candidates = [(train, row) for row, key in enumerate(ours) if key in common]
+    train_keys, val_keys = keys(train, files["train"].lengths), keys(val, files["val"].lengths)
+    common = {key for key in set(train_keys) & set(val_keys) if key[0] >= 0}
+    candidates = [(train, row) for row, key in enumerate(train_keys) if key in common]
     num_train = len(candidates)
-    candidates += [(val, row) for row, key in enumerate(theirs) if key in common]
+    candidates += [(val, row) for row, key in enumerate(val_keys) if key in common]
     with ThreadPoolExecutor(_THREADS) as pool:
         digests = [*pool.map(lambda at: _digest(at[0].path(at[1])), candidates)]
     seen = {digest: row for digest, (_, row) in zip(digests[:num_train], candidates, strict=False) if digest}

@@ -115,8 +115,8 @@ def list_images(folder: Path) -> list[Path]:
             error.filename, "unreadable-folder", f"cannot be listed ({error.strerror})", "give permission or move it"
         ) from error
 
-    found = [Path(parent, name) for parent, _, names in os.walk(folder, onerror=fail) for name in names]
-    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
+    paths = [Path(parent, name) for parent, _, names in os.walk(folder, onerror=fail) for name in names]
+    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
 
 
 @contextmanager
@@ -244,14 +244,14 @@ def _as_rgb(path: Path, upright: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
 def _late_exif(file: BinaryIO) -> bytes | None:
     """The eXIf chunk of a PNG whose header has none. (Loading the pixels begins with a seek to them.)"""
     file.seek(8)
-    found = None
-    while found is None and len(head := file.read(8)) == 8:
+    exif = None
+    while exif is None and len(head := file.read(8)) == 8:
         length = int.from_bytes(head[:4], "big")
         if head[4:] == b"eXIf":
-            found = file.read(min(length, _MAX_EXIF))
+            exif = file.read(min(length, _MAX_EXIF))
         else:
             file.seek(length + 4, os.SEEK_CUR)
-    return found
+    return exif
 
 
 def _fault(path: Path | str, code: str, problem: str, fix: str) -> DataError:

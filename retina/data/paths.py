@@ -35,7 +35,7 @@ def name_problem(name: str, *, allow_outside: bool) -> str | None:
         storable = False
     if not storable:
         return "file_name holds characters that no file name can have - correct it"
-    fix = "write it relative to the image folder, with /, or set data.allow_outside=true"
+    fix = "write it relative to the image folder, with /, or set allow_outside=true"
     if allow_outside:
         return None
     if name.startswith("/"):
@@ -69,16 +69,16 @@ def links_outside(root: Path, names: Sequence[str]) -> dict[int, str]:
     targets = {parent: os.path.realpath(os.path.join(root, parent)) for parent in parents}
     strays = {parent: target for parent, target in targets.items() if not f"{target}{os.sep}".startswith(inside)}
     folders = {parent: _list(os.path.join(root, parent)) for parent in parents - set(strays)}
-    found = {}
+    targets_outside = {}
     for position, name in enumerate(names):
         parent, last = parted(name)
         if parent in strays:
-            found[position] = os.path.join(strays[parent], last)
+            targets_outside[position] = os.path.join(strays[parent], last)
         elif last in folders[parent].links or last in ("", ".", ".."):
             target = os.path.realpath(os.path.join(root, name))
             if not f"{target}{os.sep}".startswith(inside):
-                found[position] = target
-    return found
+                targets_outside[position] = target
+    return targets_outside
 
 
 def folders_of(names: Iterable[str]) -> set[str]:

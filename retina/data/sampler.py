@@ -247,8 +247,8 @@ class DetectionBatchSampler(Sampler[list[tuple[int, int]]]):
         if self._repeats is not None:
             epochs += _times_before(images) * _FURTHER
         keys = np.stack([epochs, images], axis=-1)[self.step :]
-        own = keys.reshape(len(keys) * self.accumulate, self.world_size, self.micro_batch, 2)[:, self.rank]
-        return ([(key, index) for key, index in part.tolist()] for part in own)
+        share = keys.reshape(len(keys) * self.accumulate, self.world_size, self.micro_batch, 2)[:, self.rank]
+        return ([(key, index) for key, index in part.tolist()] for part in share)
 
 
 class RepeatSampler(Sampler[int]):
@@ -287,8 +287,8 @@ class RepeatSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order = _shuffled(draw(self.repeats, self.seed, self.epoch), self.seed, self.epoch)
-        own = np.resize(order, (self.share, self.world_size))[self.taken :, self.rank]
-        return iter(own.tolist())
+        share = np.resize(order, (self.share, self.world_size))[self.taken :, self.rank]
+        return iter(share.tolist())
 
 
 class EvalSampler(Sampler[list[tuple[int, int]]]):

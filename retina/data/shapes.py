@@ -1,4 +1,4 @@
-"""The built-in data set: drawn shapes of six classes, so that training starts with no download.
+"""The built-in data set: drawn shapes of five classes, so that training starts with no download.
 
 It is made to be a small object-detection problem rather than a toy: textured backgrounds, overlapping and cropped
 tilted shapes from about 12 pixels up, a long tail of classes, images of several sizes, images without objects.
@@ -48,20 +48,16 @@ def write_shapes(
         DataError: `root` holds something else, or shapes of other arguments.
     """
     if num_train < 1 or num_val < 1:
-        raise ConfigError(f"shapes: num_train {num_train}, num_val {num_val}: no images - give at least 1 of each")
+        raise ConfigError(
+            f"{num_train} and num_val {num_val}: no images - give at least 1 of each", code="shapes", key="num_train"
+        )
     if len(image_size) != 2 or not 64 <= image_size[0] <= image_size[1]:
         sides = ", ".join(map(str, image_size))
-        raise ConfigError(
-            f"shapes: image_size [{sides}]: not a short and a long side from 64 up - give [256, 320], say"
-        )
+        problem = f"[{sides}] are not a short and a long side from 64 up - give [256, 320], say"
+        raise ConfigError(problem, code="shapes", key="image_size")
     short, long = image_size
-    stamp = {
-        "version": _VERSION,
-        "num_train": num_train,
-        "num_val": num_val,
-        "image_size": [short, long],
-        "seed": seed,
-    }
+    sizes = {"num_train": num_train, "num_val": num_val, "image_size": [short, long]}
+    stamp = {"version": _VERSION} | sizes | {"seed": seed}
     if _is_complete(root, stamp):
         return
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -84,16 +80,17 @@ def _is_complete(root: Path, stamp: dict[str, Any]) -> bool:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
-        found = json.loads((root / _STAMP).read_bytes())
+        present = json.loads((root / _STAMP).read_bytes())
     except (OSError, ValueError):
-        raise DataError(f"{root}: holds something that is not a shapes data set - choose another folder") from None
-    if found != stamp:
-        raise DataError(
-            f"{root}: holds shapes made with {found}, not {stamp} - choose another folder, or delete this one"
-        )
+        problem = "holds something that is not a shapes data set - choose another folder"
+        raise DataError(f"{root}: {problem}", code="not-shapes") from None
+    if present != stamp:
+        problem = f"holds shapes made with {present}, not {stamp} - choose another folder, or delete this one"
+        raise DataError(f"{root}: {problem}", code="other-shapes")
     for split in ("train", "val"):
         if sum(1 for _ in (root / split).glob("*.jpg")) != stamp[f"num_{split}"]:
-            raise DataError(f"{root / split}: some of {stamp[f'num_{split}']} images are gone - delete {root}")
+            problem = f"some of {stamp[f'num_{split}']} images are gone - delete {root}"
+            raise DataError(f"{root / split}: {problem}", code="incomplete-shapes")
     return True
 
 

@@ -22,7 +22,7 @@ from retina.errors import ConfigError
 # Whoever imports albumentations after this module: it asks the network for its newest version, unless told not to.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-Image = UInt8[ndarray, "_ _ 3"]
+Pixels = UInt8[ndarray, "_ _ 3"]
 Boxes = Float64[ndarray, "_ 5"]
 """x1, y1, x2, y2 as fractions of the image, and the row that the object has in the sample: it travels with its box."""
 
@@ -39,13 +39,13 @@ class Transform:
     scale_free = False
     """Whether it does the same before a resize and after it: then large photographs may be decoded smaller."""
 
-    def __call__(self, image: Image, boxes: Boxes, seed: int) -> tuple[Image, Boxes]:
+    def __call__(self, image: Pixels, boxes: Boxes, seed: int) -> tuple[Pixels, Boxes]:
         generator = random.Random(seed)
         if self.p < 1 and generator.random() >= self.p:
             return image, boxes
         return self.apply(image, boxes, generator)
 
-    def apply(self, image: Image, boxes: Boxes, generator: random.Random) -> tuple[Image, Boxes]:
+    def apply(self, image: Pixels, boxes: Boxes, generator: random.Random) -> tuple[Pixels, Boxes]:
         raise NotImplementedError
 
 
@@ -56,7 +56,7 @@ class _Flip(Transform):
     def __init__(self, p: int | float = 0.5) -> None:
         self.p = p
 
-    def apply(self, image: Image, boxes: Boxes, generator: random.Random) -> tuple[Image, Boxes]:
+    def apply(self, image: Pixels, boxes: Boxes, generator: random.Random) -> tuple[Pixels, Boxes]:
         flipped = boxes.copy()
         flipped[:, self.axis], flipped[:, self.axis + 2] = 1 - boxes[:, self.axis + 2], 1 - boxes[:, self.axis]
         return cv2.flip(image, 1 - self.axis), flipped
@@ -87,7 +87,7 @@ class ColorJitter(Transform):
     distance from the image's mean grey, of its distance from its own grey. `hue` turns colours by a uniform -hue .. hue
     of the full circle around the grey axis, from red towards green, in the plane of YIQ's I and Q. So all are linear
     except contrast's offset, and since nothing is clipped in between, one 3x4 matrix does all four, as NVIDIA DALI's
-    ColorTwist (P. Haeberli, Matrix Operations for Image Processing, 1993). albumentations and torchvision turn hue in
+    ColorTwist (P. Haeberli, Matrix Operations for Pixels Processing, 1993). albumentations and torchvision turn hue in
     HSV, clip after each of the four, and take them in a random order.
 
     The result is within one grey level of the exact one. Raises ValueError if an amount is negative or `hue` above 0.5.
@@ -111,7 +111,7 @@ class ColorJitter(Transform):
         brightness, contrast, saturation = (generator.uniform(max(0.0, 1 - x), 1 + x) for x in self.factors)
         return brightness, contrast, saturation, generator.uniform(-self.hue, self.hue)
 
-    def apply(self, image: Image, boxes: Boxes, generator: random.Random) -> tuple[Image, Boxes]:
+    def apply(self, image: Pixels, boxes: Boxes, generator: random.Random) -> tuple[Pixels, Boxes]:
         matrix = color_matrix(*self.draw(generator), mean_grey=GREY @ cv2.mean(image)[:3])
         return cv2.transform(image, matrix), boxes
 
@@ -145,7 +145,7 @@ class ResizeShortSide(Transform):
         if not self.short_side or min(self.short_side) < 1 or (long_side is not None and long_side < 1):
             raise ValueError(f"sides must be positive, got short_side={short_side}, long_side={long_side}")
 
-    def apply(self, image: Image, boxes: Boxes, generator: random.Random) -> tuple[Image, Boxes]:
+    def apply(self, image: Pixels, boxes: Boxes, generator: random.Random) -> tuple[Pixels, Boxes]:
         return resize(image, self.draw_size(image.shape[0], image.shape[1], generator)), boxes
 
     def draw_size(self, height: int, width: int, generator: random.Random) -> tuple[int, int]:
@@ -179,7 +179,7 @@ class LargeScaleJitter(Transform):
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"scale must be [low, high] with 0 < low <= high, got {self.scale}")
 
-    def apply(self, image: Image, boxes: Boxes, generator: random.Random) -> tuple[Image, Boxes]:
+    def apply(self, image: Pixels, boxes: Boxes, generator: random.Random) -> tuple[Pixels, Boxes]:
         fit = min(self.height / image.shape[0], self.width / image.shape[1])
         resized = _scaled(image.shape[0], image.shape[1], fit * generator.uniform(*self.scale))
         height, width = min(self.height, resized[0]), min(self.width, resized[1])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from retina import distributed
 from retina.data.annotations import Annotations
+from retina.data.checks import DataReport
 from retina.data.loader import BatchLoader, Canvas, LoaderConfig, eval_loader, train_loader
-from retina.data.report import DataReport
 from retina.data.sampler import DetectionBatchSampler, repeats_of
 from retina.data.transforms import Pipeline, eval_pipeline
 from retina.engine.config import DataConfig, TrainConfig

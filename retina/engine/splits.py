@@ -4,10 +4,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from retina.data.checks import RecordsError
+from retina.data.checks import DataReport, RecordsError
 from retina.data.coco import Annotations, locate_split, read_coco
 from retina.data.health import check_objects, examine
-from retina.data.report import DataReport
 from retina.engine.config import DataConfig, SplitConfig
 from retina.errors import ConfigError, DataError
 

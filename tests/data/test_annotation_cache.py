@@ -17,10 +17,9 @@ import retina
 from children import before_each_file_call, in_child
 from retina.data import cache as annotation_cache
 from retina.data.annotations import Annotations
-from retina.data.cache import WORTH, cache_folder
-from retina.data.checks import RecordsError
+from retina.data.cache import CACHE_FROM_BYTES, cache_folder
+from retina.data.checks import DataReport, RecordsError
 from retina.data.coco import read_coco
-from retina.data.report import DataReport
 
 
 def a_document() -> dict:
@@ -60,7 +59,7 @@ def save(file: Path, document: dict) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the cache, which is used for files of any size."""
     monkeypatch.setenv("RETINA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(annotation_cache, "WORTH", 0)
+    monkeypatch.setattr(annotation_cache, "CACHE_FROM_BYTES", 0)
     return tmp_path / "cache"
 
 
@@ -158,8 +157,8 @@ def test_other_bytes_and_other_wishes_are_another_entry(file: Path, cache: Path)
 
 def test_other_rules_are_another_entry(tmp_path: Path, cache: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from retina.data.cache import Request, entry_of, WORTH\n"
-        "print(entry_of(bytes(WORTH), Request(classes=None, allow_outside=False)))"
+        "import sys; from pathlib import Path; from retina.data.cache import Request, entry_of, CACHE_FROM_BYTES\n"
+        "print(entry_of(bytes(CACHE_FROM_BYTES), Request(classes=None, allow_outside=False)))"
     )
     package = tmp_path / "copy" / "retina"
     shutil.copytree(Path(retina.__file__).parent, package)
@@ -187,13 +186,13 @@ def test_a_data_set_may_move(tmp_path: Path, file: Path, cache: Path) -> None:
 
 
 def test_small_files_are_left_alone(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(annotation_cache, "WORTH", WORTH)
+    monkeypatch.setattr(annotation_cache, "CACHE_FROM_BYTES", CACHE_FROM_BYTES)
     file = tmp_path / "a.json"
     content = json.dumps(a_document()).encode()
-    file.write_bytes(b" " * (WORTH - 1 - len(content)) + content)
+    file.write_bytes(b" " * (CACHE_FROM_BYTES - 1 - len(content)) + content)
     read(file)
     assert not cache.exists()
-    file.write_bytes(b" " * (WORTH - len(content)) + content)
+    file.write_bytes(b" " * (CACHE_FROM_BYTES - len(content)) + content)
     read(file)
     assert len(os.listdir(cache)) == 1
     assert is_mapped(read(file)[0])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
+from faults import refused
+from retina.data.checks import DataReport
 from retina.data.coco import Annotations, RecordsError, locate_split, read_coco, write_results
-from retina.data.report import DataReport
 from retina.errors import DataError
 
 
@@ -276,12 +277,12 @@ def test_a_faulty_image_does_not_make_its_annotations_faulty(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "is empty (0 bytes) - export it again"),
-        (" \n", "is empty (2 bytes) - export it again"),
-        ('{"images": [', "is cut off after 12 bytes: the JSON does not end - export it again"),
+        ("", "is empty (0 bytes)"),
+        (" \n", "is empty (2 bytes)"),
+        ('{"images": [', "is cut off after 12 bytes: the JSON does not end"),
         ('{"images": [{"id": 1, "file_name": "a.j', "is cut off after 39 bytes"),
         ('{"images": [{"id": 1}', "is cut off after 21 bytes"),
-        ("images = 3", "is not JSON (Expecting value: line 1 column 1 (char 0)) - export it again"),
+        ("images = 3", "is not JSON (Expecting value: line 1 column 1 (char 0))"),
         ('{"images": [1,, 2]}', "is not JSON (Expecting value"),
         ("<html></html>", "is XML or HTML, not JSON"),
         ("version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS"),
@@ -296,16 +297,14 @@ def test_a_faulty_image_does_not_make_its_annotations_faulty(tmp_path):
 def test_files_that_are_not_built_like_annotations(tmp_path, text, expected):
     file = tmp_path / "a.json"
     file.write_text(text)
-    with pytest.raises(DataError) as caught:
+    with refused("not-coco", f"{file}: {expected}", kind=DataError):
         read(file)
-    assert str(caught.value).startswith(f"{file}: {expected}")
-    assert "\n" not in str(caught.value)
 
 
 def test_missing_file_says_what_lies_there(file):
-    with pytest.raises(DataError, match=rf"no such annotation file, but {file.parent} holds instances.json - give"):
+    with refused("no-such-file", f"{file.parent} holds instances.json", kind=DataError):
         read(file.parent / "instance.json")
-    with pytest.raises(DataError, match=rf"no such annotation file, but {file.parent} holds instances.json - give"):
+    with refused("no-such-file", f"{file.parent} holds instances.json", kind=DataError):
         read(file.parent / "deep" / "er" / "a.json")
 
 
@@ -326,18 +325,11 @@ def test_locate_split_names_candidates_and_settings(tmp_path):
     annotations = tmp_path / "annotations"
     annotations.mkdir()
     save(annotations / "instances_val.json", {})
-    with pytest.raises(DataError) as caught:
+    files = [annotations / f"instances_train{year}.json" for year in ("", "2017")]
+    settings = ("data.train.annotations=", "data.train.images=")
+    with refused("no-such-split", *files, "holds instances_val.json", *settings, kind=DataError):
         locate_split(tmp_path, "train")
-    line = str(caught.value)
-    for part in (
-        str(annotations / "instances_train.json"),
-        str(annotations / "instances_train2017.json"),
-        "holds instances_val.json",
-        "data.train.annotations=",
-        "data.train.images=",
-    ):
-        assert part in line
-    with pytest.raises(DataError, match=r"expected the images in .*/val/ or .*/val2017/, but .* holds annotations/ - "):
+    with refused("no-such-split", "/val/", "/val2017/", "holds annotations/", kind=DataError):
         locate_split(tmp_path, "val")
 
 
@@ -380,7 +372,7 @@ def test_results_of_a_class_the_file_does_not_know(tmp_path, file):
     annotations = read(file, classes=["cat", "dog", "owl", "fish"])
     results = tmp_path / "detections.json"
     arguments = (np.array([0]), np.array([[0.0, 0, 1, 1]]), np.array([0.5]))
-    with pytest.raises(DataError, match="class 'fish': detected, but the file has no category"):
+    with refused("unknown-class", "'fish'", kind=DataError):
         write_results(results, annotations, *arguments, np.array([3]))
     assert not results.exists()
     write_results(results, annotations, *arguments, np.array([1]))

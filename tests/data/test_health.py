@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from retina.data.checks import DataReport
 from retina.data.coco import Annotations, read_coco
 from retina.data.health import check_files, compare_splits, examine, undecodable
 from retina.data.images import MAX_PIXELS
-from retina.data.report import DataReport
 
 SIZE = (40, 30)
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from faults import refused
 from retina.data.coco import read_coco
 from retina.data.dataset import CocoDetection
 from retina.data.images import _opened, image_size, list_images, read_image, read_reduced
@@ -122,7 +123,7 @@ def test_the_size_is_read_without_the_pixels(tmp_path, name):
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: len(content) // 2])
     assert image_size(tmp_path / name) == (200, 300)
-    with pytest.raises(DataError, match=name):
+    with refused("bad-image", name, kind=DataError):
         read_image(tmp_path / name)
 
 
@@ -180,7 +181,7 @@ def test_16_bit_colour_is_scaled_and_not_saturated(tmp_path):
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_32_bits_per_channel_are_refused(tmp_path, dtype):
     Image.fromarray(np.full((4, 4), 1_000_000, dtype=dtype)).save(tmp_path / "a.tif")
-    with pytest.raises(DataError, match=r"a.tif: has 32 bits per channel - convert it"):
+    with refused("bad-image", "a.tif", "32 bits", kind=DataError):
         read_image(tmp_path / "a.tif")
 
 
@@ -238,9 +239,9 @@ def test_names_of_any_kind(tmp_path):
         assert "\n" not in str(caught.value)
         str(caught.value).encode()  # it can be printed
     assert len(list_images(tmp_path)) == len(names)
-    with pytest.raises(DataError, match=r"cannot be opened \(File name too long\)"):
+    with refused("unreadable-image", "File name too long", kind=DataError):
         read_image(tmp_path / ("n" * 256))
-    with pytest.raises(DataError, match=r"cannot be opened \(embedded null byte\)"):
+    with refused("unreadable-image", "embedded null byte", kind=DataError):
         read_image(tmp_path / "nul\0.png")
 
 
@@ -259,7 +260,7 @@ def test_cut_off_files_are_an_error_whatever_another_library_has_set(tmp_path, m
     content = noise(tmp_path / "a.jpg").read_bytes()
     (tmp_path / "a.jpg").write_bytes(content[: len(content) // 2])
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    with pytest.raises(DataError, match=r"a.jpg: cannot be decoded \(.*\) - copy or download it again"):
+    with refused("bad-image", "a.jpg", kind=DataError):
         read_image(tmp_path / "a.jpg")
 
 
@@ -267,7 +268,7 @@ def test_damaged_png_is_an_error(tmp_path):
     content = bytearray(noise(tmp_path / "a.png").read_bytes())
     content[len(content) // 2] ^= 0xFF
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(DataError, match=r"a.png: cannot be decoded"):
+    with refused("bad-image", "a.png", kind=DataError):
         read_image(tmp_path / "a.png")
 
 
@@ -298,7 +299,7 @@ def test_every_single_bad_byte_of_a_png_is_an_error_or_harmless(tmp_path):
 def test_not_an_image(tmp_path, content, problem):
     (tmp_path / "a.jpg").write_bytes(content)
     for read in (read_image, image_size):
-        with pytest.raises(DataError, match=rf"a.jpg: {problem}.* - "):
+        with refused("bad-image", "a.jpg", problem, kind=DataError):
             read(tmp_path / "a.jpg")
 
 
@@ -308,15 +309,15 @@ def test_what_is_no_file_is_an_error_and_never_waited_for(tmp_path):
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
     for read in (read_image, image_size):
         for name in ("pipe.jpg", ".", "/dev/zero", "/dev/tty"):
-            with pytest.raises(DataError, match="is a folder, pipe or device, not a file - "):
+            with refused("not-a-file", (tmp_path / name).resolve(), kind=DataError):
                 read(tmp_path / name)
-        with pytest.raises(DataError, match=r"link.jpg: is a link to gone.jpg, which is missing - "):
+        with refused("no-such-image", "link.jpg", "gone.jpg", kind=DataError):
             read(tmp_path / "link.jpg")
-        with pytest.raises(DataError, match=r"loop.jpg: cannot be opened \(Too many levels of symbolic links\) - "):
+        with refused("unreadable-image", "loop.jpg", "symbolic links", kind=DataError):
             read(tmp_path / "loop.jpg")
-        with pytest.raises(DataError, match=r"gone.jpg: no such image - "):
+        with refused("no-such-image", "gone.jpg", kind=DataError):
             read(tmp_path / "gone.jpg")
-        with pytest.raises(DataError, match=r"cannot be opened \(Not a directory\) - "):
+        with refused("unreadable-image", "b.png", "Not a directory", kind=DataError):
             read(noise(tmp_path / "a.png") / "b.png")
 
 
@@ -440,7 +441,7 @@ def test_max_pixels_is_the_only_limit(tmp_path, name, monkeypatch):
         warnings.simplefilter("error")
         assert read_image(tmp_path / name, max_pixels=2000).shape == (40, 50, 3)
         for read in (read_image, image_size):
-            with pytest.raises(DataError, match=r"has 50x40 pixels, more than max_pixels=1999 allows - make it"):
+            with refused("too-many-pixels", "50x40", "max_pixels=1999", kind=DataError):
                 read(tmp_path / name, max_pixels=1999)
 
 
@@ -555,12 +556,12 @@ def test_reduced_or_not_the_same_damage_is_an_error(tmp_path, options):
 
 def test_max_pixels_counts_the_whole_of_what_is_reduced(tmp_path):
     file = a_photograph(tmp_path / "a.jpg", (96, 128))
-    with pytest.raises(DataError, match=r"has 128x96 pixels, more than max_pixels=5000 allows"):
+    with refused("too-many-pixels", "128x96", "max_pixels=5000", kind=DataError):
         read_reduced(file, lambda size: (12, 16), max_pixels=5000)
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(DataError, match=r"gone: no such folder of images - "):
+    with refused("no-such-folder", "gone", kind=DataError):
         list_images(tmp_path / "gone")
 
 

@@ -57,7 +57,7 @@ def test_names_that_lead_out_unless_allowed(name: str, problem: str) -> None:
     found = name_problem(name, allow_outside=False)
     assert found is not None
     assert problem in found
-    assert "data.allow_outside=true" in found
+    assert "allow_outside=true" in found
     assert name_problem(name, allow_outside=True) is None
 
 

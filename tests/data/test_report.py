@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from retina.data.report import DataReport, brief
+from retina.data.checks import DataReport, brief
 
 
 def test_few_lines_are_all_shown() -> None:

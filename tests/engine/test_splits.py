@@ -12,8 +12,7 @@ from PIL import Image
 
 from ranks import in_processes
 from retina.data import cache as annotation_cache
-from retina.data.checks import RecordsError
-from retina.data.report import DataReport
+from retina.data.checks import DataReport, RecordsError
 from retina.engine.build import load_checked
 from retina.engine.config import DataConfig, SplitConfig
 from retina.engine.splits import check_data, load_split, named_splits
@@ -136,7 +135,7 @@ def test_nothing_annotated_stops_or_is_told(root: Path) -> None:
 
 def test_images_outside_need_leave(root: Path) -> None:
     edit(root, images__0={"file_name": "../val/21.png"})
-    with pytest.raises(RecordsError, match=r"image 1 \(\.\./val/21\.png\): .*data\.allow_outside=true"):
+    with pytest.raises(RecordsError, match=r"image 1 \(\.\./val/21\.png\): .*allow_outside=true"):
         load_split(config_of(root), "train")
     skipped = load_split(config_of(root, on_error="skip"), "train")
     assert 1 not in skipped.image_ids
@@ -175,7 +174,7 @@ def test_one_process_of_a_machine_parses_for_the_others(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RETINA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(annotation_cache, "WORTH", 0)
+    monkeypatch.setattr(annotation_cache, "CACHE_FROM_BYTES", 0)
 
     def task(rank: int) -> None:
         os.environ["LOCAL_RANK"] = str(rank)

@@ -188,7 +188,7 @@ record_case(
     "file_name twice, dotted", "images", 2, {"file_name": "./image_2.jpg"}, "is already that of image 2", "merge"
 )
 
-INSIDE = "write it relative to the image folder, with /, or set data.allow_outside=true"
+INSIDE = "write it relative to the image folder, with /, or set allow_outside=true"
 record_case("path up", "images", 2, {"file_name": "../train/image_3.jpg"}, "leads out of the image folder", INSIDE)
 record_case("path in and up", "images", 2, {"file_name": "a/../../val/image_101.jpg"}, "leads out of the image", INSIDE)
 record_case(
@@ -333,7 +333,7 @@ def _(data: Data) -> None:
     data.edit(lambda content: content["images"].append(new))
 
 
-@case("link out of the folder", "image 3 (image_3.jpg): a symbolic link leads out of", "data.allow_outside=true")
+@case("link out of the folder", "image 3 (image_3.jpg): a symbolic link leads out of", "allow_outside=true")
 def _(data: Data) -> None:
     (data.images / "image_3.jpg").rename(data.root / "elsewhere.jpg")
     (data.images / "image_3.jpg").symlink_to("../elsewhere.jpg")

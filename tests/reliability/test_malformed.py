@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from malformed import CASES, HEIGHT, WIDTH, Data, Json, document, write_valid
 
+from retina.data.checks import DataReport
 from retina.data.coco import Annotations, read_coco
-from retina.data.report import DataReport
 from retina.errors import RetinaError
 
 

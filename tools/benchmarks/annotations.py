@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from retina.data.annotations import Annotations
-from retina.data.cache import WORTH, Reading, Request, find_entry, keep
+from retina.data.cache import CACHE_FROM_BYTES, CachedAnnotations, Request, find_entry, store
 from retina.data.coco import read_coco
 from retina.lab.clock import Bench, Row
 
@@ -52,7 +52,7 @@ def _run(bench: Bench, folder: Path) -> list[Row]:
     file, image_root, fingerprint = known.file, known.image_root, known.fingerprint()
     entry = find_entry(file, Request(classes=None, allow_outside=False))
     assert entry is not None
-    assert keep(entry, Reading(known, [], []), allow_outside=False) is None
+    assert store(entry, CachedAnnotations(known, [], []), allow_outside=False) is None
     del known
 
     seconds, processor_seconds = [], []
@@ -171,7 +171,7 @@ def _made(folder: Path, num_images: int, num_boxes: int) -> Annotations:
     image_root = folder / "train"
     _write_files(image_root, num_images)
     with file.open("wb") as stream:
-        stream.write(b" " * (WORTH if num_boxes < CHUNK else 0) + b'{"images":[')
+        stream.write(b" " * (CACHE_FROM_BYTES if num_boxes < CHUNK else 0) + b'{"images":[')
         for first in range(0, num_images, CHUNK):
             some = slice(first, min(first + CHUNK, num_images))
             parts: list[bytes | np.ndarray] = [b'{"id":', _digits(ids[some], 7), b',"file_name":"', names[some]]

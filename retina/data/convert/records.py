@@ -46,7 +46,7 @@ class Record(NamedTuple):
     objects: tuple[Object, ...]
 
 
-class Reading(NamedTuple):
+class Records(NamedTuple):
     """A data set as read: the sound records of each split, and every fault met on the way.
 
     A faulty object is missing from its record; an image whose annotations cannot be known is missing altogether.
@@ -90,9 +90,8 @@ def divide(
     """
     items = list(items)
     if len(items) < 2:
-        raise DataError(
-            f"splits: {len(items)} image(s) cannot be divided into train and val - add images or split lists"
-        )
+        problem = f"{len(items)} image(s) cannot be divided into train and val"
+        raise DataError(f"splits: {problem} - add images or split lists", code="too-few-images")
     num_val = min(max(round(len(items) * val_fraction), 1), len(items) - 1)
     ranked = sorted(
         range(len(items)),
@@ -105,10 +104,24 @@ def divide(
 def check_classes(file: Path | str, names: Sequence[str]) -> None:
     """Raises DataError unless there is at least one class name, none empty and none twice."""
     if not names:
-        raise DataError(f"{file}: classes: none - name at least one")
+        raise DataError(f"{file}: classes: none - name at least one", code="class-names")
     for i, name in enumerate(names):
         if not name.strip() or name in names[:i]:
-            raise DataError(f"{file}: classes: {name!r} is {'there twice' if name else 'empty'} - use distinct names")
+            problem = f"{name!r} is {'there twice' if name else 'empty'}"
+            raise DataError(f"{file}: classes: {problem} - use distinct names", code="class-names")
+
+
+def refusal(code: str, file: Path, problem: str) -> DataError:
+    """For a data set that cannot be read at all; `problem` says how to fix it too."""
+    return DataError(f"{file}: {problem}", code=code)
+
+
+def read_text(file: Path) -> str:
+    """The content of a list or label file, with or without a byte order mark. Raises DataError if it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except ValueError as error:
+        raise refusal("not-text", file, f"not UTF-8 text ({error}) - save it as UTF-8") from error
 
 
 def shown(text: str, limit: int = 40) -> str:

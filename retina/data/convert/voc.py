@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-from retina.data.convert.records import Fault, Object, Reading, Record, check_box, divide, shown
+from retina.data.convert.records import Fault, Object, Record, Records, check_box, divide, read_text, shown
 from retina.data.images import image_size, list_images
 from retina.errors import DataError
 
@@ -30,7 +30,7 @@ def read_voc(
     difficult: str = "keep",
     val_fraction: float = 0.2,
     seed: int = 0,
-) -> Reading:
+) -> Records:
     """The records of a VOC folder; nothing is written.
 
     Boxes are (xmin, ymin, xmax, ymax) as in the XML. The VOC challenge itself counts pixels from 1, the last included,
@@ -69,8 +69,8 @@ def read_voc(
         return None
 
     splits = [tuple(record for record in map(read, split) if record is not None) for split in (train, val)]
-    found = sorted({item.name for split in splits for record in split for item in record.objects})
-    return Reading(splits[0], splits[1], tuple(classes) if classes is not None else tuple(found), tuple(faults))
+    names = sorted({item.name for split in splits for record in split for item in record.objects})
+    return Records(splits[0], splits[1], tuple(names if classes is None else classes), tuple(faults))
 
 
 def parse_xml(data: bytes) -> ElementTree.Element:
@@ -102,7 +102,8 @@ def _images(source: Path) -> dict[str, Path]:
     """Image files by id (path below JPEGImages without suffix)."""
     for folder in ("Annotations", "JPEGImages"):
         if not (source / folder).is_dir():
-            raise DataError(f"{source}: no folder {folder}/ - give the folder that holds Annotations/ and JPEGImages/")
+            fix = "give the folder that holds Annotations/ and JPEGImages/"
+            raise DataError(f"{source}: no folder {folder}/ - {fix}", code="not-voc")
     root = source / "JPEGImages"
     return {file.relative_to(root).with_suffix("").as_posix(): file for file in list_images(root)}
 
@@ -116,9 +117,8 @@ def _splits(source: Path, val_fraction: float, seed: int) -> tuple[list[Listed],
     if train and val:
         return train, val
     if val:
-        raise DataError(
-            f"{lists}: neither train.txt nor trainval.txt has an image - add one of them or remove the lists"
-        )
+        problem = "neither train.txt nor trainval.txt has an image"
+        raise DataError(f"{lists}: {problem} - add one of them or remove the lists", code="no-train-list")
     root = source / "Annotations"
     files = sorted(file for file in root.rglob("*.xml") if not file.name.startswith("."))
     listed = train or [(file.relative_to(root).with_suffix("").as_posix(), file, 1) for file in files]
@@ -129,10 +129,7 @@ def _read_list(file: Path) -> list[Listed]:
     """Ids of a split list in its order, each once; no file is an empty list."""
     if not file.is_file():
         return []
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except ValueError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error}) - save it as UTF-8") from error
+    lines = read_text(file).split("\n")
     names = {line.strip(): number for number, line in reversed(list(enumerate(lines, 1))) if line.strip()}
     return [(name, file, number) for name, number in reversed(names.items())]
 
@@ -193,11 +190,11 @@ def _read_object(
         return int(node.find("name").get(LINE, line)), f"unknown class {shown(name)}", f"{hint}add it to classes="  # type: ignore[union-attr] # it has a name
     edges = []
     for tag in ("xmin", "ymin", "xmax", "ymax"):
-        found = node.find(f"bndbox/{tag}")
-        text = (found.text or "").strip() if found is not None else ""
-        if found is None or not text:
+        edge = node.find(f"bndbox/{tag}")
+        text = (edge.text or "").strip() if edge is not None else ""
+        if edge is None or not text:
             return line, f"object {shown(name)} without <bndbox><{tag}>", "add the four edges of its box"
-        line = int(found.get(LINE, line))
+        line = int(edge.get(LINE, line))
         try:
             edges.append(float(text))
         except ValueError:

@@ -15,11 +15,13 @@ from retina.data.convert.records import (
     MAX_OVERHANG,
     Fault,
     Object,
-    Reading,
     Record,
+    Records,
     check_box,
     check_classes,
     divide,
+    read_text,
+    refusal,
     shown,
 )
 from retina.data.images import image_size, list_images
@@ -36,7 +38,7 @@ Listed = tuple[Path, str]
 
 def read_yolo(
     source: Path, *, classes: Sequence[str] | None = None, val_fraction: float = 0.2, seed: int = 0
-) -> Reading:
+) -> Records:
     """The records of a YOLO folder; nothing is written.
 
     Splits: `train` and `val` of data.yaml (a folder, a list file, or several of them), else images/{train,val} or
@@ -55,17 +57,17 @@ def read_yolo(
         if not train and not val:
             train, folders = _list_folder(source / "images"), [source / "images"]
     if not train:
-        raise DataError(f"{source}: no training images - use images/train, or `train:` in data.yaml")
+        raise refusal("no-train-images", source, "no training images - use images/train, or `train:` in data.yaml")
     faults += _orphans(train + val, folders + more)
     if not val:
         train, val = divide(train, val_fraction, seed, key=lambda listed: listed[1])
     if not any(label_path(image).is_file() for image, _ in train + val):
-        raise DataError(f"{label_path(train[0][0])}: no image has a label file - labels/ stands beside images/")
+        raise refusal("no-labels", label_path(train[0][0]), "no image has a label file - labels/ stands beside images/")
     splits = [
         tuple(record for listed in split if (record := _read_record(*listed, names, faults)) is not None)
         for split in (train, val)
     ]
-    return Reading(splits[0], splits[1], names, tuple(faults))
+    return Records(splits[0], splits[1], names, tuple(faults))
 
 
 def label_path(image: Path) -> Path:
@@ -148,21 +150,22 @@ class _PlainLoader(yaml.BaseLoader):
 def _read_yaml(source: Path) -> tuple[dict[str, Any], Path | None]:
     """data.yaml as strings, lists and dictionaries (so that a class called `no` stays a name), and its path."""
     if not source.is_dir():
-        raise DataError(f"{source}: no such folder - give the folder that holds images/ and labels/")
+        raise refusal("no-such-folder", source, "no such folder - give the folder that holds images/ and labels/")
     files = [source / name for name in YAML_NAMES if (source / name).is_file()]
     files = files or sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
     if not files:
         return {}, None
     if len(files) > 1:
-        raise DataError(f"{source}: {len(files)} YAML files ({files[0].name}, ...) - call the right one data.yaml")
+        problem = f"{len(files)} YAML files ({files[0].name}, ...)"
+        raise refusal("data-yaml", source, f"{problem} - call the right one data.yaml")
     try:
         table = yaml.load(files[0].read_text(encoding="utf-8-sig"), Loader=_PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(f"{files[0]}: not valid YAML ({' '.join(str(error).split())}) - correct it") from error
+        raise refusal("data-yaml", files[0], f"not valid YAML ({' '.join(str(error).split())}) - correct it") from error
     if not isinstance(table, dict):
-        raise DataError(f"{files[0]}: not a mapping - write `train:`, `val:` and `names:`")
+        raise refusal("data-yaml", files[0], "not a mapping - write `train:`, `val:` and `names:`")
     if "kpt_shape" in table:
-        raise DataError(f"{files[0]}: kpt_shape: pose labels are not boxes - export the data set for detection")
+        raise refusal("data-yaml", files[0], "kpt_shape: pose labels are not boxes - export the data set for detection")
     return table, files[0]
 
 
@@ -172,16 +175,18 @@ def _names(source: Path, table: dict[str, Any], file: Path | None) -> tuple[str,
     if names and file is not None:
         if isinstance(names, dict):
             if sorted(names) != sorted(map(str, range(len(names)))):
-                raise DataError(f"{file}: names: keys are not 0..{len(names) - 1} - number the classes without gaps")
+                raise refusal(
+                    "class-names", file, f"names: keys are not 0..{len(names) - 1} - number the classes without gaps"
+                )
             names = [names[str(k)] for k in range(len(names))]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise DataError(f"{file}: names: not a list of names - write `names: [cat, dog]`")
+            raise refusal("class-names", file, "names: not a list of names - write `names: [cat, dog]`")
     else:
         files = [f for f in (source / "classes.txt", source / "labels" / "classes.txt") if f.is_file()]
         if not files:
-            raise DataError(f"{source}: no class names - add data.yaml or classes.txt, or pass classes=a,b,c")
+            raise refusal("class-names", source, "no class names - add data.yaml or classes.txt, or pass classes=a,b,c")
         file = files[0]
-        names = [line.strip() for line in _read_text(file).split("\n") if line.strip()]
+        names = [line.strip() for line in read_text(file).split("\n") if line.strip()]
     check_classes(file, names)
     return tuple(names)
 
@@ -204,7 +209,7 @@ def _from_yaml(split: str, table: dict[str, Any], file: Path, faults: list[Fault
         places = (root / value, home / value, home / value.removeprefix("../"))
         place = next((place for place in places if place.exists()), None)
         if place is None:
-            raise DataError(f"{file}: {split}: no {places[0]} - correct `{split}:` or `path:`")
+            raise refusal("no-such-split", file, f"{split}: no {places[0]} - correct `{split}:` or `path:`")
         if place.is_dir():
             listed += _list_folder(place)
             folders.append(place)
@@ -222,7 +227,7 @@ def _list_folder(folder: Path) -> list[Listed]:
 def _list_file(file: Path, roots: Sequence[Path], faults: list[Fault]) -> list[Listed]:
     """Images that a text file lists, one path per line, relative to one of the roots."""
     images = []
-    for number, line in enumerate(_read_text(file).split("\n"), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if name := line.strip():
             image = next((root / name for root in roots if (root / name).is_file()), None)
             if image is None:
@@ -246,10 +251,3 @@ def _orphans(listed: Sequence[Listed], folders: Sequence[Path]) -> list[Fault]:
                     Fault(file, 1, f"missing image {missing}", "add the image (any usual suffix) or remove both")
                 )
     return faults
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except ValueError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error}) - save it as UTF-8") from error

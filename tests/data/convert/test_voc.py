@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from retina.data.convert.records import Reading
+from faults import refused
+from retina.data.convert.records import Records
 from retina.data.convert.voc import read_voc
 from retina.errors import DataError
 
@@ -41,7 +42,7 @@ def a_list(root: Path, split: str, *names: str) -> None:
     file.write_text("".join(f"{name}\n" for name in names))
 
 
-def read_one(root: Path, content: str, **options: object) -> Reading:
+def read_one(root: Path, content: str, **options: object) -> Records:
     """Read a data set whose image `a` has the given XML; `b` is a sound negative for val."""
     add(root, "a", content)
     add(root, "b")
@@ -231,11 +232,11 @@ def test_a_lone_train_list_is_divided(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_kind(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no folder Annotations/ - give the folder"):
+    with refused("not-voc", "Annotations/", kind=DataError):
         read_voc(tmp_path)
     add(tmp_path, "a")
-    with pytest.raises(DataError, match="cannot be divided"):
+    with refused("too-few-images", "1 image", kind=DataError):
         read_voc(tmp_path)
     a_list(tmp_path, "val", "a")
-    with pytest.raises(DataError, match=r"neither train\.txt nor"):
+    with refused("no-train-list", tmp_path, kind=DataError):
         read_voc(tmp_path)
