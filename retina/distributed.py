@@ -75,7 +75,7 @@ def process_group(device: torch.device, *, timeout_minutes: float = 10) -> Itera
     # what ranks tell each other lies on the CPU and goes by gloo: it must not wait for the work queued on a GPU
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        with losing_touch(lambda: "start or end of the run"):
+        with naming_lost_process(lambda: "start or end of the run"):
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
             yield
     finally:
@@ -85,7 +85,7 @@ def process_group(device: torch.device, *, timeout_minutes: float = 10) -> Itera
 
 
 @contextmanager
-def losing_touch(where: Callable[[], str]) -> Iterator[None]:
+def naming_lost_process(where: Callable[[], str]) -> Iterator[None]:
     """Raises RetinaError, naming rank and `where()`, when a collective fails because another process is gone."""
     try:
         yield

@@ -71,7 +71,7 @@ MUTANTS = [
         "retina/engine/checkpoint.py",
         "    _refuse_non_finite(final, states, state)\n",
         "",
-        f"{CHECKPOINT} tests/engine/test_keeper.py",
+        f"{CHECKPOINT} tests/engine/test_checkpointer.py",
     ),
     Mutant(
         "NaN is learned from",
@@ -106,14 +106,14 @@ MUTANTS = [
         "retina/engine/checkpointer.py",
         "except OSError as fault:",
         "except EOFError as fault:",
-        "tests/engine/test_keeper.py",
+        "tests/engine/test_checkpointer.py",
     ),
     Mutant(
         "nobody complains at the end",
         "retina/engine/checkpointer.py",
         "for what, reason in self.missing.items():",
         "for what, reason in ():",
-        "tests/engine/test_keeper.py",
+        "tests/engine/test_checkpointer.py",
     ),
     Mutant(
         "a launcher's copy of Ctrl-C quits",

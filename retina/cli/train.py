@@ -6,7 +6,6 @@ torchrun --nproc_per_node=8 tools/train.py experiment=coco_r50_1x
 """
 
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,12 +38,13 @@ def main(settings: Settings) -> int:
     from retina import distributed
     from retina.data.loader import Canvas
     from retina.engine.build import build_eval_loader, build_train_loader, canvas_of, load_checked
+    from retina.engine.checkpointer import Checkpointer, TrainState
     from retina.engine.logging import RunLogger, describe_run
     from retina.engine.loop import fit
     from retina.engine.optim import build_optimizer
     from retina.engine.signals import StopRequest
     from retina.engine.step import DTYPES
-    from retina.evaluation.evaluate import evaluate
+    from retina.evaluation.evaluate import Evaluation, evaluate
     from retina.evaluation.pictures import evaluation_pictures
     from retina.interop.transfer import init_from
     from retina.losses.detection import DetectionLoss
@@ -111,35 +111,40 @@ def main(settings: Settings) -> int:
             folder, config, device, annotations, val_annotations, model, optimizer, recipe.schedule, sampler
         ):
             logger.info(line)
+        state = TrainState(model, optimizer, config, recipe.schedule)
+        checkpointer = Checkpointer(
+            folder, state, card=card, recorder=logger, allow_data_change=settings["allow_data_change"]
+        )
         with StopRequest() as request:
-            progress, stopped = fit(
-                folder,
-                config,
-                model=model,
-                criterion=recipe.criterion,
-                optimizer=optimizer,
-                schedule=recipe.schedule,
-                loader=loader,
-                sampler=sampler,
-                evaluate=partial(
-                    evaluate,
-                    loader=logger.evaluating(val_loader, len(val_annotations)),
-                    annotations=val_annotations,
+
+            def score(model: torch.nn.Module) -> Evaluation | None:
+                evaluation = evaluate(
+                    model,
+                    logger.evaluating(val_loader, len(val_annotations)),
+                    val_annotations,
                     postprocess=recipe.postprocess,
                     criterion=recipe.criterion,
                     device=device,
                     dtype=DTYPES[config.precision],
-                ),
-                draw=partial(
-                    evaluation_pictures, val_annotations, max_images=config.pictures, max_pixels=data.max_pixels
-                ),
-                card=card,
-                logger=logger,
-                device=device,
+                    stopping=request.signal,
+                )
+                if evaluation and config.pictures and logger.active:
+                    limits = {"max_images": config.pictures, "max_pixels": data.max_pixels}
+                    picture = evaluation_pictures(val_annotations, evaluation.detections, **limits)
+                    logger.picture(state.progress.step, "val/detections", picture)
+                return evaluation
+
+            stopped = fit(
+                state,
+                recipe.criterion,
+                loader,
+                evaluate=score if config.eval_every else None,
+                checkpointer=checkpointer,
+                recorder=logger,
                 annotations=annotations,
-                allow_data_change=settings["allow_data_change"],
                 stopping=request.signal,
             )
+        progress = state.progress
         report_skipped(logger, loader, val_loader)
         if stopped:
             logger.info(f"told to stop: saved at step {progress.step}, the same command goes on from there")

@@ -1,7 +1,8 @@
-"""What a run leaves on disk and goes on from: checkpoints and the best weights, and what is done without room."""
+"""What a run leaves on disk and goes on from: checkpoints and the best weights, also when the disk is full."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,105 +11,147 @@ from torch.optim import Optimizer
 
 from retina import distributed
 from retina.engine.checkpoint import Progress, load_checkpoint, newest_valid, save_checkpoint
+from retina.engine.config import TrainConfig
 from retina.engine.logging import RunLogger
 from retina.engine.meter import Meter
-from retina.engine.optim import ExponentialMovingAverage
+from retina.engine.optim import ExponentialMovingAverage, Schedule, as_schedule, constant
 from retina.errors import CheckpointError, ConfigError
-from retina.model.weights import DetectorCard, save_detector
+from retina.files import write_whole
+from retina.model.weights import DetectorCard, save_detector, serialize
 
 BEST = "best.safetensors"
 
 
-class Keeper:
-    """Reads for all ranks, writes on rank 0, and tells all what could not be written.
+class TrainState:
+    """A training run in memory: what is trained, how, and how far it is.
 
-    A full disk stops nobody: what was there before stays, a warning says so, and the next time is tried again. What is
-    missing at the end is an error."""
+    model: any module that returns `Predictions`; already on its device, because the moving average copies it.
+    schedule: the factor on the optimizer's learning rates, a function of the step (and, if it takes them by these
+        names, of `total` and `steps_per_epoch`)."""
 
     def __init__(
         self,
-        folder: Path,
-        *,
-        keep: int,
         model: nn.Module,
         optimizer: Optimizer,
-        ema: ExponentialMovingAverage | None,
-        scaler: torch.amp.GradScaler,
-        meter: Meter,
-        card: DetectorCard,
-        logger: RunLogger,
+        config: TrainConfig | None = None,
+        schedule: Schedule | Callable[[int], float] = constant,
     ) -> None:
-        self.folder, self.keep, self.card, self.logger = folder, keep, card, logger
-        self.model, self.optimizer, self.ema, self.scaler, self.meter = model, optimizer, ema, scaler, meter
-        self.best_model = ema.model if ema else model
+        self.model, self.optimizer, self.config = model, optimizer, config or TrainConfig()
+        self.schedule = as_schedule(schedule)
+        self.device = next(model.parameters()).device
+        decay = self.config.ema
+        self.ema = None if decay is None else ExponentialMovingAverage(model, decay)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
+        self.meter = Meter()
+        self.progress = Progress()
+
+    @property
+    def weights(self) -> nn.Module:
+        """The model to evaluate and to use: the moving average if there is one."""
+        return self.ema.model if self.ema else self.model
+
+
+class Checkpointer:
+    """Reads for all ranks, writes on rank 0, and tells all ranks what could not be written.
+
+    A full disk does not stop the run: the files from before stay, a warning says so, and the next save tries again.
+    What is missing at the end is an error.
+
+    folder: of the run; None saves nothing.
+    card: goes into the header of `best.safetensors`; without one, that file is bare weights.
+    allow_data_change: resume although the training annotations are no longer those of the checkpoint."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        state: TrainState,
+        *,
+        card: DetectorCard | None = None,
+        recorder: RunLogger | None = None,
+        allow_data_change: bool = False,
+    ) -> None:
+        self.folder, self.state, self.card, self.allow_data_change = folder, state, card, allow_data_change
+        self.recorder = recorder or RunLogger(Path(), active=False)
         self.missing: dict[str, str] = {}
         """What could not be written when it was last tried, and why; the same on all ranks."""
+        self._saved: tuple[int, int] | None = None
 
-    def restore(self, annotations: str, *, allow_data_change: bool) -> Progress:
-        """Where the newest valid checkpoint stands, after everything has been put as it was; a new start without any.
+    def restore(self, annotations: str = "") -> Progress:
+        """Puts everything as the newest valid checkpoint has it; without a checkpoint, as it is. Returns the progress.
 
-        annotations: fingerprint of what is trained on now. Raises CheckpointError, and ConfigError for another one than
-        in the checkpoint unless `allow_data_change`; on one rank alone."""
-        checkpoint = distributed.on_main(self._newest)  # on a network disk, ranks might see different ones
-        if checkpoint is None:
-            return Progress(annotations=annotations)
-        file = Path(checkpoint)
-        progress = distributed.on_all(
-            lambda: load_checkpoint(file, model=self.model, optimizer=self.optimizer, ema=self.ema)
-        )
-        if progress.annotations != annotations:
-            self._accept_change(file, allow_data_change)
-            progress.annotations = annotations
-        if progress.scaler:
-            self.scaler.load_state_dict(progress.scaler)
-        return progress
+        annotations: fingerprint of the training annotations. Raises CheckpointError, and ConfigError for another
+        fingerprint than in the checkpoint unless `allow_data_change`; on one rank alone."""
+        state = self.state
+        newest = distributed.on_main(self._newest)  # on a network disk, ranks might see different ones
+        if newest is None:
+            state.progress.annotations = annotations
+        else:
+            state.progress = distributed.on_all(
+                lambda: load_checkpoint(Path(newest), model=state.model, optimizer=state.optimizer, ema=state.ema)
+            )
+            if state.progress.annotations != annotations:
+                self._accept_change(Path(newest))
+                state.progress.annotations = annotations
+            if state.progress.scaler:
+                state.scaler.load_state_dict(state.progress.scaler)
+        state.meter.load_state(state.progress.meter, state.device)
+        self._saved = (state.progress.step, state.progress.evaluated)
+        return state.progress
 
     def _newest(self) -> str | None:
+        if self.folder is None:
+            return None
         folder = self.folder / "checkpoints"
         checkpoint, faults = newest_valid(folder)
         for fault in faults:
-            self.logger.info(f"warning: {fault}")
+            self.recorder.info(f"warning: {fault}")
         if checkpoint is None and faults:
-            raise CheckpointError(f"{folder}: no checkpoint is whole - restore one, or give overwrite=true")
+            fix = "restore one, or give overwrite=true"
+            raise CheckpointError(f"{folder}: no checkpoint is whole - {fix}", code="damaged-checkpoint")
         return str(checkpoint) if checkpoint else None
 
-    def _accept_change(self, checkpoint: Path, allowed: bool) -> None:
+    def _accept_change(self, checkpoint: Path) -> None:
         def refuse() -> None:
-            if not allowed:
+            if not self.allow_data_change:
                 raise ConfigError(
                     f"{checkpoint}: was trained on other annotations than data.train now has - restore them, choose "
-                    "another name=..., or go on with allow_data_change=true"
+                    "another name=..., or go on with allow_data_change=true",
+                    code="data-change",
                 )
 
         distributed.on_main(refuse)
-        self.logger.info("warning: the annotations are not those the run began with (allow_data_change)")
+        self.recorder.info("warning: the annotations are not those the run began with (allow_data_change)")
 
-    def save(self, progress: Progress) -> None:
-        """A checkpoint. Raises CheckpointError, on rank 0 alone, for weights that are not finite."""
-        progress.scaler, progress.meter = self.scaler.state_dict(), self.meter.state()
-        self._write(
-            "checkpoint",
-            lambda: save_checkpoint(
-                self.folder / "checkpoints",
-                progress,
-                model=self.model,
-                optimizer=self.optimizer,
-                ema=self.ema,
-                keep=self.keep,
-            ),
-        )
+    def save(self) -> None:
+        """A checkpoint, unless this very state is saved already. Raises CheckpointError, on rank 0 alone, for weights
+        that are not finite."""
+        state, progress = self.state, self.state.progress
+        if self.folder is None or self._saved == (progress.step, progress.evaluated):
+            return
+        folder, self._saved = self.folder / "checkpoints", (progress.step, progress.evaluated)
+        progress.scaler, progress.meter = state.scaler.state_dict(), state.meter.state()
+        write = partial(save_checkpoint, model=state.model, optimizer=state.optimizer, ema=state.ema)
+        with state.meter.paused():
+            self._write("checkpoint", lambda: write(folder, progress, keep=state.config.keep_checkpoints))
 
-    def save_best(self, step: int, metrics: dict[str, float | None]) -> None:
+    def save_best(self, metrics: dict[str, float | None]) -> None:
         """The weights to use. Raises CheckpointError, on rank 0 alone, if they are not finite."""
-        card = replace(self.card, step=step, metrics=metrics)
-        self._write(BEST, lambda: save_detector(self.folder / BEST, self.best_model.state_dict(), card))
+        if self.folder is None:
+            return
+        file, weights, card = self.folder / BEST, self.state.weights.state_dict(), self.card
+        if card is None:
+            self._write(BEST, lambda: write_whole(file, serialize(weights)))
+        else:
+            described = replace(card, step=self.state.progress.step, metrics=metrics)
+            self._write(BEST, lambda: save_detector(file, weights, described))
 
     def check(self) -> None:
         """Raises CheckpointError, on rank 0 alone, if the last attempt to write something failed."""
 
         def complain() -> None:
             for what, reason in self.missing.items():
-                raise CheckpointError(f"{self.folder}: the last {what} could not be written ({reason}) - make room")
+                problem = f"the last {what} could not be written ({reason})"
+                raise CheckpointError(f"{self.folder}: {problem} - make room", code="not-written")
 
         distributed.on_main(complain)
 
@@ -123,6 +166,7 @@ class Keeper:
         reason = distributed.on_main(attempt)
         if reason:
             self.missing[what] = reason
-            self.logger.info(f"warning: {self.folder}: {what} could not be written ({reason}) - make room; going on")
+            problem = f"{self.folder}: {what} could not be written ({reason})"
+            self.recorder.info(f"warning: {problem} - make room; training goes on")
         else:
             self.missing.pop(what, None)

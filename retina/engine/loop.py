@@ -4,284 +4,314 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.utils.data import DistributedSampler
 
 from retina import distributed
-from retina.data.coco import Annotations
-from retina.data.loader import BatchLoader
+from retina.data.annotations import Annotations
 from retina.data.sampler import DetectionBatchSampler
 from retina.engine.checkpoint import Progress
-from retina.engine.checkpointer import Keeper
+from retina.engine.checkpointer import Checkpointer, TrainState
 from retina.engine.config import TrainConfig, to_steps
 from retina.engine.logging import RunLogger
-from retina.engine.meter import LAG, Lagged, Meter
-from retina.engine.optim import ExponentialMovingAverage, Schedule, set_learning_rate
+from retina.engine.meter import LAG, PendingFlags
+from retina.engine.optim import set_learning_rate
 from retina.engine.step import DTYPES, StepResult, parallel, train_step
 from retina.errors import RetinaError
 from retina.evaluation.evaluate import Evaluation
-from retina.evaluation.metrics import DetectionArrays
 from retina.losses.detection import DetectionLoss
 from retina.losses.diagnose import Diagnosis, prior_is_lost, summarize, with_diagnosis
-from retina.model.weights import DetectorCard
 from retina.types import Batch, Criterion, to_device
 from retina.visualize import batch_pictures, grid
 
 
-class _Update(NamedTuple):
-    """What is needed to say why one was not made."""
-
-    step: int
-    lr: float
-    indices: list[Tensor]
-    result: StepResult
-
-
 def fit(
-    folder: Path,
-    config: TrainConfig,
-    *,
-    model: nn.Module,
+    state: TrainState,
     criterion: Criterion,
-    optimizer: Optimizer,
-    schedule: Schedule,
-    loader: BatchLoader,
-    sampler: DetectionBatchSampler,
-    evaluate: Callable[..., Evaluation | None],
-    draw: Callable[[DetectionArrays], np.ndarray],
-    card: DetectorCard,
-    logger: RunLogger,
-    device: torch.device,
-    annotations: Annotations,
-    allow_data_change: bool = False,
+    loader: Iterable[Batch],
+    *,
+    evaluate: Callable[[nn.Module], Evaluation | None] | None = None,
+    checkpointer: Checkpointer | None = None,
+    recorder: RunLogger | None = None,
+    annotations: Annotations | None = None,
     stopping: Callable[[], int] = lambda: 0,
-) -> tuple[Progress, int]:
-    """Trains until `config.length`, resuming from the newest valid checkpoint in `folder`.
+) -> int:
+    """Trains `state.model` until `config.length`, from where the newest valid checkpoint stands.
 
-    evaluate: scores a model on all ranks; called with `stopping`, and None when it was told to stop.
-    draw: a picture of some of its detections.
-    card: goes into `best.safetensors`, which is written whenever the best metric improves, and at the end of a run
-        without evaluations.
-    annotations: what is trained on. Resuming on others is refused, unless `allow_data_change`.
-    stopping: the number of the signal that asks to stop, or 0. When any rank says so, all finish their step and save.
+    evaluate: scores a model on all ranks; None if `stopping` cut it short. Without `checkpointer`, nothing is saved.
+    annotations: the training data. Messages and pictures name its files and classes.
+    stopping: the number of the signal that asks to stop, or 0. If any rank is asked, all finish their step and save.
 
-    Returns where the run stands and the signal that stopped it, 0 if it is finished. Raises ConfigError when the
-    settings contradict the data or the checkpoint, RetinaError when data, numbers or the disk fail for good; what was
-    learned until then is saved first."""
-    per_epoch = sampler.steps_per_epoch
-    total = to_steps(config.length, steps_per_epoch=per_epoch, total=None, key="train.length")
-    every = {"steps_per_epoch": per_epoch, "total": total}
-    save_every = to_steps(config.save_every, key="train.save_every", **every)
-    eval_every = to_steps(config.eval_every, key="train.eval_every", **every) if config.eval_every else None
-
-    ema = ExponentialMovingAverage(model, config.ema) if config.ema is not None else None
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    meter = Meter(config.batch_size)
-    keeper = Keeper(
-        folder,
-        keep=config.keep_checkpoints,
-        model=model,
-        optimizer=optimizer,
-        ema=ema,
-        scaler=scaler,
-        meter=meter,
-        card=card,
-        logger=logger,
-    )
-    due = partial(_evaluation_due, every=eval_every, total=total)
-    progress = keeper.restore(annotations.fingerprint(), allow_data_change=allow_data_change)
-    logger.resume(progress.step, pending_evaluation=due(progress))
-    logger.progress(progress.step, total)
-    meter.load_state(progress.meter, device)
-    if config.compile:
-        for one in {model, keeper.best_model}:
-            one.compile()
-    net = parallel(model, device)
-    model.train()
-    progress.stopped_early = config.patience is not None and progress.evaluations_without_gain >= config.patience
-    saved = (progress.step, progress.evaluated)
-    batches = _endless(loader, sampler, progress.step)
-    diagnosed, diagnosis = criterion, None
-    if isinstance(criterion, DetectionLoss):
-        diagnosed, diagnosis = with_diagnosis(criterion, prior=card.model.get("prior", 0.01))
-    updates: Lagged[_Update] = Lagged(LAG.get(device.type, 0))
-    judge = partial(_judge, config, progress, scaler=scaler, logger=logger, annotations=annotations)
+    Returns the signal that stopped the run, 0 if it is finished; `state.progress` says where it stands. Raises
+    ConfigError when settings contradict the data or the checkpoint, RetinaError when data, numbers or the disk fail
+    for good; what was learned until then is saved first."""
+    config, recorder = state.config, recorder or RunLogger(Path(), active=False)
+    checkpointer = checkpointer or Checkpointer(None, state)
+    plan = _plan(config, loader, evaluates=evaluate is not None)
+    progress = checkpointer.restore(annotations.fingerprint() if annotations else "")
+    recorder.resume(progress.step, pending_evaluation=plan.evaluation_due(progress))
+    for module in {state.model, state.weights} if config.compile else ():
+        module.compile()
+    model = parallel(state.model, state.device).train()
+    report = _Report(state, plan, recorder, annotations, loader, criterion)
+    batches = _endless(loader, progress.step, plan.steps_per_epoch, config.accumulate)
     stop = 0
     ending: BaseException | None = None
-    with distributed.losing_touch(lambda: f"step {progress.step}"):
+    with distributed.naming_lost_process(lambda: f"step {progress.step}"):
         while True:
             # what follows an update comes first, so that a run stopped between the two makes up for it
             step = progress.step
-            if not ending and due(progress):
+            if evaluate and not ending and plan.evaluation_due(progress):
                 try:
-                    with meter.paused():
-                        stop = _evaluate(config, progress, keeper, evaluate, stopping, draw, logger)
+                    stop = _evaluate(state, evaluate, checkpointer, recorder, stopping)
                 except (RetinaError, SystemExit) as fault:
                     ending = fault
-            last = step == total or progress.stopped_early
-            wanted = step % save_every == 0 or ("checkpoint" in keeper.missing and step % config.log_every == 0)
-            wanted = wanted and progress.bad_steps == 0  # diverging weights must not push out the last good ones
-            if (wanted or last or stop or ending) and saved != (step, progress.evaluated):
-                with meter.paused():
-                    keeper.save(progress)
-                saved = (step, progress.evaluated)
-            if last or stop or ending:
+            progress.stopped_early = progress.evaluations_without_gain >= (config.patience or math.inf)
+            ends = step == plan.total or progress.stopped_early or stop or ending
+            if ends or plan.save_due(progress, retry="checkpoint" in checkpointer.missing):
+                checkpointer.save()
+            if ends:
                 break
-
             # the random state is a function of seed, step and rank: resume needs nothing stored
             torch.manual_seed(((config.seed * 1_000_003 + step) * 4099 + distributed.rank()) % 2**63)
             try:
-                with meter.waiting():
-                    micro_batches = [to_device(next(batches), device) for _ in range(config.accumulate)]
+                with state.meter.waiting():
+                    micro_batches = [to_device(next(batches), state.device) for _ in range(config.accumulate)]
             except RetinaError as fault:
                 ending = fault
             stop, failed = distributed.agree(stop=stopping(), error=ending is not None)
             if stop or failed:
                 ending = ending or (SystemExit(2) if failed else None)
-                judge(updates.take(everything=True))
+                report.skipped_updates(everything=True)
                 continue
-            lr = set_learning_rate(optimizer, schedule(step, **every))
-            logging = (step + 1) % config.log_every == 0 or step + 1 == total
-            told = logging or step == 0
+            lr = set_learning_rate(state.optimizer, state.schedule(step, **plan.span))
             result = train_step(
-                net,
-                diagnosed if told else criterion,
+                model,
+                report.criterion(step),
                 micro_batches,
-                optimizer=optimizer,
-                scaler=scaler,
+                optimizer=state.optimizer,
+                scaler=state.scaler,
                 dtype=DTYPES[config.precision],
                 clip_norm=config.clip_norm,
-                watched=ema.floating if ema else (),
+                averages=state.ema.floating if state.ema else (),
             )
             progress.step += 1
-            logger.progress(progress.step, total)
-            meter.add(result.updated, result.losses, result.positives, result.grad_norm)
-            if ema is not None:
-                ema.update(step)
-            updates.add(result.updated, _Update(progress.step, lr, [one.indices for one in micro_batches], result))
-            judge(updates.take(everything=logging or due(progress) or progress.step % save_every == 0))
-            if (step == 0 or due(progress)) and config.pictures and logger.active:
-                pictures = batch_pictures(micro_batches[0], card.classes, config.pictures)
-                logger.picture(progress.step, "train/batch", grid(pictures))
-            anatomy = _read_diagnosis(diagnosis, model, logger, first=step == 0) if told and diagnosis else {}
-            if logging and (means := meter.read()):
-                values: dict[str, Any] = {"epoch": progress.step / per_epoch, "lr": lr, **means, "diagnosis": anatomy}
-                logger.scalars(progress.step, "train", values)
-                logger.progress(progress.step, total, values)
-                for line in loader.faults.values():
-                    logger.once(f"skipped: {line}")
+            if state.ema is not None:
+                state.ema.update(step)
+            report.update(lr, micro_batches, result)
     if ending:
         raise ending
-    if not stop and eval_every is None:
-        keeper.save_best(progress.step, {})
-    keeper.check()
-    return progress, stop
+    if not stop and plan.eval_every is None:
+        checkpointer.save_best({})
+    checkpointer.check()
+    return stop
 
 
-def _read_diagnosis(diagnosis: Diagnosis, model: nn.Module, logger: RunLogger, *, first: bool) -> dict[str, float]:
-    """What the classification loss of this update was made of, over all ranks; of the first one, with a warning if the
-    head does not start from its prior. Waits for the device."""
-    sums, diagnosis.sums = diagnosis.sums, None
-    assert sums is not None
-    strides: tuple[int, ...] = model.strides  # type: ignore[assignment]
-    told = summarize(distributed.all_reduce_sum(sums).tolist(), [stride.bit_length() - 1 for stride in strides])
-    if first and (warning := prior_is_lost(told, diagnosis.prior)):
-        logger.info(f"warning: {warning}")
-    return told
+class _Plan(NamedTuple):
+    """How long the run is, and when what is due, in optimizer steps."""
+
+    config: TrainConfig
+    steps_per_epoch: int
+    total: int
+    save_every: int
+    eval_every: int | None
+
+    @property
+    def span(self) -> dict[str, int]:
+        """What a schedule is told beside the step."""
+        return {"total": self.total, "steps_per_epoch": self.steps_per_epoch}
+
+    def logs(self, step: int) -> bool:
+        """Whether the update that leads to `step` is logged."""
+        return step % self.config.log_every == 0 or step == self.total
+
+    def evaluation_due(self, progress: Progress) -> bool:
+        """Whether the weights should be scored at this step, and have not been."""
+        step, every = progress.step, self.eval_every
+        due = every is not None and step > 0 and (step % every == 0 or step == self.total)
+        return due and progress.evaluated < step
+
+    def save_due(self, progress: Progress, *, retry: bool) -> bool:
+        """Whether a checkpoint should be saved at this step. `retry`: the last one could not be written.
+
+        Not while updates are skipped: diverging weights must not push out the last good ones."""
+        due = progress.step % self.save_every == 0 or (retry and progress.step % self.config.log_every == 0)
+        return due and progress.bad_steps == 0
 
 
-def _evaluation_due(progress: Progress, *, every: int | None, total: int) -> bool:
-    """Whether the weights as they are now should be scored, and have not been."""
-    at_one = every is not None and progress.step > 0 and (progress.step % every == 0 or progress.step == total)
-    return at_one and progress.evaluated < progress.step
+def _plan(config: TrainConfig, loader: Any, *, evaluates: bool) -> _Plan:
+    sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(sampler, DetectionBatchSampler):
+        per_epoch = sampler.steps_per_epoch
+    else:
+        per_epoch = max(1, len(loader) // config.accumulate)
+    total = to_steps(config.length, steps_per_epoch=per_epoch, total=None, key="length")
+    save_every = to_steps(config.save_every, steps_per_epoch=per_epoch, total=total, key="save_every")
+    eval_every = None
+    if config.eval_every is not None and evaluates:
+        eval_every = to_steps(config.eval_every, steps_per_epoch=per_epoch, total=total, key="eval_every")
+    return _Plan(config, per_epoch, total, save_every, eval_every)
+
+
+def _endless(loader: Any, step: int, steps_per_epoch: int, accumulate: int) -> Iterator[Batch]:
+    """Micro-batches from `step` on, epoch after epoch.
+
+    Our sampler begins anywhere in an epoch. Of another loader, what was seen of the epoch is loaded again, and an
+    incomplete last step is left out."""
+    first_epoch, begin = divmod(step, steps_per_epoch)
+    batch_sampler, sampler = getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)
+    for epoch in count(first_epoch):
+        if isinstance(batch_sampler, DetectionBatchSampler):
+            batch_sampler.start(epoch, begin)
+            yield from loader
+        else:
+            if isinstance(sampler, DistributedSampler):
+                sampler.set_epoch(epoch)
+            yield from islice(loader, begin * accumulate, steps_per_epoch * accumulate)
+        begin = 0
 
 
 def _evaluate(
-    config: TrainConfig,
-    progress: Progress,
-    keeper: Keeper,
-    evaluate: Callable[..., Evaluation | None],
+    state: TrainState,
+    evaluate: Callable[[nn.Module], Evaluation | None],
+    checkpointer: Checkpointer,
+    recorder: RunLogger,
     stopping: Callable[[], int],
-    draw: Callable[[DetectionArrays], np.ndarray],
-    logger: RunLogger,
 ) -> int:
-    """Scores the model, keeps it if it is the best so far, and decides whether the run has stopped gaining.
+    """Scores the weights, and saves them if they are the best so far.
 
     Returns the signal that cut it short, with nothing decided, or 0."""
-    started = time.perf_counter()
-    evaluation = evaluate(keeper.best_model, stopping=stopping)
-    if evaluation is None:
-        return distributed.agree(stop=stopping()).stop
-    seconds = time.perf_counter() - started
-    value = evaluation.metrics[config.best_metric]
-    better = value is not None and (progress.best is None or value > progress.best)
-    if better:
-        progress.best, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
-    else:
-        progress.evaluations_without_gain += 1
-    if better or progress.best is None:
-        keeper.save_best(progress.step, {k: v for k, v in evaluation.metrics.items() if k != "per_class"})
-    progress.stopped_early = config.patience is not None and progress.evaluations_without_gain >= config.patience
-    progress.evaluated = progress.step
-    logger.evaluation(progress.step, evaluation.metrics, evaluation.losses, seconds, better=better)
-    if config.pictures and logger.active:
-        logger.picture(progress.step, "val/detections", draw(evaluation.detections))
+    progress, started = state.progress, time.perf_counter()
+    with state.meter.paused():
+        evaluation = evaluate(state.weights)
+        if evaluation is None:
+            return distributed.agree(stop=stopping()).stop
+        seconds = time.perf_counter() - started
+        value = evaluation.metrics[state.config.best_metric]
+        better = value is not None and (progress.best is None or value > progress.best)
+        if better:
+            progress.best, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
+        else:
+            progress.evaluations_without_gain += 1
+        if better or progress.best is None:
+            checkpointer.save_best({k: v for k, v in evaluation.metrics.items() if k != "per_class"})
+        progress.evaluated = progress.step
+        recorder.evaluation(progress.step, evaluation.metrics, evaluation.losses, seconds, better=better)
     return 0
 
 
-def _judge(
-    config: TrainConfig,
-    progress: Progress,
-    updates: Iterable[tuple[bool, _Update]],
-    *,
-    scaler: torch.amp.GradScaler,
-    logger: RunLogger,
-    annotations: Annotations,
-) -> None:
-    """Counts the updates in a row that were not made, and warns of each. Raises RetinaError, on rank 0 alone, after too
-    many."""
-    for updated, update in updates:
-        if updated:
-            progress.bad_steps = 0
-            continue
-        if scaler.is_enabled() and scaler.get_scale() >= 1 and update.result.losses.isfinite().all():
-            continue  # only the factor was too large for fp16, and is now halved
-        progress.bad_steps += 1
-        line = _describe_skipped(update, annotations)
-        if progress.bad_steps < config.max_bad_steps:
-            logger.info(f"warning: {line}")
-            continue
-        if not distributed.is_main():
-            sys.exit(2)
-        advice = "lower optimizer.lr, give train.clip_norm, or look at these images"
-        raise RetinaError(f"{line} - {progress.bad_steps} in a row (train.max_bad_steps): {advice}")
+class _Update(NamedTuple):
+    """What a message about an update that was skipped needs."""
+
+    step: int
+    lr: float
+    indices: Tensor
+    result: StepResult
 
 
-def _describe_skipped(update: _Update, annotations: Annotations) -> str:
-    """One line on an update that was not made: its numbers, and the images of the ranks that spoiled it."""
+class _Report:
+    """Tells the recorder about updates: means, pictures, what the loss is made of, and updates that were skipped."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        plan: _Plan,
+        recorder: RunLogger,
+        annotations: Annotations | None,
+        loader: Any,
+        criterion: Criterion,
+    ) -> None:
+        self.state, self.plan, self.recorder, self.annotations, self.loader = state, plan, recorder, annotations, loader
+        recorder.progress(state.progress.step, plan.total)
+        self._pending: PendingFlags[_Update] = PendingFlags(LAG.get(state.device.type, 0))
+        self._plain = self._diagnosed = criterion
+        self._diagnosis: Diagnosis | None = None
+        prior = getattr(state.model, "arguments", {}).get("prior")
+        if isinstance(criterion, DetectionLoss) and prior is not None:
+            self._diagnosed, self._diagnosis = with_diagnosis(criterion, prior=prior)
+
+    def criterion(self, step: int) -> Criterion:
+        """The criterion for the update with this 0-based number; where it is logged, one that is diagnosed."""
+        return self._diagnosed if step == 0 or self.plan.logs(step + 1) else self._plain
+
+    def update(self, lr: float, micro_batches: list[Batch], result: StepResult) -> None:
+        """Takes in the update that has just been made."""
+        step, config, recorder = self.state.progress.step, self.state.config, self.recorder
+        num_images = distributed.world_size() * sum(len(batch.images) for batch in micro_batches)
+        recorder.progress(step, self.plan.total)
+        self.state.meter.add(result, num_images)
+        indices = torch.cat([batch.indices for batch in micro_batches])
+        self._pending.add(result.updated, _Update(step, lr, indices, result))
+        logs, evaluation_due = self.plan.logs(step), self.plan.evaluation_due(self.state.progress)
+        self.skipped_updates(everything=logs or evaluation_due or step % self.plan.save_every == 0)
+        if (step == 1 or evaluation_due) and config.pictures and recorder.active and self.annotations:
+            pictures = batch_pictures(micro_batches[0], self.annotations.classes, config.pictures)
+            recorder.picture(step, "train/batch", grid(pictures))
+        diagnosis = self._read_diagnosis(self._diagnosis, first=step == 1) if self._diagnosis else {}
+        if logs and (means := self.state.meter.read()):
+            values: dict[str, Any] = {
+                "epoch": step / self.plan.steps_per_epoch,
+                "lr": lr,
+                **means,
+                "diagnosis": diagnosis,
+            }
+            recorder.scalars(step, "train", values)
+            recorder.progress(step, self.plan.total, values)
+            for fault in getattr(self.loader, "faults", {}).values():
+                recorder.once(f"skipped: {fault}")
+
+    def _read_diagnosis(self, diagnosis: Diagnosis, *, first: bool) -> dict[str, float]:
+        """What the classification loss of this update was made of, over all ranks; nothing of an update that was not
+        diagnosed. Of the first one, also a warning if the head does not start from its prior. Waits for the device."""
+        sums, diagnosis.sums = diagnosis.sums, None
+        if sums is None:
+            return {}
+        levels = [int(stride).bit_length() - 1 for stride in self.state.model.strides]  # type: ignore[union-attr]
+        shares = summarize(distributed.all_reduce_sum(sums).tolist(), levels)
+        if first and (warning := prior_is_lost(shares, diagnosis.prior)):
+            self.recorder.info(f"warning: {warning}")
+        return shares
+
+    def skipped_updates(self, *, everything: bool = False) -> None:
+        """Counts the updates in a row that were skipped, and warns of each. Raises RetinaError, on rank 0 alone, after
+        too many."""
+        scaler, progress, most = self.state.scaler, self.state.progress, self.state.config.max_bad_steps
+        for updated, update in self._pending.take(everything=everything):
+            if updated:
+                progress.bad_steps = 0
+                continue
+            if scaler.is_enabled() and scaler.get_scale() >= 1 and update.result.losses.isfinite().all():
+                continue  # only the scale was too large for fp16, and is now halved
+            progress.bad_steps += 1
+            line = _describe_skipped(update, self.annotations)
+            if progress.bad_steps < most:
+                self.recorder.info(f"warning: {line}")
+                continue
+            if not distributed.is_main():
+                sys.exit(2)
+            fix = "lower the learning rate, give clip_norm, or look at these images"
+            raise RetinaError(f"{line} - {progress.bad_steps} in a row (max_bad_steps): {fix}", code="diverged")
+
+
+def _describe_skipped(update: _Update, annotations: Annotations | None) -> str:
+    """One line on a skipped update: its numbers, and the images of the ranks whose loss was not finite."""
     step, lr, indices, result = update
-    ranks = list(enumerate(distributed.gather_objects((result.own.tolist(), torch.cat(indices).tolist()))))
-    guilty = [one for one in ranks if not all(map(math.isfinite, one[1][0]))] or ranks
-    images = [f"{annotations.image_ids[i]} ({annotations.file_name(i)})" for _, (_, rows) in guilty for i in rows]
+    ranks = list(enumerate(distributed.gather_objects((result.rank_sums.tolist(), indices.tolist()))))
+    guilty = [(rank, rows) for rank, (sums, rows) in ranks if not all(map(math.isfinite, sums))]
+    guilty = guilty or [(rank, rows) for rank, (_, rows) in ranks]
+    images = [
+        f"{annotations.image_ids[row]} ({annotations.file_name(row)})" if annotations else f"number {row}"
+        for _, rows in guilty
+        for row in rows
+    ]
     more = f" and {len(images) - 16} more" if len(images) > 16 else ""
     return (
-        f"step {step}: update skipped, for a number in it is not finite: loss class {result.losses[0]:.4g}, box "
+        f"step {step}: update skipped because a number in it is not finite: loss class {result.losses[0]:.4g}, box "
         f"{result.losses[1]:.4g}, gradient norm {result.grad_norm:.4g}, lr {lr:.4g}, "
         f"rank {', '.join(str(rank) for rank, _ in guilty)}, image {', '.join(images[:16])}{more}"
     )
-
-
-def _endless(loader: Iterable[Batch], sampler: DetectionBatchSampler, step: int) -> Iterator[Batch]:
-    """Micro-batches from `step` on, epoch after epoch."""
-    epoch, begin = divmod(step, sampler.steps_per_epoch)
-    sampler.start(epoch, begin)
-    while True:
-        yield from loader
-        epoch += 1
-        sampler.set_epoch(epoch)

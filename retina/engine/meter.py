@@ -1,4 +1,4 @@
-"""Averages between two logged lines, read from the device only when a line is logged."""
+"""Numbers on the device that the host reads late: means between two logged lines, and flags of updates."""
 
 import time
 from collections import deque
@@ -9,6 +9,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from retina.engine.step import StepResult
+
 
 class Meter:
     """Collects what each update reports; `read` gives the means since the last `read`.
@@ -16,22 +18,22 @@ class Meter:
     The sums stay on the device, so a step never waits for the one before it. Time inside `paused` (evaluation,
     checkpoints) does not count."""
 
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
+    def __init__(self) -> None:
         self._reset()
 
     def _reset(self) -> None:
         self._sums: Tensor | None = None
-        self._steps = 0
+        self._images = 0
         self._waited = self._paused = 0.0
         self._started = time.perf_counter()
 
-    def add(self, updated: Tensor, losses: Tensor, positives: Tensor, grad_norm: Tensor) -> None:
-        """`losses` [2]: classification and box. Steps that are not `updated` (a scalar) count for nothing."""
-        numbers = torch.cat([updated.view(1).float(), losses, positives.view(1), grad_norm.view(1)])
-        numbers = torch.where(updated, numbers, 0)
+    def add(self, result: StepResult, num_images: int) -> None:
+        """The losses of a skipped update do not count, its images (of all ranks) do."""
+        one = result.updated.view(1).float()
+        numbers = torch.cat([one, result.losses, result.positives.view(1), result.grad_norm.view(1)])
+        numbers = torch.where(result.updated, numbers, 0)
         self._sums = numbers if self._sums is None else self._sums + numbers
-        self._steps += 1
+        self._images += num_images
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -51,12 +53,11 @@ class Meter:
         return [] if self._sums is None else self._sums.tolist()
 
     def load_state(self, state: list[float], device: torch.device) -> None:
-        if state:
-            self._steps, self._sums = int(state[0]), torch.tensor(state, device=device)
+        self._sums = torch.tensor(state, device=device) if state else None
 
     def read(self) -> dict[str, float]:
-        """Loss parts per positive anchor, positives per step, gradient norm, images/s of the whole run and the share of
-        time spent waiting for data. Waits for the device. Empty, and nothing is forgotten, without any update."""
+        """Loss parts per positive anchor, positives per step, gradient norm, images/s of all ranks and the share of the
+        time spent waiting for data. Waits for the device. Empty without an update; then the sums stay."""
         updates, *sums = [0.0] if self._sums is None else self._sums.tolist()
         if not updates:
             return {}
@@ -68,7 +69,7 @@ class Meter:
             "loss_box": box,
             "positives": positives,
             "grad_norm": norm,
-            "images_per_second": self._steps * self.batch_size / seconds,
+            "images_per_second": self._images / seconds,
             "data_wait": self._waited / seconds,
         }
         self._reset()
@@ -77,34 +78,33 @@ class Meter:
 
 T = TypeVar("T")
 
-# Yes or no from the device, read some steps late, so that the host never waits for what it has just asked for.
 LAG = {"cuda": 2}
 """Steps by which a GPU may be behind. Elsewhere a step is over when it returns."""
 
 
-class Lagged(Generic[T]):
-    """Flags on their way to the host, each with what belongs to it, in order.
+class PendingFlags(Generic[T]):
+    """Flags on their way from the device to the host, each with the item it belongs to, in order.
 
-    Every flag is read exactly `lag` additions later, or when all are asked for: what is done about it depends on the
-    step alone and not on how fast the device is."""
+    Every flag is read exactly `lag` additions later, or when all are asked for. So the host seldom waits, and what it
+    does about a flag depends on the step alone, not on how fast the device is."""
 
     def __init__(self, lag: int) -> None:
         self.lag = lag
-        self._waiting: deque[tuple[Tensor, torch.cuda.Event | None, T]] = deque()
+        self._pending: deque[tuple[Tensor, torch.cuda.Event | None, T]] = deque()
 
     def add(self, flag: Tensor, item: T) -> None:
         """`flag` is a bool scalar."""
-        arrived = None
+        copied = None
         if flag.device.type == "cuda":
             flag = flag.to("cpu", non_blocking=True)  # into pinned memory, so nothing waits
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self._waiting.append((flag, arrived, item))
+            copied = torch.cuda.Event()
+            copied.record()
+        self._pending.append((flag, copied, item))
 
     def take(self, *, everything: bool = False) -> Iterator[tuple[bool, T]]:
-        """What is old enough, oldest first."""
-        while len(self._waiting) > (0 if everything else self.lag):
-            flag, arrived, item = self._waiting.popleft()
-            if arrived is not None:
-                arrived.synchronize()
+        """The flags that are old enough, oldest first."""
+        while len(self._pending) > (0 if everything else self.lag):
+            flag, copied, item = self._pending.popleft()
+            if copied is not None:
+                copied.synchronize()
             yield bool(flag.cpu().numpy()), item

@@ -24,6 +24,20 @@ class Schedule(Protocol):
         ...
 
 
+def constant(step: int, *, total: int, steps_per_epoch: int) -> float:
+    """The schedule that leaves the learning rate as it is."""
+    return 1.0
+
+
+def as_schedule(schedule: Schedule | Callable[[int], float]) -> Schedule:
+    """The schedule itself, or one made of a function of the step alone."""
+    parameters = inspect.signature(schedule).parameters
+    if "total" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return schedule  # type: ignore[return-value]
+    plain: Callable[[int], float] = schedule  # type: ignore[assignment]
+    return lambda step, *, total, steps_per_epoch: plain(step)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MultiStep:
     """Linear warm-up, then a constant rate multiplied by `gamma` at each milestone (arXiv 1708.02002, section 4.1)."""
@@ -97,9 +111,12 @@ def build_optimizer(factory: Callable[..., Optimizer], model: nn.Module, *, scal
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
-    """Multiplies every group's initial rate by `factor`; returns the first group's rate."""
+    """Sets every group's rate to `factor` times its initial one; returns the first group's rate.
+
+    The initial rate is `group["initial_lr"]`, as in PyTorch's own schedulers; without that key, the rate at the first
+    call."""
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
     return float(optimizer.param_groups[0]["lr"])
 
 

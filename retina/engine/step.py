@@ -26,10 +26,10 @@ class StepResult(NamedTuple):
     positives: Float[Tensor, ""]
     grad_norm: Float[Tensor, ""]
     """Norm of the whole gradient before clipping."""
-    own: Float[Tensor, "3"]
+    rank_sums: Float[Tensor, "3"]
     """Sums of this rank alone: classification loss, box loss, positives."""
     updated: Bool[Tensor, ""]
-    """False where a number was not finite: then weights, optimizer and running statistics are as before."""
+    """False if a number was not finite: then weights, optimizer and running statistics are as before."""
 
 
 def train_step(
@@ -38,18 +38,25 @@ def train_step(
     micro_batches: Sequence[Batch],
     *,
     optimizer: Optimizer,
-    scaler: torch.amp.GradScaler,
-    dtype: torch.dtype,
-    clip_norm: float | None,
-    watched: Sequence[Tensor] = (),
+    scaler: torch.amp.GradScaler | None = None,
+    dtype: torch.dtype = torch.float32,
+    clip_norm: float | None = None,
+    averages: Sequence[Tensor] = (),
 ) -> StepResult:
-    """One optimizer update, or none on any rank if a loss, a gradient, a target box or one of the `watched` tensors is
-    NaN or infinite on some rank.
+    """One optimizer update, or none on any rank if a loss, a gradient, a target box or one of the `averages` (those of
+    the weights, say) is NaN or infinite on some rank.
 
     Losses are divided by the positive anchors of all micro-batches of all ranks. Their number is known only at the
     end, so gradients of sums are accumulated and scaled once. Without positives the divisor is 1. BatchNorm's running
-    statistics are averaged over ranks. With a fused optimizer nothing waits for the device, from the second on."""
+    statistics are averaged over ranks. With a fused optimizer nothing waits for the device, from the second update on.
+
+    Args:
+        model: several processes need what `parallel` returns.
+        micro_batches: this rank's, on the device of the model.
+        scaler: keeps fp16 gradients in range; only `dtype=torch.float16` needs one.
+        clip_norm: largest norm of the whole gradient; None does not clip."""
     device = micro_batches[0].images.device
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     statistics = distributed.running_statistics(model)
     before = distributed.flatten(statistics)
     sums = torch.zeros(3, device=device)
@@ -62,9 +69,9 @@ def train_step(
                 losses = criterion(model(batch.images), batch.targets)
             scaler.scale((losses.classification + losses.box) / scale).backward()
         sums += torch.stack(losses).detach() + 0 * batch.targets.boxes.sum()  # 0 * inf is NaN: all ranks will know
-    own = sums.clone()
-    if watched:
-        sums += 0 * torch.nn.utils.get_total_norm(watched)
+    rank_sums = sums.clone()
+    if averages:
+        sums += 0 * torch.nn.utils.get_total_norm(averages)
     distributed.all_reduce_sum(sums)
     positives = sums[2].clamp(min=1)
     scaler.unscale_(optimizer)
@@ -76,7 +83,7 @@ def train_step(
         distributed.average_into(statistics, torch.where(updated, distributed.flatten(statistics), before))
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(sums[:2] / positives, sums[2], norm, own, updated)
+    return StepResult(sums[:2] / positives, sums[2], norm, rank_sums, updated)
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:

@@ -95,7 +95,7 @@ def spoiled_step() -> dict[str, object]:
         net, DetectionLoss(), [batch], optimizer=optimizer, scaler=scaler, dtype=torch.float32, clip_norm=None
     )
     same = all(map(torch.equal, model.state_dict().values(), tiny_model().state_dict().values()))
-    return {"updated": bool(result.updated), "same": same, "own": bool(result.own.isfinite().all())}
+    return {"updated": bool(result.updated), "same": same, "rank_sums": bool(result.rank_sums.isfinite().all())}
 
 
 def agreements() -> list[tuple[int, bool]]:
@@ -150,7 +150,7 @@ def test_two_processes_equal_one(alone: torch.Tensor, on_two_processes: Path, ac
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_spoils_one_rank_is_known_to_all(on_two_processes: Path, rank: int) -> None:
     told = torch.load(on_two_processes / f"spoiled_{rank}.pt", weights_only=True)
-    assert told == {"updated": False, "same": True, "own": rank == 0}
+    assert told == {"updated": False, "same": True, "rank_sums": rank == 0}
     agreed = torch.load(on_two_processes / f"agreed_{rank}.pt", weights_only=True)
     assert agreed == [
         (0, False),
@@ -205,20 +205,20 @@ def vertical_tangent(predictions: Predictions, targets: Targets) -> Losses:
     return losses._replace(box=losses.box + (predictions.deltas[0] * 0).sum().sqrt())
 
 
-@pytest.mark.parametrize("place", ["pixels", "boxes", "weights", "gradient", "watched"])
+@pytest.mark.parametrize("place", ["pixels", "boxes", "weights", "gradient", "averages"])
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_a_number_that_is_not_finite_changes_nothing(place: str, norm: str) -> None:
     model = tiny_model(norm)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     criterion = vertical_tangent if place == "gradient" else DetectionLoss()
     batch = images_of_step(0, slice(None))
-    watched = [torch.ones(3), torch.zeros(2)]
+    averages = [torch.ones(3), torch.zeros(2)]
     arguments = {
         "optimizer": optimizer,
         "scaler": torch.amp.GradScaler("cpu", enabled=False),
         "dtype": torch.float32,
         "clip_norm": 1.0,
-        "watched": watched,
+        "averages": averages,
     }
     assert train_step(model, DetectionLoss(), [batch], **arguments).updated
     if place == "pixels":
@@ -227,8 +227,8 @@ def test_a_number_that_is_not_finite_changes_nothing(place: str, norm: str) -> N
         batch.targets.boxes[-1, -1, 0] = float("nan")  # not even a valid object
     elif place == "weights":
         next(model.parameters()).data.view(-1)[0] = float("inf")
-    elif place == "watched":
-        watched[1][0] = float("inf")
+    elif place == "averages":
+        averages[1][0] = float("inf")
     before = state_of(model, optimizer)
     result = train_step(model, criterion, [batch, images_of_step(1, slice(None))], **arguments)
     assert not result.updated

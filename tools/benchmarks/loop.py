@@ -5,15 +5,13 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.step import make_batch
 from retina.data.coco import Annotations, read_coco
-from retina.data.loader import BatchLoader
-from retina.data.sampler import DetectionBatchSampler
 from retina.data.shapes import write_shapes
+from retina.engine.checkpointer import Checkpointer, TrainState
 from retina.engine.config import TrainConfig
 from retina.engine.logging import RunLogger
 from retina.engine.loop import fit
@@ -30,14 +28,16 @@ IMAGES = 4
 SIDE = 256
 
 
-class Replay(BatchLoader):
+class Replay:
     """A loader without data: one batch for ever, so that only the loop is measured."""
 
-    def __init__(self, batch: Batch, steps: int) -> None:  # not the parent's: there is nothing to load
+    def __init__(self, batch: Batch, steps: int) -> None:
         self.batch, self.steps = batch, steps
-        self.faults: dict[int, str] = {}
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Batch]:
         return iter([self.batch] * self.steps)
 
 
@@ -98,46 +98,22 @@ def loop(
     config = TrainConfig(
         length=length, batch_size=IMAGES, ema=0.999, eval_every=None, save_every=10**6, log_every=20, pictures=0
     )
-    logger = RunLogger(folder, active=True)
-    fit(
-        folder,
-        config,
-        model=model,
-        criterion=DetectionLoss(),
-        optimizer=make_optimizer(model),
-        schedule=MultiStep(warmup=1, milestones=()),
-        loader=Replay(batch, length),
-        sampler=DetectionBatchSampler(annotations.sizes, total_batch=IMAGES),
-        evaluate=nothing,
-        draw=nothing,
-        card=DetectorCard(model=model.arguments, classes=[], category_ids=[], preprocessing={}, postprocess={}),
-        logger=logger,
-        device=device,
-        annotations=annotations,
-    )
-    logger.close()
+    recorder = RunLogger(folder, active=True)
+    state = TrainState(model, make_optimizer(model), config, MultiStep(warmup=1, milestones=()))
+    card = DetectorCard(model=model.arguments, classes=[], category_ids=[], preprocessing={}, postprocess={})
+    checkpointer = Checkpointer(folder, state, card=card, recorder=recorder)
+    loader = Replay(batch, length)
+    fit(state, DetectionLoss(), loader, checkpointer=checkpointer, recorder=recorder, annotations=annotations)
+    recorder.close()
     return model
-
-
-def nothing(*_: Any, **__: Any) -> Any:
-    raise AssertionError("nothing is evaluated here")
 
 
 def bare(model: RetinaNet, batch: Batch, steps: int, criterion: DetectionLoss | None = None) -> RetinaNet:
     optimizer = make_optimizer(model)
-    scaler = torch.amp.GradScaler(batch.images.device.type, enabled=False)
     model.train()
     for step in range(steps):
         set_learning_rate(optimizer, MultiStep(warmup=1, milestones=())(step, total=steps, steps_per_epoch=steps))
-        train_step(
-            model,
-            criterion or DetectionLoss(),
-            [batch],
-            optimizer=optimizer,
-            scaler=scaler,
-            dtype=torch.float32,
-            clip_norm=None,
-        )
+        train_step(model, criterion or DetectionLoss(), [batch], optimizer=optimizer)
     return model
 
 
