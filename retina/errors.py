@@ -1,7 +1,7 @@
 """The one family of errors meant for users: a single line that says where, what and how to mend it."""
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 _JOINERS = "\u200c\u200d"
@@ -52,6 +52,13 @@ def under(section: str) -> Iterator[None]:
 
 class ConfigError(RetinaError):
     """A setting or argument that does not exist, has the wrong type or contradicts another."""
+
+
+def check_choice(value: object, known: Iterable[object], key: str) -> None:
+    """Raises ConfigError for a value of the argument `key` that is none of the known ones."""
+    if value not in known:
+        choices = ", ".join("null" if choice is None else str(choice) for choice in known)
+        raise ConfigError(f"{value!r} is not known - choose one of {choices}", code="unknown-value", key=key)
 
 
 class DataError(RetinaError):

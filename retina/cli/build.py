@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from retina.engine.config import check_type, unknown_key
-from retina.errors import ConfigError
+from retina.errors import ConfigError, under
 from retina.plugins import find, prefixes
 
 ALLOWED_TARGETS = {
@@ -66,7 +66,8 @@ def call(factory: Callable[..., T], key: str, **arguments: Any) -> T:
     check_arguments(factory, arguments, key)
     _check_types(factory, arguments, key)
     try:
-        return factory(**arguments)
+        with under(key):
+            return factory(**arguments)
     except (TypeError, ValueError) as fault:  # pydantic's ValidationError is a ValueError of several lines
         reason = " ".join(line.strip() for line in str(fault).splitlines() if "errors.pydantic" not in line)
         raise ConfigError(f"{key}: {reason} - correct these values") from None

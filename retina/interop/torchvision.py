@@ -80,7 +80,7 @@ def fetch_published(name: str) -> Path:
     if model not in MODELS:
         raise ConfigError(f"{name}: not known - choose {' or '.join(PREFIX + model for model in MODELS)}")
     weights = get_model_weights(model)["DEFAULT"]
-    return fetch(weights.url, f"{name}:", "give a file")
+    return fetch(weights.url, name, "give a file")
 
 
 def check_export(model: Mapping[str, Any], postprocess: Mapping[str, Any]) -> None:

@@ -21,29 +21,20 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
-from retina.errors import CheckpointError, ConfigError
+from retina.errors import CheckpointError, ConfigError, check_choice
 
 RESNETS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
 )
-OF_DETECTOR = "backbone."
-"""What the names of a detector's backbone tensors begin with."""
-NORMS = ("batch", "frozen", "group")
+_DETECTOR_PREFIX = "backbone."
+"""The names of a detector's backbone tensors begin with it."""
 
 
 class ResNet(nn.Module):
     """The stages of a torchvision ResNet. Returns C2, C3, C4, C5 at strides 4, 8, 16, 32, finest first.
 
-    With `last_level` below 5 the stages that nothing would use are left out."""
+    With `last_level` below 5, the stages above C_`last_level` are left out, because nothing would use them."""
 
     strides: tuple[int, ...] = (4, 8, 16, 32)
 
@@ -59,21 +50,21 @@ class ResNet(nn.Module):
     ) -> None:
         """`frozen_stages` counts from the input: 1 is the stem, 2 adds C2's stage, up to 5. Parameters of frozen stages
         need no gradient and their BatchNorm keeps its statistics. `stride_in_1x1`: a bottleneck that halves the map
-        does so in its first convolution (He et al., CVPR 2016, and weights made for Caffe), not in its 3x3 one."""
+        does so in its first convolution (He et al., CVPR 2016, and weights made for Caffe), not in its 3x3 one.
+
+        Raises ConfigError for values that are not known, out of range or contradict each other."""
         super().__init__()
-        if name not in RESNETS:
-            raise ConfigError(f"model.backbone: {name!r} is not known - choose one of {', '.join(RESNETS)}")
-        if norm not in NORMS:
-            raise ConfigError(f"model.norm: {norm!r} is not known - choose one of {', '.join(NORMS)}")
+        check_choice(name, RESNETS, "backbone")
+        check_choice(norm, ("batch", "frozen", "group"), "norm")
         check_frozen_stages(frozen_stages)
         if not 0 <= norm_eps < math.inf:
-            raise ConfigError(f"model.norm_eps: {norm_eps} is out of range - give a small number, e.g. 1e-5")
+            raise ConfigError(f"{norm_eps} - give a small number, e.g. 1e-5", code="out-of-range", key="norm_eps")
         net = torchvision.models.get_model(name, weights=None, norm_layer=_norm_layer(norm, norm_eps))
         if stride_in_1x1:
             _move_strides(net, name)
         self.stem = nn.Sequential()
-        for part in ("conv1", "bn1", "relu", "maxpool"):
-            self.stem.add_module(part, getattr(net, part))
+        for layer in ("conv1", "bn1", "relu", "maxpool"):
+            self.stem.add_module(layer, getattr(net, layer))
         for i in range(1, last_level):
             self.add_module(f"layer{i}", getattr(net, f"layer{i}"))
         self.channels = tuple(_out_channels(stage) for stage in self.stages[1:])
@@ -95,27 +86,29 @@ class ResNet(nn.Module):
     def load_imagenet(self, name: str, weights: str) -> None:
         """Loads classification weights: a torchvision weights name (`DEFAULT`, `IMAGENET1K_V1`, ...) or a local file.
 
-        Raises CheckpointError for a file that is missing, unreadable or of another architecture, or is not fetched."""
+        Raises CheckpointError for a file that is missing, unreadable, of another architecture or cannot be fetched."""
         state = read_weights(Path(weights)) if is_file_name(weights) else _download(name, weights)
         state = {_renamed(key): value for key, value in state.items() if not key.startswith("fc.")}
         load_backbone(self, state, name=name, weights=weights)
 
 
 def load_backbone(module: nn.Module, state: dict[str, Tensor], *, name: str, weights: str) -> None:
-    """Loads `state`, which may hold more than `module` (a classifier, a detector of ours). Raises CheckpointError if it
-    does not fit."""
-    if any(key.startswith(OF_DETECTOR) for key in state):
-        state = {key.removeprefix(OF_DETECTOR): value for key, value in state.items() if key.startswith(OF_DETECTOR)}
-    own = module.state_dict()
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
+    """Loads `state`, which may hold more than `module` (a classifier, a detector of ours).
+
+    Raises CheckpointError if a tensor of the module is missing or has another shape."""
+    prefix = _DETECTOR_PREFIX if any(key.startswith(_DETECTOR_PREFIX) for key in state) else ""
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    expected = module.state_dict()
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    wrong = [key for key in expected if key in state and expected[key].shape != state[key].shape]
     if missing or wrong:
         key = (missing or wrong)[0]
         raise CheckpointError(
             f"{weights}: {key}: {'missing' if missing else 'of another shape'}, so these are not weights of {name} "
-            f"with this norm - give the file that belongs to model.backbone={name}"
+            f"with this norm - give the file that belongs to backbone={name}",
+            code="other-model",
         )
-    module.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
+    module.load_state_dict({key: state[key] for key in expected if key in state}, strict=False)
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -124,24 +117,26 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     Raises CheckpointError for a file that is missing, damaged, larger when unpacked, or holds anything but named dense
     tensors (with `state_dict` or `model` around them, as trainers write)."""
     if not file.is_file():
-        raise CheckpointError(f"{file}: no such file - give an existing .safetensors or .pth file")
+        raise CheckpointError(f"{file}: no such file - give an existing .safetensors or .pth file", code="no-file")
     try:
         state = load_file(file) if file.suffix == ".safetensors" else _load_pickled(file)
     except (SafetensorError, OSError) as fault:
-        raise CheckpointError(f"{file}: cannot be read ({_first_line(fault)}) - fetch it again") from None
+        problem = f"cannot be read ({first_line(fault)}) - fetch it again"
+        raise CheckpointError(f"{file}: {problem}", code="unreadable-file") from None
     except Exception as fault:  # torch.load raises many types on foreign bytes
-        reason = _first_line(fault)[:120]
-        raise CheckpointError(f"{file}: not a plain state dict ({reason}) - save it as safetensors") from None
+        problem = f"not a plain state dict ({first_line(fault)[:120]}) - save it as safetensors"
+        raise CheckpointError(f"{file}: {problem}", code="no-state-dict") from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(k, str) and _is_dense(v) for k, v in state.items()):
-        raise CheckpointError(f"{file}: not a plain state dict - save only model.state_dict()")
+        problem = "not a plain state dict - save only model.state_dict()"
+        raise CheckpointError(f"{file}: {problem}", code="no-state-dict")
     return state
 
 
 def _load_pickled(file: Path) -> Any:
-    if tarfile.is_tarfile(file):  # torch would unpack it before it looks what it is
+    if tarfile.is_tarfile(file):  # torch would unpack the archive before it looks at the content
         raise ValueError("a tar archive, as torch wrote before 2017")
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
@@ -151,30 +146,24 @@ def _load_pickled(file: Path) -> Any:
 
 
 def _is_dense(value: Any) -> bool:
-    """A tensor whose numbers are there to be copied."""
+    """Whether it is a tensor whose numbers can be copied."""
     return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_quantized)
 
 
-def _first_line(fault: Exception) -> str:
-    return next(iter(str(fault).splitlines()), type(fault).__name__)
+def first_line(fault: Exception) -> str:
+    return next(iter(str(fault).splitlines()), type(fault).__name__)[:200]
 
 
 def _download(name: str, weights: str) -> dict[str, Tensor]:
-    enum = torchvision.models.get_model_weights(name)
-    try:
-        entry = enum[weights]
-    except KeyError:
-        names = ", ".join(["DEFAULT", *(str(w.name) for w in enum)])
-        raise ConfigError(
-            f"model.weights: {weights!r} is not known for {name} - choose {names}, a file, or null"
-        ) from None
-    otherwise = "give model.weights=FILE, or null to train from scratch"
-    file = fetch(entry.url, f"model.weights: {weights} of {name}", otherwise)
-    return read_weights(file)  # torchvision's own loader would unpickle whatever lies in the cache
+    known = torchvision.models.get_model_weights(name)
+    check_choice(weights, ["DEFAULT", *(entry.name for entry in known), "FILE", None], "weights")
+    otherwise = "give weights=FILE, or null to train from scratch"
+    file = fetch(known[weights].url, f"{weights} of {name}", otherwise, key="weights")
+    return read_weights(file)  # torchvision's own loader would unpickle any file in the cache
 
 
 def is_file_name(weights: str) -> bool:
-    """Whether `model.weights` is a file, not a name."""
+    """Whether the argument `weights` is a file, not a name."""
     return Path(weights).suffix in {".safetensors", ".pth", ".pt"} or "/" in weights
 
 
@@ -185,7 +174,7 @@ def _renamed(key: str) -> str:
 def check_frozen_stages(count: int) -> None:
     """Raises ConfigError for a number of stages that no backbone has."""
     if not 0 <= count <= 5:
-        raise ConfigError(f"model.frozen_stages: {count} is out of range - give 0 (none) to 5 (all)")
+        raise ConfigError(f"{count} - give 0 (none) to 5 (all)", code="out-of-range", key="frozen_stages")
 
 
 def _norm_layer(norm: str, eps: float) -> Callable[[int], nn.Module]:
@@ -198,14 +187,14 @@ def _move_strides(net: nn.Module, name: str) -> None:
     """Puts the strides of all bottlenecks from their 3x3 into their first 1x1 convolution."""
     blocks = [module for module in net.modules() if isinstance(module, Bottleneck)]
     if not blocks:
-        raise ConfigError(f"model.stride_in_1x1: {name} has no bottlenecks - give false, or resnet50 and larger")
+        problem = f"{name} has no bottlenecks - give false, or resnet50 and larger"
+        raise ConfigError(problem, code="contradiction", key="stride_in_1x1")
     for block in blocks:
         block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
 
 
 def _out_channels(stage: nn.Module) -> int:
-    convs = [module for name, module in stage.named_modules() if name.endswith(("conv2", "conv3"))]
-    return int(convs[-1].out_channels)
+    return int([conv for name, conv in stage.named_modules() if name.endswith(("conv2", "conv3"))][-1].out_channels)
 
 
 def _freeze(module: nn.Module) -> None:
@@ -222,12 +211,12 @@ def _freeze(module: nn.Module) -> None:
             _freeze(child)
 
 
-# Convolutions that do the work of the norm behind them, while its statistics are fixed.
+# Convolutions that do the work of the norm behind them, while the statistics of the norm are fixed.
 #
 # With scale = gamma / sqrt(var + eps) per output channel, norm(conv(x, w)) = conv(x, w scale) + (beta - mean scale):
-# the small weights are scaled instead of the large activations. Names and shapes in the state dict stay those of a
-# convolution and a norm, gradients reach the weights through the scale, and nothing is remembered between calls, so
-# weights and statistics may change at any time.
+# the small weights are scaled instead of the large activations. The state dict keeps the names and shapes of a
+# convolution and a norm. Gradients reach the weights through the scale. Nothing is cached between calls, so weights and
+# statistics may change at any time.
 class FoldedFrozenBatchNorm2d(FrozenBatchNorm2d):
     """The identity: the convolution before it applies its statistics."""
 
@@ -236,8 +225,8 @@ class FoldedFrozenBatchNorm2d(FrozenBatchNorm2d):
 
 
 class FoldedBatchNorm2d(nn.BatchNorm2d):
-    """In training a BatchNorm2d; in evaluation the identity, for then the convolution before it applies the statistics
-    that this one has learned."""
+    """In training a BatchNorm2d; in evaluation the identity, because the convolution before it applies the learned
+    statistics."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if self.training else x
@@ -247,16 +236,16 @@ FoldedNorm = FoldedFrozenBatchNorm2d | FoldedBatchNorm2d
 
 
 class FoldingConv2d(nn.Conv2d):
-    """A convolution without bias that applies the norm behind it too, unless that one is training.
+    """A convolution without bias that also applies the norm behind it, unless that norm is training.
 
-    It only refers to the norm, which stays a child of the same parent."""
+    The norm stays a child of the same parent; the convolution only refers to it."""
 
     def __init__(self, conv: nn.Conv2d, norm: FoldedNorm) -> None:
         """Takes over the weights of `conv`."""
         with torch.device("meta"):  # draws no random numbers
             super().__init__(**_geometry(conv), bias=False)
         self.weight = conv.weight
-        self._norm = (norm,)  # in a tuple, or it would be registered as a child
+        self._norm = (norm,)  # in a tuple, so that it is not registered as a child
 
     def forward(self, x: Tensor) -> Tensor:
         (norm,) = self._norm
@@ -266,7 +255,7 @@ class FoldingConv2d(nn.Conv2d):
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def merged(self) -> nn.Conv2d:
-        """The convolution that this one and its norm are now."""
+        """The plain convolution with the same output, for the present weights and statistics."""
         with torch.device("meta"):
             conv = nn.Conv2d(**_geometry(self))
         weight, bias = fold(self.weight, self._norm[0])
@@ -281,14 +270,14 @@ def _geometry(conv: nn.Conv2d) -> dict[str, Any]:
 
 def fold(weight: Tensor, norm: FoldedNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution that equals the one with `weight` followed by `norm` with its statistics."""
-    numbers = norm.weight, norm.bias, norm.running_mean, norm.running_var
-    gamma, beta, mean, var = (value for value in numbers if value is not None)
+    statistics = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    gamma, beta, mean, var = (tensor for tensor in statistics if tensor is not None)
     scale = gamma * (var + norm.eps).rsqrt()
     return weight * scale.view(-1, 1, 1, 1), beta - mean * scale
 
 
 def fold_norms(module: nn.Module) -> None:
-    """Has every convolution within `module` do the work of the BatchNorm right behind it."""
+    """Makes every convolution within `module` do the work of the BatchNorm right behind it."""
     for parent in module.modules():
         for (name, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
             if type(conv) is nn.Conv2d and conv.bias is None and isinstance(norm, FoldedNorm):
@@ -298,9 +287,9 @@ def fold_norms(module: nn.Module) -> None:
 
 @torch.no_grad()
 def merge_norms(module: nn.Module) -> None:
-    """Puts the statistics into the weights for good, for inference: then even the small weights need no work.
+    """Puts the statistics into the weights permanently, for inference: no weight is scaled per forward any more.
 
-    The state dict changes: such a convolution gains a bias and loses its norm."""
+    The state dict changes: a merged convolution gains a bias and loses its norm."""
     for parent in module.modules():
         for (name, conv), (norm_name, _) in pairwise(list(parent.named_children())):
             if isinstance(conv, FoldingConv2d):
@@ -308,10 +297,10 @@ def merge_norms(module: nn.Module) -> None:
                 setattr(parent, norm_name, nn.Identity())
 
 
-def fetch(url: str, what: str, otherwise: str) -> Path:
+def fetch(url: str, name: str, otherwise: str, *, key: str = "") -> Path:
     """The file behind `url` in torch's cache, downloaded if it is not there.
 
-    what: the setting and its value, to begin an error with. otherwise: what else a user could do.
+    name: of the weights, for the error. otherwise: what else a user could do. key: the argument that asked for them.
 
     Raises CheckpointError naming the file to bring, and where."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
@@ -321,7 +310,7 @@ def fetch(url: str, what: str, otherwise: str) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(file), digest, progress=sys.stderr.isatty())
         except (URLError, OSError, RuntimeError) as fault:
-            raise CheckpointError(
-                f"{what} could not be downloaded ({fault}) - put {file.name} into {file.parent}, or {otherwise}"
-            ) from None
+            problem = f"{name} could not be downloaded ({fault})"
+            fix = f"put {file.name} into {file.parent}, or {otherwise}"
+            raise CheckpointError(f"{problem} - {fix}", code="download", key=key) from None
     return file

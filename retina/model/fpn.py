@@ -7,16 +7,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from retina.errors import ConfigError
-
-P6_SOURCES = ("c5", "p5")
+from retina.errors import ConfigError, check_choice
 
 
 class FPN(nn.Module):
-    """Maps of a backbone, the coarsest C5, to the wanted consecutive levels, e.g. P3..P7, all with the same number of
-    channels.
+    """From the maps of a backbone to consecutive levels, e.g. P3..P7, all with the same number of channels.
 
-    Levels that end below 5 need no C5, and take the maps up to their last level.
+    The coarsest map is C5, or C_l if the last level l is below 5.
 
     P_l for l <= 5: 1x1 lateral of C_l plus the nearest-neighbour upsampled level above, then a 3x3 convolution.
     P6: stride-2 3x3 convolution of C5 (the paper's) or P5 (torchvision's first recipe). P_l for l >= 7: ReLU (left out
@@ -32,16 +29,12 @@ class FPN(nn.Module):
         p6_from: str = "c5",
         p7_relu: bool = True,
     ) -> None:
-        """`in_channels` of the backbone's maps, the finest first. `levels` are consecutive and rise, and start at
-        2..5."""
+        """in_channels: of the backbone's maps, finest first. levels: consecutive and rising, the first in 2..5."""
         super().__init__()
         if not levels or levels != tuple(range(levels[0], levels[-1] + 1)) or not 2 <= levels[0] <= 5:
-            raise ConfigError(
-                f"model.levels: {list(levels)} is no pyramid - give consecutive levels that start at 2..5, "
-                "e.g. [3,4,5,6,7]"
-            )
-        if p6_from not in P6_SOURCES:
-            raise ConfigError(f"model.p6_from: {p6_from!r} is not known - choose c5 or p5")
+            problem = f"{list(levels)} is no pyramid - give consecutive levels that start at 2..5, e.g. [3,4,5,6,7]"
+            raise ConfigError(problem, code="out-of-range", key="levels")
+        check_choice(p6_from, ("c5", "p5"), "p6_from")
         self.p6_from, self.p7_relu = p6_from, p7_relu
         self.strides = tuple(2**level for level in levels)
         inputs = in_channels[-sum(level <= 5 for level in levels) :]
@@ -65,19 +58,20 @@ class FPN(nn.Module):
         return tuple(pyramid)
 
     def merge(self, inputs: tuple[Float[Tensor, "B _ _ _"], ...]) -> list[Float[Tensor, "B C _ _"]]:
-        """The levels up to P5, from as many maps."""
+        """The levels up to P5, finest first, one per map."""
         merged = [self.lateral[-1](inputs[-1])]
         for lateral, feature in zip(self.lateral[-2::-1], inputs[-2::-1], strict=True):
             above = F.interpolate(merged[-1], size=feature.shape[-2:], mode="nearest")
-            merged.append(lateral(feature).add_(above))  # a convolution's backward needs no output
+            merged.append(lateral(feature).add_(above))  # in place: the backward pass does not need the output
         return [conv(x) for conv, x in zip(self.output, reversed(merged), strict=True)]
 
 
 class PAFPN(FPN):
-    """An FPN whose levels up to P5 are then passed from fine to coarse too.
+    """An FPN with a second, bottom-up path over the levels up to P5.
 
-    N_l for the finest level is P_l. Above: N_l = P_l plus a stride-2 3x3 convolution of N_(l-1); what comes out is a
-    3x3 convolution of N_l. No activations between, and P6 from P5 takes the new P5, as mmdetection builds it.
+    For the finest level, N_l = P_l, which is also the output. Above it, N_l = P_l plus a stride-2 3x3 convolution of
+    N_(l-1), and the output is a 3x3 convolution of N_l. There is no activation between, and P6 from P5 takes the new
+    P5, as mmdetection builds it.
     Source: Liu et al., Path Aggregation Network for Instance Segmentation, CVPR 2018, section 3.1.
     """
 

@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from retina.errors import ConfigError
+from retina.errors import ConfigError, check_choice
 from retina.ops.boxes import even_distribution
 
 
 class Tower(nn.Module):
-    """`num_convs` 3x3 convolutions with ReLU (GroupNorm between them as an option), then one 3x3 convolution that gives
-    `num_outputs` numbers for each of a cell's anchors, and with `quality` another that gives one. Weights N(0, 0.01),
-    biases 0."""
+    """`num_convs` 3x3 convolutions, each with an optional GroupNorm and a ReLU, then one 3x3 convolution that predicts
+    `num_outputs` numbers for each anchor of a cell. With `quality` another one predicts one number for each anchor.
+    Weights are drawn from N(0, 0.01), biases are 0."""
 
     def __init__(
         self,
@@ -28,8 +28,7 @@ class Tower(nn.Module):
         quality: bool = False,
     ) -> None:
         super().__init__()
-        if norm not in (None, "group"):
-            raise ConfigError(f"model.head_norm: {norm!r} is not known - choose null or group")
+        check_choice(norm, (None, "group"), "head_norm")
         layers: list[nn.Module] = []
         for i in range(num_convs):
             layers.append(nn.Conv2d(channels if i else in_channels, channels, 3, padding=1, bias=norm is None))
@@ -42,22 +41,22 @@ class Tower(nn.Module):
         self.num_outputs = num_outputs
         for layer in (*self.convs, self.predict):
             _initialize(layer)
-        self.quality = None
-        if quality:
-            self.quality = nn.Conv2d(last_channels, num_anchors, 3, padding=1)
+        self.quality = nn.Conv2d(last_channels, num_anchors, 3, padding=1) if quality else None
+        if self.quality is not None:
             _initialize(self.quality)
 
     def forward(
         self, features: tuple[Float[Tensor, "B C _ _"], ...]
     ) -> tuple[tuple[Float[Tensor, "B A_l _"], ...], tuple[Float[Tensor, "B A_l"], ...]]:
-        """The numbers and the quality of every level (nothing without `quality`), anchors in the order
-        [H W cell-anchor]: in channels_last memory those are free views."""
+        """The numbers and the quality logits of every level; the second tuple is empty without `quality`.
+
+        Anchors are in the order [H W cell-anchor], so that in channels_last memory the results are views."""
         numbers, quality = [], []
         for feature in features:
-            x = self.convs(feature)
-            numbers.append(_by_anchor(self.predict(x), self.num_outputs))
+            hidden = self.convs(feature)
+            numbers.append(_by_anchor(self.predict(hidden), self.num_outputs))
             if self.quality is not None:
-                quality.append(_by_anchor(self.quality(x), 1).squeeze(-1))
+                quality.append(_by_anchor(self.quality(hidden), 1).squeeze(-1))
         return tuple(numbers), tuple(quality)
 
 
@@ -75,12 +74,14 @@ def _by_anchor(x: Float[Tensor, "B _ _ _"], num_outputs: int) -> Float[Tensor, "
 class Head(nn.Module):
     """A tower for class logits and one for boxes.
 
-    The last classification bias is -log((1 - prior) / prior), so that at the start every anchor scores `prior` and the
-    many easy negatives do not swamp the first steps (section 3.3 of the paper).
+    The last classification bias is -log((1 - prior) / prior). So every anchor scores `prior` at the start, and the many
+    easy negatives do not dominate the first steps (section 3.3 of the paper).
 
-    What the box tower predicts of an anchor: 4 deltas, or with `bins` R the logits of R distances to each of 4 sides
-    (Li et al., Generalized Focal Loss, NeurIPS 2020; see `start_from_anchors`); with `quality` also one logit of how
-    well the box fits, from a convolution of its own, as the centerness of ATSS (Zhang et al., CVPR 2020)."""
+    The box tower predicts 4 deltas per anchor, or with `bins` = R the logits of R distances to each of 4 sides (Li et
+    al., Generalized Focal Loss, NeurIPS 2020). With `quality`, a convolution of its own also predicts one logit of how
+    well the box fits, like the centerness of ATSS (Zhang et al., CVPR 2020).
+
+    Raises ConfigError for a prior or number of bins out of range."""
 
     def __init__(
         self,
@@ -97,9 +98,11 @@ class Head(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 < prior < 1:
-            raise ConfigError(f"model.prior: {prior} is no probability - give a number between 0 and 1, e.g. 0.01")
+            problem = f"{prior} is no probability - give a number between 0 and 1, e.g. 0.01"
+            raise ConfigError(problem, code="out-of-range", key="prior")
         if bins is not None and bins < 2:
-            raise ConfigError(f"model.box_bins: {bins} is no distribution - give at least 2, e.g. 17, or null")
+            problem = f"{bins} is no distribution - give at least 2, e.g. 17, or null"
+            raise ConfigError(problem, code="out-of-range", key="box_bins")
         self.bins = bins
         tower: dict[str, Any] = {"channels": channels, "num_convs": num_convs, "num_anchors": num_anchors}
         self.classification = Tower(in_channels, norm=norm, num_outputs=num_classes, **tower)
@@ -108,18 +111,18 @@ class Head(nn.Module):
         nn.init.constant_(self.classification.predict.bias, -math.log((1 - prior) / prior))
 
     def start_from_anchors(self, sides: Float[Tensor, "A 2"]) -> None:
-        """Sets the biases of distributions so that at the start every box is its anchor, of these widths and heights in
-        strides, as it is with deltas. Even distributions would begin with boxes of R - 1 strides: small objects, few as
-        their anchors are, then wait long for a box that fits, and with quality losses for a score too."""
+        """Sets the biases of the distributions so that every predicted box starts as its anchor, as with deltas.
+
+        sides: widths and heights of a cell's anchors, in strides. Without this, every box starts R - 1 strides wide.
+        Small objects, whose anchors are few, then wait long for a box that fits."""
         assert self.bins is not None
         assert self.box.predict.bias is not None
-        logits = even_distribution(0.5 * sides.repeat(1, 2), self.bins)
         with torch.no_grad():
-            self.box.predict.bias.copy_(logits.flatten())
+            self.box.predict.bias.copy_(even_distribution(0.5 * sides.repeat(1, 2), self.bins).flatten())
 
     def forward(
         self, features: tuple[Float[Tensor, "B C _ _"], ...]
     ) -> tuple[tuple[Float[Tensor, "B A_l K"], ...], tuple[Float[Tensor, "B A_l _"], ...], tuple[Tensor, ...]]:
-        """Class logits, what says the box (4 or 4 R numbers), and quality logits (nothing without the branch)."""
+        """Class logits, box numbers (4 or 4 R), and quality logits (empty without the branch), each per level."""
         logits, _ = self.classification(features)
         return logits, *self.box(features)

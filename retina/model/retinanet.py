@@ -1,5 +1,6 @@
 """The detector: backbone, pyramid, head and anchors; and the builder that derives every size from a few numbers."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from retina.errors import ConfigError
+from retina.errors import ConfigError, check_choice
 from retina.model.backbone import ResNet
 from retina.model.fpn import FPN, NECKS
 from retina.model.head import Head
@@ -18,13 +19,14 @@ from retina.types import Predictions
 
 
 class _Levels(NamedTuple):
-    """What a forward computes of every level."""
+    """The outputs of the network, per level."""
 
     logits: tuple[Tensor, ...]
     deltas: tuple[Tensor, ...]
     quality: tuple[Tensor, ...]
-    """Nothing without this branch; the same with `bins`."""
+    """Empty without a quality branch."""
     bins: tuple[Tensor, ...]
+    """Empty without distributions."""
     shapes: tuple[tuple[int, int], ...]
     """Height and width in cells."""
 
@@ -32,8 +34,8 @@ class _Levels(NamedTuple):
 class RetinaNet(nn.Module):
     """One-stage detector (Lin et al., "Focal Loss for Dense Object Detection", arXiv 1708.02002).
 
-    Takes uint8 RGB images; mean and std are applied on the device. Returns the same predictions in training and
-    evaluation: loss and postprocess are functions beside it.
+    Takes uint8 RGB images, 0..255; mean and std are applied on the device. Returns the same predictions in training
+    and evaluation; the loss and `postprocess` are functions of them.
     """
 
     mean: Tensor
@@ -72,19 +74,25 @@ class RetinaNet(nn.Module):
 
     @property
     def pad_value(self) -> tuple[int, int, int]:
-        """The colour that is (nearly) zero after normalisation, for the padding around images."""
+        """RGB of the padding around images: the colour that is (nearly) zero after normalisation."""
         r, g, b = (round(value) for value in self.mean.flatten().tolist())
         return r, g, b
 
     def compile(self, **options: Any) -> None:
-        """From now on, all that a forward computes runs as one compiled graph per canvas, mode and precision.
+        """From now on, the network runs as one compiled graph per canvas, mode and precision.
 
-        `options` go to `torch.compile`. Names in the state dict stay as they are; a copy made later is compiled too."""
-        # each canvas counts once in training and once in evaluation; beyond the limit, nothing is compiled any more
+        `options` go to `torch.compile`. Names in the state dict stay as they are. A copy made later is compiled too."""
+        # Each canvas counts once in training and once in evaluation. Beyond the limit torch compiles no more.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self._levels = torch.compile(RetinaNet._compute_levels, dynamic=False, **options)
 
     def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> Predictions:
+        """Raises ValueError for images of another type or shape, because their predictions would be silently wrong."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"images must be uint8 [B 3 H W], RGB from 0 to 255, got {images.dtype} {list(images.shape)} - the "
+                "model applies mean and std itself"
+            )
         logits, deltas, quality, bins, shapes = self._levels(self, images)
         anchors: tuple[Tensor, ...]
         if self.arguments.get("anchors_spread"):
@@ -144,8 +152,8 @@ def retinanet(
 
     backbone: a ResNet of torchvision, or `timm:NAME` (see `TimmBackbone` for what `weights`, `norm` and
         `frozen_stages` mean there).
-    weights: of the backbone: a torchvision name (ImageNet), a file, which may be a whole detector's, or None for random
-        ones.
+    weights: of the backbone: a torchvision name (ImageNet), a file, which may be that of a whole detector, or None for
+        random weights.
     norm: `batch`, `frozen` (BatchNorm with fixed statistics) or `group`. None: `frozen` with weights, else `batch`.
     frozen_stages: stages without gradients, from the input. None: 2 (stem and C2) with weights, else 0.
     norm_eps: added to the variance in every norm of the ResNet.
@@ -158,47 +166,36 @@ def retinanet(
         the paper of generalized focal loss. None: deltas.
     anchor_sizes: one per level in pixels. None: four strides, which is 32..512 on P3..P7.
     anchors_rounded: whole-pixel anchors as torchvision makes them, for its weights.
-    anchors_spread: anchors canvas // cells pixels apart, where torchvision guesses them, for its weights.
+    anchors_spread: anchors canvas // cells pixels apart, the distance that torchvision guesses, for its weights.
     anchor_offset: of the anchors' centres, in strides: 0.5 for centres of cells.
-    mean, std: per RGB channel on the scale 0..255 (ImageNet's).
+    mean, std: per RGB channel on the scale 0..255; the defaults are those of ImageNet.
 
-    Raises ConfigError for values that do not fit each other, CheckpointError for unusable weights.
+    Raises ConfigError for values out of range or that contradict each other, CheckpointError for unusable weights.
     """
     arguments = {key: list(value) if isinstance(value, tuple) else value for key, value in locals().items()}
     norm = norm or ("frozen" if weights else "batch")
     frozen_stages = (2 if weights else 0) if frozen_stages is None else frozen_stages
-    if num_classes < 1:
-        raise ConfigError(f"num_classes: {num_classes} - annotations must name at least one category")
-    if not len(mean) == len(std) == 3 or not all(0 < value < float("inf") for value in std):
-        raise ConfigError(f"model.mean, model.std: {mean}, {std} - give three numbers each, those of std above 0")
-    for key, width, least in (
-        ("fpn_channels", fpn_channels, 1),
-        ("head_channels", head_channels or fpn_channels, 1),
-        ("head_convs", head_convs, 0),
-    ):
-        if width < least:
-            raise ConfigError(f"model.{key}: {width} is too small - give at least {least}")
-    if neck not in NECKS:
-        raise ConfigError(f"model.neck: {neck!r} is not known - choose {' or '.join(NECKS)}")
+    head_channels = head_channels or fpn_channels
+    _check(num_classes >= 1, "num_classes", num_classes, "annotations must name at least one category")
+    three = len(mean) == len(std) == 3
+    _check(three and all(map(math.isfinite, mean)), "mean", mean, "give three numbers, on the scale 0..255")
+    _check(three and all(0 < s < math.inf for s in std), "std", std, "give three numbers above 0, on the scale 0..255")
+    _check(fpn_channels >= 1, "fpn_channels", fpn_channels, "give at least 1")
+    _check(head_channels >= 1, "head_channels", head_channels, "give at least 1")
+    _check(head_convs >= 0, "head_convs", head_convs, "give at least 0")
+    _check(0 <= anchor_offset <= 1, "anchor_offset", anchor_offset, "give 0 to 1 stride, 0.5 for centres of cells")
+    check_choice(neck, NECKS, "neck")
+    if anchors_spread and box_bins is not None:
+        problem = "distributions need anchors a stride apart - give false"
+        raise ConfigError(problem, code="contradiction", key="anchors_spread")
     body = _backbone(
-        backbone,
-        weights,
-        norm=norm,
-        frozen_stages=frozen_stages,
-        norm_eps=norm_eps,
-        stride_in_1x1=stride_in_1x1,
-        levels=tuple(levels),
+        backbone, weights, levels, norm=norm, frozen_stages=frozen_stages, eps=norm_eps, stride_in_1x1=stride_in_1x1
     )
     fpn = NECKS[neck](body.channels, channels=fpn_channels, levels=tuple(levels), p6_from=p6_from, p7_relu=p7_relu)
     sizes = [4 * stride for stride in fpn.strides] if anchor_sizes is None else anchor_sizes
-    if len(sizes) != len(fpn.strides):
-        raise ConfigError(
-            f"model.anchor_sizes: {len(sizes)} sizes for {len(fpn.strides)} levels - give one size per level"
-        )
-    if not 0 <= anchor_offset <= 1:
-        raise ConfigError(f"model.anchor_offset: {anchor_offset} is out of range - give 0 to 1 stride, 0.5 for centres")
-    if anchors_spread and box_bins is not None:
-        raise ConfigError("model.anchors_spread: distributions need anchors a stride apart - give false")
+    _check(
+        len(sizes) == len(fpn.strides), "anchor_sizes", sizes, f"give one size for each of {len(fpn.strides)} levels"
+    )
     anchors = AnchorGenerator(
         sizes=tuple(float(s) for s in sizes),
         scales=tuple(float(s) for s in anchor_scales),
@@ -210,35 +207,33 @@ def retinanet(
         fpn_channels,
         num_classes=num_classes,
         num_anchors=anchors.num_per_cell,
-        channels=head_channels or fpn_channels,
+        channels=head_channels,
         num_convs=head_convs,
         norm=head_norm,
         prior=prior,
         quality=head_quality,
         bins=box_bins,
     )
+    mean, std = [float(m) for m in mean], [float(s) for s in std]  # whole numbers would make integer tensors
     arguments |= {"norm": norm, "frozen_stages": frozen_stages, "weights": None}
     return RetinaNet(backbone=body, fpn=fpn, head=head, anchors=anchors, mean=mean, std=std, arguments=arguments)
 
 
+def _check(ok: bool, key: str, value: object, fix: str) -> None:
+    if not ok:
+        raise ConfigError(f"{value} - {fix}", code="out-of-range", key=key)
+
+
 def _backbone(
-    name: str,
-    weights: str | None,
-    *,
-    norm: str,
-    frozen_stages: int,
-    norm_eps: float,
-    stride_in_1x1: bool,
-    levels: tuple[int, ...],
+    name: str, weights: str | None, levels: Sequence[int], *, eps: float, stride_in_1x1: bool, **options: Any
 ) -> ResNet | TimmBackbone:
-    last_level = min(5, max(levels, default=5))
-    stages: dict[str, Any] = {"norm": norm, "frozen_stages": frozen_stages, "last_level": last_level}
+    options["last_level"] = min(5, max(levels, default=5))
     if name.startswith(PREFIX):
-        if stride_in_1x1 or norm_eps != 1e-5:
+        if stride_in_1x1 or eps != 1e-5:
             key = "stride_in_1x1" if stride_in_1x1 else "norm_eps"
-            raise ConfigError(f"model.{key}: a timm backbone has its own - leave it at its default")
-        return TimmBackbone(name.removeprefix(PREFIX), weights=weights, first_level=min(levels, default=2), **stages)
-    body = ResNet(name, norm_eps=norm_eps, stride_in_1x1=stride_in_1x1, **stages)
+            raise ConfigError("a timm backbone has its own - leave the default", code="contradiction", key=key)
+        return TimmBackbone(name.removeprefix(PREFIX), weights=weights, first_level=min(levels, default=2), **options)
+    body = ResNet(name, norm_eps=eps, stride_in_1x1=stride_in_1x1, **options)
     if weights:
         body.load_imagenet(name, weights)
     return body

@@ -9,20 +9,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from retina.errors import CheckpointError, ConfigError
-from retina.model.backbone import check_frozen_stages, is_file_name, load_backbone, read_weights
+from retina.errors import CheckpointError, ConfigError, check_choice
+from retina.model.backbone import check_frozen_stages, first_line, is_file_name, load_backbone, read_weights
 
 PREFIX = "timm:"
-"""`model.backbone` of this kind is `timm:NAME`, with timm's own name, which may end in `.TAG` of its weights."""
+"""`backbone` is `timm:NAME`, with timm's own name, which may end in `.TAG` of its weights."""
 
 _STRIDES = (4, 8, 16, 32)
 _PROBE = (64, 160)
-"""Height and width that no network was made for."""
+"""Height and width that no network was designed for."""
 
 
 class TimmBackbone(nn.Module):
-    """The stages of any network of timm that gives feature maps. Returns the maps of strides 4, 8, 16 and 32, those
-    that it has, finest first; the stages behind C_`last_level` are left out."""
+    """The stages of any network of timm that gives feature maps. Returns its maps of strides 4, 8, 16 and 32, finest
+    first; the stages above C_`last_level` are left out."""
 
     def __init__(
         self,
@@ -36,31 +36,26 @@ class TimmBackbone(nn.Module):
     ) -> None:
         """`name` is timm's, after the prefix.
 
-        weights: `DEFAULT` takes timm's own for this name (and tag), where there is a network; else a file with the
-            state dict of the whole network, as timm names its parts; None: random.
+        weights: `DEFAULT` downloads timm's own for this name (and tag). Otherwise a file with the state dict of the
+            whole network under timm's names; None: random.
         norm: `batch` leaves the network's norms as they are; `frozen` fixes the scale, shift and statistics of every
-            BatchNorm. Other norms (LayerNorm) keep no statistics, and learn either way.
-        frozen_stages: as in `ResNet`: 1 is all before C2's stage, 2 adds it, and so on.
+            BatchNorm. Other norms (LayerNorm) keep no statistics, and learn in both cases.
+        frozen_stages: as in `ResNet`: 1 is everything before C2's stage, 2 adds it, and so on.
 
         Raises ConfigError without timm, for an unknown name and for a network that has no such pyramid or takes images
         of one size only; CheckpointError for unusable weights."""
         super().__init__()
         check_frozen_stages(frozen_stages)
-        if norm not in ("batch", "frozen"):
-            raise ConfigError(f"model.norm: {norm!r} - a timm backbone has its own norms: give null, batch or frozen")
+        check_choice(norm, ("batch", "frozen"), "norm")
         net = _create(name)
         positions = {info["reduction"]: i for i, info in enumerate(net.feature_info.info)}
         available = [stride for stride in _STRIDES if stride in positions and stride <= 2**last_level]
         needed = [stride for stride in _STRIDES if 2**first_level <= stride <= 2**last_level]
         if not set(needed) <= set(available):
-            found = ", ".join(map(str, sorted(positions)))
-            raise ConfigError(f"model.backbone: {name!r} has maps of stride {found}, not {needed} - choose another")
+            raise _unsuitable(f"timm:{name} has maps of stride {sorted(positions)}, not {needed}")
         download = weights is not None and not is_file_name(weights)
-        if download and weights != "DEFAULT":
-            raise ConfigError(
-                f"model.weights: {weights!r} is not known for {name} - give DEFAULT (timm's tag is part of the name, "
-                "e.g. timm:convnext_tiny.fb_in1k), a file, or null"
-            )
+        if download:  # timm's tag is part of the name, as in timm:convnext_tiny.fb_in1k
+            check_choice(weights, ("DEFAULT", "FILE", None), "weights")
         indices = tuple(positions[stride] for stride in available)
         if download or indices != tuple(net.feature_info.out_indices):
             net = _create(name, out_indices=indices, pretrained=download)
@@ -80,24 +75,30 @@ def _create(name: str, **options: Any) -> Any:
     try:
         import timm
     except ImportError:
-        raise ConfigError(f"model.backbone: timm:{name} needs timm - pip install 'retina-detect[timm]'") from None
-    # No other source of create_model: a weights file names its backbone, and must not say what to download.
+        problem = f"timm:{name} needs timm - pip install 'retina-detect[timm]'"
+        raise ConfigError(problem, code="missing-package", key="backbone") from None
+    # Only timm's own networks: a weights file names its backbone, and must not choose another source to download from.
     if ":" in name or "/" in name or not timm.is_model(name):
         near = ", ".join(get_close_matches(name, timm.list_models())) or "one of timm.list_models()"
-        raise ConfigError(f"model.backbone: timm has no network {name!r:.60} - choose another, e.g. {near}")
+        problem = f"timm has no network {name!r:.60} - choose another, e.g. {near}"
+        raise ConfigError(problem, code="unknown-value", key="backbone")
     try:
-        with suppress(TypeError):  # Swin and its like take every size, if told so; the others do not know the word
+        with suppress(TypeError):  # Swin takes every size with this argument, which most networks do not know
             return timm.create_model(name, features_only=True, strict_img_size=False, **options)
         return timm.create_model(name, features_only=True, **options)
-    except Exception as fault:  # of the network's own making, or of the many kinds of broken connections
+    except Exception as fault:  # networks and broken connections raise errors of many types
         if options.get("pretrained"):
             raise CheckpointError(
-                f"model.weights: DEFAULT of timm:{name} could not be fetched ({_first_line(fault)}) - give "
-                "model.weights=FILE with the network's state dict (.safetensors or .pth), or null to train from scratch"
+                f"DEFAULT of timm:{name} could not be fetched ({first_line(fault)}) - give weights=FILE with the "
+                "network's state dict (.safetensors or .pth), or null to train from scratch",
+                code="download",
+                key="weights",
             ) from None
-        raise ConfigError(
-            f"model.backbone: timm:{name} cannot give feature maps ({_first_line(fault)}) - choose another"
-        ) from None
+        raise _unsuitable(f"timm:{name} cannot give feature maps ({first_line(fault)})") from None
+
+
+def _unsuitable(problem: str) -> ConfigError:
+    return ConfigError(f"{problem} - choose another", code="unsuitable-backbone", key="backbone")
 
 
 def _maps(net: Any, images: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, ...]:
@@ -107,24 +108,24 @@ def _maps(net: Any, images: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def _check_maps(net: Any, name: str, strides: list[int]) -> None:
-    """Raises ConfigError unless the network runs on any canvas, and what comes out is what it declares."""
+    """Raises ConfigError unless the network runs on any canvas and its maps have the declared shapes."""
     height, width = _PROBE
     expected = [(c, height // s, width // s) for c, s in zip(net.feature_info.channels(), strides, strict=True)]
     training = net.training
     try:
-        found = [tuple(x.shape[1:]) for x in _maps(net.eval(), torch.zeros(1, 3, height, width))]
-        problem = f"gives maps {found} of an image of {height} x {width}, not {expected}" if found != expected else ""
-    except Exception as fault:  # of the network's own making
-        problem = f"takes images of some sizes only ({_first_line(fault)})"
+        shapes = [tuple(x.shape[1:]) for x in _maps(net.eval(), torch.zeros(1, 3, height, width))]
+        problem = f"gives maps {shapes} of an image of {height} x {width}, not {expected}" if shapes != expected else ""
+    except Exception as fault:  # networks raise errors of many types
+        problem = f"takes images of some sizes only ({first_line(fault)})"
     if problem:
-        raise ConfigError(f"model.backbone: timm:{name} {problem} - choose another")
+        raise _unsuitable(f"timm:{name} {problem}")
     net.train(training)
 
 
 def _load_file(net: Any, name: str, weights: str) -> None:
-    """From names of the whole network or of one that gives feature maps, which timm spells otherwise."""
-    own = {_spelling(key): key for key in net.state_dict()}
-    state = {own.get(_spelling(key), key): value for key, value in read_weights(Path(weights)).items()}
+    """timm names the tensors of a whole network and of one that gives feature maps differently; both are accepted."""
+    names = {_spelling(key): key for key in net.state_dict()}
+    state = {names.get(_spelling(key), key): value for key, value in read_weights(Path(weights)).items()}
     load_backbone(net, state, name=f"timm:{name}", weights=weights)
 
 
@@ -140,10 +141,11 @@ def _freeze(net: Any, name: str, stages: int, *, all_norms: bool) -> None:
     last = 0
     if stages:
         level_module = dict(zip(net.feature_info.reduction(), net.feature_info.module_name(), strict=True))
-        wanted = _spelling(level_module.get(2 ** max(2, stages), "")) + "."
-        inside = [i for i, (key, _) in enumerate(modules) if f"{_spelling(key)}.".startswith(wanted)]
+        prefix = _spelling(level_module.get(2 ** max(2, stages), "")) + "."
+        inside = [i for i, (key, _) in enumerate(modules) if f"{_spelling(key)}.".startswith(prefix)]
         if not inside:
-            raise ConfigError(f"model.frozen_stages: stages of timm:{name} are not known - give 0")
+            problem = f"stages of timm:{name} are not known - give 0"
+            raise ConfigError(problem, code="contradiction", key="frozen_stages")
         last = inside[0] if stages == 1 else inside[-1] + 1
     for i, (key, module) in enumerate(modules):
         if i < last:
@@ -152,7 +154,3 @@ def _freeze(net: Any, name: str, stages: int, *, all_norms: bool) -> None:
         if (i < last or all_norms) and isinstance(module, nn.BatchNorm2d):
             parent, _, child = key.rpartition(".")
             setattr(net.get_submodule(parent), child, freeze_batch_norm_2d(module))
-
-
-def _first_line(fault: Exception) -> str:
-    return next(iter(str(fault).splitlines()), type(fault).__name__)[:200]

@@ -1,9 +1,9 @@
-"""The file a trained detector travels in: weights as safetensors, everything else needed to use them in its header.
+"""The weights file of a trained detector: tensors as safetensors, and in its header everything needed to use them.
 
 The model is rebuilt from keyword arguments of `retinanet`, never from code or import paths in the file.
 
-The header also holds the SHA-256 of the whole file, taken while 64 zeros stand in its place, so that no flipped bit
-goes unnoticed. Files written before there was one are read without it.
+The header also holds the SHA-256 of the whole file, computed with 64 zeros in the place of the hash, so that every
+flipped bit is noticed. Files of earlier versions have no hash, and are read without it.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,21 +24,11 @@ from retina.model.retinanet import RetinaNet, retinanet
 
 SCHEMA_VERSION = 1
 _NO_DIGEST = "0" * 64
-_TYPES = {
-    "model": dict,
-    "classes": list,
-    "category_ids": list,
-    "preprocessing": dict,
-    "postprocess": dict,
-    "step": int,
-    "metrics": dict,
-    "schema_version": int,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorCard:
-    """What a weights file says about itself."""
+    """The description of a detector in its weights file."""
 
     model: dict[str, Any]
     """Keyword arguments of `retinanet`."""
@@ -54,13 +44,12 @@ class DetectorCard:
 
 
 def save_detector(file: Path, state: dict[str, Tensor], card: DetectorCard) -> None:
-    """Writes beside `file` and renames once, so a reader sees the old file or the new one, never a half.
+    """Writes beside `file` and renames once, so that a reader sees the old file or the new one, never a half.
 
-    Raises OSError, or CheckpointError for weights that are not finite; `file` is then as it was."""
+    Raises OSError, or CheckpointError for weights that are not finite; `file` is then unchanged."""
     if key := first_non_finite(state):
-        raise CheckpointError(
-            f"{file}: {key} is not finite, so nothing was saved - lower optimizer.lr, or give train.clip_norm"
-        )
+        problem = f"{key} is not finite, so nothing was saved - lower the learning rate, or clip the gradients"
+        raise CheckpointError(f"{file}: {problem}", code="not-finite")
     data = serialize(state, {"retina": json.dumps({"sha256": _NO_DIGEST, **asdict(card)})})
     digest = hashlib.sha256(data).hexdigest()
     write_whole(file, data.replace(_NO_DIGEST.encode(), digest.encode(), 1))
@@ -84,37 +73,37 @@ def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def read_card(file: Path) -> DetectorCard:
-    """The header of a weights file. Raises CheckpointError when there is none, it is of another version or the file is
-    damaged."""
+    """The header of a weights file. Raises CheckpointError if it has none, is of another version or damaged."""
     return _read(file)[0]
 
 
 def load_detector(file: Path, device: torch.device) -> tuple[RetinaNet, DetectorCard]:
-    """The model in evaluation mode, and its card. Raises CheckpointError for damaged files and weights of another
-    architecture."""
+    """The model in evaluation mode, and its card.
+
+    Raises CheckpointError for damaged files and weights of another architecture."""
     card, data = _read(file)
     try:
-        model = retinanet(**card.model | {"weights": None})  # a file must not say what else to load
+        model = retinanet(**card.model | {"weights": None})  # a file must not choose other files to load
     except (TypeError, ValueError, RuntimeError, RetinaError) as fault:
-        raise CheckpointError(f"{file}: header: {fault} - use the version that wrote it") from None
+        raise CheckpointError(f"{file}: header: {fault} - use the version that wrote it", code="bad-header") from None
     load_state(model, load(data), file)
     return model.to(device).eval(), card
 
 
 def _read(file: Path) -> tuple[DetectorCard, bytes]:
-    """The card, and the bytes of the whole file once they have been found undamaged."""
+    """The card, and the bytes of the whole file after the check that they are undamaged."""
     header, data = read_header(file)
     if "retina" not in header:
-        raise CheckpointError(
-            f"{file}: has no detector description - give the best.safetensors of a run, not bare weights"
-        )
+        problem = "has no detector description - give the best.safetensors of a run, not bare weights"
+        raise CheckpointError(f"{file}: {problem}", code="no-card")
     return card_of(file, header, data), data
 
 
 def read_header(file: Path) -> tuple[dict[str, str], bytes]:
     """Metadata and bytes of a safetensors file."""
     if not file.is_file():
-        raise CheckpointError(f"{file}: no such file - give a run folder or a .safetensors file written by training")
+        problem = "no such file - give a run folder or a .safetensors file written by training"
+        raise CheckpointError(f"{file}: {problem}", code="no-file")
     try:
         with safe_open(file, framework="pt") as handle:  # checks the structure before all of it is read
             header = handle.metadata() or {}
@@ -124,50 +113,54 @@ def read_header(file: Path) -> tuple[dict[str, str], bytes]:
 
 
 def card_of(file: Path, header: Mapping[str, str], data: bytes) -> DetectorCard:
+    """The card in a header, after the check of the file's hash. Raises CheckpointError as `read_card` does."""
     try:
         values = json.loads(header["retina"])
         version = values["schema_version"]
     except KeyError:
-        raise CheckpointError(f"{file}: header: schema_version is missing - restore it from a copy") from None
+        raise _bad_header(file, "schema_version is missing") from None
     except (ValueError, TypeError, RecursionError) as fault:
         raise _unreadable(file, fault) from None
     digest = values.pop("sha256", None)
     names = {f.name for f in fields(DetectorCard)}
     if digest is None:
-        damaged = not values.keys() <= names  # a digest whose name is damaged is no file of earlier times
+        damaged = not values.keys() <= names  # a file of an earlier version, unless the name of the hash is damaged
     else:
         blank = data.replace(str(digest).encode(errors="replace"), _NO_DIGEST.encode(), 1)
         damaged = hashlib.sha256(blank).hexdigest() != digest
     if damaged:
-        raise CheckpointError(f"{file}: does not match its own hash, it is damaged - restore it from a copy")
+        problem = "does not match its own hash, it is damaged - restore it from a copy"
+        raise CheckpointError(f"{file}: {problem}", code="damaged-file")
     if version != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{file}: schema version {version!r:.20}, this program reads {SCHEMA_VERSION} - "
-            "use the version that wrote it"
-        )
-    for f in fields(DetectorCard):
-        if not isinstance(values.get(f.name), _TYPES[f.name]):
-            problem = "is of the wrong type" if f.name in values else "is missing"
-            raise CheckpointError(f"{file}: header: {f.name} {problem} - restore it from a copy")
+        problem = f"schema version {version!r:.20}, this program reads {SCHEMA_VERSION} - use the version that wrote it"
+        raise CheckpointError(f"{file}: {problem}", code="other-version")
+    for name, hint in get_type_hints(DetectorCard).items():
+        if not isinstance(values.get(name), get_origin(hint) or hint):
+            raise _bad_header(file, f"{name} {'is of the wrong type' if name in values else 'is missing'}")
     return DetectorCard(**{name: values[name] for name in names})
 
 
+def _bad_header(file: Path, problem: str) -> CheckpointError:
+    return CheckpointError(f"{file}: header: {problem} - restore it from a copy", code="bad-header")
+
+
 def _unreadable(file: Path, fault: Exception) -> CheckpointError:
-    return CheckpointError(f"{file}: cannot be read ({fault}) - restore it from a copy or train again")
+    problem = f"cannot be read ({fault}) - restore it from a copy or train again"
+    return CheckpointError(f"{file}: {problem}", code="unreadable-file")
 
 
 def load_state(model: torch.nn.Module, state: dict[str, Tensor], file: Path) -> None:
-    """Strict `load_state_dict` whose failure is one line naming the first key that does not fit."""
-    own = model.state_dict()
-    for key in (*own, *(key for key in state if key not in own)):
-        if key not in state or key not in own:
-            where = "lacks" if key not in state else "has an unknown"
-            raise CheckpointError(
-                f"{file}: {where} {key}: weights of another architecture - use its own model settings"
-            )
-        if own[key].shape != state[key].shape:
-            raise CheckpointError(
-                f"{file}: {key} is {list(state[key].shape)}, the model needs {list(own[key].shape)}: "
-                "weights of another architecture - use its own model settings"
-            )
+    """Strict `load_state_dict` that fails with one line naming the first tensor that does not fit."""
+    expected = model.state_dict()
+    for key in expected | state:
+        if key not in state:
+            problem = f"lacks {key}"
+        elif key not in expected:
+            problem = f"has an unknown {key}"
+        elif expected[key].shape != state[key].shape:
+            problem = f"{key} is {list(state[key].shape)}, the model needs {list(expected[key].shape)}"
+        else:
+            continue
+        fix = "weights of another architecture - use the model settings they were trained with"
+        raise CheckpointError(f"{file}: {problem}: {fix}", code="other-model")
     model.load_state_dict(state)

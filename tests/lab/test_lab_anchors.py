@@ -451,7 +451,7 @@ def test_what_was_fitted_is_not_fitted_again(tool: Tool, shapes: Path, tmp_path:
         ("output=mine.json", "output: mine.json is no config file - end it in .yaml"),
         ("output=SHAPES/mine.yaml", "the data set's own - choose another place"),
         ("figures=SHAPES/figures", "the data set's own - choose another place"),
-        ("model.anchor_sizes=[1.0,2.0]", "model.anchor_sizes: 2 sizes for 1 levels"),
+        ("model.anchor_sizes=[1.0,2.0]", "model.anchor_sizes: [1.0, 2.0] - "),
         ("outptu=x.yaml", "outptu: no such key - did you mean output?"),
         ("data.root=nowhere", "nowhere"),
         ("~model.levels", "model.levels: missing - give a list, as in model.levels=[3,4,5,6,7]"),

@@ -11,6 +11,7 @@ import torchvision
 from safetensors.torch import save_file
 from torchvision.ops import FrozenBatchNorm2d
 
+from faults import refused
 from retina.errors import CheckpointError, ConfigError
 from retina.model.backbone import RESNETS, ResNet, read_weights
 from retina.model.retinanet import retinanet
@@ -72,14 +73,14 @@ def test_a_detector_gives_its_backbone(tmp_path: Path) -> None:
     assert not any(key.startswith("layer4") for key in own)
     assert all(torch.equal(value, theirs[key]) for key, value in own.items())
     save_file({f"backbone.{key}": value for key, value in own.items()}, file)
-    with pytest.raises(CheckpointError, match=r"^[^\n]*layer4\.0\.conv1\.weight: missing[^\n]*$"):
+    with refused("other-model", file, "layer4.0.conv1.weight", kind=CheckpointError):
         retinanet(num_classes=3, backbone="resnet18", weights=str(file))
 
 
 def test_weights_of_another_architecture_are_one_line(tmp_path: Path) -> None:
     file = tmp_path / "r34.safetensors"
     save_file(torchvision.models.resnet34(weights=None).state_dict(), file)
-    with pytest.raises(CheckpointError, match=r"^[^\n]*layer1\.0\.[^\n]* - [^\n]*resnet50[^\n]*$"):
+    with refused("other-model", file, "layer1.0.", "resnet50", kind=CheckpointError):
         ResNet("resnet50", norm="batch", frozen_stages=0).load_imagenet("resnet50", str(file))
 
 
@@ -130,15 +131,15 @@ def test_stride_in_1x1_moves_the_stride_and_nothing_else(name: str) -> None:
 
 
 def test_settings_that_a_resnet_cannot_have_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"model\.stride_in_1x1: resnet34 has no bottlenecks"):
+    with refused("contradiction", "stride_in_1x1: ", "resnet34"):
         ResNet("resnet34", norm="batch", frozen_stages=0, stride_in_1x1=True)
     for eps in (-1e-5, float("inf"), float("nan")):
-        with pytest.raises(ConfigError, match=r"model\.norm_eps"):
+        with refused("out-of-range", "norm_eps: "):
             ResNet("resnet18", norm="batch", frozen_stages=0, norm_eps=eps)
 
 
 def test_unknown_weights_name_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match="IMAGENET1K_V1"):
+    with refused("unknown-value", "weights: ", "'IMAGENET22K'", "DEFAULT, IMAGENET1K_V1", kind=ConfigError):
         ResNet("resnet18", norm="batch", frozen_stages=0).load_imagenet("resnet18", "IMAGENET22K")
 
 
@@ -146,12 +147,8 @@ def test_failed_download_says_which_file_to_put_where(tmp_path: Path, monkeypatc
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    with pytest.raises(CheckpointError) as caught:
+    with refused("download", "weights: ", "resnet18-f37072fd.pth", tmp_path / "checkpoints", kind=CheckpointError):
         ResNet("resnet18", norm="batch", frozen_stages=0).load_imagenet("resnet18", "IMAGENET1K_V1")
-    line = str(caught.value)
-    assert "\n" not in line
-    assert "resnet18-f37072fd.pth" in line
-    assert str(tmp_path / "checkpoints") in line
 
 
 def test_only_plain_tensors_are_read(tmp_path: Path) -> None:
@@ -162,8 +159,10 @@ def test_only_plain_tensors_are_read(tmp_path: Path) -> None:
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "text.safetensors").write_text("no tensors here")
-    for name in ("evil.pth", "list.pth", "text.safetensors", "missing.pth"):
-        with pytest.raises(CheckpointError, match=name):
+    codes = {"evil.pth": "no-state-dict", "list.pth": "no-state-dict"}
+    codes |= {"text.safetensors": "unreadable-file", "missing.pth": "no-file"}
+    for name, code in codes.items():
+        with refused(code, tmp_path / name, kind=CheckpointError):
             read_weights(tmp_path / name)
     assert not (tmp_path / "canary").exists()
 
@@ -183,7 +182,7 @@ def test_only_plain_tensors_are_read(tmp_path: Path) -> None:
 )
 def test_anything_but_named_dense_tensors_is_refused(make: Callable[[], object], tmp_path: Path) -> None:
     torch.save(make(), tmp_path / "odd.pth")
-    with pytest.raises(CheckpointError, match=r"odd\.pth: not a plain state dict"):
+    with refused("no-state-dict", tmp_path / "odd.pth", kind=CheckpointError):
         read_weights(tmp_path / "odd.pth")
 
 
@@ -196,9 +195,9 @@ def test_archives_that_must_be_unpacked_are_refused(tmp_path: Path) -> None:
         with tarfile.open(tmp_path / "tar.pth", "w") as tar:
             tar.add(tmp_path / "plain.pth", "storages")
     assert len(read_weights(tmp_path / "plain.pth")["w"]) == 10_000
-    with pytest.raises(CheckpointError, match="compressed, and larger than it says"):
+    with refused("no-state-dict", "compressed"):
         read_weights(tmp_path / "packed.pth")
-    with pytest.raises(CheckpointError, match="a tar archive"):
+    with refused("no-state-dict", "a tar archive"):
         read_weights(tmp_path / "tar.pth")
 
 
@@ -212,7 +211,7 @@ def test_what_lies_in_the_cache_is_read_like_any_foreign_file(tmp_path: Path, mo
     body.load_imagenet("resnet18", "DEFAULT")
     assert torch.equal(body.state_dict()["stem.conv1.weight"], theirs["conv1.weight"])
     torch.save({"state_dict": Path("x")}, cached)
-    with pytest.raises(CheckpointError, match="resnet18-f37072fd"):
+    with refused("no-state-dict", "resnet18-f37072fd"):
         body.load_imagenet("resnet18", "DEFAULT")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retina.errors import ConfigError
+from faults import refused
 from retina.model.head import Head
 
 SETTINGS = {"num_classes": 3, "channels": 32, "num_convs": 2, "norm": None, "prior": 0.01}
@@ -68,9 +68,9 @@ def test_what_is_added_leaves_the_start_of_the_others_alone() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "named"),
-    [({"bins": 1}, "model.box_bins"), ({"bins": 0}, "model.box_bins"), ({"norm": "batch"}, "model.head_norm"),
-     ({"prior": math.nan}, "model.prior")],
+    [({"bins": 1}, "box_bins"), ({"bins": 0}, "box_bins"), ({"norm": "batch"}, "head_norm"),
+     ({"prior": math.nan}, "prior")],
 )  # fmt: skip
 def test_values_out_of_range_are_named(wrong: dict[str, object], named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
+    with refused("unknown-value" if named == "head_norm" else "out-of-range", f"{named}: "):
         Head(8, **SETTINGS | {"num_anchors": 1} | wrong)

@@ -1,7 +1,9 @@
 """The detector against its oracle, torchvision's RetinaNet with the same weights and the same input."""
 
 import copy
+import inspect
 import math
+import os
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection import retinanet_resnet50_fpn
 from torchvision.models.detection.image_list import ImageList
 
+from faults import refused
 from retina.detections import postprocess
 from retina.errors import ConfigError
 from retina.losses.classification import Focal
@@ -207,7 +210,8 @@ COMPILED = {
 )
 def test_compiles_once_per_canvas_and_mode(kind: str) -> None:
     """In a process of its own: here, every function is wrapped in type checks that a compiler cannot trace."""
-    subprocess.run([sys.executable, __file__, kind], check=True, timeout=280)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, __file__, kind], check=True, timeout=280, env=env)
 
 
 def compile_and_compare(kind: str) -> None:
@@ -373,36 +377,57 @@ def test_arguments_rebuild_the_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "named"),
+    ("wrong", "code", "key"),
     [
-        ({"backbone": "resnet19"}, "model.backbone"),
-        ({"norm": "layer"}, "model.norm"),
-        ({"frozen_stages": 6}, "model.frozen_stages"),
-        ({"levels": (3, 5)}, "model.levels"),
-        ({"levels": (1, 2)}, "model.levels"),
-        ({"levels": (6, 7)}, "model.levels"),
-        ({"levels": ()}, "model.levels"),
-        ({"p6_from": "c4"}, "model.p6_from"),
-        ({"head_norm": "batch"}, "model.head_norm"),
-        ({"prior": 0.0}, "model.prior"),
-        ({"anchor_sizes": (32.0, 64.0)}, "model.anchor_sizes"),
-        ({"anchor_offset": -0.5}, "model.anchor_offset"),
-        ({"anchors_spread": True, "box_bins": 9}, "model.anchors_spread"),
-        ({"neck": "bifpn"}, "model.neck"),
-        ({"box_bins": 1}, "model.box_bins"),
-        ({"norm_eps": -1.0}, "model.norm_eps"),
-        ({"stride_in_1x1": True}, "model.stride_in_1x1"),
-        ({"num_classes": 0}, "num_classes"),
-        ({"mean": (1.0, 2.0)}, r"model\.mean"),
-        ({"std": (1.0, 1.0, 0.0)}, r"model\.std"),
-        ({"fpn_channels": 0}, r"model\.fpn_channels"),
-        ({"head_channels": -4}, r"model\.head_channels"),
-        ({"head_convs": -1}, r"model\.head_convs"),
+        ({"backbone": "resnet19"}, "unknown-value", "backbone"),
+        ({"norm": "layer"}, "unknown-value", "norm"),
+        ({"frozen_stages": 6}, "out-of-range", "frozen_stages"),
+        ({"levels": (3, 5)}, "out-of-range", "levels"),
+        ({"levels": (1, 2)}, "out-of-range", "levels"),
+        ({"levels": (6, 7)}, "out-of-range", "levels"),
+        ({"levels": ()}, "out-of-range", "levels"),
+        ({"p6_from": "c4"}, "unknown-value", "p6_from"),
+        ({"head_norm": "batch"}, "unknown-value", "head_norm"),
+        ({"prior": 0.0}, "out-of-range", "prior"),
+        ({"anchor_sizes": (32.0, 64.0)}, "out-of-range", "anchor_sizes"),
+        ({"anchor_offset": -0.5}, "out-of-range", "anchor_offset"),
+        ({"anchors_spread": True, "box_bins": 9}, "contradiction", "anchors_spread"),
+        ({"neck": "bifpn"}, "unknown-value", "neck"),
+        ({"box_bins": 1}, "out-of-range", "box_bins"),
+        ({"norm_eps": -1.0}, "out-of-range", "norm_eps"),
+        ({"stride_in_1x1": True}, "contradiction", "stride_in_1x1"),
+        ({"num_classes": 0}, "out-of-range", "num_classes"),
+        ({"mean": (1.0, 2.0)}, "out-of-range", "mean"),
+        ({"mean": (1.0, 2.0, math.nan)}, "out-of-range", "mean"),
+        ({"std": (1.0, 1.0, 0.0)}, "out-of-range", "std"),
+        ({"fpn_channels": 0}, "out-of-range", "fpn_channels"),
+        ({"head_channels": -4}, "out-of-range", "head_channels"),
+        ({"head_convs": -1}, "out-of-range", "head_convs"),
     ],
 )
-def test_values_that_do_not_fit_are_named(wrong: dict[str, object], named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
+def test_values_that_do_not_fit_are_named(wrong: dict[str, object], code: str, key: str) -> None:
+    with refused(code, f"{key}: ", kind=ConfigError):
         retinanet(**(TINY | wrong))
+
+
+def test_whole_numbers_are_a_mean_and_std_too() -> None:
+    """As in `model.mean=[127,127,127]` on a command line."""
+    model = inspect.unwrap(retinanet)(**TINY, mean=[127, 127, 127], std=[64, 64, 64])
+    same = retinanet(**TINY, mean=[127.0, 127.0, 127.0], std=[64.0, 64.0, 64.0])
+    images = torch.randint(0, 256, (1, 3, 4, 4), dtype=torch.uint8)
+    assert torch.equal(model.normalize(images), same.normalize(images))
+    assert model.normalize(images).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "images", [torch.rand(1, 3, 64, 64), torch.zeros(3, 64, 64, dtype=torch.uint8), torch.zeros(1, 64, 64, 3).byte()]
+)
+def test_images_of_another_type_or_shape_are_refused(images: Tensor) -> None:
+    """Floats from 0 to 1 would give predictions that are silently wrong."""
+    model = retinanet(**TINY)
+    forward = inspect.unwrap(RetinaNet.forward)  # without the type checks of these tests
+    with pytest.raises(ValueError, match="uint8"):
+        forward(model, images)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from faults import refused
 from retina.errors import CheckpointError, ConfigError
 from retina.inference import Detector
 from retina.model.retinanet import retinanet
@@ -103,9 +104,9 @@ def test_weights_from_a_file_of_the_whole_network(tmp_path: Path) -> None:
 def test_weights_of_another_network_are_one_line(tmp_path: Path) -> None:
     file = tmp_path / "other.pth"
     torch.save(timm.create_model("test_resnet").state_dict(), file)
-    with pytest.raises(CheckpointError, match=r"^[^\n]*other\.pth: stem_0[^\n]*timm:test_convnext[^\n]*$"):
+    with refused("other-model", f"{file}: stem_0", "timm:test_convnext", kind=CheckpointError):
         body("test_convnext", weights=str(file))
-    with pytest.raises(CheckpointError, match="no such file"):
+    with refused("no-file", tmp_path / "none.pth"):
         body("test_convnext", weights=str(tmp_path / "none.pth"))
 
 
@@ -141,36 +142,34 @@ def test_a_card_rebuilds_it_and_a_detector_runs_it(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("wrong", "named"),
+    ("wrong", "code", "named"),
     [
-        ({"backbone": "timm:resnet19"}, r"model\.backbone: timm has no network 'resnet19' - .* resnet18"),
-        ({"backbone": "timm:hf-hub:someone/resnet18"}, "timm has no network"),
-        ({"backbone": "timm:local-dir:."}, "timm has no network"),
-        ({"backbone": "timm:"}, "timm has no network"),
-        ({"backbone": "timm:test_convnext.of_mars"}, "cannot give feature maps"),
-        ({"backbone": "timm:test_vit"}, r"maps of stride 16, not \[8, 16, 32\]"),
-        ({"backbone": "timm:test_maxvit"}, "takes images of some sizes only"),
-        ({"norm": "group"}, "model.norm"),
-        ({"norm": "layer"}, "model.norm"),
-        ({"frozen_stages": 6}, "model.frozen_stages"),
-        ({"weights": "IMAGENET1K_V1"}, "model.weights: 'IMAGENET1K_V1' is not known for test_convnext - give DEFAULT"),
-        ({"norm_eps": 1e-3}, "model.norm_eps"),
-        ({"stride_in_1x1": True}, "model.stride_in_1x1"),
-        ({"levels": (6, 7)}, "model.levels"),
-        ({"levels": ()}, "model.levels"),
+        ({"backbone": "timm:resnet19"}, "unknown-value", ["backbone: ", "'resnet19'", "resnet18"]),
+        ({"backbone": "timm:hf-hub:someone/resnet18"}, "unknown-value", ["backbone: "]),
+        ({"backbone": "timm:local-dir:."}, "unknown-value", ["backbone: "]),
+        ({"backbone": "timm:"}, "unknown-value", ["backbone: "]),
+        ({"backbone": "timm:test_convnext.of_mars"}, "unsuitable-backbone", ["cannot give feature maps"]),
+        ({"backbone": "timm:test_vit"}, "unsuitable-backbone", ["maps of stride [16], not [8, 16, 32]"]),
+        ({"backbone": "timm:test_maxvit"}, "unsuitable-backbone", ["takes images of some sizes only"]),
+        ({"norm": "group"}, "unknown-value", ["norm: "]),
+        ({"norm": "layer"}, "unknown-value", ["norm: "]),
+        ({"frozen_stages": 6}, "out-of-range", ["frozen_stages: "]),
+        ({"weights": "IMAGENET1K_V1"}, "unknown-value", ["weights: 'IMAGENET1K_V1'", "DEFAULT"]),
+        ({"norm_eps": 1e-3}, "contradiction", ["norm_eps: "]),
+        ({"stride_in_1x1": True}, "contradiction", ["stride_in_1x1: "]),
+        ({"levels": (6, 7)}, "out-of-range", ["levels: "]),
+        ({"levels": ()}, "out-of-range", ["levels: "]),
     ],
 )
-def test_what_does_not_fit_is_one_line(wrong: dict[str, object], named: str) -> None:
-    with pytest.raises(ConfigError, match=named) as caught:
+def test_what_does_not_fit_is_one_line(wrong: dict[str, object], code: str, named: list[str]) -> None:
+    with refused(code, *named, kind=ConfigError):
         retinanet(**(DETECTOR | {"backbone": "timm:test_convnext"} | wrong))
-    assert "\n" not in str(caught.value)
 
 
 def test_without_timm_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ConfigError) as caught:
+    with refused("missing-package", "backbone: ", "[timm]'", kind=ConfigError):
         retinanet(**DETECTOR, backbone="timm:convnext_tiny")
-    assert str(caught.value) == "model.backbone: timm:convnext_tiny needs timm - pip install 'retina-detect[timm]'"
 
 
 @pytest.mark.slow
@@ -183,11 +182,11 @@ def test_timm_is_imported_when_asked_for_and_a_failed_download_is_one_line(tmp_p
         "retinanet(num_classes=1, backbone='resnet18', fpn_channels=8, levels=(3,))\n"
         "assert 'timm' not in sys.modules\n"
         "try: retinanet(num_classes=1, backbone='timm:test_convnext', weights='DEFAULT')\n"
-        "except CheckpointError as fault: print(fault)\n"
+        "except CheckpointError as fault: print(fault.code, fault)\n"
     )
     nowhere = "http://127.0.0.1:9"
     env = {"HF_HOME": str(tmp_path), "HTTPS_PROXY": nowhere, "HTTP_PROXY": nowhere, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=250)
-    assert done.stdout.startswith("model.weights: DEFAULT of timm:test_convnext could not be fetched ("), done
+    assert done.stdout.startswith("download weights: DEFAULT of timm:test_convnext could not be fetched ("), done
     assert done.stdout.count("\n") == 1
-    assert "model.weights=FILE" in done.stdout
+    assert "weights=FILE" in done.stdout

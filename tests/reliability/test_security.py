@@ -58,7 +58,7 @@ def complaint(seen: dict[str, Any]) -> str:
         assert not seen["fault"].startswith("TRACEBACK"), seen["fault"]
         return str(seen["fault"])
     assert seen["result"] == 2, seen
-    lines = [line for line in seen["err"].splitlines() if line.startswith("error: ")]
+    lines = [line for line in seen["err"].splitlines() if line.startswith("error")]
     assert len(lines) == 1, seen["err"]
     assert "Traceback" not in seen["err"]
     return str(lines[0])
