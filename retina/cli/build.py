@@ -53,10 +53,14 @@ TRACKERS = {"tensorboard": "TensorBoard", "wandb": "WandB", "mlflow": "MLflow", 
 def build_trackers(chosen: Any, plugins: Sequence[str] = ()) -> list[Any]:
     """The objects behind `trackers`: a list of names, or of sections with `_target_`. Raises ConfigError."""
     if not isinstance(chosen, list):
-        raise ConfigError(f"trackers: {chosen!r:.80} is no list - give [], [tensorboard] or others", code="wrong-type")
+        raise ConfigError(
+            f"{chosen!r:.80} is no list - give [], [tensorboard] or others", code="wrong-type", key="trackers"
+        )
     for name in chosen:
         if isinstance(name, str) and name not in TRACKERS:
-            raise ConfigError(unknown_key(f"trackers.{name}", [f"trackers.{known}" for known in TRACKERS]))
+            raise ConfigError(
+                f"{name}: no such tracker - choose {', '.join(TRACKERS)}", code="unknown-key", key="trackers"
+            )
     sections = [{"_target_": f"retina.engine.trackers.{TRACKERS[c]}"} if isinstance(c, str) else c for c in chosen]
     return [build(section, f"trackers.{i}", plugins=plugins) for i, section in enumerate(sections)]
 

@@ -160,20 +160,19 @@ class RunLogger:
             self._attempt(type(tracker).__name__, partial(record, tracker))
 
     def _attempt(self, name: str, write: Callable[[], None], *, last: bool = False) -> bool:
-        """Whether `write` worked. Faults of files are said once per kind, those of a tracker once; `last` says all."""
+        """Whether `write` worked. One warning for each name and one for a full disk; `last` says what is lost."""
         try:
             write()
             return True
         except Exception as fault:
             full = isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = (isinstance(fault, OSError) and fault.strerror) or f"{type(fault).__name__}: {fault}"
-            key = reason if isinstance(fault, OSError) else name
-            if key not in self._warned or last:
-                self._warned.add(key)
+            kind = "full" if full else name
+            if kind not in self._warned or last:
+                self._warned.add(kind)
+                reason = getattr(fault, "strerror", None) or f"{type(fault).__name__}: {fault}"
                 goes_on = "" if last else f" - {'make room: ' if full else ''}training goes on"
-                line = plain(f"warning: {name}: {reason}{goes_on}")
-                self._print(line)
-                if not isinstance(fault, OSError):
+                self._print(line := plain(f"warning: {name}: {reason}{goes_on}"))
+                if not full:
                     self._write_log(line)
             return False
 
