@@ -104,3 +104,14 @@ def test_no_machine_and_no_package_index_is_named() -> None:
             text = file.read_text(encoding="utf-8", errors="ignore")
             wrong += [f"{name}: {host}" for host in hosts if host in text]
     assert wrong == []
+
+
+def test_the_update_can_be_read_without_the_rest() -> None:
+    """`engine/step.py` and all the modules of the library that it imports, followed to the end."""
+    files, waiting = set[Path](), ["retina.engine.step"]
+    while waiting:
+        file = ROOT / (waiting.pop().replace(".", "/") + ".py")
+        if file.is_file() and file not in files:
+            files.add(file)
+            waiting += [name for name in imports_of(file) if name.startswith("retina.")]
+    assert len(files) <= 8, sorted(map(str, files))

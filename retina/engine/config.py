@@ -34,7 +34,7 @@ class TrainConfig:
     lr_batch_size: int = 16
     """The batch size that `optimizer.lr` is meant for; the real rate is scaled by batch_size / lr_batch_size."""
     precision: str = "fp32"
-    clip_norm: float | None = None
+    clip_norm: float | None = 10.0
     """Largest norm of the whole gradient; null does not clip."""
     ema: float | None = None
     """Decay of the exponential moving average of weights; null keeps none."""

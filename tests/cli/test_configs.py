@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ def _of_the_lab(words: list[str]) -> list[str]:
         return [f"lab_{name}", *words]
     own = [word for word in words if word.partition("=")[0] in OWN]
     return ["lab_ablate", *(["study=ladder"] if name == "ladder" else []), *own]
+
+
+def test_defaults_of_training_are_the_same_on_the_command_line_and_in_python() -> None:
+    assert compose("train", [])["train"] == asdict(TrainConfig())
 
 
 def test_folders_are_the_groups() -> None:

@@ -96,7 +96,14 @@ def loop(
     model: RetinaNet, batch: Batch, annotations: Annotations, folder: Path, length: int, device: torch.device
 ) -> RetinaNet:
     config = TrainConfig(
-        length=length, batch_size=IMAGES, ema=0.999, eval_every=None, save_every=10**6, log_every=20, pictures=0
+        length=length,
+        batch_size=IMAGES,
+        ema=0.999,
+        clip_norm=None,
+        eval_every=None,
+        save_every=10**6,
+        log_every=20,
+        pictures=0,
     )
     recorder = RunLogger(folder, active=True)
     state = TrainState(model, make_optimizer(model), config, MultiStep(warmup=1, milestones=()))
