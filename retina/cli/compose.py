@@ -1,13 +1,18 @@
-"""From the command line to settings: the only place that knows Hydra.
+"""From the command line to settings and jobs: the only place, with sweep.py beside it, that knows Hydra.
 
-`entry` turns a function of plain settings into a program with Hydra's overrides, `--cfg job` and `-m`. Faults a user
-can mend end in one line on stderr and exit code 2; `traceback=true` shows the traceback as well.
-Hydra composes; it neither starts the jobs nor writes a file, so run folders and exit codes are the tools' own.
+`entry` turns a function of settings into a program that takes all of Hydra's overrides and flags. Faults that a user
+can mend end in one line on stderr and exit code 2; `traceback=true` shows the traceback as well. Run folders, resume
+and exit codes are the programs' own: Hydra writes nothing unless it is asked to (see QUIET).
+
+For programs that start training runs of their own, such as the lab (retina/cli/sweep.py):
+
+    launch(train.main, [["optimizer.lr=0.1", "name=a"], ...], hydra_words=["hydra/launcher=joblib"])
+        -> Iterator[Outcome]: job (words, settings, folder), metric, fault; a job that fails does not stop the others
+    check_jobs(train.main, [...]) -> list[Settings], all composed and checked, none started
 """
 
 import argparse
 import functools
-import itertools
 import os
 import re
 import signal
@@ -17,18 +22,24 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import hydra
 import yaml
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from retina.cli.words import as_typed, read_mapping, text_keys, unknown, unreadable
 from retina.data.checks import DataReport, RecordsError
-from retina.engine.config import from_mapping, unknown_key
+from retina.engine.config import from_mapping
 from retina.engine.signals import SIGNALS, quit_at_once
 from retina.errors import ConfigError, RetinaError, plain
 
@@ -38,50 +49,154 @@ CONFIGS = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[2] / "config
 Settings = dict[str, Any]
 T = TypeVar("T")
 
+QUIET = {
+    "hydra/job_logging": "none",
+    "hydra/hydra_logging": "none",
+    "hydra.output_subdir": "null",
+    "hydra.run.dir": ".",
+    "hydra.sweep.subdir": ".",
+}
+"""Hydra's own settings unless others are given: the programs write the logs and the folders."""
+
+BROKEN_PIPE = 128 + 13
+"""Exit code when the reader of stdout has gone, as in `... | head`: that of a program that SIGPIPE ends."""
+
+
+class Result(NamedTuple):
+    """What a task may return instead of an exit code."""
+
+    code: int = 0
+    metric: float | None = None
+    """What a sweep compares its jobs by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A command: what it does, and with which settings."""
+
+    task: Callable[[Settings], int | Result | None]
+    about: str
+    config_name: str
+    default: Callable[[list[str]], list[str]]
+    """From the words typed to those that are added before them."""
+    check: Callable[[Settings], None]
+    """Raises ConfigError for settings that the task would refuse, whatever the data."""
+    texts: frozenset[str]
+    """Keys whose values are taken as they are typed, beside retina.cli.words.TEXTS."""
+
+
+class Main(Protocol):
+    program: Program
+
+    def __call__(self, argv: Sequence[str] | None = None) -> NoReturn: ...
+
 
 def entry(
-    config_name: str, *, default: Callable[[list[str]], list[str]] = lambda typed: []
-) -> Callable[[Callable[[Settings], int | None]], Callable[..., NoReturn]]:
+    config_name: str,
+    schema: type | None = None,
+    *,
+    default: Callable[[list[str]], list[str]] = lambda typed: [],
+    check: Callable[[Settings], None] = lambda settings: None,
+) -> Callable[[Callable[..., int | Result | None]], Main]:
     """Decorator: runs `task(settings)` under `configs/<config_name>.yaml` and the command line's overrides.
 
-    `default` gives overrides to add to those typed. With `-m` every combination of the listed values runs, one after
-    another and all checked first; each gets a `name` of its own, the run's and then what was swept."""
+    schema: a dataclass that the settings are made into before the task gets them.
+    default, check: see Program."""
 
-    def decorate(task: Callable[[Settings], int | None]) -> Callable[..., NoReturn]:
+    def decorate(task: Callable[..., int | Result | None]) -> Main:
         @functools.wraps(task)
         def main(argv: Sequence[str] | None = None) -> NoReturn:
             warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file; ours do
             with _quitting(for_good=argv is None):
-                sys.exit(_run(task, config_name, default, argv))
+                sys.exit(_run(program, argv))
 
-        return main
+        def typed_task(settings: Settings) -> int | Result | None:
+            return task(typed(schema, settings) if schema else settings)
+
+        def typed_check(settings: Settings) -> None:
+            if schema:
+                typed(schema, settings)
+            check(settings)
+
+        texts = frozenset(text_keys(schema) if schema else ())
+        program = Program(
+            task=typed_task,
+            about=sys.modules[task.__module__].__doc__ or "",
+            config_name=config_name,
+            default=default,
+            check=typed_check,
+            texts=texts,
+        )
+        main.program = program  # type: ignore[attr-defined]
+        return main  # type: ignore[return-value]
 
     return decorate
 
 
-def _run(
-    task: Callable[[Settings], int | None],
-    config_name: str,
-    default: Callable[[list[str]], list[str]],
-    argv: Sequence[str] | None,
-) -> int:
+def _run(program: Program, argv: Sequence[str] | None) -> int:
     """The exit code."""
-    arguments = _parser(task, config_name).parse_intermixed_args(argv)
-    words = [*default(arguments.overrides), *arguments.overrides]
+    arguments = _parser(program).parse_intermixed_args(argv)
     settings: Settings = {}
     try:
-        if arguments.cfg:
-            _print(_config(config_name, words), resolve=arguments.resolve)
-            return 0
-        for settings in sweep(config_name, words) if arguments.multirun else [compose(config_name, words)]:
-            if code := task(settings):
-                return code
+        code = _dispatch(program, arguments, settings)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
+        return BROKEN_PIPE
     except (RetinaError, OSError) as fault:
         if settings.get("traceback"):
             traceback.print_exc()
-        _report(fault)
+        report(fault)
         return 2
+
+
+def _dispatch(program: Program, arguments: argparse.Namespace, settings: Settings) -> int:
+    """Does what the command line asks for. `settings` gets those of the job, for those who handle its faults."""
+    name = arguments.config_name or program.config_name
+    sweep = arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides
+    added = [] if arguments.config_name else program.default(arguments.overrides)
+    words = [*added, *(as_typed(word, program.texts, sweep=sweep) for word in arguments.overrides)]
+    with app(arguments.config_dir, arguments.config_path) as engine:
+        if sweep:
+            from retina.cli.sweep import run_sweep
+
+            return run_sweep(engine, program, name, words)
+        if not (arguments.cfg or arguments.info or arguments.shell_completion or arguments.hydra_help):
+            return _run_one(engine, program, name, words, added, settings)
+        with one_line(name, words):
+            if arguments.cfg:
+                engine.show_cfg(name, words, arguments.cfg, arguments.package, arguments.resolve)
+            elif arguments.info:
+                engine.show_info(arguments.info, config_name=name, overrides=words)
+            elif arguments.shell_completion:
+                engine.shell_completion(config_name=name, overrides=arguments.overrides)
+            else:
+                engine.hydra_help(config_name=name, args_parser=get_args_parser(), args=arguments)
     return 0
+
+
+def _run_one(engine: Hydra, program: Program, name: str, words: list[str], added: list[str], settings: Settings) -> int:
+    outcome: list[Any] = []
+
+    def job(config: DictConfig) -> None:
+        try:
+            settings.update(settings_of(config, program.config_name))
+            if added and os.environ.get("RANK", "0") == "0":
+                print(f"{' '.join(added)}, because the command names neither data=... nor experiment=...", flush=True)
+            outcome.append(program.task(settings))
+        except Exception as fault:  # Hydra would write a line of its own
+            outcome.append(fault)
+
+    with one_line(name, words):
+        engine.run(name, job, [*quiet(words), *words, "hydra.mode=RUN"])
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return as_result(outcome[0]).code
+
+
+def as_result(value: int | Result | None) -> Result:
+    return value if isinstance(value, Result) else Result(value or 0)
 
 
 @contextmanager
@@ -100,41 +215,79 @@ def _quitting(*, for_good: bool) -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+@contextmanager
+def app(config_dir: str | None = None, config_path: str | None = None) -> Iterator[Hydra]:
+    """Hydra with our configs, or those in `config_path` instead, and before them those in `config_dir`."""
+    for folder in filter(None, (config_dir, config_path)):
+        if not Path(folder).is_dir():
+            raise ConfigError(f"{folder}: no such folder - correct --config-dir", code="no-config-dir")
+    search_path = create_config_search_path(str(Path(config_path or CONFIGS).resolve()))
+    if config_dir:
+        source = f"file://{Path(config_dir).resolve()}"
+        search_path.prepend("command-line", source, anchor=SearchPathQuery(provider="schema"))
+    current = GlobalHydra.instance()
+    outer = current.hydra  # of a job that composes settings itself
+    current.clear()
+    hydra.version.setbase("1.3")
+    try:
+        yield Hydra.create_main_hydra2("retina", search_path)
+    finally:
+        current.hydra = outer
+
+
+def quiet(words: Sequence[str]) -> list[str]:
+    """The overrides that keep Hydra quiet, without those that the words give themselves."""
+    given = {word.partition("=")[0].lstrip("+~") for word in words}
+    return [f"{key}={value}" for key, value in QUIET.items() if key not in given]
+
+
 def compose(config_name: str, overrides: Sequence[str]) -> Settings:
     """Resolved settings as plain dicts. Raises ConfigError naming the key at fault and the nearest that exists."""
-    config = _config(config_name, overrides)
+    words = [as_typed(word) for word in overrides]
+    with app(), one_line(config_name, words):
+        return settings_of(hydra.compose(config_name, words), config_name)
+
+
+def settings_of(config: DictConfig, config_name: str) -> Settings:
+    """The job's own settings, resolved. Raises ConfigError for missing ones and for unknown keys at the top."""
     try:
+        if "hydra" in config:
+            with open_dict(config):
+                config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         missing = sorted(OmegaConf.missing_keys(config))
         values = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as fault:
         raise _wrong_value(fault) from None
     if missing:
-        raise ConfigError("; ".join(f"{key}: missing - give {key}=..." for key in missing))
+        raise ConfigError("; ".join(f"{key}: missing - give {key}=..." for key in missing), code="missing-setting")
     assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+    settings = {str(key): value for key, value in values.items()}
+    known = _top_keys(config_name)
+    for key in settings:
+        if key not in known:
+            raise unknown(key, "", known)
+    if isinstance(settings.get("remap"), str):
+        settings["remap"] = read_mapping(settings["remap"])
+    return settings
 
 
-def _print(config: DictConfig, *, resolve: bool) -> None:
-    try:
-        print(OmegaConf.to_yaml(config, resolve=resolve), end="")
-    except OmegaConfBaseException as fault:
-        raise _wrong_value(fault) from None
+@functools.cache
+def _top_keys(config_name: str) -> list[str]:
+    """The sections and settings that a command has, from its YAML file."""
+    content = yaml.safe_load((CONFIGS / f"{config_name}.yaml").read_text(encoding="utf-8"))
+    keys = [key for key in content if key != "defaults"]
+    for default in content.get("defaults", []):
+        keys += default if isinstance(default, dict) else _top_keys(default) if default != "_self_" else []
+    return keys
 
 
-def sweep(config_name: str, overrides: Sequence[str]) -> list[Settings]:
-    """One `compose` for every combination of the values listed in overrides such as `optimizer.lr=0.1,0.2`."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # the second job would wait for its processes to meet for ever
-        raise ConfigError("-m: not under torchrun - start the runs one by one")
-    choices = [values_of(word) for word in overrides]
-    swept = [position for position, words in enumerate(choices) if len(words) > 1]
-    jobs = []
-    for words in itertools.product(*choices):
-        settings = compose(config_name, words)
-        told = ",".join(words[i].lstrip("+") for i in swept if not words[i].startswith(("name=", "runs=")))
-        if told and "name" in settings:
-            settings["name"] = f"{settings['name']}__{re.sub(r'[^a-zA-Z0-9.,=+_-]+', '_', told)}"
-        jobs.append(settings)
-    return jobs
+def values_of(word: str) -> list[str]:
+    """The word once for each of the values that it lists, as in `key=1,2,3`."""
+    with one_line("train", [word]):
+        override = OverridesParser.create().parse_override(word)
+        if not override.is_sweep_override():
+            return [word]
+        return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def typed(cls: type[T], settings: Mapping[str, Any]) -> T:
@@ -142,10 +295,10 @@ def typed(cls: type[T], settings: Mapping[str, Any]) -> T:
     try:
         return from_mapping(cls, settings, "")
     except ConfigError as fault:
-        raise ConfigError(str(fault).removeprefix(".")) from None
+        raise ConfigError(str(fault).removeprefix("."), code=fault.code) from None
 
 
-def _report(fault: RetinaError | OSError) -> None:
+def report(fault: Exception) -> None:
     """One line on stderr; of many faulty records the first, and other things there are to tell, on stdout."""
     if isinstance(fault, OSError):
         where = fault.filename or "file system"
@@ -156,85 +309,77 @@ def _report(fault: RetinaError | OSError) -> None:
         print(line)
     for note in getattr(fault, "__notes__", ()):
         print(plain(note))
-    code = f"[{fault.code}]" if fault.code else ""
+    code = f"[{fault.code}]" if isinstance(fault, RetinaError) and fault.code else ""
     print(f"error{code}: {plain(str(fault))}", file=sys.stderr)
 
 
-def _parser(task: Callable[..., Any], config_name: str) -> argparse.ArgumentParser:
+def _parser(program: Program) -> argparse.ArgumentParser:
     class OneLineParser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             self.exit(2, f"error: {message} - see --help\n")
 
     parser = OneLineParser(
-        description=sys.modules[task.__module__].__doc__,
-        epilog=f"Settings and what they mean: configs/{config_name}.yaml and the folders beside it.",
+        description=program.about,
+        epilog=f"Settings and what they mean: configs/{program.config_name}.yaml and the folders beside it. "
+        "Hydra's own flags, launchers and sweepers work too: --hydra-help.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, in Hydra's syntax")
-    parser.add_argument("--cfg", choices=["job"], help="print the settings and do nothing")
-    parser.add_argument("--resolve", action="store_true", help="with --cfg: follow ${references}")
-    parser.add_argument("-m", "--multirun", action="store_true", help="run once for each of key=value1,value2")
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="key=value", help="settings to change, in Hydra's syntax")
+    add("-c", "--cfg", choices=["job", "hydra", "all"], help="print the settings and do nothing")
+    add("--resolve", action="store_true", help="with --cfg: follow ${references}")
+    add("-p", "--package", help="with --cfg: only this section")
+    add("-m", "--multirun", action="store_true", help="run once for each of key=value1,value2")
+    add("-cd", "--config-dir", help="a folder of your own configs, laid out like ours")
+    add("-cn", "--config-name", help="a config of your own instead of ours")
+    add("-cp", "--config-path", help="a folder of configs instead of ours")
+    add("-i", "--info", nargs="?", const="all", help="print what Hydra knows: all, defaults, searchpath, plugins, ...")
+    add("-sc", "--shell-completion", action="store_true", help="with install=bash: complete keys in the shell")
+    add("--hydra-help", action="store_true", help="Hydra's own help")
     return parser
 
 
-def _config(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    for word in overrides:
-        if word.lstrip("+~").startswith(("hydra.", "hydra/")) and not word.startswith("hydra.searchpath="):
-            raise ConfigError(f"{word}: has no effect here - leave it out: Hydra only composes the settings")
-    # remap is empty, and Hydra gives an empty mapping no new keys unasked
-    overrides = [f"++{word}" if word.startswith(("remap=", "remap.")) else word for word in overrides]
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        try:
-            return hydra.compose(config_name, list(overrides))
-        except MissingConfigException as fault:
-            group, _, option = str(fault.missing_cfg_file or "").replace("\\", "/").rpartition("/")
-            options = sorted(path.stem for path in (CONFIGS / group).glob("[!_]*.yaml"))
-            raise ConfigError(f"{group}={option}: no such option - choose one of {', '.join(options)}") from None
-        except OverrideParseException as fault:
-            raise _unreadable(fault) from None
-        except HydraException as fault:
-            raise ConfigError(_explain(fault, config_name, overrides)) from None
-        except OmegaConfBaseException as fault:
-            raise _wrong_value(fault) from None
-        except (yaml.YAMLError, ValueError, RecursionError) as fault:  # such as tags that would make objects
-            reason = " ".join(str(fault).split())
-            raise ConfigError(f"settings: {reason} - correct that override or YAML file") from None
-
-
-def values_of(word: str) -> list[str]:
+@contextmanager
+def one_line(config_name: str, words: Sequence[str]) -> Iterator[None]:
+    """Turns what Hydra says against the words or a YAML file into a ConfigError of one line."""
     try:
-        override = OverridesParser.create().parse_override(word)
-        if not override.is_sweep_override():
-            return [word]
-        return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        yield
+    except MissingConfigException as fault:
+        group, _, option = str(fault.missing_cfg_file or "").replace("\\", "/").rpartition("/")
+        options = [name for name in GlobalHydra.instance().config_loader().get_group_options(group) if name[0] != "_"]
+        line = f"{group or '--config-name'}={option}: no such option - choose one of {', '.join(options)}"
+        raise ConfigError(line, code="no-such-option") from None
     except OverrideParseException as fault:
-        raise _unreadable(fault) from None
+        raise unreadable(fault.override, config_name) from None
     except HydraException as fault:
-        raise ConfigError(f"{word}: {str(fault).splitlines()[0]} - list the values, as in key=1,2,3") from None
-
-
-def _unreadable(fault: OverrideParseException) -> ConfigError:
-    return ConfigError(f"{fault.override}: cannot be understood - write key=value, with quotes as in 'key=\"a, b\"'")
+        raise _explain(fault, config_name, words) from None
+    except OmegaConfBaseException as fault:
+        raise _wrong_value(fault) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as fault:  # such as tags that would make objects
+        reason = " ".join(str(fault).split())
+        raise ConfigError(f"settings: {reason} - correct that override or YAML file", code="wrong-value") from None
 
 
 def _wrong_value(fault: OmegaConfBaseException) -> ConfigError:
-    return ConfigError(f"{fault.full_key or 'settings'}: {str(fault).splitlines()[0]} - correct this setting")
+    line = f"{fault.full_key or 'settings'}: {str(fault).splitlines()[0]} - correct this setting"
+    return ConfigError(line, code="wrong-value")
 
 
-def _explain(fault: HydraException, config_name: str, overrides: Sequence[str]) -> str:
+def _explain(fault: HydraException, config_name: str, words: Sequence[str]) -> ConfigError:
     """Hydra's complaint as one line; of an unknown key, with the nearest that exists under the groups chosen."""
     text = str(fault)
     if ambiguous := re.search(r"Ambiguous value for argument '(.+)'", text):
-        return f"{ambiguous[1]}: several values - add -m to run them all, or write key=[1,2] or 'key=\"a,b\"'"
+        line = f"{ambiguous[1]}: several values - add -m to run them all, or write key=[1,2] or 'key=\"a,b\"'"
+        return ConfigError(line, code="several-values")
     if present := re.search(r"An item is already at '([^']+)'", text):
-        return f"{present[1]}: exists already - leave out the +"
+        return ConfigError("exists already - leave out the +", code="exists", key=present[1])
     named = re.search(r"(?:Could not override|Could not delete from config\.|Could not delete) '([^']+)'", text)
     if not named:
-        return f"{text.splitlines()[0]} - see configs/{config_name}.yaml"
+        return ConfigError(f"{text.splitlines()[0]} - see configs/{config_name}.yaml", code="wrong-value")
     key = named[1].split("@")[0]
-    groups = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
-    chosen = [word for word in overrides if word.partition("=")[0] in groups and word.partition("=")[0] != key]
+    groups = GlobalHydra.instance().config_loader().list_groups("")
+    chosen = [word for word in words if word.partition("=")[0] in groups and word.partition("=")[0] != key]
     try:
         values = OmegaConf.to_container(hydra.compose(config_name, chosen), resolve=False)
     except (HydraException, OmegaConfBaseException):
@@ -242,13 +387,14 @@ def _explain(fault: HydraException, config_name: str, overrides: Sequence[str]) 
     known = [*_keys(values), *groups]
     if key in known and (inside := re.search(r"full_key: (\S+)", str(fault.__cause__))):  # as in train={lenght: 3}
         key = inside[1]
-    fault_and_fix = unknown_key(key, known)
+    value = next((word.partition("=")[2] for word in words if word.startswith(f"{key}=")), "")
     takes_more = f"{key.rpartition('.')[0]}._target_" in known
-    return f"{fault_and_fix} An argument that is not listed: +{key}=..." if takes_more else fault_and_fix
+    more = f" An argument that is not listed: +{key}=..." if takes_more else ""
+    return unknown(key, value, known, more=more)
 
 
 def _keys(values: Any, prefix: str = "") -> list[str]:
-    found: list[str] = []
+    keys: list[str] = []
     for key, value in values.items() if isinstance(values, dict) else ():
-        found += [f"{prefix}{key}", *_keys(value, f"{prefix}{key}.")]
-    return found
+        keys += [f"{prefix}{key}", *_keys(value, f"{prefix}{key}.")]
+    return keys

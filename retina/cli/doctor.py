@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retina.cli.compose import Settings, entry, typed
+from retina.cli.compose import entry
 from retina.cli.split import progress
 from retina.data.checks import DataReport
 from retina.engine.config import DataConfig, from_mapping
@@ -32,9 +32,8 @@ class DoctorConfig:
     traceback: bool
 
 
-@entry("doctor")
-def main(settings: Settings) -> int:
-    config = typed(DoctorConfig, settings)
+@entry("doctor", DoctorConfig)
+def main(config: DoctorConfig) -> int:
     data = from_mapping(DataConfig, config.data, "data")
     output = Path(config.output)
     refuse_to_overwrite(output, data)

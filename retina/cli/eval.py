@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retina.cli.build import call
-from retina.cli.compose import Settings, entry, typed
+from retina.cli.compose import entry
 from retina.cli.split import data_of, drop_nulls, open_split, progress
 from retina.engine.run_folder import read_settings
 from retina.errors import ConfigError
@@ -54,9 +54,8 @@ class EvalConfig:
             raise ConfigError(f"pictures: {self.pictures} is not allowed - give 0 or more")
 
 
-@entry("eval")
-def main(settings: Settings) -> int:
-    config = typed(EvalConfig, settings)
+@entry("eval", EvalConfig)
+def main(config: EvalConfig) -> int:
     if config.checkpoint:
         return score_detector(config, Path(config.checkpoint))
     score_file(config, Path(str(config.detections)))

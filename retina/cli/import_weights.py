@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from retina.cli.build import call
-from retina.cli.compose import Settings, entry, typed
+from retina.cli.compose import entry
 from retina.errors import ConfigError, plain
 
 
@@ -45,9 +45,8 @@ class ImportConfig:
                     raise ConfigError(f"{name}: is for weights of others, not for to=torchvision - leave it out")
 
 
-@entry("import_weights")
-def main(settings: Settings) -> int:
-    config = typed(ImportConfig, settings)
+@entry("import_weights", ImportConfig)
+def main(config: ImportConfig) -> int:
     output = Path(config.output)
     if (output.exists() or output.is_symlink()) and not config.overwrite:
         raise ConfigError(f"output: {output} is there already - give another name, or overwrite=true")

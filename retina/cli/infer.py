@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retina.cli.build import call
-from retina.cli.compose import Settings, entry, typed
+from retina.cli.compose import entry
 from retina.cli.journal import Batch, Done, cut_batches, finish, note, open_journal, open_output, read_done, write_whole
 from retina.cli.sources import FORMATS, Source, find_images, name_sources
 from retina.errors import ConfigError, DataError, plain
@@ -52,9 +52,8 @@ class InferConfig:
                 raise ConfigError(f"{name}: {getattr(self, name)} is not allowed - give 1 or more")
 
 
-@entry("infer")
-def main(settings: Settings) -> int:
-    config = typed(InferConfig, settings)
+@entry("infer", InferConfig)
+def main(config: InferConfig) -> int:
     output = Path(config.output)
     sources = name_sources(*find_images(config.source, output))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retina.cli.build import build, build_trackers, call
-from retina.cli.compose import Settings, entry
+from retina.cli.compose import Result, Settings, entry
 from retina.cli.recipe import make_recipe, without_target
 from retina.engine.config import DataConfig, TrainConfig, from_mapping
 from retina.engine.run_folder import Opened, open_run
@@ -26,8 +26,23 @@ def shapes_by_default(typed: list[str]) -> list[str]:
     return [] if chosen else ["experiment=shapes"]
 
 
-@entry("train", default=shapes_by_default)
-def main(settings: Settings) -> int:
+def check(settings: Settings) -> None:
+    """Raises ConfigError for settings that `main` would refuse, whatever the data. No weights are read."""
+    from_mapping(TrainConfig, settings["train"], "train")
+    from_mapping(DataConfig, settings["data"], "data")
+    run_folder(str(settings["runs"]), str(settings["name"]))
+    make_recipe(settings)
+
+    import torch
+
+    from retina.model.retinanet import retinanet
+
+    with torch.device("meta"):  # shapes alone
+        call(retinanet, "model", **settings["model"] | {"weights": None}, num_classes=1)
+
+
+@entry("train", default=shapes_by_default, check=check)
+def main(settings: Settings) -> Result:
     config = from_mapping(TrainConfig, settings["train"], "train")
     data = from_mapping(DataConfig, settings["data"], "data")
     folder = run_folder(str(settings["runs"]), str(settings["name"]))
@@ -157,7 +172,7 @@ def main(settings: Settings) -> int:
             logger.curves()
             logger.info(f"finished at step {progress.step}{best}: {folder / 'best.safetensors'}")
             logger.info(f"next: python tools/eval.py checkpoint={folder}   |   curves: {folder / 'curves.png'}")
-    return 128 + stopped if stopped else 0
+    return Result(128 + stopped if stopped else 0, progress.best)
 
 
 def report_skipped(logger: "RunLogger", *loaders: "BatchLoader") -> None:

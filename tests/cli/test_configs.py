@@ -1,5 +1,6 @@
 """Every YAML composes and makes what it describes, and every command in a header can be typed."""
 
+import itertools
 import re
 import shlex
 from dataclasses import asdict
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from retina.cli.build import build, check_arguments
-from retina.cli.compose import CONFIGS, compose, sweep
+from retina.cli.compose import CONFIGS, compose, values_of
 from retina.cli.train import shapes_by_default
 from retina.data.transforms import Pipeline, Sample
 from retina.engine.config import DataConfig, TrainConfig, from_mapping, to_steps
@@ -99,7 +100,8 @@ def _heads() -> list[list[str]]:
 
 @pytest.mark.parametrize("words", _heads(), ids=" ".join)
 def test_loss_and_head_fit(words: list[str]) -> None:
-    for settings in sweep("train", words):
+    for chosen in itertools.product(*map(values_of, words)):
+        settings = compose("train", chosen)
         quality, bins = settings["model"]["head_quality"], settings["model"]["box_bins"]
         build(settings["loss"], "loss").check_head(quality=quality, bins=bins is not None)
 
