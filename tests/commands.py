@@ -12,12 +12,13 @@ Capture = pytest.CaptureFixture[str]
 
 
 def one_line(capsys: Capture) -> str:
-    """The one line in which a tool refused, and that it said nothing else."""
+    """The one line in which a tool refused, without the code of the fault, and that it said nothing else."""
     out, err = capsys.readouterr()
     assert out == ""
     (line,) = err.splitlines()
-    assert re.match(r"error(\[[a-z0-9-]+\])?: ", line)
-    return line
+    begin = re.match(r"error(\[[a-z0-9-]+\])?: ", line)
+    assert begin
+    return f"error: {line[begin.end() :]}"
 
 
 def digest(root: Path) -> dict[str, str]:

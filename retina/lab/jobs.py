@@ -88,7 +88,7 @@ def _train(job: Job, show: Callable[[str], None]) -> str:
         sys.exit(128 + received[0])
     if not code:
         return ""
-    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    told = [match[1] for line in lines if (match := re.match(r"error(?:\[[\w-]+\])?: (.*)", line))]
     return plain(told[-1] if told else f"ended with code {code}: {' '.join(lines[-1:])}")
 
 
