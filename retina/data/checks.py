@@ -396,16 +396,8 @@ def box_problems(xywh: Float64[np.ndarray, "T 4"], sizes: Int64[np.ndarray, "T 2
     outside = ((reach < 0) | ((reach == 0) & (xywh[:, 2:] > 0))).any(axis=1)
     side = xywh[:, 2:].min(axis=1)
     kinds: list[tuple[Bool[np.ndarray, "T"], str, bool]] = [
-        (
-            np.abs(xywh).max(axis=1, initial=0) > _FARTHEST,
-            "is larger than any image - correct or remove it",
-            True,
-        ),
-        (
-            outside,
-            "lies outside the image of {width}x{height} - correct it, or the image's width and height",
-            True,
-        ),
+        (np.abs(xywh).max(axis=1, initial=0) > _FARTHEST, "is larger than any image - correct or remove it", True),
+        (outside, "lies outside the image of {width}x{height} - correct it, or the image's width and height", True),
         (
             overhang > MAX_OVERHANG,
             "leaves the image of {width}x{height} by {overhang:g} px - training clips it; correct it, or the image's "

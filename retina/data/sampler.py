@@ -42,11 +42,7 @@ class Repeats(NamedTuple):
 
 
 def repeat_factors(
-    labels: Labels,
-    images: Labels | None = None,
-    *,
-    num_images: int | None = None,
-    threshold: float = 1e-3,
+    labels: Labels, images: Labels | None = None, *, num_images: int | None = None, threshold: float = 1e-3
 ) -> Repeats:
     """Images of rare classes repeated: r(i) = max over its classes c of max(1, sqrt(threshold / f(c))).
 
