@@ -10,9 +10,8 @@ sources of this folder): whatever changes, there is no entry of that name yet. A
 import errno
 import hashlib
 import json
-import math
-import mmap
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ import numpy as np
 
 from retina.data.annotations import Annotations
 from retina.data.paths import folder_stamps, folders_of, is_free_of_links, links_outside
-from retina.files import sync_folder
+from retina.files import sync_folder, write_synced
 
 CACHE_FROM_BYTES = 32 << 20
 """Bytes of JSON from which on an entry pays: parsing them takes seconds. Smaller files are not even hashed."""
@@ -153,7 +152,7 @@ def _remove_unused(folder: Path) -> None:
     for file in _all(folder):
         with suppress(OSError):  # somebody else's, or gone meanwhile
             if time.time() - file.stat().st_mtime > _UNUSED_SECONDS:
-                file.unlink()
+                _remove(file)
 
 
 def _all(folder: Path) -> Iterator[Path]:
@@ -162,51 +161,91 @@ def _all(folder: Path) -> Iterator[Path]:
         yield from folder.glob(pattern)
 
 
-# Files of named arrays that are mapped into memory, with every byte verified before it is used.
+# Folders of named arrays (`NAME.npy`) and notes, which are mapped into memory after every byte has been verified.
 #
-# The first line is the digest of the second; the second is JSON with the type, shape, place and digest of every column;
-# then come the columns, raw and little-endian, each at a multiple of 64 bytes. Nothing in it can be executed.
+# The first line of notes.json is the digest of the second; the second is JSON with the type, shape and digest of every
+# array. Nothing in the folder can be executed: numpy is told to refuse pickles.
 _CHUNK = 4 << 20
-_ALIGNMENT = 64
 _THREADS = min(8, os.cpu_count() or 1)
 
 
 class Columns(NamedTuple):
-    """The content of a file."""
+    """The content of a folder."""
 
     arrays: Mapping[str, np.ndarray]
-    """As read, they are mapped from the file and private to the process: what is written into one goes nowhere else."""
+    """As read, they are mapped from the files, and private to the process: the files never change."""
     notes: dict[str, Any]
     """What else there is to keep, as JSON knows it."""
 
 
-def write_columns(file: Path, columns: Columns) -> None:
-    """Writes the file whole, and reads it back, before it takes its name. Raises OSError; then nothing is left behind.
+def write_columns(folder: Path, columns: Columns) -> None:
+    """Writes the folder whole, and reads it back, before it takes its name. Raises OSError and leaves nothing behind.
 
-    Several processes may write the same file at once."""
-    descriptor, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=file.parent)
+    Several processes may write the same folder at once."""
+    temporary = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=folder.parent))
+    replaced = temporary.with_suffix(".old.tmp")
     try:
-        with open(descriptor, "wb") as stream:
-            _write(stream, columns)
-            stream.flush()
-            os.fsync(stream.fileno())
-        with open(name, "rb") as stream:
-            if _read(stream) is None:
-                raise OSError(errno.EIO, "it does not hold what was written")
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    sync_folder(file.parent)
+        described = {name: _write(temporary / f"{name}.npy", array) for name, array in columns.arrays.items()}
+        notes = json.dumps({"columns": described, "notes": columns.notes}).encode("ascii")
+        write_synced(temporary / "notes.json", hashlib.sha256(notes).hexdigest().encode("ascii") + b"\n" + notes)
+        if read_columns(temporary) is None:
+            raise OSError(errno.EIO, "it does not hold what was written")
+        sync_folder(temporary)
+        with suppress(FileNotFoundError):
+            folder.rename(replaced)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            # another process was faster, with the same content
+    finally:
+        for rest in (temporary, replaced):
+            _remove(rest)
+    sync_folder(folder.parent)
 
 
-def read_columns(file: Path) -> Columns | None:
-    """None if the file is missing, damaged or cannot be read."""
+def read_columns(folder: Path) -> Columns | None:
+    """None if the folder is missing, damaged or cannot be read."""
     try:
-        with file.open("rb") as stream:
-            return _read(stream)
-    except (OSError, ValueError):
+        digest, _, notes = (folder / "notes.json").read_bytes().partition(b"\n")
+        if hashlib.sha256(notes).hexdigest().encode("ascii") != digest:
+            return None
+        content = json.loads(notes)
+        arrays = {name: _read(folder / f"{name}.npy", about) for name, about in content["columns"].items()}
+    except Exception:  # of a damaged header, numpy raises whatever it stumbles over
         return None
+    return Columns(arrays, content["notes"])
+
+
+def _write(file: Path, array: np.ndarray) -> dict[str, Any]:
+    """Writes one array and says what it must be when it is read. Raises OSError, ValueError for Python objects."""
+    array = np.ascontiguousarray(array).reshape(array.shape)
+    with file.open("wb") as stream:
+        np.save(stream, array, allow_pickle=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+    digest = digest_of(array.reshape(-1).view(np.uint8).data)
+    return {"type": array.dtype.str, "shape": list(array.shape), "digest": digest}
+
+
+def _read(file: Path, about: Mapping[str, Any]) -> np.ndarray:
+    """The mapped array. Raises ValueError if it is not the one that was written, OSError."""
+    array = np.load(file, mmap_mode="c", allow_pickle=False)
+    if not array.flags.c_contiguous or [array.dtype.str, list(array.shape)] != [about["type"], about["shape"]]:
+        raise ValueError("another array")
+    with file.open("rb") as stream:  # not through the mapping, where a bad sector would end the process
+        if digest_in(stream, array.offset, array.nbytes) != about["digest"]:
+            raise ValueError("damaged")
+    return array.view(np.ndarray)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder, if there is one. Raises OSError for a file that cannot be removed."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def digest_of(data: memoryview) -> str:
@@ -229,40 +268,3 @@ def _digest(read: Callable[[int, int], bytes | memoryview], size: int) -> str:
         return hashlib.sha256(b"".join(map(part, starts))).hexdigest()
     with ThreadPoolExecutor(_THREADS) as pool:
         return hashlib.sha256(b"".join(pool.map(part, starts))).hexdigest()
-
-
-def _write(stream: BinaryIO, columns: Columns) -> None:
-    contents = {name: array.reshape(-1).view(np.uint8).data for name, array in columns.arrays.items()}
-    described: dict[str, dict[str, Any]] = {}
-    start = 0
-    for name, content in contents.items():
-        array = columns.arrays[name]
-        described[name] = {"type": array.dtype.str, "shape": array.shape, "start": start, "digest": digest_of(content)}
-        start += len(content) + -len(content) % _ALIGNMENT
-    header = json.dumps({"columns": described, "notes": columns.notes}).encode("ascii")
-    header += b" " * (-(64 + 1 + len(header) + 1) % _ALIGNMENT)
-    stream.write(hashlib.sha256(header).hexdigest().encode("ascii") + b"\n" + header + b"\n")
-    for content in contents.values():
-        stream.write(content)
-        stream.write(b"\0" * (-len(content) % _ALIGNMENT))
-
-
-def _read(stream: BinaryIO) -> Columns | None:
-    """None if it is damaged. Raises OSError; ValueError for what was never such a file."""
-    digest, header = stream.readline()[:-1], stream.readline()[:-1]
-    begin = stream.tell()
-    if hashlib.sha256(header).hexdigest().encode("ascii") != digest:
-        return None
-    content = json.loads(header)
-    places = []
-    for name, about in content["columns"].items():
-        kind, start, count = np.dtype(about["type"]), begin + about["start"], math.prod(about["shape"])
-        # not through the mapping, where a bad sector would end the process
-        if digest_in(stream, start, count * kind.itemsize) != about["digest"]:
-            return None
-        places.append((name, kind, count, start, about["shape"]))
-    mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    arrays = {
-        name: np.frombuffer(mapped, kind, count, start).reshape(shape) for name, kind, count, start, shape in places
-    }
-    return Columns(arrays, content["notes"])

@@ -1,4 +1,4 @@
-"""Files of columns: what is read is what was written, or nothing."""
+"""Folders of columns: what is read is what was written, or nothing."""
 
 import hashlib
 import json
@@ -56,31 +56,31 @@ def test_columns_are_mapped_aligned_and_private(tmp_path: Path) -> None:
         base = array
         while isinstance(base, np.ndarray):
             base = base.base
-        assert isinstance(base, memoryview) and isinstance(base.obj, mmap.mmap)  # noqa: PT018
+        assert isinstance(base, mmap.mmap)
         assert array.ctypes.data % 64 == 0 or array.size == 0
     first.arrays["boxes"][:] = 7
     assert_equal(second, some_columns())
     assert_equal(read_columns(tmp_path / "a"), some_columns())
 
 
-def test_any_flipped_bit_and_any_cut_is_noticed(tmp_path: Path) -> None:
+def test_any_flipped_bit_and_any_cut_is_noticed_or_harmless(tmp_path: Path) -> None:
     few = Columns({"boxes": np.array([[0.1, 7.5]]), "crowd": np.array([True, False, True])}, {"classes": ["cat"]})
     write_columns(tmp_path / "a", few)
-    sound = (tmp_path / "a").read_bytes()
-    header = sound.index(b"\n", 65) + 1
-    used = set(range(header))
-    for about in json.loads(sound[65:header])["columns"].values():
-        size = np.dtype(about["type"]).itemsize * int(np.prod(about["shape"]))
-        used |= set(range(header + about["start"], header + about["start"] + size))
-    for place in range(len(sound)):
-        (tmp_path / "b").write_bytes(sound[:place] + bytes([sound[place] ^ 1 << place % 8]) + sound[place + 1 :])
-        if place in used:
-            assert read_columns(tmp_path / "b") is None, place
-        else:
-            assert_equal(read_columns(tmp_path / "b"), few)
-    for length in range(max(used) + 1):
-        (tmp_path / "b").write_bytes(sound[:length])
-        assert read_columns(tmp_path / "b") is None, length
+    for file in sorted((tmp_path / "a").iterdir()):
+        sound = file.read_bytes()
+        start = 128 if file.suffix == ".npy" else 0  # of the numbers; numpy pads its header to 128 bytes
+        for place in range(len(sound)):
+            file.write_bytes(sound[:place] + bytes([sound[place] ^ 1 << place % 8]) + sound[place + 1 :])
+            columns = read_columns(tmp_path / "a")
+            if place >= start:
+                assert columns is None, (file, place)
+            elif columns is not None:  # in the padding
+                assert_equal(columns, few)
+        for length in range(len(sound)):
+            file.write_bytes(sound[:length])
+            assert read_columns(tmp_path / "a") is None, (file, length)
+        file.write_bytes(sound)
+    assert_equal(read_columns(tmp_path / "a"), few)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"\n\n", b"{}\n{}\n", os.urandom(1000), b"\0" * 1000])
@@ -89,16 +89,24 @@ def test_other_files_are_none(tmp_path: Path, content: bytes) -> None:
     assert read_columns(tmp_path / "a") is None
     assert read_columns(tmp_path / "missing") is None
     assert read_columns(tmp_path) is None
+    write_columns(tmp_path / "a", some_columns())  # in its place
+    for file in (tmp_path / "a").iterdir():
+        sound = file.read_bytes()
+        file.write_bytes(content)
+        assert read_columns(tmp_path / "a") is None
+        file.write_bytes(sound)
+    assert_equal(read_columns(tmp_path / "a"), some_columns())
 
 
 def test_python_objects_are_neither_written_nor_read(tmp_path: Path) -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="allow_pickle"):
         write_columns(tmp_path / "a", Columns({"objects": np.array([{}], dtype=object)}, {}))
     assert os.listdir(tmp_path) == []
-    data = b"\0" * 8
-    about = {"type": "|O", "shape": [1], "start": 0, "digest": digest_of(memoryview(data))}
-    header = json.dumps({"columns": {"objects": about}, "notes": {}}).encode()
-    (tmp_path / "a").write_bytes(hashlib.sha256(header).hexdigest().encode() + b"\n" + header + b"\n" + data)
+    write_columns(tmp_path / "a", Columns({"objects": np.zeros(1)}, {}))
+    np.save(tmp_path / "a" / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    about = {"type": "|O", "shape": [1], "digest": "0"}
+    notes = json.dumps({"columns": {"objects": about}, "notes": {}}).encode()
+    (tmp_path / "a" / "notes.json").write_bytes(hashlib.sha256(notes).hexdigest().encode() + b"\n" + notes)
     assert read_columns(tmp_path / "a") is None
 
 
@@ -108,7 +116,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     for size in (0, 100, 1000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
         try:
-            with pytest.raises(OSError, match="File too large"):
+            with pytest.raises(OSError, match=r"File too large|written"):
                 write_columns(tmp_path / "a", Columns({"more": np.zeros(1000)}, {}))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -121,7 +129,8 @@ def test_what_cannot_be_read_back_does_not_take_the_name(tmp_path: Path, monkeyp
 
     def failing_disk(descriptor: int) -> None:
         fsync(descriptor)
-        os.pwrite(descriptor, b"!", os.fstat(descriptor).st_size - 8)
+        if os.fstat(descriptor).st_size:
+            os.pwrite(descriptor, b"!", os.fstat(descriptor).st_size - 8)
 
     monkeypatch.setattr(os, "fsync", failing_disk)
     with pytest.raises(OSError, match="does not hold what was written"):
