@@ -145,7 +145,7 @@ def _own_memory(pid: int | None, entry: Path) -> int:
             first, *words = line.split()
             if "-" in first:
                 path = words[4] if len(words) > 4 else ""
-                counts = path == str(entry) or not path.startswith("/")
+                counts = path.startswith(f"{entry}/") or not path.startswith("/")
             elif first == "Pss:" and counts:
                 total += int(words[0]) * 1024
     return total
