@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml Makefile $(shell find retina tools tests examples configs -name '*.py' -o -name '*.yaml')
 
-.PHONY: demo test test-slow bench chaos mutants lint types
+.PHONY: demo test test-lab test-slow bench chaos mutants lint types
 
 # made again only when the list of dependencies changes
 .venv/installed: pyproject.toml
@@ -26,8 +26,12 @@ test: .venv/tested
 	@echo "tests: green, nothing changed since $$(date -r .venv/tested '+%Y-%m-%d %H:%M')"
 
 .venv/tested: .venv/installed $(SOURCES)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore tests/lab --ignore tests/benchmarks
 	touch $@
+
+# the lab and the benchmarks stand beside the road, and so do their tests
+test-lab: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests/lab tests/benchmarks
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

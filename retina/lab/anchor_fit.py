@@ -10,9 +10,9 @@ object pulls at the anchor that overlaps it most.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -21,12 +21,14 @@ from torch import Tensor
 from retina.lab.coverage import Objects, Pyramid, best_iou, distances, iou_of_shapes
 from retina.ops.anchors import AnchorGenerator
 
-WORTH = 0.01
+LEAST_GAIN = 0.01
 """The least difference, of mean best IoU or of recall, that other anchors are worth: new ones cost a trained head."""
 LEAST_IMAGES = 8
 """With objects: fewer cannot tell a gain from noise."""
 _MOST_OBJECTS = 1500  # that one fit looks at; a few numbers need no more
 _MOST_STRIDES = 8  # side of an anchor, but on the coarsest level: a cell sees no more. ATSS (arXiv 1912.02424) has 8
+_TIMES = 3  # that the images are cut into halves
+LEAST_GAIN_OF_LEVEL = 0.03  # the least gain of recall that one more level is worth: it makes four times as many anchors
 _ROUNDS = ((3, 10), (1, 20), (1, 50))  # so many of the starts are left after so many steps
 _RATE = 0.06  # of a log side per step
 
@@ -57,7 +59,7 @@ class Gain:
     @property
     def counts(self) -> bool:
         """Whether it is more than noise, and worth anything."""
-        return abs(self.mean) > self.noise and abs(self.mean) >= WORTH
+        return abs(self.mean) > self.noise and abs(self.mean) >= LEAST_GAIN
 
     @property
     def rises(self) -> bool:
@@ -113,6 +115,104 @@ def gain(objects: Objects, after: Float[Tensor, "S N"], before: Float[Tensor, "*
     residual = torch.zeros(len(images), dtype=torch.float64).index_add_(0, number, of_object - mean)
     error = (residual.square().sum() * len(images) / (len(images) - 1)).sqrt() / len(of_object)
     return Gain(mean.item(), 2 * max(error.item(), differences.mean(dim=1).std().item()))
+
+
+class Trial(NamedTuple):
+    """What a fit on some levels gains on images that it was not made from."""
+
+    levels: list[int]
+    anchors: int
+    """On the canvas of most objects."""
+    iou: Gain
+    """Of the mean best IoU."""
+    recall: Gain
+    """Of the share of objects that reach the matching threshold."""
+    scores: Float[Tensor, "S N"]
+    """Best IoU of every object, for each cut of the images into halves."""
+
+    def numbers(self) -> dict[str, Any]:
+        told = {
+            name: {"gain": one.mean, "noise": one.noise, "counts": one.counts}
+            for name, one in (("best_iou", self.iou), ("recall_at_threshold", self.recall))
+        }
+        return {"levels": self.levels, "anchors": self.anchors, **told}
+
+
+class Decision(NamedTuple):
+    levels: list[int]
+    change: bool
+    reason: str
+
+
+def try_levels(
+    objects: Objects,
+    now: Pyramid,
+    starts: Iterable[tuple[list[int], Pyramid]],
+    threshold: float,
+    generator: torch.Generator,
+) -> list[Trial]:
+    """A fit from each start, compared with `now`. Empty where there are too few images to tell noise."""
+    cuts = halves(objects, _TIMES, generator)
+    before = best_iou(objects, now).amax(dim=1)
+    canvas, count = objects.canvas.unique(dim=0, return_counts=True)
+    trials = []
+    for levels, start in starts if cuts else ():
+
+        def fitted(half: Objects, start: Pyramid = start) -> Pyramid:
+            return fit(half, start, threshold, generator)
+
+        scores = held_out(objects, cuts, fitted)
+        cells = int(start.cells(canvas[count.argmax()][None]).prod(dim=-1).sum())
+        trials.append(
+            Trial(
+                levels,
+                cells * start.anchors.num_per_cell,
+                gain(objects, scores, before),
+                gain(objects, *((ious >= threshold).float() for ious in (scores, before))),
+                scores,
+            )
+        )
+    return trials
+
+
+def decide(objects: Objects, trials: Sequence[Trial], levels: list[int], threshold: float) -> Decision:
+    """The first trial is that of the levels as they are; another has one level more below, or one less.
+
+    One more level must lift the recall by 0.03; one less must cost neither best IoU nor recall. Then the anchors change
+    if one of the two rises and none falls, counting what `Gain.counts`; or if a level is saved and none falls."""
+    if not trials:
+        return Decision(levels, False, f"no change: fewer than {LEAST_IMAGES} images with objects say nothing of noise")
+    same, *others = trials
+    chosen = same
+    for other in others:
+        iou = gain(objects, other.scores, same.scores)
+        recall = gain(objects, *((trial.scores >= threshold).float() for trial in (other, same)))
+        if len(other.levels) > len(levels):
+            pays = recall.rises and recall.mean >= LEAST_GAIN_OF_LEVEL
+        else:
+            pays = not (iou.falls or recall.falls)
+        if pays:
+            chosen = other
+            break
+    return _judged(chosen, len(levels))
+
+
+def _judged(trial: Trial, number: int) -> Decision:
+    """`number`: of levels as they are."""
+    iou, recall = trial.iou, trial.recall
+    if iou.falls or recall.falls:
+        change, why = False, "what one gains the other loses"
+    elif iou.rises or recall.rises:
+        change, why = True, "more than noise"
+    elif len(trial.levels) < number:
+        change, why = True, "one level less costs nothing"
+    elif max(iou.mean - iou.noise, recall.mean - recall.noise) > 0:
+        change, why = False, f"a gain below {LEAST_GAIN:g} is worth no change"
+    else:
+        change, why = False, "the gain is within noise"
+    where = "" if len(trial.levels) == number else f" from P{trial.levels[0]} on"
+    told = f"{why}: mean best IoU {iou}, recall {recall} on images not fitted to"
+    return Decision(trial.levels, change, f"{'change' if change else 'no change'}{where}, {told}")
 
 
 class _Data(NamedTuple):

@@ -18,9 +18,8 @@ from retina.data.shapes import write_shapes
 from retina.data.transforms import Pipeline, ResizeShortSide
 from retina.engine.config import DataConfig
 from retina.errors import ConfigError
-from retina.lab.anchor_fit import Gain, fit, gain, halves, held_out, slope_of_iou
+from retina.lab.anchor_fit import Gain, Trial, decide, fit, gain, halves, held_out, slope_of_iou, try_levels
 from retina.lab.anchor_report import yaml_file
-from retina.lab.anchor_trials import Trial, decide, try_levels
 from retina.lab.anchors import AnchorsConfig, check_places, pyramid_of
 from retina.lab.coverage import (
     Objects,

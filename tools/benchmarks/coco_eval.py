@@ -90,12 +90,7 @@ def _as_coco(annotations: Annotations, detections: DetectionArrays) -> tuple[COC
         ],
     }
     results = np.column_stack(
-        [
-            annotations.image_ids[detections.indices],
-            _xywh(detections.boxes),
-            detections.scores,
-            detections.labels + 1,
-        ]
+        [annotations.image_ids[detections.indices], _xywh(detections.boxes), detections.scores, detections.labels + 1]
     )
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()

@@ -95,7 +95,7 @@ def _launch(count: int, bench: Bench) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         output = Path(folder, "result.json")
         side, rounds = (64, 2) if bench.quick else (256, bench.rounds)
-        work = ["_bench.scaling", bench.device.type, str(side), str(rounds), str(output)]
+        work = ["benchmarks.scaling", bench.device.type, str(side), str(rounds), str(output)]
         torchrun(["--standalone", f"--nproc_per_node={count}", "-m", *work])
         result: dict[str, Any] = json.loads(output.read_text())
         return result

@@ -69,16 +69,7 @@ def run(bench: Bench) -> list[Row]:
     )
     bars = ((None, 0.0), (0.0, 0.0), (0.0, 0.0), (None, None))
     return [
-        Row(
-            measure=name,
-            ours=one,
-            reference=other,
-            unit="",
-            ratio=one,
-            must=must,
-            goal=goal,
-            lower_is_better=True,
-        )
+        Row(measure=name, ours=one, reference=other, unit="", ratio=one, must=must, goal=goal, lower_is_better=True)
         for name, one, other, (must, goal) in zip(names, values["ours"], values["reference"], bars, strict=True)
     ]
 
