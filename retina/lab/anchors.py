@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def run(settings: Settings, config: AnchorsConfig, data: DataConfig, words: Sequence[str]) -> None:
     import torch
 
-    from retina.lab.anchor_report import describe, draw, model_section, yaml_file
     from retina.lab.anchor_fit import Decision, decide, fit, try_levels
+    from retina.lab.anchor_report import describe, draw, model_section, yaml_file
     from retina.lab.coverage import batches_of_images, cover, draw_images, summarize
 
     seed = from_mapping(TrainConfig, settings["train"], "train").seed
