@@ -5,14 +5,14 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from retina.lab.histogram import Histograms, histograms
-from retina.losses.detection import never_empty
+from retina.losses.detection import pad_if_empty
 from retina.ops.assigners import Assigner
 from retina.types import Assignment, Predictions, Targets
 
 
 def assign(assigner: Assigner, predictions: Predictions, targets: Targets) -> tuple[Int64[Tensor, "B A"], Assignment]:
     """The label of every anchor's object, and the assignment."""
-    targets = never_empty(targets)
+    targets = pad_if_empty(targets)
     assigned = assigner(predictions, targets)
     return targets.labels.gather(1, assigned.matched), assigned
 

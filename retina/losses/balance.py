@@ -7,10 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from retina.losses.common import (
-    reduce_loss,
-    refuse,
-)
+from retina.losses.common import reduce_loss, refuse
 
 
 def class_balanced_weights(counts: Tensor | Sequence[int], *, beta: float = 0.999) -> Float[Tensor, "C"]:
@@ -41,7 +38,7 @@ def class_balanced_weights(counts: Tensor | Sequence[int], *, beta: float = 0.99
 
 
 def hardest(losses: Float[Tensor, "*shape"], *, fraction: float) -> Bool[Tensor, "*shape"]:
-    """The `fraction` of all elements with the greatest loss, rounded up; among equal ones, which is open.
+    """The `fraction` of all elements with the greatest loss, rounded up; which of equal ones is open.
 
     An element with loss 0, such as an ignored one, is never among them. No shape depends on the data.
     Raises ValueError unless the fraction is in (0, 1].
@@ -109,8 +106,7 @@ class OHEMLoss(nn.Module):
         assert self.negatives_per_positive is not None
         if targets.numel() != losses.numel():
             raise ValueError(
-                "positives and negatives are told apart by one target per loss: targets of shape "
-                f"{list(targets.shape)} are not those of losses of shape {list(losses.shape)}"
+                f"targets must be one per value of the loss, got shape {list(targets.shape)} for {list(losses.shape)}"
             )
         positive = (targets > 0) & (targets != getattr(self.loss, "ignore_index", -100))
         return hardest_negatives(losses, positive.reshape(losses.shape), ratio=self.negatives_per_positive)

@@ -19,6 +19,8 @@ from retina.losses.soft_targets import ghm_loss, quality_focal_loss, varifocal_l
 from retina.ops.boxes import pairwise_iou
 from retina.types import Assignment, Predictions
 
+Labels = Int64[Tensor, "B A"]
+Scalar = Float[Tensor, ""]
 _CHUNK = 2**24  # logits that are copied at a time
 
 
@@ -26,9 +28,7 @@ _CHUNK = 2**24  # logits that are copied at a time
 class ClassLoss(Protocol):
     """What `DetectionLoss` needs of a classification loss."""
 
-    def __call__(
-        self, predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
-    ) -> Float[Tensor, ""]:
+    def __call__(self, predictions: Predictions, labels: Labels, assigned: Assignment) -> Scalar:
         """The sum over anchors and classes; anchors that are neither positive nor negative count for nothing. `labels`
         are those of the objects that the anchors belong to, and say something at positive anchors only.
 
@@ -53,9 +53,7 @@ class Focal:
     def __post_init__(self) -> None:
         check_focal(self.alpha, self.gamma)
 
-    def __call__(
-        self, predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
-    ) -> Float[Tensor, ""]:
+    def __call__(self, predictions: Predictions, labels: Labels, assigned: Assignment) -> Scalar:
         # Level by level: one tensor of all logits would be a second copy of the largest tensor of the step.
         counts = [len(anchors) for anchors in predictions.anchors]
         parts = (part.split(counts, dim=1) for part in (labels, assigned.positive, assigned.negative))
@@ -79,12 +77,11 @@ class QualityFocal:
     def __post_init__(self) -> None:
         check_focal(None, self.gamma)
 
-    def __call__(
-        self, predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
-    ) -> Float[Tensor, ""]:
-        logits, quality = _logits_of_labels(predictions, labels, assigned), _quality(assigned)
-        own = torch.where(assigned.positive, quality_focal_loss(logits, quality, gamma=self.gamma), 0).sum()
-        return own + _of_negatives(self.gamma, predictions, labels, assigned)
+    def __call__(self, predictions: Predictions, labels: Labels, assigned: Assignment) -> Scalar:
+        logits, quality = logits_of_labels(predictions, labels, assigned), _quality(assigned)
+        loss = quality_focal_loss(logits, quality, gamma=self.gamma)
+        positives_loss = torch.where(assigned.positive, loss, 0).sum()
+        return positives_loss + _of_negatives(self.gamma, predictions, labels, assigned)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +102,11 @@ class Varifocal:
     def __post_init__(self) -> None:
         check_focal(self.alpha, self.gamma)
 
-    def __call__(
-        self, predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
-    ) -> Float[Tensor, ""]:
-        logits, quality = _logits_of_labels(predictions, labels, assigned), _quality(assigned)
-        own = varifocal_loss(logits, quality, alpha=self.alpha, gamma=self.gamma)
-        own = torch.where(assigned.positive, own, 0).sum()
-        return own + self.alpha * _of_negatives(self.gamma, predictions, labels, assigned)
+    def __call__(self, predictions: Predictions, labels: Labels, assigned: Assignment) -> Scalar:
+        logits, quality = logits_of_labels(predictions, labels, assigned), _quality(assigned)
+        loss = varifocal_loss(logits, quality, alpha=self.alpha, gamma=self.gamma)
+        positives_loss = torch.where(assigned.positive, loss, 0).sum()
+        return positives_loss + self.alpha * _of_negatives(self.gamma, predictions, labels, assigned)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +128,7 @@ class GHM:
         if self.num_bins < 1:
             raise ValueError(f"num_bins must be at least 1, got {self.num_bins}")
 
-    def __call__(
-        self, predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
-    ) -> Float[Tensor, ""]:
+    def __call__(self, predictions: Predictions, labels: Labels, assigned: Assignment) -> Scalar:
         logits = torch.cat(predictions.logits, dim=1)
         classes = torch.arange(logits.shape[-1], device=logits.device)
         targets = assigned.positive[..., None] & (labels[..., None] == classes)
@@ -172,9 +165,7 @@ class OHEM:
         if not 0 <= self.nms_iou <= 1:
             raise ValueError(f"nms_iou must be in [0, 1], got {self.nms_iou}")
 
-    def __call__(
-        self, predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
-    ) -> Float[Tensor, ""]:
+    def __call__(self, predictions: Predictions, labels: Labels, assigned: Assignment) -> Scalar:
         hardness, anchors = _cross_entropy(predictions, labels, assigned), torch.cat(list(predictions.anchors))
         positive, negative = assigned.positive, assigned.negative
         if self.one_to_three:
@@ -228,14 +219,14 @@ def _suppress_on_cpu(
 ) -> Int64[Tensor, "B P"]:
     """The same, image by image; more boxes are compared only if too few of the first remain."""
     order = torch.full(left.shape, count)
-    for image, those, available in zip(order, boxes, left.sum(dim=1).tolist(), strict=True):
-        looked = min(4 * count, available)
+    for image, candidates, available in zip(order, boxes, left.sum(dim=1).tolist(), strict=True):
+        num_compared = min(4 * count, available)
         while True:
-            falling = -torch.arange(looked, dtype=torch.float32)
-            kept = nms(those[:looked], falling, nms_iou)
-            if len(kept) >= count or looked == available:
+            falling = -torch.arange(num_compared, dtype=torch.float32)
+            kept = nms(candidates[:num_compared], falling, nms_iou)
+            if len(kept) >= count or num_compared == available:
                 break
-            looked = min(4 * looked, available)
+            num_compared = min(4 * num_compared, available)
         image[kept] = torch.arange(len(kept))
     return order
 
@@ -247,30 +238,24 @@ def _quality(assigned: Assignment) -> Float[Tensor, "B A"]:
 
 
 @torch.no_grad()
-def _cross_entropy(
-    predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
-) -> Float[Tensor, "B A"]:
+def _cross_entropy(predictions: Predictions, labels: Labels, assigned: Assignment) -> Float[Tensor, "B A"]:
     """Of every anchor, summed over classes: softplus(x), less x at a positive's label."""
     sums = []
     for logits in predictions.logits:
         rows = max(1, _CHUNK // max(1, len(logits) * logits.shape[-1]))
         sums += [F.softplus(part.float()).sum(dim=-1) for part in logits.split(rows, dim=1)]
-    own = _logits_of_labels(predictions, labels, assigned).float()
-    return torch.cat(sums, dim=1) - torch.where(assigned.positive, own, 0)
+    logits_of_true = logits_of_labels(predictions, labels, assigned).float()
+    return torch.cat(sums, dim=1) - torch.where(assigned.positive, logits_of_true, 0)
 
 
-def _of_negatives(
-    gamma: float, predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
-) -> Float[Tensor, ""]:
-    """p^gamma BCE(p, 0) summed over all but the labels of positives: the focal loss that gives those the weight 0."""
+def _of_negatives(gamma: float, predictions: Predictions, labels: Labels, assigned: Assignment) -> Scalar:
+    """p^gamma BCE(p, 0) summed over all but positives at their labels: the focal loss of weight 0 for those."""
     return Focal(alpha=0.0, gamma=gamma)(predictions, labels, assigned)
 
 
-def _logits_of_labels(
-    predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
-) -> Float[Tensor, "B A"]:
-    """The logit of each positive anchor's own class; elsewhere, that of the first class."""
+def logits_of_labels(predictions: Predictions, labels: Labels, assigned: Assignment) -> Float[Tensor, "B A"]:
+    """The logit of each positive anchor's class; elsewhere, that of the first class."""
     counts = [len(anchors) for anchors in predictions.anchors]
     labels = torch.where(assigned.positive, labels, 0)[..., None]
     levels = zip(predictions.logits, labels.split(counts, dim=1), strict=True)
-    return torch.cat([logits.gather(2, own) for logits, own in levels], dim=1).squeeze(2)
+    return torch.cat([logits.gather(2, classes) for logits, classes in levels], dim=1).squeeze(2)

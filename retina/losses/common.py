@@ -125,6 +125,32 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be none, sum or mean, got {reduction!r}")
 
 
+class LossModule(nn.Module):
+    """A function of logits and targets with its settings, which are attributes of the module as well.
+
+    Raises ValueError for a `reduction` other than none, sum and mean."""
+
+    def __init__(self, function: Callable[..., Tensor], **settings: Any) -> None:
+        super().__init__()
+        check_reduction(settings.get("reduction", "none"))
+        self._function, self._names = function, tuple(settings)
+        for name, value in settings.items():
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value, persistent=False)
+            else:
+                setattr(self, name, value)
+
+    def settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._names}
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self._function(logits, targets, **self.settings())
+
+    def extra_repr(self) -> str:
+        settings = {n: value.tolist() if isinstance(value, Tensor) else value for n, value in self.settings().items()}
+        return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
 # Logits of probabilities, for models that end in a sigmoid or a softmax: so every loss of logits takes those too.
 #
 # From the smallest normal number of float32 (float64 for that dtype) to the greatest number below 1, the loss is that
@@ -157,32 +183,8 @@ def _log(p: Tensor, smallest: float) -> Tensor:
     return log + (p.detach().clamp(min=torch.finfo(p.dtype).tiny).log() - log.detach())
 
 
-class LossModule(nn.Module):
-    """A function of logits and targets with its settings, which are attributes of the module as well."""
-
-    def __init__(self, function: Callable[..., Tensor], **settings: Any) -> None:
-        super().__init__()
-        self._function, self._names = function, tuple(settings)
-        for name, value in settings.items():
-            if isinstance(value, Tensor):
-                self.register_buffer(name, value, persistent=False)
-            else:
-                setattr(self, name, value)
-
-    def settings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._names}
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return self._function(logits, targets, **self.settings())
-
-    def extra_repr(self) -> str:
-        settings = {n: value.tolist() if isinstance(value, Tensor) else value for n, value in self.settings().items()}
-        return ", ".join(f"{name}={value}" for name, value in settings.items())
-
-
 class FromSigmoid(nn.Module):
-    """Another loss, for a model that ends in a sigmoid: it is given probabilities instead of logits, and takes
-    log p - log(1 - p) for them (`retina.losses.common`)."""
+    """Another loss, for a model that ends in a sigmoid: takes probabilities and gives the loss `logits_of_sigmoid`."""
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
@@ -193,8 +195,7 @@ class FromSigmoid(nn.Module):
 
 
 class FromSoftmax(nn.Module):
-    """Another loss, for a model that ends in a softmax: it is given probabilities instead of logits, and takes log p
-    for them (`retina.losses.common`)."""
+    """Another loss, for a model that ends in a softmax: takes probabilities and gives the loss `logits_of_softmax`."""
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()

@@ -27,11 +27,11 @@ class DetectionLoss:
 
     Anchors of all levels are matched together per image (see `retina.ops.matching.match_boxes`), since an object's best
     anchor is its best over all levels. An anchor that is not positive for an object, and has at least `positive_iou` of
-    its own area inside one crowd region (half of it with other assigners than `MaxIoU`), is ignored: nobody knows what
-    is there (COCO scores crowds by the same ratio).
+    its own area inside one crowd region (half of it with other assigners than `MaxIoU`), is ignored, because what
+    is there is unknown (COCO scores crowds by the same ratio).
 
     What the head predicts of its boxes' fit (`quality`) and as distributions (`bins`) is trained at the positives, and
-    added to the box loss. An assigner that gives a quality of its own (`TaskAligned`) thereby weighs the box and
+    added to the box loss. An assigner that gives a quality itself (`TaskAligned`) thereby weighs the box and
     distribution losses, and `num_positives` is its sum. Other recipes weigh these losses by centerness (ATSS) or score
     (GFL) and divide by the sum of weights; here every positive counts 1, so that one divisor serves all.
 
@@ -67,7 +67,7 @@ class DetectionLoss:
         for name in ("assigner", "classification", "box_loss"):
             if not callable(getattr(self, name)):
                 raise ValueError(f"{name} must be a callable, got {getattr(self, name)!r}")
-        self.box_loss(torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0, 4))  # tells of settings out of range
+        self.box_loss(torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0, 4))  # raises for settings out of range
         for name in ("box_weight", "quality_weight", "distribution_weight"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):
                 raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
@@ -78,12 +78,12 @@ class DetectionLoss:
         self.check_head(quality=predictions.quality is not None, bins=predictions.bins is not None)
         if predictions.bins is not None and not isinstance(predictions.anchors, Anchors):
             raise ValueError("distributions need anchors that know their strides (retina.ops.anchors.Anchors)")
-        targets = never_empty(targets)
+        targets = pad_if_empty(targets)
         assigned = self.assigner(predictions, targets)
         weights = assigned.quality
         positives = _Positives(predictions, targets, assigned)
         if weights is None and getattr(self.classification, "needs_quality", False):
-            assigned = assigned._replace(quality=positives.spread(positives.iou()))
+            assigned = assigned._replace(quality=positives.among_anchors(positives.iou()))
         labels = targets.labels.gather(1, assigned.matched)
         box = self.box_loss(positives.deltas, positives.anchors, positives.boxes)
         box = self.box_weight * positives.sum(box, weights)
@@ -169,7 +169,7 @@ class _Positives:
             losses = losses * self.take(weights)
         return losses.sum() if self._indices else torch.where(self._mask, losses, 0).sum()
 
-    def spread(self, values: Float[Tensor, "*p"]) -> Float[Tensor, "B A"]:
+    def among_anchors(self, values: Float[Tensor, "*p"]) -> Float[Tensor, "B A"]:
         """Values of the positives among all anchors, 0 elsewhere."""
         if not self._indices:
             return torch.where(self._mask, values, 0)
@@ -187,8 +187,8 @@ class _Positives:
         return (x * y).sqrt()
 
 
-def never_empty(targets: Targets) -> Targets:
-    """The same; without any object or crowd, one that is padding: an assigner needs something to choose from."""
+def pad_if_empty(targets: Targets) -> Targets:
+    """The targets; where there is neither object nor crowd, one row of padding: an assigner needs a row to choose."""
     if targets.boxes.shape[1]:
         return targets
     boxes, labels, valid, crowd = targets

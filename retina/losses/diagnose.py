@@ -1,6 +1,6 @@
-"""What the classification loss is made of, told cheaply while a detector trains.
+"""What the classification loss is made of, summed up cheaply while a detector trains.
 
-An element is one class of one anchor that is positive or negative: positive for the class of the anchor's own object,
+An element is one class of one anchor that is positive or negative: positive for the class of the anchor's object,
 negative for every other. p_t is the probability that is given to an element's truth.
 """
 
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
-from retina.losses.classification import ClassLoss, Focal, QualityFocal, Varifocal
+from retina.losses.classification import ClassLoss, Focal, Labels, QualityFocal, Scalar, Varifocal, logits_of_labels
 from retina.losses.detection import DetectionLoss
 from retina.losses.focal import focal_of_error
 from retina.losses.soft_targets import quality_focal_loss, varifocal_loss
@@ -26,7 +26,7 @@ _CHUNK_OF_DEVICE = 2**24
 _LOSS_TIMES = 10.0
 _SCORE_TIMES = 4.0
 
-Told = Focal | QualityFocal | Varifocal
+Summand = Focal | QualityFocal | Varifocal
 """Losses that are a sum over elements, each by itself."""
 
 
@@ -41,18 +41,16 @@ class Diagnosis:
         self.sums: Float[Tensor, "_"] | None = None
         """Of all batches so far, of this process alone, still on the device; None without any."""
 
-    def __call__(
-        self, predictions: Predictions, labels: Int64[Tensor, "B A"], assigned: Assignment
-    ) -> Float[Tensor, ""]:
+    def __call__(self, predictions: Predictions, labels: Labels, assigned: Assignment) -> Scalar:
         loss = self.classification(predictions, labels, assigned)
-        known = loss if isinstance(self.classification, Told) else None
+        known = loss if isinstance(self.classification, Summand) else None
         sums = diagnose(self.classification, predictions, labels, assigned, prior=self.prior, loss=known)
         self.sums = sums if self.sums is None else self.sums + sums
         return loss
 
 
 def with_diagnosis(criterion: DetectionLoss, *, prior: float) -> tuple[DetectionLoss, Diagnosis]:
-    """A criterion of the same losses, and what it tells on the way."""
+    """A criterion of the same losses, and the diagnosis that it adds up on the way."""
     diagnosis = Diagnosis(criterion.classification, prior=prior)
     return replace(criterion, classification=diagnosis), diagnosis
 
@@ -61,7 +59,7 @@ def with_diagnosis(criterion: DetectionLoss, *, prior: float) -> tuple[Detection
 def diagnose(
     classification: ClassLoss,
     predictions: Predictions,
-    labels: Int64[Tensor, "B A"],
+    labels: Labels,
     assigned: Assignment,
     *,
     prior: float,
@@ -76,52 +74,54 @@ def diagnose(
     OHEM or GHM make of an element depends on all others. `loss` is that of all elements, where it is known. float32; no
     shape depends on the data; no level of logits is copied whole on a CPU.
     """
-    told = classification if isinstance(classification, Told) else Focal(alpha=None, gamma=0.0)
+    summand = classification if isinstance(classification, Summand) else Focal(alpha=None, gamma=0.0)
     counts = [len(anchors) for anchors in predictions.anchors]
     positive, counted = assigned.positive, assigned.positive | assigned.negative
     of_level = [part.sum(dtype=torch.float32) for part in positive.split(counts, dim=1)]
 
-    own = _logits_of_labels(predictions, torch.where(positive, labels, 0))
-    p_t = torch.where(positive, own.sigmoid(), 0).sum()
+    logits_of_true = logits_of_labels(predictions, labels, assigned).float()
+    p_t = torch.where(positive, logits_of_true.sigmoid(), 0).sum()
     scores = torch.where(counted, torch.cat([_sum_of_scores(logits) for logits in predictions.logits], dim=1), 0).sum()
     num_positives = torch.stack(of_level).sum()
     num_counted = counted.sum(dtype=torch.float32)
     num_negatives = num_counted * predictions.logits[0].shape[-1] - num_positives
-    at_start = torch.full_like(own, math.log(prior) - math.log1p(-prior))
+    at_start = torch.full_like(logits_of_true, math.log(prior) - math.log1p(-prior))
     labels = torch.where(positive, labels, 0)
-    positive_weight, negative_weight = _weights_of_classes(told, predictions.logits[0])
+    positive_weight, negative_weight = _weights_of_classes(summand, predictions.logits[0])
     positives_loss, from_prior = (
-        torch.where(positive, positive_weight[labels] * _of_positives(told, logits, assigned), 0).sum()
-        for logits in (own, at_start)
+        torch.where(positive, positive_weight[labels] * _of_positives(summand, logits, assigned), 0).sum()
+        for logits in (logits_of_true, at_start)
     )
     weight_of_negatives = num_counted * negative_weight.sum() - torch.where(positive, negative_weight[labels], 0).sum()
-    at_prior = from_prior + weight_of_negatives * prior**told.gamma * -math.log1p(-prior)
+    at_prior = from_prior + weight_of_negatives * prior**summand.gamma * -math.log1p(-prior)
     if loss is None:
-        loss = told(predictions, labels, assigned)
+        loss = summand(predictions, labels, assigned)
     return torch.stack(
         [num_positives, p_t, num_negatives, scores - p_t, positives_loss, loss.detach().float(), at_prior, *of_level]
     )
 
 
-def _of_positives(told: Told, logits: Float[Tensor, "B A"], assigned: Assignment) -> Float[Tensor, "B A"]:
-    """The loss of positive elements, given their logits, but for the weight of their class."""
-    if isinstance(told, Focal):
-        return focal_of_error(-logits, told.gamma)
+def _of_positives(summand: Summand, logits: Float[Tensor, "B A"], assigned: Assignment) -> Float[Tensor, "B A"]:
+    """The loss of positive elements, given their logits, without the weight of their class."""
+    if isinstance(summand, Focal):
+        return focal_of_error(-logits, summand.gamma)
     assert assigned.quality is not None
     quality = torch.where(assigned.positive, assigned.quality, 0)
-    if isinstance(told, Varifocal):
-        return varifocal_loss(logits, quality, alpha=told.alpha, gamma=told.gamma)
-    return quality_focal_loss(logits, quality, gamma=told.gamma)
+    if isinstance(summand, Varifocal):
+        return varifocal_loss(logits, quality, alpha=summand.alpha, gamma=summand.gamma)
+    return quality_focal_loss(logits, quality, gamma=summand.gamma)
 
 
-def _weights_of_classes(told: Told, logits: Float[Tensor, "B A_l K"]) -> tuple[Float[Tensor, "K"], Float[Tensor, "K"]]:
+def _weights_of_classes(
+    summand: Summand, logits: Float[Tensor, "B A_l K"]
+) -> tuple[Float[Tensor, "K"], Float[Tensor, "K"]]:
     """Of positive and of negative elements."""
     ones = logits.new_ones(logits.shape[-1], dtype=torch.float32)
-    if isinstance(told, Varifocal):
-        return ones, told.alpha * ones
-    if isinstance(told, QualityFocal) or told.alpha is None:
+    if isinstance(summand, Varifocal):
+        return ones, summand.alpha * ones
+    if isinstance(summand, QualityFocal) or summand.alpha is None:
         return ones, ones
-    alpha = ones * torch.as_tensor(told.alpha, dtype=ones.dtype).to(ones.device, non_blocking=True)
+    alpha = ones * torch.as_tensor(summand.alpha, dtype=ones.dtype).to(ones.device, non_blocking=True)
     return alpha, 1 - alpha
 
 
@@ -132,39 +132,33 @@ def summarize(sums: Sequence[float], levels: Sequence[int]) -> dict[str, float]:
     over that of a head that gives every anchor the prior (1 at the start, if the initialisation is as in the paper);
     `positives_p3` and so on: positive anchors of each level."""
     num_positives, p_t, num_negatives, scores, positives_loss, loss, at_prior, *of_level = sums
-    told: dict[str, float] = {}
+    summary: dict[str, float] = {}
     if num_positives:
-        told |= {
+        summary |= {
             "p_t_positives": p_t / num_positives,
             "loss_share_of_positives": positives_loss / loss if loss else 0.0,
         }
     if num_negatives:
-        told["p_t_negatives"] = 1 - scores / num_negatives
+        summary["p_t_negatives"] = 1 - scores / num_negatives
     if at_prior:
-        told["loss_over_prior"] = loss / at_prior
-    return told | {f"positives_p{level}": count for level, count in zip(levels, of_level, strict=True)}
+        summary["loss_over_prior"] = loss / at_prior
+    return summary | {f"positives_p{level}": count for level, count in zip(levels, of_level, strict=True)}
 
 
-def prior_is_lost(told: dict[str, float], prior: float) -> str | None:
+def prior_is_lost(summary: dict[str, float], prior: float) -> str | None:
     """A warning if the first steps of training do not start from the prior, given what `summarize` says of them.
 
     With biases of 0 instead of -log((1 - prior) / prior), the loss of all easy negatives together is hundreds of times
     that of the positives, and the first updates only unlearn it, or diverge (Lin et al., Focal Loss for Dense Object
     Detection, ICCV 2017, section 3.3)."""
-    ratio, score = told.get("loss_over_prior", 1.0), 1 - told.get("p_t_negatives", 1.0)
-    if not (ratio > _LOSS_TIMES or score > _SCORE_TIMES * prior):  # of NaN, others tell
+    ratio, score = summary.get("loss_over_prior", 1.0), 1 - summary.get("p_t_negatives", 1.0)
+    if not (ratio > _LOSS_TIMES or score > _SCORE_TIMES * prior):  # NaN is reported elsewhere
         return None
     return (
         f"the prior-probability initialisation is lost: negatives score {score:.2g} instead of {prior:g}, and the "
         f"classification loss is {ratio:,.1f} times what that would give - give the head's last bias "
         "-log((1 - prior) / prior) again, or model.prior the value that it was made with"
     )
-
-
-def _logits_of_labels(predictions: Predictions, labels: Int64[Tensor, "B A"]) -> Float[Tensor, "B A"]:
-    of_level = labels[..., None].split([len(anchors) for anchors in predictions.anchors], dim=1)
-    levels = zip(predictions.logits, of_level, strict=True)
-    return torch.cat([logits.gather(2, own)[..., 0].float() for logits, own in levels], dim=1)
 
 
 def _sum_of_scores(logits: Float[Tensor, "B A_l K"]) -> Float[Tensor, "B A_l"]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from retina.losses.common import (
     LossModule,
     at_least_float32,
-    check_reduction,
     class_axis,
     class_indices,
     element_targets,
@@ -60,6 +59,16 @@ def sigmoid_dice_loss(
     return reduce_loss(loss, reduction, loss.numel())
 
 
+class SigmoidDiceLoss(LossModule):
+    """`sigmoid_dice_loss`, 1 - Dice^(1 / beta): one mask per image. Focal Dice with a beta above 1."""
+
+    def __init__(
+        self, beta: float = 1.0, *, smooth: float = 1.0, ignore_index: int = -100, reduction: str = "mean"
+    ) -> None:
+        check_dice(beta, smooth)
+        super().__init__(sigmoid_dice_loss, beta=beta, smooth=smooth, ignore_index=ignore_index, reduction=reduction)
+
+
 def softmax_dice_loss(
     logits: Tensor,
     targets: Tensor,
@@ -99,45 +108,13 @@ def softmax_dice_loss(
     return reduce_loss(loss, reduction, loss.numel())
 
 
-def _loss(
-    p: Float[Tensor, "*masks pixels"], targets: Shaped[Tensor, "*masks pixels"], beta: float, smooth: float
-) -> Float[Tensor, "*masks"]:
-    true = targets.sum(-1, dtype=p.dtype)
-    return 1 - ((2 * (p * targets).sum(-1) + smooth) / (p.sum(-1) + true + smooth)) ** (1 / beta)
-
-
-def check_dice(beta: float, smooth: float) -> None:
-    """Raises ValueError unless beta is finite and at least 1, and smooth finite and above 0."""
-    if not 1 <= beta < float("inf"):
-        raise ValueError(f"beta must be finite and at least 1, got {beta}")
-    if not 0 < smooth < float("inf"):
-        raise ValueError(f"smooth must be finite and above 0, got {smooth}")
-
-
-class SigmoidDiceLoss(LossModule):
-    """`sigmoid_dice_loss`, 1 - Dice^(1 / beta): one mask per image. Focal Dice with a beta above 1.
-
-    Source: Milletari et al., V-Net, 3DV 2016; Wang and Chung, Focal Dice Loss, DLMIA 2018."""
-
-    def __init__(
-        self, beta: float = 1.0, *, smooth: float = 1.0, ignore_index: int = -100, reduction: str = "mean"
-    ) -> None:
-        check_dice(beta, smooth)
-        check_reduction(reduction)
-        super().__init__(sigmoid_dice_loss, beta=beta, smooth=smooth, ignore_index=ignore_index, reduction=reduction)
-
-
 class SoftmaxDiceLoss(LossModule):
-    """`softmax_dice_loss`, 1 - Dice^(1 / beta): one mask per image and class. Focal Dice with a beta
-    above 1.
-
-    Source: Milletari et al., V-Net, 3DV 2016; Wang and Chung, Focal Dice Loss, DLMIA 2018."""
+    """`softmax_dice_loss`, 1 - Dice^(1 / beta): one mask per image and class. Focal Dice with a beta above 1."""
 
     def __init__(
         self, beta: float = 1.0, *, smooth: float = 1.0, ignore_index: int = -100, reduction: str = "mean"
     ) -> None:
         check_dice(beta, smooth)
-        check_reduction(reduction)
         super().__init__(softmax_dice_loss, beta=beta, smooth=smooth, ignore_index=ignore_index, reduction=reduction)
 
 
@@ -158,3 +135,18 @@ class FocalPlusDiceLoss(nn.Module):
         if focal.shape != dice.shape:
             raise ValueError("there is no sum of one focal loss per pixel and one Dice loss per mask: reduce both")
         return focal + self.dice_weight * dice
+
+
+def _loss(
+    p: Float[Tensor, "*masks pixels"], targets: Shaped[Tensor, "*masks pixels"], beta: float, smooth: float
+) -> Float[Tensor, "*masks"]:
+    true = targets.sum(-1, dtype=p.dtype)
+    return 1 - ((2 * (p * targets).sum(-1) + smooth) / (p.sum(-1) + true + smooth)) ** (1 / beta)
+
+
+def check_dice(beta: float, smooth: float) -> None:
+    """Raises ValueError unless beta is finite and at least 1, and smooth finite and above 0."""
+    if not 1 <= beta < float("inf"):
+        raise ValueError(f"beta must be finite and at least 1, got {beta}")
+    if not 0 < smooth < float("inf"):
+        raise ValueError(f"smooth must be finite and above 0, got {smooth}")

@@ -1,4 +1,6 @@
-"""The sigmoid focal loss: binary and multi-label, for targets of any kind. `class_focal` is its fast sum in a detector.
+"""The focal loss: of a sigmoid (binary, multi-label) and of a softmax (one of C classes), for targets of any kind.
+
+`class_focal` is the fast sum of the first in a detector.
 
 Source of all here: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, equations 1 to 5.
 """
@@ -15,7 +17,6 @@ from retina.losses.common import (
     along_classes,
     as_tensor,
     at_least_float32,
-    check_reduction,
     class_axis,
     class_indices,
     element_targets,
@@ -72,42 +73,32 @@ def sigmoid_focal_loss(
         axis = class_axis(logits)
         if isinstance(positive, Tensor):
             positive = positive.expand_as(logits).gather(axis, index)
-        own = focal_of_error(-logits.gather(axis, index), gamma) * positive
-        loss = (focal_of_error(logits, gamma) * negative).scatter(axis, index, own)
+        loss_of_true = focal_of_error(-logits.gather(axis, index), gamma) * positive
+        loss = (focal_of_error(logits, gamma) * negative).scatter(axis, index, loss_of_true)
         counted = counted.expand_as(logits)
     if counted is not None:
         loss = torch.where(counted, loss, 0)
     return reduce_loss(loss, reduction, loss.numel() if counted is None else counted.sum())
 
 
-def focal_of_error(z: Float[Tensor, "*shape"], gamma: float) -> Float[Tensor, "*shape"]:
-    """s^gamma softplus(z) with s = sigmoid(z): the focal loss where z is the logit against the truth (x for a negative,
-    -x for a positive), so that s = 1 - p_t and softplus(z) = -log p_t. float32 inside for narrower dtypes."""
-    z = at_least_float32(z)
-    return clear_of_zero(torch.sigmoid(z)) ** gamma * -F.logsigmoid(-z)
+class SigmoidFocalLoss(LossModule):
+    """`sigmoid_focal_loss`, alpha_t (1 - p_t)^gamma (-log p_t): binary and multi-label.
 
+    `alpha=None, gamma=0` is the binary cross entropy, `gamma=0` with an alpha the alpha-balanced one.
+    """
 
-def binary_cross_entropy(logits: Float[Tensor, "*shape"], targets: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """-y log p - (1 - y) log(1 - p), to the last digits.
-
-    `F.binary_cross_entropy_with_logits` computes x - log sigmoid(x) for y = 0, where two numbers cancel: in float32 it
-    is wrong by 0.8 % at x = -10, and 0 from x = -17 on."""
-    return -targets * F.logsigmoid(logits) - (1 - targets) * F.logsigmoid(-logits)
-
-
-def clear_of_zero(base: Tensor) -> Tensor:
-    """At 0, a power below 1 has no derivative. Here it gets 0."""
-    return base.clamp(min=torch.finfo(base.dtype).tiny)
-
-
-def check_focal(alpha: float | Tensor | Sequence[float] | None, gamma: float) -> None:
-    """Raises ValueError unless alpha (or each class's) is None or in [0, 1], and gamma is finite and at least 0."""
-    if isinstance(alpha, Tensor | Sequence):
-        per_class(alpha, "alpha", most=1.0)
-    elif alpha is not None and not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1] or None, got {alpha}")
-    if not 0 <= gamma < float("inf"):
-        raise ValueError(f"gamma must be finite and at least 0, got {gamma}")
+    def __init__(
+        self,
+        alpha: float | Sequence[float] | Tensor | None = 0.25,
+        gamma: float = 2.0,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        if isinstance(alpha, Sequence | Tensor):
+            alpha = per_class(alpha, "alpha", most=1.0)
+        check_focal(alpha, gamma)
+        super().__init__(sigmoid_focal_loss, alpha=alpha, gamma=gamma, ignore_index=ignore_index, reduction=reduction)
 
 
 def softmax_focal_loss(
@@ -165,34 +156,11 @@ def softmax_focal_loss(
     return reduce_loss(loss, reduction, share.sum())
 
 
-class SigmoidFocalLoss(LossModule):
-    """`sigmoid_focal_loss`, alpha_t (1 - p_t)^gamma (-log p_t): binary and multi-label.
-
-    `alpha=None, gamma=0` is the binary cross entropy, `gamma=0` with an alpha the alpha-balanced one.
-    Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, equation 5.
-    """
-
-    def __init__(
-        self,
-        alpha: float | Sequence[float] | Tensor | None = 0.25,
-        gamma: float = 2.0,
-        *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-    ) -> None:
-        if isinstance(alpha, Sequence | Tensor):
-            alpha = per_class(alpha, "alpha", most=1.0)
-        check_focal(alpha, gamma)
-        check_reduction(reduction)
-        super().__init__(sigmoid_focal_loss, alpha=alpha, gamma=gamma, ignore_index=ignore_index, reduction=reduction)
-
-
 class SoftmaxFocalLoss(LossModule):
-    """`softmax_focal_loss`, w_y (1 - p_y)^gamma (-log p_y): one of C classes, also per pixel
-    or voxel, or several labels.
+    """`softmax_focal_loss`, w_y (1 - p_y)^gamma (-log p_y): one of C classes, also per pixel or voxel,
+    or several labels.
 
     `gamma=0` is the cross entropy, with a `weight` the balanced one; on log-probabilities it is nn.NLLLoss.
-    Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, equation 5 and footnote 1.
     """
 
     def __init__(
@@ -205,5 +173,34 @@ class SoftmaxFocalLoss(LossModule):
     ) -> None:
         weight = None if weight is None else per_class(weight, "weight")
         check_focal(None, gamma)
-        check_reduction(reduction)
         super().__init__(softmax_focal_loss, weight=weight, gamma=gamma, ignore_index=ignore_index, reduction=reduction)
+
+
+def focal_of_error(z: Float[Tensor, "*shape"], gamma: float) -> Float[Tensor, "*shape"]:
+    """s^gamma softplus(z) with s = sigmoid(z): the focal loss where z is the logit against the truth (x for a negative,
+    -x for a positive), so that s = 1 - p_t and softplus(z) = -log p_t. float32 inside for narrower dtypes."""
+    z = at_least_float32(z)
+    return clear_of_zero(torch.sigmoid(z)) ** gamma * -F.logsigmoid(-z)
+
+
+def binary_cross_entropy(logits: Float[Tensor, "*shape"], targets: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """-y log p - (1 - y) log(1 - p), to the last digits.
+
+    `F.binary_cross_entropy_with_logits` computes x - log sigmoid(x) for y = 0, where two numbers cancel: in float32 it
+    is wrong by 0.8 % at x = -10, and 0 from x = -17 on."""
+    return -targets * F.logsigmoid(logits) - (1 - targets) * F.logsigmoid(-logits)
+
+
+def clear_of_zero(base: Tensor) -> Tensor:
+    """At 0, a power below 1 has no derivative. Here it gets 0."""
+    return base.clamp(min=torch.finfo(base.dtype).tiny)
+
+
+def check_focal(alpha: float | Tensor | Sequence[float] | None, gamma: float) -> None:
+    """Raises ValueError unless alpha (or each class's) is None or in [0, 1], and gamma is finite and at least 0."""
+    if isinstance(alpha, Tensor | Sequence):
+        per_class(alpha, "alpha", most=1.0)
+    elif alpha is not None and not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1] or None, got {alpha}")
+    if not 0 <= gamma < float("inf"):
+        raise ValueError(f"gamma must be finite and at least 0, got {gamma}")

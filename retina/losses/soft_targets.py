@@ -1,46 +1,54 @@
 """The focal loss's successors in detectors: targets that say how well a box fits, weights by gradient density, and
 boxes as distributions. Elementwise, from logits, with p = sigmoid(logit) and BCE(p, y) the binary cross entropy.
-"""
 
-from collections.abc import Callable
-from typing import Any
+The functions do not check what the targets' values are, because a detector computes them itself; the modules do.
+"""
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from retina.losses.common import (
-    LossModule,
-    at_least_float32,
-    check_reduction,
-    element_targets,
-    reduce_loss,
-    refuse,
-)
+from retina.losses.common import LossModule, at_least_float32, element_targets, reduce_loss, refuse
 from retina.losses.focal import binary_cross_entropy, check_focal, clear_of_zero
 
 
 def quality_focal_loss(
-    logits: Float[Tensor, "*shape"], targets: Float[Tensor, "..."], *, gamma: float = 2.0
-) -> Float[Tensor, "*shape"]:
+    logits: Float[Tensor, "*shape"], targets: Float[Tensor, "..."], *, gamma: float = 2.0, reduction: str = "none"
+) -> Float[Tensor, "..."]:
     """|y - p|^gamma BCE(p, y): the focal loss for a target y anywhere in [0, 1], such as the IoU of the predicted box.
 
     On targets 0 and 1 it is the focal loss without alpha; gamma 0 is the binary cross entropy. float32 inside for
     narrower dtypes; finite with finite gradient for logits of any size and any gamma >= 0 (for gamma < 1 the slope is
     infinite where p meets a soft target, and 0 is taken there).
 
-    Raises ValueError for targets of another shape; what they are is looked at by the modules, and not here, where a
-    detector's come from its own boxes.
+    Raises ValueError for targets of another shape and settings out of range.
     Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 2 (there beta is our gamma).
     """
     check_focal(None, gamma)
     logits, targets, cross_entropy = _cross_entropy(logits, targets)
-    return clear_of_zero(_distance(logits, targets)) ** gamma * cross_entropy
+    loss = clear_of_zero(_distance(logits, targets)) ** gamma * cross_entropy
+    return reduce_loss(loss, reduction, loss.numel())
+
+
+class QualityFocalLoss(LossModule):
+    """`quality_focal_loss`, |y - p|^gamma BCE(p, y), for targets anywhere in [0, 1]."""
+
+    def __init__(self, gamma: float = 2.0, *, reduction: str = "mean") -> None:
+        check_focal(None, gamma)
+        super().__init__(quality_focal_loss, gamma=gamma, reduction=reduction)
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(logits, element_targets(logits, targets)[0])
 
 
 def varifocal_loss(
-    logits: Float[Tensor, "*shape"], targets: Float[Tensor, "..."], *, alpha: float = 0.75, gamma: float = 2.0
-) -> Float[Tensor, "*shape"]:
+    logits: Float[Tensor, "*shape"],
+    targets: Float[Tensor, "..."],
+    *,
+    alpha: float = 0.75,
+    gamma: float = 2.0,
+    reduction: str = "none",
+) -> Float[Tensor, "..."]:
     """q BCE(p, q) where the target q > 0, alpha p^gamma BCE(p, 0) where it is 0.
 
     Only negatives are weighted down, and positives count by their quality. The weight carries gradient, as published.
@@ -51,22 +59,38 @@ def varifocal_loss(
 
     Source: Zhang et al., VarifocalNet, CVPR 2021, equation 2.
     """
+    _check_varifocal(alpha, gamma)
+    logits, targets, cross_entropy = _cross_entropy(logits, targets)
+    negative = alpha * clear_of_zero(torch.sigmoid(logits)) ** gamma
+    loss = torch.where(targets > 0, targets, negative) * cross_entropy
+    return reduce_loss(loss, reduction, loss.numel())
+
+
+class VarifocalLoss(LossModule):
+    """`varifocal_loss`, y BCE(p, y) or alpha p^gamma BCE(p, 0), for targets anywhere in [0, 1]."""
+
+    def __init__(self, alpha: float = 0.75, gamma: float = 2.0, *, reduction: str = "mean") -> None:
+        _check_varifocal(alpha, gamma)
+        super().__init__(varifocal_loss, alpha=alpha, gamma=gamma, reduction=reduction)
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(logits, element_targets(logits, targets)[0])
+
+
+def _check_varifocal(alpha: float, gamma: float) -> None:
     check_focal(None, gamma)
     if not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha must be finite and at least 0, got {alpha}")
-    logits, targets, cross_entropy = _cross_entropy(logits, targets)
-    negative = alpha * clear_of_zero(torch.sigmoid(logits)) ** gamma
-    return torch.where(targets > 0, targets, negative) * cross_entropy
 
 
 def ghm_loss(
     logits: Float[Tensor, "*shape"],
     targets: Float[Tensor, "..."],
-    valid: Bool[Tensor, "*shape"],
+    valid: Bool[Tensor, "*shape"] | None = None,
     *,
     num_bins: int = 30,
 ) -> Float[Tensor, "*shape"]:
-    """BCE(p, y) / density(g), with g = |p - y| the length of the gradient; 0 where not `valid`.
+    """BCE(p, y) / density(g), with g = |p - y| the length of the gradient; 0 where not `valid` (None: all are).
 
     The density of g is the number of valid elements in its bin of width 1 / num_bins, times num_bins. So elements of
     one bin share the weight of one, however many they are, and the sum of this is the published loss: it is a mean
@@ -75,8 +99,8 @@ def ghm_loss(
     Precision as in `quality_focal_loss`.
     Source: Li, Liu and Wang, Gradient Harmonized Single-stage Detector, AAAI 2019, section GHM-C Loss.
     """
-    if num_bins < 1 or num_bins != int(num_bins):
-        raise ValueError(f"num_bins must be a whole number, at least 1, got {num_bins}")
+    _check_bins(num_bins)
+    valid = torch.ones_like(logits, dtype=torch.bool) if valid is None else valid
     if valid.shape != logits.shape:
         raise ValueError(f"valid must have the shape of the logits {list(logits.shape)}, got {list(valid.shape)}")
     logits, targets, cross_entropy = _cross_entropy(logits, targets)
@@ -88,9 +112,25 @@ def ghm_loss(
     return torch.where(valid, cross_entropy / density[bins], 0)
 
 
+class GHMLoss(LossModule):
+    """The sum of `ghm_loss`, BCE(p, y) / density(|p - y|), over all logits: a mean by itself."""
+
+    def __init__(self, num_bins: int = 30) -> None:
+        _check_bins(num_bins)
+        super().__init__(ghm_loss, num_bins=num_bins)
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(logits, element_targets(logits, targets)[0]).sum()
+
+
+def _check_bins(num_bins: int) -> None:
+    if num_bins < 1 or num_bins != int(num_bins):
+        raise ValueError(f"num_bins must be a whole number, at least 1, got {num_bins}")
+
+
 def distribution_focal_loss(
-    logits: Float[Tensor, "*shape R"], distances: Float[Tensor, "..."]
-) -> Float[Tensor, "*shape"]:
+    logits: Float[Tensor, "*shape R"], distances: Float[Tensor, "..."], *, reduction: str = "none"
+) -> Float[Tensor, "..."]:
     """-(i + 1 - y) log S_i - (y - i) log S_(i+1), with S the softmax over R bins and i <= y <= i + 1 the bins beside y.
 
     Draws the distribution to the two bins beside the true distance, in the ratio that makes y its mean.
@@ -115,7 +155,20 @@ def distribution_focal_loss(
     left = distances.floor().clamp(max=last - 1)
     beside = left.long()[..., None] + torch.arange(2, device=logits.device)
     to_right = distances - left
-    return -(log_probability.gather(-1, beside) * torch.stack((1 - to_right, to_right), dim=-1)).sum(dim=-1)
+    loss = -(log_probability.gather(-1, beside) * torch.stack((1 - to_right, to_right), dim=-1)).sum(dim=-1)
+    return reduce_loss(loss, reduction, loss.numel())
+
+
+class DistributionFocalLoss(LossModule):
+    """`distribution_focal_loss`, the cross entropy of the two bins beside y in the ratio that makes y their mean, of
+    logits (..., R) over R bins and targets (...) in bins."""
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        super().__init__(distribution_focal_loss, reduction=reduction)
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        refuse(targets.isnan(), targets, "targets must be numbers")
+        return super().forward(logits, targets)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,65 +183,3 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Ten
 def _distance(logits: Tensor, targets: Tensor) -> Tensor:
     """|p - y|, to the last digit for y of 0 and 1."""
     return (torch.sigmoid(logits) * (1 - targets) - torch.sigmoid(-logits) * targets).abs()
-
-
-class _SoftTargets(LossModule):
-    """A function of every logit and its target in [0, 1]."""
-
-    def __init__(self, function: Callable[..., Tensor], reduction: str, **settings: Any) -> None:
-        check_reduction(reduction)
-        function(torch.zeros(0), torch.zeros(0), **settings)  # settings out of range are refused here already
-        super().__init__(function, **settings)
-        self.reduction = reduction
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        targets, _ = element_targets(logits, targets)
-        return reduce_loss(super().forward(logits, targets), self.reduction, logits.numel())
-
-
-class QualityFocalLoss(_SoftTargets):
-    """`quality_focal_loss`, |y - p|^gamma BCE(p, y), for targets anywhere in [0, 1].
-
-    Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 2."""
-
-    def __init__(self, gamma: float = 2.0, *, reduction: str = "mean") -> None:
-        super().__init__(quality_focal_loss, reduction, gamma=gamma)
-
-
-class VarifocalLoss(_SoftTargets):
-    """`varifocal_loss`, y BCE(p, y) or alpha p^gamma BCE(p, 0), for targets anywhere in [0, 1].
-
-    Source: Zhang et al., VarifocalNet, CVPR 2021, equation 2."""
-
-    def __init__(self, alpha: float = 0.75, gamma: float = 2.0, *, reduction: str = "mean") -> None:
-        super().__init__(varifocal_loss, reduction, alpha=alpha, gamma=gamma)
-
-
-class GHMLoss(_SoftTargets):
-    """The sum of `ghm_loss`, BCE(p, y) / density(|p - y|), over all logits: a mean by itself.
-
-    Source: Li, Liu and Wang, Gradient Harmonized Single-stage Detector, AAAI 2019, section GHM-C Loss."""
-
-    def __init__(self, num_bins: int = 30) -> None:
-        super().__init__(_ghm, "sum", num_bins=num_bins)
-
-
-def _ghm(logits: Tensor, targets: Tensor, *, num_bins: int) -> Tensor:
-    return ghm_loss(logits, targets, torch.ones_like(logits, dtype=torch.bool), num_bins=num_bins)
-
-
-class DistributionFocalLoss(nn.Module):
-    """`distribution_focal_loss`, the cross entropy of the two bins beside y in the ratio that
-    makes y their mean, of logits (..., R) over R bins and targets (...) in bins.
-
-    Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 6."""
-
-    def __init__(self, *, reduction: str = "mean") -> None:
-        super().__init__()
-        check_reduction(reduction)
-        self.reduction = reduction
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        refuse(targets.isnan(), targets, "targets must be numbers")
-        loss = distribution_focal_loss(logits, targets)
-        return reduce_loss(loss, self.reduction, loss.numel())

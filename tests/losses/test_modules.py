@@ -239,7 +239,7 @@ def test_settings_that_do_not_fit_are_refused_at_once(make, message: str):
         (OHEMLoss(SoftmaxFocalLoss(), fraction=0.5), LOGITS, CLASSES, "reduction='none'"),
         (
             OHEMLoss(SigmoidFocalLoss(reduction="none"), negatives_per_positive=3.0),
-            *(LOGITS, CLASSES, "one target per loss"),
+            *(LOGITS, CLASSES, "targets must be one per"),
         ),
         (
             FocalPlusDiceLoss(SoftmaxFocalLoss(reduction="none"), SoftmaxDiceLoss(reduction="none")),
