@@ -22,7 +22,8 @@ PANELS = {
 def draw_curves(folder: Path) -> None:
     """Reads `metrics.jsonl` of the run and writes `curves.png`. Without any records there is nothing to draw, and
     nothing is written. Raises OSError."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    file = folder / "metrics.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     if not records:
         return
     from matplotlib.figure import Figure  # slow to import, and without its own windows and global state

@@ -1,12 +1,23 @@
+import fcntl
 import json
 import math
 import os
+import re
 import signal
+import struct
+import subprocess
 import sys
+import termios
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.axes import Axes
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from children import in_child
@@ -158,3 +169,118 @@ def test_named_values_of_a_step_get_a_group_of_their_own(tmp_path: Path) -> None
         board.Tags()["scalars"]
     )
     assert [(event.step, event.value) for event in board.Scalars("train/diagnosis/positives_p3")] == [(20, 7), (40, 7)]
+
+
+def drawn_on_a_terminal(act: Callable[[], object], columns: int) -> list[str]:
+    """Every line that `act` draws on a terminal of that width, without colours and movements of the cursor."""
+    screen, side = os.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    content = bytearray()
+
+    def drain() -> None:
+        try:
+            while part := os.read(screen, 4096):
+                content.extend(part)
+        except OSError:
+            pass  # the other side is closed
+
+    def task() -> None:
+        from retina.engine import terminal
+
+        os.dup2(side, 1)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        os.environ["TERM"] = "xterm-256color"
+        terminal.Terminal.INTERVAL = 0.0
+        act()
+
+    reader = threading.Thread(target=drain)
+    reader.start()
+    code = in_child(task)
+    os.close(side)
+    reader.join()
+    os.close(screen)
+    assert code == 0
+    return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", content.decode()))
+
+
+MEANS = {"epoch": 0.5, "loss": 0.713, "loss_classification": 0.4, "loss_box": 0.313}
+MEANS |= {"images_per_second": 3312.4, "data_wait": 0.02, "lr": 0.01}
+
+
+class SimpleLoader:
+    def __init__(self, batches: list[SimpleNamespace]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[SimpleNamespace]:
+        return iter(self.batches)
+
+
+def test_a_terminal_of_80_columns_shows_step_total_bar_and_time_left(tmp_path: Path) -> None:
+    def act() -> None:
+        logger = RunLogger(tmp_path, active=True)
+        logger.info("begun")
+        for step in (0, 1, 89998, 89999):
+            logger.progress(step, 90000)
+        logger.progress(89999, 90000, MEANS)
+        batches = [SimpleNamespace(images=torch.zeros(60, 1)) for _ in range(3)]
+        watched = logger.evaluating(SimpleLoader(batches), 150)
+        for _ in range(2):
+            assert list(watched) == batches
+        logger.progress(90000, 90000)
+        logger.close()
+
+    lines = drawn_on_a_terminal(act, 80)
+    assert max(map(len, lines)) <= 80, "no line wraps"
+    assert "begun" in lines
+    assert any(re.match(r"step +0/90000 \S+ ETA -:--", line) for line in lines), "before the first step is over"
+    assert any(re.match(r"step +1/90000 \S+ ETA \d+:\d\d", line) for line in lines), "after the first step"
+    assert any(re.match(r"step +89999/90000 \S+ ETA \d+:\d\d loss 0.713  3312.4 images/s", line) for line in lines)
+    assert sum(bool(re.match(r"evaluating +120/150 +\S+ ETA \d+:\d\d", line)) for line in lines) >= 2
+    assert not any(line.startswith("evaluating") for line in lines[-3:]), "the bar goes with the evaluation"
+    log = (tmp_path / "log.txt").read_text()
+    assert re.search(r"step 89999/90000  epoch 0.50  loss 0.713 \(class 0.400, box 0.313\) .* ETA \d+:\d\d", log)
+
+
+def test_without_a_terminal_progress_is_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = RunLogger(tmp_path, active=True)
+    for step in range(3):
+        logger.progress(step, 4)
+    logger.progress(2, 4, MEANS)
+    assert logger.evaluating([], 3) == []
+    logger.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("step 2/4  epoch 0.50  loss 0.713")
+    assert line in (tmp_path / "log.txt").read_text()
+
+
+def test_rich_and_tensorboard_are_imported_by_those_who_use_them() -> None:
+    heavy = "['rich', 'tensorboard', 'matplotlib', 'wandb', 'mlflow', 'trackio']"
+    code = f"import sys, retina.engine.loop, retina.engine.trackers; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_curves_are_a_picture_of_all_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *args, **named: drawn.append(named["label"]) or plot(*args, **named))
+    logger = RunLogger(tmp_path, active=True)
+    logger.curves()
+    assert not (tmp_path / "curves.png").exists(), "there is nothing to draw"
+    for step in (10, 20):
+        logger.scalars(step, "train", MEANS)
+    logger.scalars(20, "val", {"AP": 0.5, "AP50": math.nan, "AP75": 0.25})
+    logger.curves()
+    logger.close()
+    with Image.open(tmp_path / "curves.png") as picture:
+        picture.load()
+        assert picture.format == "PNG"
+        assert picture.width > 800
+    assert drawn == ["training", "classification", "boxes", "rate", "AP", "AP75"]
+
+
+def test_curves_that_cannot_be_drawn_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = RunLogger(tmp_path, active=True)
+    (tmp_path / "metrics.jsonl").write_text("{")
+    logger.curves()
+    logger.close()
+    assert capsys.readouterr().out.startswith("warning: curves.png: ")
