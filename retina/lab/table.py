@@ -18,7 +18,7 @@ class Measured(NamedTuple):
     """What the finished runs of a line say, one value per run."""
 
     metrics: dict[str, list[float]]
-    """In percent. `rarest` is the AP of the class with the fewest objects."""
+    """From 0 to 1. `rarest` is the AP of the class with the fewest objects."""
     milliseconds: list[float]
     """Of training, per image."""
     rarest: str
@@ -42,7 +42,7 @@ def measure(jobs: Sequence[Job]) -> Measured:
         objects = sum(one["num_objects"] for one in scores[-1]["per_class"].values())
         values = {name: scores[-1][name] for name in METRICS} | {"rarest": of_class["AP"]}
         for name, value in values.items():
-            found.metrics[name].append(100 * (value or 0.0))
+            found.metrics[name].append(value or 0.0)
         found.milliseconds.append(1000 / sorted(speeds)[len(speeds) // 2])
         found = found._replace(rarest=f"{rarest}, {of_class['num_objects'] / max(objects, 1):.0%}")
     return found
@@ -67,7 +67,7 @@ def spread(values: Sequence[float]) -> str:
     """Mean and sample standard deviation."""
     if not values:
         return ""
-    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{mean(values):.1f}"
+    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{mean(values):.3f}"
 
 
 def best_lines(lines: Sequence[Line], measured: Sequence[Measured]) -> set[str]:
@@ -118,7 +118,7 @@ def _preamble(
 ) -> str:
     several = len(seeds) > 1
     over = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if several else f"seed {seeds[0]}"
-    sentences = [f"Metrics in percent, on the validation split at the end of training, {over}."]
+    sentences = [f"Metrics from 0 to 1, on the validation split at the end of training, {over}."]
     if (done := sum(one.num_runs for one in measured)) < (jobs := sum(len(line.jobs) for line in lines)):
         sentences += [f"{done} of {jobs} runs so far."]
     if best:
@@ -148,7 +148,8 @@ def of_row(line: Line, lines: Sequence[Line]) -> int:
 
 
 def told(value: object) -> str:
-    return "" if value is None else str(value)
+    """AP has three places, whole milliseconds none."""
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def train_command(job: Job) -> str:
@@ -167,8 +168,8 @@ def comma_separated(lines: Sequence[Line], measured: Sequence[Measured], *, spee
     for line, of_line in zip(lines, measured, strict=True):
         cells: list[object] = [line.label, line.row, int(line.label in best) if of_row(line, lines) > 1 else ""]
         for runs in of_line.metrics.values():
-            cells += [f"{mean(runs):.4f}" if runs else "", f"{stdev(runs):.4f}" if len(runs) > 1 else ""]
-            cells += [" ".join(f"{value:.4f}" for value in runs)]
+            cells += [f"{mean(runs):.6f}" if runs else "", f"{stdev(runs):.6f}" if len(runs) > 1 else ""]
+            cells += [" ".join(f"{value:.6f}" for value in runs)]
         cells += [f"{mean(of_line.milliseconds):.3f}" if of_line.num_runs else "", (speed or {}).get(line.label, "")]
         cells += [told(line.published.get(key)) for key in published]
         writer.writerow([*cells, train_command(line.jobs[0]) if line.jobs else ""])

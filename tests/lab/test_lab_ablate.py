@@ -28,9 +28,9 @@ title: Two rows
 paper: nowhere
 base: [model.weights=null]
 rows:
-  - {label: gamma 0, set: [loss.classification.gamma=0.0], published: {AP: 31.1}}
-  - {label: gamma 2, set: ["loss.classification.alpha=0.25,0.5"], published: {AP: 34.0}}
-  - {label: others, published: {AP: 35.5}}
+  - {label: gamma 0, set: [loss.classification.gamma=0.0], published: {AP: 0.311}}
+  - {label: gamma 2, set: ["loss.classification.alpha=0.25,0.5"], published: {AP: 0.340}}
+  - {label: others, published: {AP: 0.355}}
 """
 
 
@@ -177,17 +177,22 @@ def test_the_table_of_finished_runs(tool: Tool, place: Path, capsys: Capture) ->
     assert table[0] == [
         "setting", "runs", "AP", "AP50", "AP75", "AP of ring, 5%", "training, ms per image", "published AP"
     ]  # fmt: skip
+    zero = "0.000 ± 0.000"
     assert table[2:] == [
-        ["gamma 0", "2 of 2", "20.0 ± 14.1", "40.0 ± 14.1", "0.0 ± 0.0", "10.0 ± 0.0", "50.0", "31.1"],
-        ["gamma 2, alpha 0.25", "2 of 2", "20.0 ± 0.0", "40.0 ± 0.0", "0.0 ± 0.0", "10.0 ± 0.0", "50.0", ""],
-        ["**gamma 2, alpha 0.5**", "2 of 2", "30.0 ± 7.1", "50.0 ± 7.1", "0.0 ± 0.0", "10.0 ± 0.0", "50.0", "34.0"],
-        ["others", "", "", "", "", "", "", "35.5"],
+        ["gamma 0", "2 of 2", "0.200 ± 0.141", "0.400 ± 0.141", zero, "0.100 ± 0.000", "50.0", "0.311"],
+        ["gamma 2, alpha 0.25", "2 of 2", "0.200 ± 0.000", "0.400 ± 0.000", zero, "0.100 ± 0.000", "50.0", ""],
+        ["**gamma 2, alpha 0.5**", "2 of 2", "0.300 ± 0.071", "0.500 ± 0.071", zero, "0.100 ± 0.000", "50.0", "0.340"],
+        ["others", "", "", "", "", "", "", "0.355"],
     ]
     assert "python tools/lab.py ablate study=two.yaml 'seeds=[0,1]' output=out" in lines
     assert sum(line.startswith("python tools/train.py ") for line in lines) == 3
     with Path("out/two-shapes.csv").open() as file:
         records = list(csv.DictReader(file))
-    assert [record["AP_runs"] for record in records[:3]] == ["10.0000 30.0000", "20.0000 20.0000", "25.0000 35.0000"]
+    assert [record["AP_runs"] for record in records[:3]] == [
+        "0.100000 0.300000",
+        "0.200000 0.200000",
+        "0.250000 0.350000",
+    ]
     assert [record["best_of_row"] for record in records] == ["", "0", "1", ""]
     assert tool(*command) == 0
     assert Path("out/two-shapes.md").read_text() == text
@@ -198,7 +203,7 @@ def test_a_run_without_records_is_no_measurement(place: Path) -> None:
     pretend_finished(jobs[0], 0.3)
     found = measure(jobs)
     assert found.num_runs == 1
-    assert found.metrics["AP"] == [30.0]
+    assert found.metrics["AP"] == [0.3]
 
 
 def test_what_fails_is_told_and_the_rest_goes_on(tool: Tool, place: Path, capsys: Capture) -> None:
