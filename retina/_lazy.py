@@ -1,15 +1,25 @@
 """Public names that are imported when they are first used (PEP 562): `import retina` takes no torch."""
 
+import ast
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import importlib.util
+from collections.abc import Callable
 
 
-def lazy(
-    package: str, names: Mapping[str, Sequence[str]]
-) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
-    """`__getattr__`, `__dir__` and `__all__` of a package; `names` lists public names under the modules that have them,
-    relative to the package."""
-    module_of = {name: f"{package}.{module}" for module, group in names.items() for name in group}
+def lazy(package: str) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of a package, for the names that its source imports `if TYPE_CHECKING`.
+
+    So every name is written once, as an ordinary import, which type checkers and editors read too."""
+    spec = importlib.util.find_spec(package)
+    source = spec.loader.get_source(package) if spec else ""  # type: ignore[union-attr]
+    module_of = {
+        alias.name: statement.module
+        for block in ast.parse(source or "").body
+        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
+        for statement in block.body
+        if isinstance(statement, ast.ImportFrom) and statement.module
+        for alias in statement.names
+    }
 
     def find(name: str) -> object:
         if name not in module_of:

@@ -1,9 +1,10 @@
-"""A trained detector as a Python object: images in, detections in their own pixels out."""
+"""A trained detector as a Python object: from images to detections in their pixels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from retina.data.loader import Canvas, collate
 from retina.data.transforms import Sample, eval_pipeline
 from retina.detections import count_non_finite, postprocess, refuse_non_finite, to_original
 from retina.distributed import choose_device
-from retina.errors import CheckpointError, ConfigError
+from retina.errors import CheckpointError, check_choice
 from retina.model.backbone import merge_norms
 from retina.model.retinanet import RetinaNet
 from retina.model.weights import DetectorCard, load_detector
@@ -37,12 +38,11 @@ class Detector:
     """
 
     def __init__(self, model: RetinaNet, card: DetectorCard, *, device: torch.device, file: Path) -> None:
-        """Takes the model over, and makes it one that can only be used for inference at this precision.
+        """Changes the model in place, so that it can only be used for inference at this precision.
 
-        Raises ConfigError for an unknown precision in `card.preprocessing`, KeyError for a setting it lacks."""
+        Raises ConfigError for an unknown precision in `card.preprocessing`, KeyError for a missing setting."""
         precision = card.preprocessing["precision"]
-        if precision not in PRECISIONS:
-            raise ConfigError(f"precision: {precision!r} is not known - choose {', '.join(PRECISIONS)}")
+        check_choice(precision, PRECISIONS, "precision")
         self.card = card
         self.device = device
         self.file = file
@@ -51,7 +51,7 @@ class Detector:
         merge_norms(self.model)
         for layer in self.model.modules():
             if isinstance(layer, nn.Conv2d):
-                layer.to(self.dtype)  # once, where autocast would do it on every level of every batch
+                layer.to(self.dtype)  # once; autocast would convert the weights for every level of every batch
         self.canvas = Canvas(card.preprocessing["divisor"], tuple(card.preprocessing["pad_value"]))
         self._resize = eval_pipeline(card.preprocessing["short_side"], card.preprocessing["long_side"])
 
@@ -64,14 +64,15 @@ class Detector:
         Raises CheckpointError when there is none, it is damaged, or of another architecture or version, ConfigError for
         an unknown precision, ValueError for a device that is not there."""
         chosen = choose_device(device)
-        file = find_weights(Path(checkpoint))
+        file = find_weights(Path(checkpoint).expanduser())
         model, card = load_detector(file, chosen)
         if precision is not None:
             card = replace(card, preprocessing=card.preprocessing | {"precision": precision})
         try:
             return cls(model, card, device=chosen, file=file)
         except KeyError as fault:
-            raise CheckpointError(f"{file}: header: preprocessing lacks {fault} - restore it from a copy") from None
+            problem = f"preprocessing lacks {fault} - restore it from a copy"
+            raise CheckpointError(f"{file}: header: {problem}", code="bad-header") from None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -80,7 +81,7 @@ class Detector:
 
     def predict(
         self,
-        images: Sequence[ImageLike],
+        images: ImageLike | Iterable[ImageLike],
         *,
         score_threshold: float | None = None,
         batch_size: int = 8,
@@ -88,35 +89,35 @@ class Detector:
     ) -> list[Detections]:
         """Detections of each image, on the CPU, best first, boxes xyxy in the image's own pixels.
 
-        images: paths, uint8 arrays [H W 3], PIL images or uint8 tensors [3 H W], all RGB; kinds and sizes may differ.
-            A file's EXIF rotation is applied, and its boxes are in pixels of the upright image; a PIL image is taken
-            as it is.
+        images: paths, uint8 arrays [H W 3], PIL images or uint8 tensors [3 H W], all RGB, in any iterable; kinds and
+            sizes may differ. A single image gives a list of one. Boxes of a file are in pixels of the image after its
+            EXIF rotation; the rotation of a PIL image is not applied.
         score_threshold: None takes the detector's own (0.05 unless it was trained with another).
-        batch_size: images per forward. They share a canvas as large as the largest needs, and numbers of an image
-            change a little with the padding around it.
+        batch_size: images per forward, and in memory. They share one canvas, and the numbers of an image change a
+            little with the padding around it.
         max_pixels: files with more are refused before they are decoded.
 
         Raises DataError for a file that cannot be read or when predicted numbers are not finite, TypeError for anything
         that is no image, ValueError for a threshold or batch size out of range."""
-        if isinstance(images, (str, Path, Image.Image)):
-            raise TypeError(f"{type(images).__name__} is no list: give a list of images, [image] for one")
+        if isinstance(images, (str, Path, Image.Image)) or getattr(images, "ndim", 0) == 3:
+            images = [cast(ImageLike, images)]
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}")
         options = dict(self.card.postprocess)
         if score_threshold is not None:
             options["score_threshold"] = score_threshold
         check_postprocess(options)
-        found: list[Detections] = []
-        for first in range(0, len(images), batch_size):
-            some = images[first : first + batch_size]  # only these are in memory
-            samples = [self._resize.without_last_resize(self._sample(image, max_pixels), 0) for image in some]
-            found += self.detect(collate(samples, self.canvas), options)
-        return found
+        detections: list[Detections] = []
+        remaining = iter(images)
+        while chunk := list(islice(remaining, batch_size)):
+            samples = [self._resize.without_last_resize(self._sample(image, max_pixels), 0) for image in chunk]
+            detections += self.detect(collate(samples, self.canvas), options)
+        return detections
 
     def _sample(self, image: object, max_pixels: int) -> Sample:
         """An image as evaluation would read it, without objects."""
         if isinstance(image, (str, Path)):
-            array, size = read_reduced(Path(image), self._resize.least_size, max_pixels=max_pixels)
+            array, size = read_reduced(Path(image).expanduser(), self._resize.least_size, max_pixels=max_pixels)
         else:
             array = as_array(image)
             size = array.shape[0], array.shape[1]
@@ -132,18 +133,22 @@ class Detector:
 
     @torch.no_grad()
     def detect(self, batch: Batch, options: Mapping[str, Any]) -> list[Detections]:
-        """Detections of each image of a batch that is ready for the model, as `predict` gives them.
-
-        options: what `check_postprocess` lets pass."""
+        """Detections of each image of a batch, as `predict` returns them. `options` are those of `postprocess`."""
         on_device = to_device(batch, self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             predictions = self.model(on_device.images)
         refuse_non_finite(int(count_non_finite(predictions)), self.file)
-        found = postprocess(predictions, on_device.sizes, **options)
-        counts = [len(one.scores) for one in found]
-        parts = zip(*(torch.cat(tensors).cpu().split(counts) for tensors in zip(*found, strict=True)), strict=True)
-        shapes = zip(parts, batch.sizes, batch.original_sizes, strict=True)
-        return [to_original(Detections(*one), size, original) for one, size, original in shapes]
+        detections = postprocess(predictions, on_device.sizes, **options)
+        counts = [len(image.scores) for image in detections]
+        # One copy to the CPU per field, not per image.
+        fields = (torch.cat(tensors).cpu().split(counts) for tensors in zip(*detections, strict=True))
+        rows = zip(zip(*fields, strict=True), batch.sizes, batch.original_sizes, strict=True)
+        return [to_original(Detections(*row), size, original) for row, size, original in rows]
+
+
+def load(checkpoint: str | Path, *, device: str = "auto", precision: str | None = None) -> Detector:
+    """A trained detector from a run folder or a `.safetensors` file: `Detector.load`."""
+    return Detector.load(checkpoint, device=device, precision=precision)
 
 
 def find_weights(checkpoint: Path) -> Path:
@@ -152,20 +157,19 @@ def find_weights(checkpoint: Path) -> Path:
         return checkpoint
     file = checkpoint / "best.safetensors"
     if not file.is_file():
-        raise CheckpointError(
-            f"{checkpoint}: has no best.safetensors - give a run that has evaluated at least once, or a weights file"
-        )
+        problem = "has no best.safetensors - give a run that has evaluated at least once, or a weights file"
+        raise CheckpointError(f"{checkpoint}: {problem}", code="no-file")
     return file
 
 
 def check_postprocess(options: Mapping[str, Any]) -> None:
     """Raises ValueError or TypeError for options that `postprocess` does not take, before any image is read."""
-    nothing = Predictions((torch.zeros(1, 0, 1),), (torch.zeros(1, 0, 4),), (torch.zeros(0, 4),))
-    postprocess(nothing, torch.ones(1, 2, dtype=torch.int64), **options)
+    empty = Predictions((torch.zeros(1, 0, 1),), (torch.zeros(1, 0, 4),), (torch.zeros(0, 4),))
+    postprocess(empty, torch.ones(1, 2, dtype=torch.int64), **options)
 
 
 def as_array(image: object) -> UInt8[np.ndarray, "H W 3"]:
-    """Any `ImageLike` but a path as a uint8 RGB array. Raises TypeError for another thing."""
+    """Any `ImageLike` except a path as a uint8 RGB array. Raises TypeError for anything else."""
     if isinstance(image, Image.Image) and image.mode[0] not in "IF":  # 16 and 32 bits: PIL's conversion would saturate
         return np.array(image.convert("RGB"))
     array = image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) and image.ndim == 3 else image

@@ -59,7 +59,7 @@ def main(settings: Settings) -> Result:
     from retina.engine.optim import build_optimizer
     from retina.engine.signals import StopRequest
     from retina.engine.step import DTYPES
-    from retina.evaluation.evaluate import Evaluation, evaluate
+    from retina.evaluation.evaluate import Evaluation, evaluate_unless_stopped
     from retina.evaluation.pictures import evaluation_pictures
     from retina.interop.transfer import init_from
     from retina.losses.detection import DetectionLoss
@@ -133,7 +133,8 @@ def main(settings: Settings) -> Result:
         with StopRequest() as request:
 
             def score(model: torch.nn.Module) -> Evaluation | None:
-                evaluation = evaluate(
+                evaluation = evaluate_unless_stopped(
+                    request.signal,
                     model,
                     logger.evaluating(val_loader, len(val_annotations)),
                     val_annotations,
@@ -141,7 +142,6 @@ def main(settings: Settings) -> Result:
                     criterion=recipe.criterion,
                     device=device,
                     dtype=DTYPES[config.precision],
-                    stopping=request.signal,
                 )
                 if evaluation and config.pictures and logger.active:
                     limits = {"max_images": config.pictures, "max_pixels": data.max_pixels}

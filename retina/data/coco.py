@@ -38,8 +38,8 @@ from retina.files import write_whole
 
 
 def read_coco(
-    file: Path,
-    image_root: Path,
+    file: str | Path,
+    image_root: str | Path,
     *,
     classes: Sequence[str] | None = None,
     report: DataReport | None = None,
@@ -68,6 +68,7 @@ def read_coco(
         raise ValueError(f"classes are not unique: {list(classes)}")
     report = DataReport() if report is None else report
     request = Request(None if classes is None else list(classes), allow_outside)
+    file, image_root = Path(file), Path(image_root)
     entry = annotation_cache.find_entry(file, request)
     reading = annotation_cache.load(entry, file, image_root, allow_outside=allow_outside) if entry else None
     if reading is not None:

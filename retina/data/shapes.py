@@ -31,7 +31,12 @@ _MAX_OBJECTS = 10
 
 
 def write_shapes(
-    root: Path, *, num_train: int = 2000, num_val: int = 200, image_size: Sequence[int] = (128, 160), seed: int = 0
+    root: str | Path,
+    *,
+    num_train: int = 2000,
+    num_val: int = 200,
+    image_size: Sequence[int] = (128, 160),
+    seed: int = 0,
 ) -> None:
     """Write the shapes data set in COCO's layout: `{train,val}/*.jpg`, `annotations/instances_{train,val}.json`.
 
@@ -47,6 +52,7 @@ def write_shapes(
         ConfigError: fewer than one image, or a size that is too small or not (short, long).
         DataError: `root` holds something else, or shapes of other arguments.
     """
+    root = Path(root)
     if num_train < 1 or num_val < 1:
         raise ConfigError(
             f"{num_train} and num_val {num_val}: no images - give at least 1 of each", code="shapes", key="num_train"

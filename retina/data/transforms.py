@@ -309,9 +309,9 @@ class Pipeline:
         return clipped[large & (width * height >= before * self.min_visibility)]
 
 
-def default_pipeline() -> Pipeline:
+def default_pipeline(short_side: int = 800, long_side: int | None = 1333) -> Pipeline:
     """The paper's training recipe: half of the images flipped, and the resize of evaluation."""
-    return Pipeline({"flip": HorizontalFlip(), "resize": ResizeShortSide(800, 1333)})
+    return Pipeline({"flip": HorizontalFlip(), "resize": ResizeShortSide(short_side, long_side)})
 
 
 def eval_pipeline(short_side: int = 800, long_side: int | None = 1333) -> Pipeline:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from retina import distributed
 from retina.data.coco import Annotations
-from retina.detections import count_non_finite, refuse_non_finite, to_original
+from retina.detections import count_non_finite, postprocess, refuse_non_finite, to_original
 from retina.distributed import gather_arrays
 from retina.evaluation.metrics import DetectionArrays, coco_metrics
 from retina.types import Batch, Criterion, Detections, Postprocess, to_device
@@ -27,29 +27,48 @@ class Evaluation(NamedTuple):
     """`loss`, `loss_classification`, `loss_box`, per positive anchor; empty without a criterion."""
 
 
-@torch.no_grad()
 def evaluate(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    annotations: Annotations,
+    *,
+    postprocess: Postprocess = postprocess,
+    device: torch.device | None = None,
+    criterion: Criterion | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Evaluation:
+    """Detections of this rank's images, gathered from all ranks and scored against `annotations`.
+
+    model: any module that maps images to `Predictions`. It is left in the mode, training or evaluation, it came in.
+    loader: any iterable of batches. An image that it leaves out counts as one without detections.
+    postprocess: with other thresholds: `functools.partial(retina.postprocess, score_threshold=0.01)`.
+    device: None takes that of the model's first parameter.
+    criterion: None computes no losses.
+
+    Raises any error of the loader or the model on this rank (the other ranks then exit with code 2), and on rank 0
+    DataError if predicted numbers are not finite.
+    """
+    device = device or next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    options: dict[str, Any] = {"postprocess": postprocess, "device": device, "criterion": criterion, "dtype": dtype}
+    evaluation = evaluate_unless_stopped(lambda: 0, model, loader, annotations, **options)
+    assert evaluation is not None
+    return evaluation
+
+
+@torch.no_grad()
+def evaluate_unless_stopped(
+    stopping: Callable[[], int],
     model: nn.Module,
     loader: Iterable[Batch],
     annotations: Annotations,
     *,
     postprocess: Postprocess,
     device: torch.device,
-    criterion: Criterion | None = None,
-    dtype: torch.dtype = torch.float32,
-    stopping: Callable[[], int] | None = None,
+    criterion: Criterion | None,
+    dtype: torch.dtype,
 ) -> Evaluation | None:
-    """Detections of this rank's share of images, gathered from all ranks and scored against `annotations`.
-
-    Images that the loader leaves out count as images without detections: their objects are missed. The model is left in
-    the mode it came in.
-
-    stopping: asked once per batch whether a signal says to stop (its number, or 0). If it does so on any rank, nothing
-        is scored and every rank returns None, once each has come to a stop or to the end of its share.
-
-    Raises what the loader or the model raised on this rank (the other ranks then exit with code 2), and on rank 0
-    DataError when numbers that the model predicted are not finite.
-    """
+    """`evaluate`, which asks `stopping` once per batch for the number of a signal to stop, or 0. If any rank gets one,
+    nothing is scored, and every rank returns None when it has stopped or come to the end of its share."""
     collector = DetectionCollector()
     losses = torch.zeros(3, device=device)
     non_finite = torch.zeros((), dtype=torch.int64, device=device)
@@ -58,7 +77,7 @@ def evaluate(
     model.eval()
     try:
         for batch in loader:
-            if stopping is not None and (stop := stopping()):
+            if stop := stopping():
                 break
             on_device = to_device(batch, device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -66,10 +85,10 @@ def evaluate(
                 if criterion is not None:
                     losses += torch.stack(criterion(predictions, on_device.targets))
             non_finite += count_non_finite(predictions)
-            found = postprocess(predictions, on_device.sizes)
-            shapes = zip(found, on_device.sizes, on_device.original_sizes, strict=True)
-            collector.add(batch.indices, [to_original(one, size, original) for one, size, original in shapes])
-    except Exception as caught:  # the other ranks, who will wait for this one, are told first
+            detections = postprocess(predictions, on_device.sizes)
+            shapes = zip(detections, on_device.sizes, on_device.original_sizes, strict=True)
+            collector.add(batch.indices, [to_original(*row) for row in shapes])
+    except Exception as caught:  # raised below, after the other ranks know: they would wait for this one
         fault = caught
     model.train(was_training)
     verdict = distributed.agree(stop=stop, error=fault is not None)
@@ -80,15 +99,15 @@ def evaluate(
     if verdict.stop:
         return None
     count = int(distributed.all_reduce_sum(non_finite))
-    detections = collector.gather()
+    gathered = collector.gather()
 
     def score() -> dict[str, Any]:
         refuse_non_finite(count, annotations.file)
-        return coco_metrics(annotations, detections)
+        return coco_metrics(annotations, gathered)
 
     metrics = distributed.on_main(score)
     per_positive = {} if criterion is None else _per_positive(distributed.all_reduce_sum(losses))
-    return Evaluation(metrics, detections, per_positive)
+    return Evaluation(metrics, gathered, per_positive)
 
 
 def _per_positive(sums: Tensor) -> dict[str, float]:

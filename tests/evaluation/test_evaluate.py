@@ -19,7 +19,7 @@ from retina.detections import postprocess
 from retina.engine.build import build_eval_loader
 from retina.engine.config import DataConfig
 from retina.errors import DataError
-from retina.evaluation.evaluate import Evaluation, evaluate
+from retina.evaluation.evaluate import Evaluation, evaluate, evaluate_unless_stopped
 from retina.losses.detection import DetectionLoss
 from retina.types import Batch, Losses, Predictions, Targets
 
@@ -68,7 +68,11 @@ def run(annotations: Annotations, batches: Iterable[Batch], model: Oracle | None
             yield batch
 
     cpu = torch.device("cpu")
-    return evaluate(oracle, shown(), annotations, postprocess=postprocess, device=cpu, **options)
+    if "stopping" in options:
+        stopping = options.pop("stopping")
+        options = {"postprocess": postprocess, "device": cpu, "criterion": None, "dtype": torch.float32} | options
+        return evaluate_unless_stopped(stopping, oracle, shown(), annotations, **options)
+    return evaluate(oracle, shown(), annotations, **options)
 
 
 def test_a_perfect_model_scores_one(annotations: Annotations) -> None:
