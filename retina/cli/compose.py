@@ -37,11 +37,11 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from retina.cli.words import as_typed, read_mapping, text_keys, unknown, unreadable
+from retina.cli.words import as_typed, read_mapping, text_keys, unconverted, unknown, unreadable
 from retina.data.checks import DataReport, RecordsError
 from retina.engine.config import from_mapping
 from retina.engine.signals import SIGNALS, quit_at_once
-from retina.errors import ConfigError, RetinaError, plain
+from retina.errors import ConfigError, DataError, RetinaError, plain
 
 PACKAGED = Path(__file__).parents[1] / "configs"
 CONFIGS = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[2] / "configs"
@@ -138,17 +138,25 @@ def _run(program: Program, argv: Sequence[str] | None) -> int:
     arguments = _parser(program).parse_intermixed_args(argv)
     settings: Settings = {}
     try:
-        code = _dispatch(program, arguments, settings)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
-        return BROKEN_PIPE
+        with quiet_end():
+            return _dispatch(program, arguments, settings)
     except (RetinaError, OSError) as fault:
         if settings.get("traceback"):
             traceback.print_exc()
-        report(fault)
+        root = settings.get("data", {}).get("root") if isinstance(fault, DataError) else None
+        report(unconverted(root) or fault if root else fault)
         return 2
+
+
+@contextmanager
+def quiet_end() -> Iterator[None]:
+    """Ends the program without a word when the reader of stdout has gone, as in `... | head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
+        sys.exit(BROKEN_PIPE)
 
 
 def _dispatch(program: Program, arguments: argparse.Namespace, settings: Settings) -> int:

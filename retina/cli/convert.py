@@ -71,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.on_error == "stop":
                 return 2
         write(options, reading)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except (RetinaError, OSError) as error:
         print(" ".join(str(error).split("\n")), file=sys.stderr)
         return 2
@@ -86,18 +90,22 @@ def parse(arguments: Sequence[str]) -> Options:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
             hint = f"did you mean {near[0]}=?" if near else f"there are {', '.join(known)}"
-            raise ConfigError(f"command line: {key}: no such option - {hint} (--help explains all)")
+            raise ConfigError(f"command line: {key}: no such option - {hint} (--help explains all)", code="unknown-key")
         if not equals or not text:
-            raise ConfigError(f"command line: {key}: no value - write {key}=...")
+            raise ConfigError(f"command line: {key}: no value - write {key}=...", code="missing-setting")
         if key in values:
-            raise ConfigError(f"command line: {key}: given twice - keep one")
+            raise ConfigError(f"command line: {key}: given twice - keep one", code="contradiction")
         values[key] = _value(key, text)
     for key in ("format", "source", "output"):
         if key not in values:
-            raise ConfigError(f"command line: {key}: missing - add {key}=... (--help explains all)")
+            raise ConfigError(
+                f"command line: {key}: missing - add {key}=... (--help explains all)", code="missing-setting"
+            )
     options = Options(**values)
     if options.format == "yolo" and (options.one_based or options.difficult != "keep"):
-        raise ConfigError("command line: one_based, difficult: only for format=voc - leave them out")
+        raise ConfigError(
+            "command line: one_based, difficult: only for format=voc - leave them out", code="contradiction"
+        )
     return options
 
 
@@ -111,7 +119,9 @@ def _value(key: str, text: str) -> Any:
     }
     if key in choices:
         if text not in choices[key]:
-            raise ConfigError(f"command line: {key}: {text!r} is not a choice - use {' or '.join(choices[key])}")
+            raise ConfigError(
+                f"command line: {key}: {text!r} is not a choice - use {' or '.join(choices[key])}", code="unknown-value"
+            )
         return text == "true" if key in {"copy", "one_based"} else text
     if key == "classes":
         return _classes(text)
@@ -120,9 +130,14 @@ def _value(key: str, text: str) -> Any:
     try:
         number = int(text) if key == "seed" else float(text)
     except ValueError as error:
-        raise ConfigError(f"command line: {key}: {text!r} is not a number - write {key}=0, say") from error
+        raise ConfigError(
+            f"command line: {key}: {text!r} is not a number - write {key}=0, say", code="wrong-type"
+        ) from error
     if key == "val_fraction" and not 0 < number < 1:
-        raise ConfigError(f"command line: val_fraction: {text} is not between 0 and 1 - write val_fraction=0.2, say")
+        raise ConfigError(
+            f"command line: val_fraction: {text} is not between 0 and 1 - write val_fraction=0.2, say",
+            code="out-of-range",
+        )
     return number
 
 
@@ -131,7 +146,7 @@ def _classes(text: str) -> tuple[str, ...]:
     try:
         names = file.read_text(encoding="utf-8-sig").split("\n") if file.is_file() else text.split(",")
     except ValueError as error:
-        raise ConfigError(f"{file}: not UTF-8 text ({error}) - save it as UTF-8") from error
+        raise ConfigError(f"{file}: not UTF-8 text ({error}) - save it as UTF-8", code="unreadable-file") from error
     classes = tuple(name.strip() for name in names if name.strip())
     check_classes(text, classes)
     return classes
@@ -141,9 +156,15 @@ def read(options: Options) -> Records:
     """The records of the source, once the output is known to be free."""
     source, output = options.source.resolve(), options.output.resolve()
     if output.is_relative_to(source):
-        raise ConfigError(f"{options.output}: output inside source, which is only read - name a folder elsewhere")
+        raise ConfigError(
+            f"{options.output}: output inside source, which is only read - name a folder elsewhere",
+            code="output-in-data",
+        )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{options.output}: output exists already and is never overwritten - name another output")
+        raise ConfigError(
+            f"{options.output}: output exists already and is never overwritten - name another output",
+            code="output-taken",
+        )
     draw: dict[str, Any] = {"classes": options.classes, "val_fraction": options.val_fraction, "seed": options.seed}
     if options.format == "voc":
         return read_voc(options.source, one_based=options.one_based, difficult=options.difficult, **draw)
@@ -167,7 +188,9 @@ def write(options: Options, reading: Records) -> None:
     check_classes(options.source, reading.classes)
     for split, records in splits.items():
         if not records:
-            raise DataError(f"{options.source}: {split}: no image is left - correct the faults, or the split")
+            raise DataError(
+                f"{options.source}: {split}: no image is left - correct the faults, or the split", code="no-images"
+            )
     shared = {record.image for record in reading.train} & {record.image for record in reading.val}
     if shared:
         print(f"warning: {len(shared)} images are in train and in val: metrics will look too good", file=sys.stderr)

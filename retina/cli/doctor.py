@@ -103,9 +103,15 @@ def refuse_to_overwrite(output: Path, data: DataConfig) -> None:
     folders = [data.root, data.train.images, data.val.images]
     for folder in filter(None, folders):
         if output.resolve().is_relative_to(Path(folder).resolve()):
-            raise ConfigError(f"output: {output} lies in {folder}, the data set's own - choose another place")
+            raise ConfigError(
+                f"{output} lies in {folder}, the data set's own - choose another place",
+                code="output-in-data",
+                key="output",
+            )
     if (output.exists() or output.is_symlink()) and not is_report(output):
-        raise ConfigError(f"output: {output} is there already and is no report - choose another file")
+        raise ConfigError(
+            f"{output} is there already and is no report - choose another file", code="output-taken", key="output"
+        )
 
 
 def is_report(file: Path) -> bool:

@@ -45,13 +45,23 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         if (self.checkpoint is None) == (self.detections is None):
-            raise ConfigError("checkpoint: give checkpoint=RUN_OR_FILE, or detections=RESULTS.json, and not both")
+            raise ConfigError(
+                "give checkpoint=RUN_OR_FILE, or detections=RESULTS.json, and not both",
+                code="contradiction",
+                key="checkpoint",
+            )
         if self.split not in ("train", "val"):
-            raise ConfigError(f"split: {self.split} is not known - choose train, or val for any other file")
+            raise ConfigError(
+                f"{self.split} is not known - choose train, or val for any other file",
+                code="unknown-value",
+                key="split",
+            )
         if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError(f"batch_size: {self.batch_size} is not allowed - give 1 or more, or null")
+            raise ConfigError(
+                f"{self.batch_size} is not allowed - give 1 or more, or null", code="out-of-range", key="batch_size"
+            )
         if self.pictures < 0:
-            raise ConfigError(f"pictures: {self.pictures} is not allowed - give 0 or more")
+            raise ConfigError(f"{self.pictures} is not allowed - give 0 or more", code="out-of-range", key="pictures")
 
 
 @entry("eval", EvalConfig)
@@ -64,7 +74,7 @@ def main(config: EvalConfig) -> int:
 
 def score_file(config: EvalConfig, results: Path) -> None:
     if config.output is None:
-        raise ConfigError("output: missing - give output=DIR for metrics.json")
+        raise ConfigError("missing - give output=DIR for metrics.json", code="missing-setting", key="output")
     data = data_of({}, config.data, {})
 
     from retina.engine.build import load_split
@@ -82,7 +92,9 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     trained = read_settings(folder / "config.yaml").get("data", {}) if (folder / "config.yaml").is_file() else {}
     if not isinstance(trained, dict):
-        raise ConfigError(f"{folder / 'config.yaml'}: data: is no section - restore it, or give data=...")
+        raise ConfigError(
+            f"{folder / 'config.yaml'}: data: is no section - restore it, or give data=...", code="wrong-type"
+        )
 
     # torch takes seconds to load, and a wrong setting should not wait for it
     from functools import partial
@@ -154,9 +166,11 @@ def open_output(output: Path) -> Path:
         others = [entry for entry in output.iterdir() if entry.name != "data_report.json"]
         strangers = others and not is_evaluation(output / "metrics.json")
     except OSError as fault:
-        raise ConfigError(f"output: {output} cannot be written ({fault.strerror}) - choose another folder") from None
+        raise ConfigError(
+            f"{output} cannot be written ({fault.strerror}) - choose another folder", code="not-written", key="output"
+        ) from None
     if strangers:
-        raise ConfigError(f"output: {output} holds other files - choose another folder")
+        raise ConfigError(f"{output} holds other files - choose another folder", code="output-taken", key="output")
     return output
 
 

@@ -34,22 +34,30 @@ class ImportConfig:
 
     def __post_init__(self) -> None:
         if self.to not in ("retina", "torchvision"):
-            raise ConfigError(f"to: {self.to!r} is not known - choose retina or torchvision")
+            raise ConfigError(
+                f"{self.to!r} is not known - choose retina or torchvision", code="unknown-value", key="to"
+            )
         if Path(self.output).suffix != ".safetensors":
-            raise ConfigError(f"output: {self.output} - give a name that ends in .safetensors")
+            raise ConfigError(f"{self.output} - give a name that ends in .safetensors", code="bad-name", key="output")
         if self.to == "torchvision":
             conventions = {f"conventions.{name}": value for name, value in self.conventions.items()}
             given = {"classes": self.classes, "ignore_unknown": self.ignore_unknown or None, **conventions}
             for name, value in given.items():
                 if value is not None:
-                    raise ConfigError(f"{name}: is for weights of others, not for to=torchvision - leave it out")
+                    raise ConfigError(
+                        "is for weights of others, not for to=torchvision - leave it out",
+                        code="contradiction",
+                        key=name,
+                    )
 
 
 @entry("import_weights", ImportConfig)
 def main(config: ImportConfig) -> int:
     output = Path(config.output)
     if (output.exists() or output.is_symlink()) and not config.overwrite:
-        raise ConfigError(f"output: {output} is there already - give another name, or overwrite=true")
+        raise ConfigError(
+            f"{output} is there already - give another name, or overwrite=true", code="output-taken", key="output"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = export(config, output) if config.to == "torchvision" else bring_in(config, output)
     for line in [*lines, f"written: {output}"]:
@@ -73,7 +81,9 @@ def bring_in(config: ImportConfig, output: Path) -> list[str]:
     options: dict[str, Any] = {"conventions": config.conventions, "ignore_unknown": config.ignore_unknown}
     if not foreign.is_detector:
         if classes is not None:
-            raise ConfigError(f"classes: mean nothing to {file}, a plain backbone - leave them out")
+            raise ConfigError(
+                f"mean nothing to {file}, a plain backbone - leave them out", code="contradiction", key="classes"
+            )
         state, model, lines = convert_backbone(foreign, file, **options)
         write_whole(output, serialize(state))
         return [*lines, f"train with it: python tools/train.py {overrides(model | {'weights': str(output)})}"]
@@ -117,7 +127,9 @@ def read_classes(given: list[str] | str | None) -> list[str] | None:
             text = ""
         given = [line.strip() for line in text.splitlines() if line.strip()]
     if given is not None and not (given and all(map(str.strip, given))):
-        raise ConfigError("classes: no list of names - give [cat,dog], or a text file with one per line")
+        raise ConfigError(
+            "no list of names - give [cat,dog], or a text file with one per line", code="wrong-type", key="classes"
+        )
     return given
 
 

@@ -46,10 +46,16 @@ class InferConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.score_threshold < 1:
-            raise ConfigError(f"score_threshold: {self.score_threshold} is not allowed - give 0 or more, below 1")
+            raise ConfigError(
+                f"{self.score_threshold} is not allowed - give 0 or more, below 1",
+                code="out-of-range",
+                key="score_threshold",
+            )
         for name in ("batch_size", "max_pixels"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} is not allowed - give 1 or more")
+                raise ConfigError(
+                    f"{getattr(self, name)} is not allowed - give 1 or more", code="out-of-range", key=name
+                )
 
 
 @entry("infer", InferConfig)

@@ -72,18 +72,22 @@ def open_output(output: Path, pictures: Collection[str]) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
         own = _own_pictures(output)
         if own is None and any(entry.name != STATE for entry in output.iterdir()):
-            raise ConfigError(f"output: {output} holds other files - {ADVICE}")
+            raise ConfigError(f"{output} holds other files - {ADVICE}", code="output-taken", key="output")
         _check_way(output, pictures, own or set())
         state.mkdir(exist_ok=True)
         lock_file = (state / "lock").open("a")
     except OSError as fault:
-        raise ConfigError(f"output: {output} cannot be written ({fault.strerror}) - {ADVICE}") from None
+        raise ConfigError(
+            f"{output} cannot be written ({fault.strerror}) - {ADVICE}", code="not-written", key="output"
+        ) from None
     with lock_file:
         try:
             if not lock(lock_file.fileno()):
                 print(f"warning: {output} knows no locks: start no second inference into it", file=sys.stderr)
         except OSError:
-            raise ConfigError(f"output: {output} is being written by another inference - wait, or {ADVICE}") from None
+            raise ConfigError(
+                f"{output} is being written by another inference - wait, or {ADVICE}", code="in-use", key="output"
+            ) from None
         for leftover in state.glob("*.tmp"):
             leftover.unlink()
         write_whole(output, f"{STATE}/claims.json", json.dumps(sorted({*pictures, *(own or ())}, key=str)).encode())
@@ -110,20 +114,30 @@ def _read(file: Path) -> Any:
 def _check_way(output: Path, pictures: Collection[str], own: Collection[str]) -> None:
     for picture in pictures:
         if picture not in own and os.path.lexists(output / picture):
-            raise ConfigError(f"output: {output / picture} is there already and would be overwritten - {ADVICE}")
+            raise ConfigError(
+                f"{output / picture} is there already and would be overwritten - {ADVICE}",
+                code="output-taken",
+                key="output",
+            )
     inside = os.path.realpath(output)
     for folder in {(output / picture).parent for picture in pictures}:
         if not Path(os.path.realpath(folder)).is_relative_to(inside):
-            raise ConfigError(f"output: {folder} leads out of {output} - {ADVICE}")
+            raise ConfigError(f"{folder} leads out of {output} - {ADVICE}", code="output-outside", key="output")
     if (output / STATE).is_symlink():
-        raise ConfigError(f"output: {output / STATE} leads out of {output} - {ADVICE}")
+        raise ConfigError(f"{output / STATE} leads out of {output} - {ADVICE}", code="output-outside", key="output")
     for name in (DETECTIONS, FAILED, STATE):
         if any(PurePosixPath(picture).parts[0].casefold() == name for picture in pictures):
-            raise ConfigError(f"source: has a folder {name}, a name that the output needs itself - rename it")
+            raise ConfigError(
+                f"has a folder {name}, a name that the output needs itself - rename it",
+                code="reserved-name",
+                key="source",
+            )
     failed = output / FAILED
     ours = failed.is_file() and failed.read_bytes().startswith(FAILED_TITLE.encode())
     if os.path.lexists(failed) and not ours:
-        raise ConfigError(f"output: {failed} is there already and would be overwritten - {ADVICE}")
+        raise ConfigError(
+            f"{failed} is there already and would be overwritten - {ADVICE}", code="output-taken", key="output"
+        )
 
 
 def read_done(output: Path) -> dict[str, Done]:

@@ -49,19 +49,24 @@ def find_images(source: str, output: Path) -> tuple[Path, list[Path]]:
         root = Path(os.path.commonpath([file.parent for file in files])) if files else path
     inside = _real(output)
     if files and _real(root).is_relative_to(inside):
-        raise ConfigError(f"output: {output} holds the source {source} - choose another folder")
+        raise ConfigError(
+            f"{output} holds the source {source} - choose another folder", code="output-in-data", key="output"
+        )
     folders = {folder: _real(folder) for folder in {file.parent for file in files}}
     targets = [_real(file) if file.is_symlink() else folders[file.parent] for file in files]
     files = [file for file, target in zip(files, targets, strict=True) if not target.is_relative_to(inside)]
     if not files:
-        raise DataError(f"{source}: no images there - give a folder, an image or a glob such as 'photos/*.jpg'")
+        raise DataError(
+            f"{source}: no images there - give a folder, an image or a glob such as 'photos/*.jpg'", code="no-images"
+        )
     return root, files
 
 
 def expand(pattern: str) -> list[Path]:
     """The files that a glob finds, each once."""
     parts = Path(pattern).parts
-    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    literal = (Path(*parts[: i + 1]).exists() for i in range(len(parts)))  # a folder may be called `[2024] trip`
+    fixed = next((i for i, it_is in enumerate(literal) if glob.has_magic(parts[i]) and not it_is), len(parts))
     base = Path(*parts[:fixed])
     if fixed == len(parts):
         return []
@@ -69,7 +74,7 @@ def expand(pattern: str) -> list[Path]:
         # unlike glob.glob, `**` here does not walk through symbolic links, which may go round in circles
         found = [path for path in base.glob(os.sep.join(parts[fixed:])) if path.is_file()]
     except ValueError as fault:
-        raise ConfigError(f"source: {pattern}: {fault} - correct the pattern") from None
+        raise ConfigError(f"{pattern}: {fault} - correct the pattern", code="bad-pattern", key="source") from None
     shown = [path for path in found if not any(part[0] == "." != part for part in path.relative_to(base).parts)]
     folders = {folder: _real(folder) for folder in {path.parent for path in shown}}  # without any `..`
     return sorted({folders[path.parent] / path.name for path in shown})

@@ -137,3 +137,21 @@ def unknown(key: str, value: str, known: Iterable[str], *, more: str = "") -> Co
             if ours.split()[-1].partition("=")[0] in known:
                 return ConfigError(f"no such key - here it is {ours}", code="unknown-key", key=key)
     return ConfigError(unknown_key(key, known) + more, code="unknown-key")
+
+
+def unconverted(root: str) -> ConfigError | None:
+    """The answer to a `data.root` that holds a data set of Pascal VOC or YOLO as it is."""
+    folder = Path(root)
+    if (folder / "annotations" / "instances_train.json").is_file():
+        return None
+    for images in (folder / "JPEGImages", *folder.glob("*/JPEGImages"), *folder.glob("VOCdevkit/*/JPEGImages")):
+        if (images.parent / "Annotations").is_dir():
+            return _to_convert(root, "Pascal VOC", f"format=voc source={images.parent}")
+    if any((folder / name).exists() for name in ("data.yaml", "labels", "train/labels")):
+        return _to_convert(root, "YOLO", f"format=yolo source={root}")
+    return None
+
+
+def _to_convert(root: str, layout: str, words: str) -> ConfigError:
+    fix = f"convert it: python tools/convert.py {words} output=data/{Path(root).resolve().name}"
+    return ConfigError(f"{root}: has the layout of {layout}, not COCO's - {fix}", code="not-coco")

@@ -393,6 +393,50 @@ print([name for name in ("torch", "torchvision", "albumentations") if name in sy
     assert not list(tmp_path.iterdir())
 
 
+def test_a_reader_that_has_gone_ends_the_program_quietly(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    process = start(CONFIGS.parent / "tools" / "train.py", "--cfg", "job", cwd=tmp_path)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    with process.stderr:
+        assert process.stderr.read() == ""
+    assert process.wait() == 141
+
+
+@pytest.mark.parametrize(("folders", "words"), [(["Annotations", "JPEGImages"], "voc"), (["labels", "images"], "yolo")])
+def test_a_data_set_of_another_layout_is_answered_with_the_converter(
+    tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], folders: list[str], words: str
+) -> None:
+    for folder in folders:
+        (tmp_path / "mine" / folder).mkdir(parents=True)
+    root = tmp_path / "mine"
+    assert tool("train", "data=coco", f"data.root={root}", f"runs={tmp_path}", "train.device=cpu") == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error[not-coco]: ")
+    assert f"tools/convert.py format={words} source={root} output=data/mine" in line
+
+
+def test_configs_of_ones_own(tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\nname: mine\ntrain: {length: 3ep}\n")
+    experiment = "# @package _global_\ndefaults: [/experiment/smoke, _self_]\nname: own\n"
+    (tmp_path / "experiment" / "own.yaml").write_text(experiment)
+    for words in (["--config-dir", tmp_path], [f"hydra.searchpath=[file://{tmp_path}]"]):
+        assert tool("train", *words, "experiment=own", "--cfg", "job") == 0
+        assert "name: own\n" in capsys.readouterr().out
+    assert tool("train", "--config-dir", tmp_path, "-cn", "mine", "--cfg", "job") == 0
+    out = capsys.readouterr().out
+    assert "name: mine\n" in out
+    assert "length: 3ep\n" in out
+    assert tool("train", "-cn", "nowhere") == 2
+    assert "error[no-such-option]: --config-name=nowhere" in capsys.readouterr().err
+    assert tool("train", "--config-dir", tmp_path / "nowhere") == 2
+    assert tool("train", "--info", "searchpath") == 0
+    assert "configs" in capsys.readouterr().out
+
+
 def test_configs_folder_is_the_one_beside_the_tools() -> None:
     assert Path(compose_module.__file__).parents[2] / "configs" == CONFIGS
     assert (CONFIGS / "train.yaml").is_file()

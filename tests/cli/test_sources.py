@@ -138,3 +138,10 @@ def test_an_output_above_the_source_is_refused(tmp_path: Path) -> None:
     for source in (tmp_path / "in", tmp_path / "in" / "b", tmp_path / "in" / "a.jpg", f"{tmp_path}/in/b/*.jpg"):
         with pytest.raises(ConfigError, match=r"output: .*/in holds the source .* - choose another folder"):
             find_images(str(source), tmp_path / "in")
+
+
+def test_a_folder_whose_name_looks_like_a_glob_is_taken_literally(tmp_path: Path) -> None:
+    (tmp_path / "[2024] trip").mkdir()
+    file = tmp_path / "[2024] trip" / "a.jpg"
+    file.touch()
+    assert [path.name for path in expand(f"{tmp_path}/[2024] trip/*.jpg")] == ["a.jpg"]
