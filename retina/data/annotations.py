@@ -30,7 +30,7 @@ class Annotations:
     """(height, width) as the file states."""
     offsets: Int64[np.ndarray, "N+1"]
     boxes: Float64[np.ndarray, "T 4"]
-    """xyxy in pixels; float64, for metrics need the digits of the file."""
+    """xyxy in pixels; float64, because metrics need the digits of the file."""
     labels: Int64[np.ndarray, "T"]
     crowd: Bool[np.ndarray, "T"]
     areas: Float64[np.ndarray, "T"]

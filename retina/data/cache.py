@@ -1,4 +1,4 @@
-"""What came of reading a large annotation file, kept as columns for the next start and for the other processes.
+"""The result of reading a large annotation file, stored as columns for the next start and for other processes.
 
 Parsing gigabytes of JSON takes minutes and many times their size in memory. An entry of this cache is there in seconds,
 and all processes of a machine share its pages.
@@ -73,7 +73,7 @@ def find_entry(file: Path, request: Request) -> Path | None:
             return None
         with file.open("rb") as stream:
             return folder / _name(digest_in(stream, 0, os.fstat(stream.fileno()).st_size), request)
-    except OSError:  # told by whoever reads the file
+    except OSError:  # the reader of the file reports it
         return None
 
 
@@ -164,7 +164,7 @@ def _all(folder: Path) -> Iterator[Path]:
 # Folders of named arrays (`NAME.npy`) and notes, which are mapped into memory after every byte has been verified.
 #
 # The first line of notes.json is the digest of the second; the second is JSON with the type, shape and digest of every
-# array. Nothing in the folder can be executed: numpy is told to refuse pickles.
+# array. Nothing in the folder can be executed: numpy refuses pickles here.
 _CHUNK = 4 << 20
 _THREADS = min(8, os.cpu_count() or 1)
 

@@ -343,7 +343,7 @@ def _nearest(name: str, classes: Sequence[str]) -> str:
 
 # Boxes against their images: single ones that are wrong or odd, and whole files in another convention.
 #
-# Vectorised, for annotation files have a million of them. Boxes are COCO's [x, y, width, height] in pixels.
+# Vectorised, because annotation files have a million of them. Boxes are COCO's [x, y, width, height] in pixels.
 _FARTHEST = 2.0**31
 _ENOUGH = 3
 """Boxes from which on a file may be judged as a whole."""

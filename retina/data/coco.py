@@ -46,8 +46,8 @@ def read_coco(
     skip_faulty: bool = False,
     allow_outside: bool = False,
 ) -> Annotations:
-    """Read and check a COCO annotation file. What comes of a large one is kept, and is there at once the next time: see
-    `annotation_cache`.
+    """Read and check a COCO annotation file. The result of a large one is stored, and loaded the next time: see
+    `retina.data.cache`.
 
     Without `classes`, labels follow ascending category id. With `classes` (of a training set or a checkpoint) they
     follow that order and categories are matched by name: a category outside `classes` that some annotation uses is a
@@ -85,7 +85,7 @@ def read_coco(
 def _parse(
     file: Path, image_root: Path, request: Request, report: DataReport, *, skip_faulty: bool
 ) -> CachedAnnotations:
-    """Reads and checks the JSON itself, and keeps what came of a large file. Warnings are in `report` by then."""
+    """Reads and checks the JSON itself, and stores the result of a large file. Warnings go to `report` at once."""
     faults: list[str] = []
     warnings = report.warnings
     known_warnings = len(warnings)

@@ -233,10 +233,9 @@ def _as_rgb(path: Path, upright: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     upright.info.pop("transparency", None)
     if upright.mode in _SHORT:
         grey = np.asarray(upright)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise _fault(path, "bad-image", "has 32 bits per channel", "convert it to 8 or 16 bits")
-        return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
-    if upright.mode == "F":
+        if grey.min() >= 0 and grey.max() <= 65535:
+            return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if upright.mode in ("F", *_SHORT):
         raise _fault(path, "bad-image", "has 32 bits per channel", "convert it to 8 or 16 bits")
     return np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))
 

@@ -138,8 +138,8 @@ class BatchLoader(DataLoader[Any]):
                     raise self._too_many_faults()
             if item is None:
                 return
-            if item.batch is not None:
-                yield item.batch
+            if item.content is not None:
+                yield item.content
 
     @contextmanager
     def _watched(self, iterator: Callable[[], Any]) -> Iterator[None]:
@@ -216,16 +216,9 @@ def eval_loader(
 
 
 class _Read(NamedTuple):
-    """A sample, or None if there is none, and the faults met on the way."""
+    """A sample or batch, or None if every image of it was bad, and the faults of its images by index."""
 
-    sample: Sample | None
-    faults: dict[int, str]
-
-
-class _Fetched(NamedTuple):
-    """What a worker hands over for a batch: None where every image was bad."""
-
-    batch: Batch | None
+    content: Any
     faults: dict[int, str]
 
 
@@ -256,15 +249,15 @@ class _Guarded(Dataset[_Read | RetinaError]):
         return _Read(None, faults)
 
 
-def _collate(items: list[_Read | RetinaError], canvas: Canvas) -> _Fetched | RetinaError:
+def _collate(items: list[_Read | RetinaError], canvas: Canvas) -> _Read | RetinaError:
     faults: dict[int, str] = {}
     samples = []
     for item in items:
         if isinstance(item, RetinaError):
             return item
         faults |= item.faults
-        if item.sample is not None:
-            samples.append(item.sample)
+        if item.content is not None:
+            samples.append(item.content)
     try:
         in_worker = get_worker_info() is not None
         batch = collate(samples, canvas, shared=in_worker) if samples else None
@@ -281,7 +274,7 @@ def _collate(items: list[_Read | RetinaError], canvas: Canvas) -> _Fetched | Ret
             code="out-of-memory",
             key="num_workers",
         )
-    return _Fetched(batch, faults)
+    return _Read(batch, faults)
 
 
 def collate(samples: Sequence[Sample], canvas: Canvas = Canvas(), *, shared: bool = False) -> Batch:

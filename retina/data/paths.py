@@ -101,7 +101,7 @@ def folder_stamps(root: Path, folders: Iterable[str]) -> dict[str, list[int]]:
 
 def is_free_of_links(root: Path, folders: Iterable[str], known: Mapping[str, Sequence[int]]) -> bool:
     """Whether `links_outside` would find nothing, whatever the names in these folders (see `folders_of`): they lie
-    inside `root` and hold no link. False is no finding yet, for links may stay inside.
+    inside `root` and hold no link. False is no finding yet, because links may stay inside.
 
     Folders that are as they were by their `known` stamps held no link then, and are not listed again."""
     inside = os.path.realpath(root).rstrip(os.sep) + os.sep

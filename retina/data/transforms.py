@@ -19,7 +19,7 @@ from numpy import ndarray
 
 from retina.errors import ConfigError
 
-# Whoever imports albumentations after this module: it asks the network for its newest version, unless told not to.
+# albumentations, where it is imported after this module, asks the network for its newest version unless this is set.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 Pixels = UInt8[ndarray, "_ _ 3"]
