@@ -38,83 +38,14 @@ def draw_boxes(
     *,
     scores: Float[np.ndarray, "M"] | None = None,
     crowd: Bool[np.ndarray, "M"] | None = None,
+    scale: float | None = None,
 ) -> UInt8[np.ndarray, "H2 W2 3"]:
     """A copy of the image with boxes (xyxy in its pixels) and their class names, and scores as "0.87" where given.
 
-    Crowd regions are dashed and light grey. An image whose longer side is under 768 px is enlarged to that; larger ones
-    keep their size, and lines and text grow with them. Higher scores are drawn over lower ones.
-    """
-    return _draw(image, max(1.0, LONG_SIDE / max(image.shape[:2])), boxes, labels, classes, scores, crowd)
+    Crowd regions are dashed and light grey. Higher scores lie over lower ones. Lines and text grow with the image.
 
-
-def draw_detections(
-    image: UInt8[np.ndarray, "H W 3"], detections: Detections, classes: Sequence[str], *, score_threshold: float = 0.3
-) -> UInt8[np.ndarray, "H2 W2 3"]:
-    """`draw_boxes` of the detections with score >= threshold; their boxes are in pixels of this image."""
-    boxes, scores, labels = (values.detach().cpu().numpy() for values in detections)
-    shown = scores >= score_threshold
-    return draw_boxes(image, boxes[shown], labels[shown], classes, scores=scores[shown])
-
-
-def side_by_side(
-    image: UInt8[np.ndarray, "H W 3"],
-    boxes: Float[np.ndarray, "M 4"],
-    labels: Int[np.ndarray, "M"],
-    detections: Detections,
-    classes: Sequence[str],
-    *,
-    crowd: Bool[np.ndarray, "M"] | None = None,
-    score_threshold: float = 0.3,
-) -> UInt8[np.ndarray, "H2 W2 3"]:
-    """The ground truth (boxes, labels, crowd) on the left and the detections on the right, each under its caption."""
-    truth = draw_boxes(image, boxes, labels, classes, crowd=crowd)
-    found = draw_detections(image, detections, classes, score_threshold=score_threshold)
-    num_found = int((detections.scores >= score_threshold).sum())
-    left = _captioned(truth, f"ground truth: {len(boxes)}")
-    right = _captioned(found, f"detections with score ≥ {score_threshold:g}: {num_found}")
-    gap = np.full((left.shape[0], max(4, left.shape[1] // 100), 3), BACKGROUND, dtype=np.uint8)
-    return np.concatenate([left, gap, right], axis=1)
-
-
-def grid(images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> UInt8[np.ndarray, "H W 3"]:
-    """Pictures of any sizes, row by row, centred in the cells of a near-square grid. Raises ValueError for none."""
-    if not images:
-        raise ValueError("a grid needs at least one image")
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
-    gap = max(2, max(height, width) // 128)
-    canvas = np.empty((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), dtype=np.uint8)
-    canvas[:] = BACKGROUND
-    for position, image in enumerate(images):
-        top = (position // columns) * (height + gap) + (height - image.shape[0]) // 2
-        left = (position % columns) * (width + gap) + (width - image.shape[1]) // 2
-        canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return canvas
-
-
-def batch_pictures(batch: Batch, classes: Sequence[str], max_images: int) -> list[UInt8[np.ndarray, "_ _ 3"]]:
-    """The first images of a batch as the model sees them, without padding, with their targets; 768 px long."""
-    pictures = []
-    for position in range(min(max_images, len(batch.images))):
-        height, width = batch.sizes[position].tolist()
-        image = batch.images[position, :, :height, :width].permute(1, 2, 0).cpu().numpy()
-        boxes, labels, valid, crowd = (values[position].cpu().numpy() for values in batch.targets)
-        real = valid | crowd
-        scale = LONG_SIDE / max(height, width)
-        pictures.append(_draw(image, scale, boxes[real], labels[real], classes, None, crowd[real]))
-    return pictures
-
-
-def _draw(
-    image: UInt8[np.ndarray, "H W 3"],
-    scale: float,
-    boxes: Float[np.ndarray, "M 4"],
-    labels: Int[np.ndarray, "M"],
-    classes: Sequence[str],
-    scores: Float[np.ndarray, "M"] | None,
-    crowd: Bool[np.ndarray, "M"] | None,
-) -> UInt8[np.ndarray, "H2 W2 3"]:
+    scale: the copy is so many times as large. None enlarges an image whose longer side is under 768 px to that."""
+    scale = max(1.0, LONG_SIDE / max(image.shape[:2])) if scale is None else scale
     picture = Image.fromarray(np.ascontiguousarray(image))
     if scale != 1:
         size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
@@ -147,6 +78,65 @@ def _draw(
         middle = ((tag[0] + tag[2]) / 2, (tag[1] + tag[3]) / 2)
         draw.text(middle, text, fill=_contrast(colour), font=font, anchor="mm")
     return np.asarray(picture).copy()
+
+
+def draw_detections(
+    image: UInt8[np.ndarray, "H W 3"], detections: Detections, classes: Sequence[str], *, score_threshold: float = 0.3
+) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """`draw_boxes` of the detections with score >= threshold; their boxes are in pixels of this image."""
+    boxes, scores, labels = (values.detach().cpu().numpy() for values in detections)
+    rows = scores >= score_threshold
+    return draw_boxes(image, boxes[rows], labels[rows], classes, scores=scores[rows])
+
+
+def side_by_side(
+    image: UInt8[np.ndarray, "H W 3"],
+    boxes: Float[np.ndarray, "M 4"],
+    labels: Int[np.ndarray, "M"],
+    detections: Detections,
+    classes: Sequence[str],
+    *,
+    crowd: Bool[np.ndarray, "M"] | None = None,
+    score_threshold: float = 0.3,
+) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """The ground truth (boxes, labels, crowd) on the left and the detections on the right, each under its caption."""
+    truth = draw_boxes(image, boxes, labels, classes, crowd=crowd)
+    predicted = draw_detections(image, detections, classes, score_threshold=score_threshold)
+    count = int((detections.scores >= score_threshold).sum())
+    left = _captioned(truth, f"ground truth: {len(boxes)}")
+    right = _captioned(predicted, f"detections with score ≥ {score_threshold:g}: {count}")
+    gap = np.full((left.shape[0], max(4, left.shape[1] // 100), 3), BACKGROUND, dtype=np.uint8)
+    return np.concatenate([left, gap, right], axis=1)
+
+
+def grid(images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> UInt8[np.ndarray, "H W 3"]:
+    """Pictures of any sizes, row by row, centred in the cells of a near-square grid. Raises ValueError for none."""
+    if not images:
+        raise ValueError("a grid needs at least one image")
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    gap = max(2, max(height, width) // 128)
+    canvas = np.empty((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), dtype=np.uint8)
+    canvas[:] = BACKGROUND
+    for position, image in enumerate(images):
+        top = (position // columns) * (height + gap) + (height - image.shape[0]) // 2
+        left = (position % columns) * (width + gap) + (width - image.shape[1]) // 2
+        canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return canvas
+
+
+def batch_pictures(batch: Batch, classes: Sequence[str], max_images: int) -> list[UInt8[np.ndarray, "_ _ 3"]]:
+    """The first images of a batch as the model sees them, without padding, with their targets; 768 px long."""
+    pictures = []
+    for position in range(min(max_images, len(batch.images))):
+        height, width = batch.sizes[position].tolist()
+        image = batch.images[position, :, :height, :width].permute(1, 2, 0).cpu().numpy()
+        boxes, labels, valid, crowd = (values[position].cpu().numpy() for values in batch.targets)
+        real = valid | crowd
+        scale = LONG_SIDE / max(height, width)
+        pictures.append(draw_boxes(image, boxes[real], labels[real], classes, crowd=crowd[real], scale=scale))
+    return pictures
 
 
 @lru_cache(maxsize=16)
@@ -185,7 +175,7 @@ def _place(
             continue
         y = min(max(y, 0), max(size[1] - 1 - height, 0))
         place = (x, y, x + width, y + height)
-        hidden = sum(_overlap(place, other) for other in taken)
+        hidden = sum(_overlap(place, label) for label in taken)
         if best is None or hidden < best[0]:
             best = (hidden, place)
         if best[0] == 0:
@@ -194,9 +184,8 @@ def _place(
     return best[1]
 
 
-def _overlap(one: Rectangle, two: Rectangle) -> int:
-    width = min(one[2], two[2]) - max(one[0], two[0])
-    height = min(one[3], two[3]) - max(one[1], two[1])
+def _overlap(a: Rectangle, b: Rectangle) -> int:
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     return max(width, 0) * max(height, 0)
 
 
