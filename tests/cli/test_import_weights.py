@@ -138,7 +138,7 @@ def test_what_torchvision_has_not_is_not_written(
         (["conventions.short_side=2000"], "conventions.short_side: 2000 is not allowed - give at most the long side"),
         (["classes=[a,'']"], "classes: no list of names"),
         (["conventions.anchor_scales=[1.0]"], "predicts 9 boxes per cell"),
-        (["conventions.stride_in_1x1=true"], "model.stride_in_1x1: resnet18 has no bottlenecks"),
+        (["conventions.stride_in_1x1=true"], "stride_in_1x1: resnet18 has no bottlenecks"),
     ],
 )
 def test_mistakes_are_one_line(
