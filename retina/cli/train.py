@@ -5,20 +5,31 @@ python tools/train.py data=coco data.root=DIR name=mine        # your own data i
 torchrun --nproc_per_node=8 tools/train.py experiment=coco_r50_1x
 """
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from retina.cli.build import build, build_trackers, call
 from retina.cli.compose import Result, Settings, entry
-from retina.cli.recipe import make_recipe, without_target
+from retina.cli.recipe import Recipe, make_recipe, without_target
 from retina.engine.config import DataConfig, TrainConfig, from_mapping
 from retina.engine.run_folder import Opened, open_run
 from retina.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from retina.data.annotations import Annotations
     from retina.data.loader import BatchLoader
+    from retina.data.sampler import DetectionBatchSampler
+    from retina.engine.checkpointer import TrainState
     from retina.engine.logging import RunLogger
+    from retina.evaluation.evaluate import Evaluation
+    from retina.model.retinanet import RetinaNet
+    from retina.model.weights import DetectorCard
 
 
 def shapes_by_default(typed: list[str]) -> list[str]:
@@ -51,20 +62,12 @@ def main(settings: Settings) -> Result:
     import torch
 
     from retina import distributed
-    from retina.data.loader import Canvas
-    from retina.engine.build import build_eval_loader, build_train_loader, canvas_of, load_checked
+    from retina.engine.build import load_checked
     from retina.engine.checkpointer import Checkpointer, TrainState
     from retina.engine.logging import RunLogger, describe_run
     from retina.engine.loop import fit
     from retina.engine.optim import build_optimizer
     from retina.engine.signals import StopRequest
-    from retina.engine.step import DTYPES
-    from retina.evaluation.evaluate import Evaluation, evaluate_unless_stopped
-    from retina.evaluation.pictures import evaluation_pictures
-    from retina.interop.transfer import init_from
-    from retina.losses.detection import DetectionLoss
-    from retina.model.retinanet import retinanet
-    from retina.model.weights import DetectorCard
 
     device = call(distributed.choose_device, "train.device", name=config.device)
     recipe = make_recipe(settings)
@@ -77,112 +80,168 @@ def main(settings: Settings) -> Result:
         if data.prepare and data.root:
             prepare, root = data.prepare, Path(data.root)
             distributed.on_main(lambda: build(prepare, "data.prepare", plugins=settings["plugins"], root=root))
-        logger = RunLogger(folder, active=distributed.is_main(), trackers=trackers, settings=settings)
-        stack.callback(logger.close)
+        recorder = RunLogger(folder, active=distributed.is_main(), trackers=trackers, settings=settings)
+        stack.callback(recorder.close)
         for line in run.told():
-            logger.info(line)
-        splits = ["train", "val"] if config.eval_every else ["train"]
-        loaded = load_checked(data, splits, folder, say=logger.info)
+            recorder.info(line)
+        loaded = load_checked(data, ["train", "val"] if config.eval_every else ["train"], folder, say=recorder.info)
         annotations, val_annotations = loaded[0], loaded[-1]
 
-        if isinstance(recipe.criterion, DetectionLoss):
-            call(recipe.criterion.check_classes, "loss", num_classes=len(annotations.classes))
-
         torch.manual_seed(config.seed)
-        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        model = call(retinanet, "model", **settings["model"], num_classes=len(annotations.classes))
-        model = model.to(memory_format=memory_format).to(device)
-        if settings["init_from"] and not run.resumes:
-            for line in init_from(model, settings["init_from"], classes=annotations.classes, remap=settings["remap"]):
-                logger.info(line)
+        model = make_model(settings, recipe, annotations, device, recorder, resumes=run.resumes)
         optimizer = build_optimizer(recipe.optimizer, model, scale=config.batch_size / config.lr_batch_size)
-
-        divisor = data.pad_multiple or max(model.strides)
-        if model.arguments["anchors_spread"] and divisor % max(model.strides):
-            raise ConfigError(
-                f"data.pad_multiple: {divisor} - spread anchors stand on a grid only where it is a multiple of "
-                f"{max(model.strides)}: give that, or model.anchors_spread=false"
-            )
-        pin_memory = device.type == "cuda"
-        canvas = canvas_of(data, Canvas(divisor, model.pad_value))
-        loader, sampler = build_train_loader(annotations, recipe.pipeline, data, config, canvas, pin_memory=pin_memory)
-        val_batch = data.eval_batch_size or sampler.micro_batch
-        val_loader = build_eval_loader(val_annotations, data, canvas, batch_size=val_batch, pin_memory=pin_memory)
-        card = DetectorCard(
-            model=model.arguments,
-            classes=list(annotations.classes),
-            category_ids=[i for i in annotations.category_ids if i is not None],
-            preprocessing={
-                "short_side": data.short_side,
-                "long_side": data.long_side,
-                "divisor": divisor,
-                "pad_value": list(model.pad_value),
-                "precision": config.precision,
-                "batch_size": val_batch,
-            },
-            postprocess=without_target(settings["postprocess"]),
-        )
-        for line in describe_run(
+        loader, sampler, val_loader, preprocessing = make_loaders(recipe, data, config, loaded, model)
+        card = make_card(model, annotations, preprocessing, without_target(settings["postprocess"]))
+        described = describe_run(
             folder, config, device, annotations, val_annotations, model, optimizer, recipe.schedule, sampler
-        ):
-            logger.info(line)
-        state = TrainState(model, optimizer, config, recipe.schedule)
-        checkpointer = Checkpointer(
-            folder, state, card=card, recorder=logger, allow_data_change=settings["allow_data_change"]
         )
+        for line in described:
+            recorder.info(line)
+        state = TrainState(model, optimizer, config, recipe.schedule)
+        allowed = settings["allow_data_change"]
+        checkpointer = Checkpointer(folder, state, card=card, recorder=recorder, allow_data_change=allowed)
         with StopRequest() as request:
-
-            def score(model: torch.nn.Module) -> Evaluation | None:
-                evaluation = evaluate_unless_stopped(
-                    request.signal,
-                    model,
-                    logger.evaluating(val_loader, len(val_annotations)),
-                    val_annotations,
-                    postprocess=recipe.postprocess,
-                    criterion=recipe.criterion,
-                    device=device,
-                    dtype=DTYPES[config.precision],
-                )
-                if evaluation and config.pictures and logger.active:
-                    limits = {"max_images": config.pictures, "max_pixels": data.max_pixels}
-                    picture = evaluation_pictures(val_annotations, evaluation.detections, **limits)
-                    logger.picture(state.progress.step, "val/detections", picture)
-                return evaluation
-
+            scored = partial(
+                score, state, recipe, val_loader, val_annotations, recorder, data.max_pixels, request.signal
+            )
             stopped = fit(
                 state,
                 recipe.criterion,
                 loader,
-                evaluate=score if config.eval_every else None,
+                evaluate=scored if config.eval_every else None,
                 checkpointer=checkpointer,
-                recorder=logger,
+                recorder=recorder,
                 annotations=annotations,
                 stopping=request.signal,
             )
         progress = state.progress
-        report_skipped(logger, loader, val_loader)
+        report_skipped(recorder, loader, val_loader)
         if stopped:
-            logger.info(f"told to stop: saved at step {progress.step}, the same command goes on from there")
+            recorder.info(f"told to stop: saved at step {progress.step}, the same command goes on from there")
         else:
-            best = (
-                f", best {config.best_metric} {progress.best:.3f} at step {progress.best_step}"
-                if progress.best is not None
-                else ""
-            )
-            logger.curves()
-            logger.info(f"finished at step {progress.step}{best}: {folder / 'best.safetensors'}")
-            logger.info(f"next: python tools/eval.py checkpoint={folder}   |   curves: {folder / 'curves.png'}")
+            best = f", best {config.best_metric} {progress.best or 0:.3f} at step {progress.best_step}"
+            best = "" if progress.best is None else best
+            recorder.curves()
+            recorder.info(f"finished at step {progress.step}{best}: {folder / 'best.safetensors'}")
+            recorder.info(f"next: python tools/eval.py checkpoint={folder}   |   curves: {folder / 'curves.png'}")
     return Result(128 + stopped if stopped else 0, progress.best)
 
 
-def report_skipped(logger: "RunLogger", *loaders: "BatchLoader") -> None:
+def make_model(
+    settings: Settings,
+    recipe: Recipe,
+    annotations: "Annotations",
+    device: "torch.device",
+    recorder: "RunLogger",
+    *,
+    resumes: bool,
+) -> "RetinaNet":
+    """The detector of the `model` section on its device. A run that does not resume starts from `init_from`."""
+    import torch
+
+    from retina.interop.transfer import init_from
+    from retina.losses.detection import DetectionLoss
+    from retina.model.retinanet import retinanet
+
+    if isinstance(recipe.criterion, DetectionLoss):
+        call(recipe.criterion.check_classes, "loss", num_classes=len(annotations.classes))
+    model = call(retinanet, "model", **settings["model"], num_classes=len(annotations.classes))
+    channels_last = settings["train"]["channels_last"]
+    model = model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format).to(device)
+    if settings["init_from"] and not resumes:
+        for line in init_from(model, settings["init_from"], classes=annotations.classes, remap=settings["remap"]):
+            recorder.info(line)
+    return model
+
+
+def make_loaders(
+    recipe: Recipe, data: DataConfig, config: TrainConfig, loaded: "Sequence[Annotations]", model: "RetinaNet"
+) -> "tuple[BatchLoader, DetectionBatchSampler, BatchLoader, dict[str, Any]]":
+    """Loader and sampler of the first split, loader of the last, and the preprocessing for the weights' header."""
+    from retina.data.loader import Canvas
+    from retina.engine.build import build_eval_loader, build_train_loader, canvas_of
+
+    stride = max(model.strides)
+    divisor = data.pad_multiple or stride
+    if model.arguments["anchors_spread"] and divisor % stride:
+        raise ConfigError(
+            f"{divisor} - spread anchors stand on a grid only where it is a multiple of {stride}: give that, or "
+            "model.anchors_spread=false",
+            code="pad-multiple",
+            key="data.pad_multiple",
+        )
+    pin_memory = next(model.parameters()).is_cuda
+    canvas = canvas_of(data, Canvas(divisor, model.pad_value))
+    loader, sampler = build_train_loader(loaded[0], recipe.pipeline, data, config, canvas, pin_memory=pin_memory)
+    batch_size = data.eval_batch_size or sampler.micro_batch
+    val_loader = build_eval_loader(loaded[-1], data, canvas, batch_size=batch_size, pin_memory=pin_memory)
+    preprocessing = {
+        "short_side": data.short_side,
+        "long_side": data.long_side,
+        "divisor": divisor,
+        "pad_value": list(model.pad_value),
+        "precision": config.precision,
+        "batch_size": batch_size,
+    }
+    return loader, sampler, val_loader, preprocessing
+
+
+def make_card(
+    model: "RetinaNet", annotations: "Annotations", preprocessing: dict[str, Any], postprocess: dict[str, Any]
+) -> "DetectorCard":
+    """The header of the weights file."""
+    from retina.model.weights import DetectorCard
+
+    ids = [i for i in annotations.category_ids if i is not None]
+    return DetectorCard(
+        model=model.arguments,
+        classes=list(annotations.classes),
+        category_ids=ids,
+        preprocessing=preprocessing,
+        postprocess=postprocess,
+    )
+
+
+def score(
+    state: "TrainState",
+    recipe: Recipe,
+    loader: "BatchLoader",
+    annotations: "Annotations",
+    recorder: "RunLogger",
+    max_pixels: int,
+    stopping: "Callable[[], int]",
+    model: "nn.Module",
+) -> "Evaluation | None":
+    """The metrics of the model on the validation split, with a picture of some detections; None if told to stop."""
+    from retina.engine.step import DTYPES
+    from retina.evaluation.evaluate import evaluate_unless_stopped
+    from retina.evaluation.pictures import evaluation_pictures
+
+    evaluation = evaluate_unless_stopped(
+        stopping,
+        model,
+        recorder.evaluating(loader, len(annotations)),
+        annotations,
+        postprocess=recipe.postprocess,
+        criterion=recipe.criterion,
+        device=state.device,
+        dtype=DTYPES[state.config.precision],
+    )
+    if evaluation and state.config.pictures and recorder.active:
+        limits = {"max_images": state.config.pictures, "max_pixels": max_pixels}
+        picture = evaluation_pictures(annotations, evaluation.detections, **limits)
+        recorder.picture(state.progress.step, "val/detections", picture)
+    return evaluation
+
+
+def report_skipped(recorder: "RunLogger", *loaders: "BatchLoader") -> None:
     """Lists the images that could not be read, those of other processes too."""
     from retina import distributed
 
     for loader in loaders:
         faults = dict(one for part in distributed.gather_objects(list(loader.faults.items())) for one in part)
         for line in sorted(faults.values()):
-            logger.once(f"skipped: {line}")
+            recorder.once(f"skipped: {line}")
 
 
 def run_folder(runs: str, name: str) -> Path:
