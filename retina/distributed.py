@@ -11,9 +11,10 @@ import re
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -38,18 +39,31 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def launched_world_size() -> int:
+    """How many processes torchrun says that it starts; 1 without torchrun.
+
+    Raises RetinaError for a WORLD_SIZE that is no such number, or that stands alone in the environment."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if re.fullmatch("0*1", size) or (re.fullmatch(r"\d+", size) and int(size) > 1 and not missing):
+        return int(size)
+    problem = f"without {', '.join(missing)}" if missing else "is no number of processes"
+    fix = "unset WORLD_SIZE, or start the processes with torchrun"
+    raise RetinaError(f"{size!r} {problem} - {fix}", code="world-size", key="WORLD_SIZE")
+
+
 def choose_device(name: str = "auto") -> torch.device:
     """`auto` takes CUDA (this process's own GPU under torchrun), else Apple's MPS, else the CPU.
 
     Raises ValueError for a device this machine does not have."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if name == "mps" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if name == "mps" and launched_world_size() > 1:
             name = "cpu"  # no collectives on MPS
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise ValueError(f"device {name!r} does not exist - use auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
-    if name != "cpu" and name != "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if name != "cpu" and name != "cuda" and launched_world_size() > 1:
         raise ValueError(f"device {name!r} cannot be shared by several processes - use cuda, one for each")
     if name == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -67,7 +81,7 @@ def process_group(device: torch.device, *, timeout_minutes: float = 10) -> Itera
     and one that loses touch with the others raises RetinaError."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched_world_size() == 1:
         yield
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -76,12 +90,37 @@ def process_group(device: torch.device, *, timeout_minutes: float = 10) -> Itera
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         with naming_lost_process(lambda: "start or end of the run"):
-            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+            with _waiting_for_others():
+                dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
             yield
     finally:
         # after a fault NCCL would wait for work that the others never finish; the process ends anyway
         if dist.is_initialized() and (backend == "gloo" or sys.exception() is None):
             dist.destroy_process_group()
+
+
+@contextmanager
+def _waiting_for_others(patience: float = 3.0) -> Iterator[None]:
+    """Within the block SIGINT and SIGTERM end the process at once: it waits in C++ code, where Python's handlers do not
+    run. After `patience` seconds, a line on stderr says whom it waits for."""
+    here, world = int(os.environ["RANK"]), launched_world_size()
+    others = (
+        ", ".join(str(other) for other in range(world) if other != here) if world <= 9 else f"all {world - 1} others"
+    )
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    line = f"rank {here}: waiting for rank {others} at {place} (WORLD_SIZE={world})\n"
+    timer = threading.Timer(patience, lambda: sys.stderr.write(line))
+    timer.daemon = True
+    handlers: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 import ctypes
+import multiprocessing
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
+from faults import refused
 from retina import distributed
 from retina.errors import RetinaError
 
@@ -81,3 +84,39 @@ def test_a_launcher_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPat
         pass
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, 0)  # this process does not end with its parent
+
+
+@pytest.mark.parametrize("size", ["2", "", "two", "0", "-1"])
+def test_a_world_size_that_was_left_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with refused("world-size", "WORLD_SIZE: ", repr(size), "RANK"), distributed.process_group(torch.device("cpu")):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_says_whom_it_waits_for_and_a_signal_ends_it(number: signal.Signals) -> None:
+    reading, writing = os.pipe()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def wait() -> None:
+        os.environ.update(RANK="0", WORLD_SIZE="2", **place)
+        sys.stderr = os.fdopen(writing, "w", buffering=1)
+        signal.signal(number, lambda *_: None)  # runs too late: the process waits in C++ code
+        with distributed.process_group(torch.device("cpu")):
+            pass
+
+    process = multiprocessing.get_context("fork").Process(target=wait, daemon=True)
+    process.start()
+    os.close(writing)
+    with os.fdopen(reading) as told:
+        line = told.readline()
+    assert line.startswith(f"rank 0: waiting for rank 1 at 127.0.0.1:{place['MASTER_PORT']}"), line
+    os.kill(process.pid or 0, number)
+    process.join(60)
+    code = process.exitcode
+    process.kill()
+    assert code == -number
