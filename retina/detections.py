@@ -83,11 +83,12 @@ def count_non_finite(predictions: Predictions) -> Int64[Tensor, ""]:
 
 
 def refuse_non_finite(count: int, where: object) -> None:
-    """Raises DataError if there are any, for what `postprocess` makes of the others is no result to be trusted."""
+    """Raises DataError if `count` is not 0, because the detections of the other anchors cannot be trusted either."""
     if count:
         raise DataError(
             f"{where}: {count} predicted boxes have a score or side that is not a finite number - the model has "
-            "diverged (take an earlier checkpoint or a lower learning rate) or needs precision=fp32"
+            "diverged (take an earlier checkpoint or a lower learning rate) or needs precision=fp32",
+            code="not-finite",
         )
 
 

@@ -75,7 +75,8 @@ def check_detections(annotations: Annotations, detections: DetectionArrays) -> N
     if not finite.all():
         raise DataError(
             f"{annotations.file}: detections: {np.count_nonzero(~finite)} of {len(finite)} have a score or box that is "
-            f"not a finite number - the model has diverged; take an earlier checkpoint or a lower learning rate"
+            f"not a finite number - the model has diverged; take an earlier checkpoint or a lower learning rate",
+            code="not-finite",
         )
     for name, values, end in (
         ("indices", detections.indices, len(annotations)),
@@ -127,15 +128,17 @@ def _precision(
 ) -> Float64[np.ndarray, "T P K R"]:
     """Interpolated precision at each recall, NaN where a class has no object in the area range.
 
-    For detections of a class sorted by score, precision after one of them is tp / (tp + fp + eps); at recall x it is
-    the greatest precision from the first detection on that reaches recall x, and 0 if none does. Only a true positive
-    raises either number, so it is enough to know tp and fp at the true positives. A false positive is a detection of an
-    area within the range that took nothing: those within the range so far, less those of them that took something.
+    Sort the detections of a class by score. Precision after a detection is tp / (tp + fp + eps). Precision at recall x
+    is the greatest precision from the first detection that reaches recall x to the end, and 0 if none reaches it. Only
+    a true positive raises precision or recall, so tp and fp are needed at the true positives only. A false positive is
+    a detection with an area within the range that took no object, so
+    fp = (detections within the range so far) - (those of them that took an object).
     """
     num_thresholds, (num_classes, num_ranges) = len(THRESHOLDS), num_counted.shape
     labels, num_detections = ranked.labels, len(ranked.labels)
     in_range = _in_ranges(ranked.boxes.areas)
-    # Stable, so equal scores keep the order (image, rank) that the detections already have within a class.
+    # 1. Number the detections of each class by falling score. The sort is stable, so equal scores keep their order,
+    # which is by image and rank. visible[n] counts those within each area range among the first n of all classes.
     order = np.argsort(labels * (ranked.places.max(initial=0) + 1) + ranked.places, kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(num_detections)
@@ -143,7 +146,8 @@ def _precision(
     np.cumsum(in_range[order], axis=0, out=visible[1:])
     visible_before_class = visible[np.searchsorted(labels, np.arange(num_classes))]
 
-    # Curves are numbered (range, threshold, class); matches are sorted by curve and by place along it.
+    # 2. There is one precision-recall curve for each (range, threshold, class). Sort the matches by curve, and along a
+    # curve by score. The matches of curve c are rows starts[c]:starts[c + 1].
     curves = matches.ranges * num_thresholds + matches.thresholds
     sort = np.argsort(curves * num_detections + place[matches.detections])
     rows, ranges = matches.detections[sort], matches.ranges[sort]
@@ -153,13 +157,17 @@ def _precision(
     positives = np.concatenate([[0], np.cumsum(positive)])
     seen = np.concatenate([[0], np.cumsum(in_range[rows, ranges])])
 
+    # 3. Keep the true positives. Each count along a curve is a cumulative sum over all curves, minus its value at the
+    # start of the curve.
     rows, ranges, curves, at = rows[positive], ranges[positive], curves[positive], np.flatnonzero(positive) + 1
     true = positives[at] - positives[starts[curves]]
     took_something = seen[at] - seen[starts[curves]]
     false = visible[place[rows] + 1, ranges] - visible_before_class[labels[rows], ranges] - took_something
     values = np.append(true / (false + true + np.spacing(1)), 0.0)
 
-    # The n-th true positive reaches recall n / num_counted; `first` is where each wanted one stands in `values`.
+    # 4. The n-th true positive of a curve reaches recall n / num_counted. `first` is the row in `values` of the one
+    # that reaches each recall. reduceat takes the maximum from one such row to the next; the running maximum from the
+    # highest recall down then gives the maximum to the end of the curve.
     wanted = _positives_needed(num_counted)[:, None]
     begins, ends = (
         positives[edges].reshape(num_ranges, num_thresholds, num_classes) for edges in (starts[:-1], starts[1:])

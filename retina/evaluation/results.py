@@ -47,12 +47,13 @@ def read_results(file: Path, annotations: Annotations) -> DetectionArrays:
     try:
         records = json.loads(file.read_bytes())
     except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror} - check the path") from None
+        raise DataError(f"{file}: cannot be read: {error.strerror} - check the path", code="no-file") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: is not JSON: {error} - write it again") from None
+        raise DataError(f"{file}: is not JSON: {error} - write it again", code="not-json") from None
     if not isinstance(records, list):
         raise DataError(
-            f"{file}: holds {type(records).__name__} instead of a list - give a results file, not an annotation file"
+            f"{file}: holds {type(records).__name__} instead of a list - give a results file, not an annotation file",
+            code="wrong-type",
         )
     known = {
         "image_id": {int(image_id): index for index, image_id in enumerate(annotations.image_ids)},
@@ -88,7 +89,7 @@ def read_results(file: Path, annotations: Annotations) -> DetectionArrays:
 
 
 class _RecordError(Exception):
-    """What is wrong with one record and how to mend it."""
+    """A fault in one record, and how to mend it."""
 
 
 def _id(record: object, key: str) -> int:
