@@ -6,6 +6,7 @@ python tools/benchmark.py step --device cuda           # on a GPU: device events
 """
 
 import argparse
+import importlib
 import json
 import sys
 from dataclasses import asdict
@@ -30,27 +31,8 @@ def main(typed: list[str] | None = None) -> int:
 
     import torch
 
-    from benchmarks import (
-        annotations,
-        coco_eval,
-        focal,
-        inference,
-        loader,
-        loop,
-        matching,
-        memory,
-        postprocess,
-        scaling,
-        step,
-        syncs,
-    )
     from retina.lab.clock import Bench, machine, table
 
-    modules = (
-        *(focal, matching, postprocess, coco_eval, loader, annotations),
-        *(syncs, loop, memory, inference, step, scaling),
-    )
-    measures = dict(zip(MEASURES, modules, strict=True))
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     bench = Bench(device=torch.device(options.device), rounds=options.rounds, quick=options.quick)
@@ -58,7 +40,7 @@ def main(typed: list[str] | None = None) -> int:
     for name in MEASURES if "all" in options.measures else options.measures:
         print(f"{name} ...", file=sys.stderr, flush=True)
         torch.manual_seed(0)
-        rows += measures[name].run(bench)
+        rows += importlib.import_module(f"benchmarks.{name}").run(bench)
     print(table(rows))
     described = machine(bench.device)
     print("\n" + ", ".join(f"{key} {value}" for key, value in described.items()))

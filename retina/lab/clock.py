@@ -95,6 +95,30 @@ class Row:
         return "missed" if self.must is not None else "-"
 
 
+def absolute(
+    measure: str,
+    value: float,
+    unit: str = "",
+    *,
+    must: float | None = None,
+    goal: float | None = None,
+    lower_is_better: bool = True,
+    ratio_of_minima: float | None = None,
+) -> Row:
+    """A value that is held against bars of its own, without a reference."""
+    return Row(
+        measure=measure,
+        ours=value,
+        reference=None,
+        unit=unit,
+        ratio=value,
+        ratio_of_minima=ratio_of_minima,
+        must=must,
+        goal=goal,
+        lower_is_better=lower_is_better,
+    )
+
+
 def speedup(measure: str, times: Mapping[str, Times], *, must: float | None, goal: float | None) -> Row:
     """How many times faster `ours` is than `reference`."""
     ratios = (times["reference"].median / times["ours"].median, times["reference"].minimum / times["ours"].minimum)

@@ -23,9 +23,7 @@ from retina.cli.split import data_of, open_split, progress
 from retina.engine.run_folder import read_settings
 from retina.errors import ConfigError
 from retina.files import write_whole
-from retina.lab.figures import FORMATS, save
-from retina.lab.share_figures import draw_cumulative, draw_cumulative_by, draw_hardest
-from retina.lab.shares import describe, summary
+from retina.lab.figures import FORMATS, draw_cumulative, draw_cumulative_by, draw_hardest, save
 
 if TYPE_CHECKING:
     from retina.lab.elements import Elements
@@ -63,12 +61,8 @@ class DistributionConfig:
 
 def check_numbers(key: str, values: Sequence[Any], most: float) -> None:
     for value in values:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not 0 <= value <= most
-            or value == most > 1
-        ):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number and 0 <= value <= most) or value == most > 1:
             wanted = "finite and at least 0" if most > 1 else "from 0 to 1"
             raise ConfigError(f"{key}: {value!r} is not allowed - give numbers {wanted}")
     if not values:
@@ -80,27 +74,28 @@ def check_numbers(key: str, values: Sequence[Any], most: float) -> None:
 
 @entry("lab_distribution")
 def main(settings: Settings) -> int:
+    """The exit code."""
     config = typed(DistributionConfig, settings)
     checkpoint, output = Path(config.checkpoint), Path(config.output)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     trained = read_settings(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     open_output(output)
-    elements, told = collect(config, trained.get("data") or {}, output)
+    elements, collected = collect(config, trained.get("data") or {}, output)
     note_other_rule(trained.get("loss"), config.loss)
-    result = told | describe(elements, told["classes"], told["levels"], config.gammas, config.alphas)
+
+    from retina.lab.elements import describe, summary  # loads torch, as `collect` did
+
+    result = collected | describe(elements, collected["classes"], collected["levels"], config.gammas, config.alphas)
     write_whole(output / "distribution.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
-    drawn = (
-        draw_cumulative(result),
-        *(draw_cumulative_by(result, by) for by in ("class", "level")),
-        draw_hardest(result),
-    )
+    by_group = (draw_cumulative_by(result, by) for by in ("class", "level"))
+    figures = (draw_cumulative(result), *by_group, draw_hardest(result))
     written = ["distribution.json", *(f"{name}.{config.figures}" for name in FIGURES)]
-    for figure, name in zip(drawn, written[1:], strict=True):
+    for figure, name in zip(figures, written[1:], strict=True):
         save(figure, output / name)
     print(f"{summary(result)}\n\nwritten: {output}/{', '.join(written)}")
-    for line in told["skipped"]:
+    for line in collected["skipped"]:
         print(f"skipped: {line}", file=sys.stderr)
-    return 3 if told["skipped"] else 0
+    return 3 if collected["skipped"] else 0
 
 
 def collect(config: DistributionConfig, trained: Mapping[str, Any], output: Path) -> tuple["Elements", dict[str, Any]]:
@@ -140,9 +135,11 @@ def collect(config: DistributionConfig, trained: Mapping[str, Any], output: Path
 
 def note_other_rule(trained: Mapping[str, Any] | None, given: Mapping[str, Any]) -> None:
     """Settings in a run's folder make no objects, so its assigner must be given; a line says when it was another."""
-    theirs = (trained or {}).get("assigner")
-    if theirs and theirs != given["assigner"]:
-        print(f"note: the run was trained with loss.assigner {theirs}, this uses {given['assigner']}", file=sys.stderr)
+    assigner = (trained or {}).get("assigner")
+    if assigner and assigner != given["assigner"]:
+        print(
+            f"note: the run was trained with loss.assigner {assigner}, this uses {given['assigner']}", file=sys.stderr
+        )
 
 
 def open_output(output: Path) -> None:

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from commands import Capture, Tool, one_line
 from retina.inference import Detector
-from retina.lab.elements import Elements, assign
-from retina.lab.histogram import WIDTH, Bins, histograms
-from retina.lab.shares import SHARES, describe
+from retina.lab.elements import SHARES, WIDTH, Bins, Elements, assign, describe, histograms
 from retina.losses.classification import Focal
 from retina.losses.focal import sigmoid_focal_loss
 from retina.model.retinanet import retinanet

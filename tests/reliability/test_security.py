@@ -234,6 +234,7 @@ KNOWN = (
     # modules that the line before has found in a list
     "retina/cli/lab.py: importlib.import_module",
     "retina/cli/main.py: importlib.import_module",
+    "tools/benchmark.py: importlib.import_module",
     # public names, listed in the packages themselves
     "retina/_lazy.py: importlib.import_module",
     # starts tools/train.py with words that were typed

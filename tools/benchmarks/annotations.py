@@ -20,7 +20,7 @@ import numpy as np
 from retina.data.annotations import Annotations
 from retina.data.cache import CACHE_FROM_BYTES, CachedAnnotations, Request, find_entry, store
 from retina.data.coco import read_coco
-from retina.lab.clock import Bench, Row
+from retina.lab.clock import Bench, Row, absolute
 
 NUM_CLASSES = 80
 CHUNK = 100_000
@@ -65,39 +65,12 @@ def _run(bench: Bench, folder: Path) -> list[Row]:
     assert annotations.fingerprint() == fingerprint
     size = f"{len(annotations):,} images, {annotations.num_objects:,} boxes"
     share = _extra_memory(annotations, entry)
+    load = "annotations: load from the cache"
+    wall, processor = median(seconds), median(processor_seconds)
     return [
-        Row(
-            measure=f"annotations: load from the cache, {size} (wall time)",
-            ours=median(seconds),
-            reference=None,
-            unit="s",
-            ratio=median(seconds),
-            ratio_of_minima=min(seconds),
-            must=10,
-            goal=2,
-            lower_is_better=True,
-        ),
-        Row(
-            measure="annotations: load from the cache, processor time of all its threads",
-            ours=median(processor_seconds),
-            reference=None,
-            unit="s",
-            ratio=median(processor_seconds),
-            ratio_of_minima=min(processor_seconds),
-            must=None,
-            goal=None,
-            lower_is_better=True,
-        ),
-        Row(
-            measure="annotations: memory per extra worker, as a share of theirs",
-            ours=share,
-            reference=None,
-            unit="",
-            ratio=share,
-            must=0.05,
-            goal=0.005,
-            lower_is_better=True,
-        ),
+        absolute(f"{load}, {size} (wall time)", wall, "s", must=10, goal=2, ratio_of_minima=min(seconds)),
+        absolute(f"{load}, processor time of all its threads", processor, "s", ratio_of_minima=min(processor_seconds)),
+        absolute("annotations: memory per extra worker, as a share of theirs", share, must=0.05, goal=0.005),
     ]
 
 

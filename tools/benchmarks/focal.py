@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from retina.lab.clock import Bench, Row, peak_memory, speedup
+from retina.lab.clock import Bench, Row, absolute, peak_memory, speedup
 from retina.losses.class_focal import class_focal_loss
 from retina.losses.focal import sigmoid_focal_loss
 
@@ -137,6 +137,4 @@ def _memory(
 ) -> Row:
     problem.logits.grad = None
     units = peak_memory(way) / problem.logits.nbytes
-    return Row(
-        measure=measure, ours=units, reference=None, unit="x", ratio=units, must=must, goal=goal, lower_is_better=True
-    )
+    return absolute(measure, units, "x", must=must, goal=goal)

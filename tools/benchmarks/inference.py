@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.step import make_batch
 from benchmarks.torchvision_model import assert_same_detections, pair, unit_images
 from retina.inference import Detector
-from retina.lab.clock import Bench, Row, speedup
+from retina.lab.clock import Bench, Row, absolute, speedup
 from retina.model.retinanet import RetinaNet
 from retina.model.weights import DetectorCard
 from retina.types import Batch
@@ -50,26 +50,10 @@ def _on_cuda(bench: Bench, model: RetinaNet) -> list[Row]:
     speed = len(many.images) / _seconds(detector, many, bench.rounds)
     latency = 1000 * _seconds(detector, one, 3 * bench.rounds)
     shape = f"{height} x {width} bf16"
+    throughput = f"inference, batch {len(many.images)}, {shape}"
     return [
-        Row(
-            measure=f"inference, batch {len(many.images)}, {shape}",
-            ours=speed,
-            reference=None,
-            unit="images/s",
-            ratio=speed,
-            must=250,
-            goal=600,
-        ),
-        Row(
-            measure=f"latency with NMS, batch 1, {shape}",
-            ours=latency,
-            reference=None,
-            unit="ms",
-            ratio=latency,
-            must=20,
-            goal=8,
-            lower_is_better=True,
-        ),
+        absolute(throughput, speed, "images/s", must=250, goal=600, lower_is_better=False),
+        absolute(f"latency with NMS, batch 1, {shape}", latency, "ms", must=20, goal=8),
     ]
 
 

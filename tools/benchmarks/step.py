@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from benchmarks.torchvision_model import pair, target_dicts, unit_images
 from retina.engine.optim import build_optimizer
 from retina.engine.step import train_step
-from retina.lab.clock import Bench, Row, Times, cost, speedup
+from retina.lab.clock import Bench, Row, Times, absolute, cost, speedup
 from retina.losses.detection import DetectionLoss
 from retina.model.retinanet import RetinaNet
 from retina.types import Batch, Predictions, Targets
@@ -56,9 +56,7 @@ def run(bench: Bench) -> list[Row]:
     if cuda:
         seconds = times["step bf16"].median
         speed = images / seconds
-        rows.append(
-            Row(measure="training bf16", ours=speed, reference=None, unit="images/s", ratio=speed, must=130, goal=270)
-        )
+        rows.append(absolute("training bf16", speed, "images/s", must=130, goal=270, lower_is_better=False))
     return rows
 
 
