@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_V2_Weights
 
-from retina.errors import CheckpointError, ConfigError
+from retina.errors import CheckpointError, ConfigError, under
 from retina.interop.foreign import (
     BOX_LAYER,
     CLASS_LAYER,
@@ -57,20 +57,20 @@ def convert_detector(
 
     classes: names of its class layer's rows, where the file does not say; of torchvision's also one name fewer, if
         the first row stands for the background.
-    conventions: fields of `Conventions` that are other than the program's.
+    conventions: fields of `Conventions` that differ from the program's.
     ignore_unknown: leaves out tensors that mean nothing here, instead of refusing the file.
 
     Raises CheckpointError for tensors that are missing, unknown or of other shapes, ConfigError for conventions and
     classes that do not fit."""
-    told = given_conventions(_usual(foreign), conventions or {})
-    state, fixed = _fixed_norms(_floats(foreign.state)) if told.norm_fixed else (_floats(foreign.state), [])
-    anchors = num_anchors(state, file, told)
+    used = given_conventions(_usual(foreign), conventions or {})
+    state, fixed = _fixed_norms(_floats(foreign.state)) if used.norm_fixed else (_floats(foreign.state), [])
+    anchors = num_anchors(state, file, used)
     rows = class_rows(foreign, file, state, anchors, classes)
-    _apply(state, told, anchors, rows.kept, file)
-    arguments = model_arguments(state, file, told, num_classes=len(rows.names))
-    with torch.device("meta"):
+    _apply(state, used, anchors, rows.kept, file)
+    arguments = model_arguments(state, file, used, num_classes=len(rows.names))
+    with torch.device("meta"), under("conventions"):
         model = retinanet(**arguments)
-    _check_cells(foreign, file, told, model)
+    _check_cells(foreign, file, used, model)
     own = model.state_dict()
     notes = _compare(foreign, file, state, own, ignore_unknown=ignore_unknown)
     return Imported(
@@ -79,24 +79,24 @@ def convert_detector(
         classes=rows.names,
         category_ids=rows.ids,
         preprocessing={
-            "short_side": told.short_side,
-            "long_side": told.long_side,
-            "divisor": told.divisor,
-            "pad_value": [round(value) for value in told.mean],
+            "short_side": used.short_side,
+            "long_side": used.long_side,
+            "divisor": used.divisor,
+            "pad_value": [round(value) for value in used.mean],
             "precision": "fp32",
             "batch_size": 8,
         },
         postprocess={
-            "score_threshold": told.score_threshold,
-            "candidates_per_level": told.candidates_per_level,
-            "nms_iou": told.nms_iou,
-            "max_detections": told.max_detections,
+            "score_threshold": used.score_threshold,
+            "candidates_per_level": used.candidates_per_level,
+            "nms_iou": used.nms_iou,
+            "max_detections": used.max_detections,
             "class_agnostic": False,
         },
         notes=[
             f"recognised: {foreign.program}, {len(foreign.names)} tensors",
             *foreign.notes,
-            *_describe(told, arguments),
+            *_describe(used, arguments),
             *fixed,
             rows.note,
             *notes,
@@ -113,27 +113,29 @@ def convert_backbone(
     Raises as `convert_detector`, also for conventions that no backbone has."""
     for name, value in (conventions or {}).items():
         if value is not None and name not in _OF_BACKBONES:
-            raise ConfigError(f"conventions.{name}: means nothing to {file}, a plain backbone - leave it out")
-    told = given_conventions(_usual(foreign), conventions or {})
+            raise ConfigError(
+                f"means nothing to {file}, a plain backbone - leave it out", code="no-use", key=f"conventions.{name}"
+            )
+    used = given_conventions(_usual(foreign), conventions or {})
     state = _floats(foreign.state)
     name = backbone_name(state, file)
     norm = backbone_norm(state)
     with torch.device("meta"):
-        whole = retinanet(num_classes=1, backbone=name, norm=norm, stride_in_1x1=told.stride_in_1x1).state_dict()
+        whole = retinanet(num_classes=1, backbone=name, norm=norm, stride_in_1x1=used.stride_in_1x1).state_dict()
     own = {key: value for key, value in whole.items() if key.startswith("backbone.")}
     notes = _compare(foreign, file, state, own, ignore_unknown=ignore_unknown)
     first = state[FIRST_CONVOLUTION]
-    if told.bgr:
+    if used.bgr:
         first = first.flip(1)
-    scale = torch.tensor(IMAGENET_STD) / torch.tensor(told.std)
+    scale = torch.tensor(IMAGENET_STD) / torch.tensor(used.std)
     state[FIRST_CONVOLUTION] = first * scale.view(1, 3, 1, 1)
     lines = [f"recognised: {foreign.program}, {name}, {len(foreign.names)} tensors", *foreign.notes, *notes]
-    if told.bgr or list(told.std) != list(IMAGENET_STD):
+    if used.bgr or list(used.std) != list(IMAGENET_STD):
         lines.append("first convolution: made to take RGB with ImageNet's std")
     settings: dict[str, Any] = {"backbone": name}
-    settings |= {"mean": list(told.mean)} if list(told.mean) != list(IMAGENET_MEAN) else {}
-    settings |= {"stride_in_1x1": True} if told.stride_in_1x1 else {}
-    settings |= {"norm_eps": told.norm_eps} if told.norm_eps != 1e-5 else {}
+    settings |= {"mean": list(used.mean)} if list(used.mean) != list(IMAGENET_MEAN) else {}
+    settings |= {"stride_in_1x1": True} if used.stride_in_1x1 else {}
+    settings |= {"norm_eps": used.norm_eps} if used.norm_eps != 1e-5 else {}
     settings |= {"norm": norm} if norm == "group" else {}
     bare = {key.removeprefix("backbone.").removeprefix("stem."): value for key, value in state.items() if key in own}
     return {key: value.contiguous() for key, value in bare.items()}, settings, lines
@@ -155,50 +157,52 @@ def _floats(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _fixed_norms(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Without the counts of batches that a norm keeps which may be trained, and a line that says so."""
     counts = [key for key in state if key.startswith("backbone.") and key.endswith(".num_batches_tracked")]
-    lines = [f"left out, for the backbone's statistics are fixed: {', '.join(counts)}"] if counts else []
+    lines = [f"left out, because the backbone's statistics are fixed: {', '.join(counts)}"] if counts else []
     return {key: value for key, value in state.items() if key not in counts}, lines
 
 
-def _apply(state: dict[str, Tensor], told: Conventions, anchors: int, kept: Sequence[int], file: Path) -> None:
+def _apply(state: dict[str, Tensor], conventions: Conventions, anchors: int, kept: Sequence[int], file: Path) -> None:
     """Turns the channels of the first convolution to RGB, and what is predicted for each anchor to our order and
     scale."""
-    if told.bgr:
+    if conventions.bgr:
         shape_of(state, FIRST_CONVOLUTION, 4, file)
         state[FIRST_CONVOLUTION] = state[FIRST_CONVOLUTION].flip(1)
     order = torch.arange(anchors)
-    if told.anchors_by_scale:
-        order = order.view(len(told.anchor_scales), -1).T.flatten()
+    if conventions.anchors_by_scale:
+        order = order.view(len(conventions.anchor_scales), -1).T.flatten()
     for part, dimensions in (("weight", 4), ("bias", 1)):
         for layer in (CLASS_LAYER, BOX_LAYER):
             key = f"{layer}.{part}"
             rows = shape_of(state, key, dimensions, file)[0]
             if rows != len(state[f"{layer}.bias"]):
-                raise CheckpointError(f"{file}: {key} has {rows} rows, which its bias has not - give another file")
+                raise CheckpointError(
+                    f"{file}: {key} has {rows} rows, which its bias has not - give another file", code="wrong-shape"
+                )
             value = state[key].unflatten(0, (anchors, -1))[order]
             if layer == CLASS_LAYER:
                 value = value[:, list(kept)]
             else:
-                value = value * torch.tensor(told.delta_std).view(1, 4, *[1] * (dimensions - 1))
+                value = value * torch.tensor(conventions.delta_std).view(1, 4, *[1] * (dimensions - 1))
             state[key] = value.flatten(0, 1)
 
 
-def _check_cells(foreign: Foreign, file: Path, told: Conventions, model: RetinaNet) -> None:
+def _check_cells(foreign: Foreign, file: Path, conventions: Conventions, model: RetinaNet) -> None:
     """Raises ConfigError if the anchors that a file holds are others than ours will be."""
     if foreign.cell_anchors is None:
         return
-    ours = [model.anchors.cell(size) for size in model.anchors.sizes]
-    if told.anchors_by_scale:
-        split = len(told.anchor_ratios), len(told.anchor_scales)
-        ours = [cell.unflatten(0, split).transpose(0, 1).flatten(0, 1) for cell in ours]
-    theirs = [cell.double() for cell in foreign.cell_anchors]
-    same = len(ours) == len(theirs) and all(
-        one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=1e-3)
-        for one, other in zip(ours, theirs, strict=True)
+    cells = [model.anchors.cell(size) for size in model.anchors.sizes]
+    if conventions.anchors_by_scale:
+        split = len(conventions.anchor_ratios), len(conventions.anchor_scales)
+        cells = [cell.unflatten(0, split).transpose(0, 1).flatten(0, 1) for cell in cells]
+    same = len(cells) == len(foreign.cell_anchors) and all(
+        cell.shape == stored.shape and torch.allclose(cell, stored.double(), rtol=1e-5, atol=1e-3)
+        for cell, stored in zip(cells, foreign.cell_anchors, strict=True)
     )
     if not same:
         raise ConfigError(
             f"{file}: its anchors are not those of conventions.anchor_sizes, anchor_scales and anchor_ratios - "
-            "give these as it was trained with"
+            "give these as it was trained with",
+            code="anchors",
         )
 
 
@@ -215,18 +219,21 @@ def _compare(
             f"{file}: lacks {len(missing)} tensors, here {some(missing)}{strange} - give the whole state dict of a "
             "model",
             {"lacking": missing, "unknown here": unknown},
+            code="missing-tensor",
         )
     for key, value in own.items():
         if value.shape != state[key].shape:
             raise CheckpointError(
                 f"{file}: {foreign.names.get(key, key)} is {list(state[key].shape)}, not {list(value.shape)} as in the "
-                "model its other tensors make - give another file"
+                "model its other tensors make - give another file",
+                code="wrong-shape",
             )
     if unknown and not ignore_unknown:
         raise refusal(
             f"{file}: {len(unknown)} tensors mean nothing here, so it may be another model: {some(unknown)} - "
             "ignore_unknown=true leaves them out and lists them",
             {"unknown here": unknown},
+            code="unknown-tensor",
         )
     lines = [f"left out, unknown here: {', '.join(unknown)}"] if unknown else []
     for reason in dict.fromkeys(foreign.unused.values()):
@@ -235,22 +242,22 @@ def _compare(
     return lines
 
 
-def _describe(told: Conventions, arguments: Mapping[str, Any]) -> list[str]:
-    order = "turned from BGR to RGB" if told.bgr else "RGB as here"
-    places = "corners on whole pixels" if told.anchors_rounded else "not rounded"
-    places += ", canvas // cells pixels apart" if told.anchors_spread else ""
-    turned = ", turned from [scale ratio] to [ratio scale]" if told.anchors_by_scale else ""
-    scaled = any(value != 1 for value in told.delta_std)
+def _describe(used: Conventions, arguments: Mapping[str, Any]) -> list[str]:
+    order = "turned from BGR to RGB" if used.bgr else "RGB as here"
+    places = "corners on whole pixels" if used.anchors_rounded else "not rounded"
+    places += ", canvas // cells pixels apart" if used.anchors_spread else ""
+    turned = ", turned from [scale ratio] to [ratio scale]" if used.anchors_by_scale else ""
+    scaled = any(value != 1 for value in used.delta_std)
     return [
-        f"images: {order}, mean {list(told.mean)}, std {list(told.std)}; short side {told.short_side}, long side at "
-        f"most {told.long_side}, padded to multiples of {told.divisor}",
-        f"model: {arguments['backbone']}, norm {arguments['norm']} with eps {told.norm_eps:g}, stride in "
-        f"{'1x1' if told.stride_in_1x1 else '3x3'}, levels {arguments['levels']}, P6 from {arguments['p6_from']}, "
-        f"{'a' if told.p7_relu else 'no'} ReLU before P7, head norm {arguments['head_norm']}",
-        f"anchors: first centre at {told.anchor_offset:g} strides, {places}{turned}"
-        + (f"; deltas multiplied with {list(told.delta_std)}" if scaled else ""),
-        f"detections: score above {told.score_threshold:g}, {told.candidates_per_level} candidates per level, NMS at "
-        f"{told.nms_iou:g}, at most {told.max_detections}",
+        f"images: {order}, mean {list(used.mean)}, std {list(used.std)}; short side {used.short_side}, long side at "
+        f"most {used.long_side}, padded to multiples of {used.divisor}",
+        f"model: {arguments['backbone']}, norm {arguments['norm']} with eps {used.norm_eps:g}, stride in "
+        f"{'1x1' if used.stride_in_1x1 else '3x3'}, levels {arguments['levels']}, P6 from {arguments['p6_from']}, "
+        f"{'a' if used.p7_relu else 'no'} ReLU before P7, head norm {arguments['head_norm']}",
+        f"anchors: first centre at {used.anchor_offset:g} strides, {places}{turned}"
+        + (f"; deltas multiplied with {list(used.delta_std)}" if scaled else ""),
+        f"detections: score above {used.score_threshold:g}, {used.candidates_per_level} candidates per level, NMS at "
+        f"{used.nms_iou:g}, at most {used.max_detections}",
     ]
 
 
@@ -277,7 +284,9 @@ def class_rows(
     (total,) = shape_of(state, f"{CLASS_LAYER}.bias", 1, file)
     count, rest = divmod(total, anchors)
     if rest or not count:
-        raise CheckpointError(f"{file}: {total} class logits per cell for {anchors} anchors - give another file")
+        raise CheckpointError(
+            f"{file}: {total} class logits per cell for {anchors} anchors - give another file", code="wrong-shape"
+        )
     coco = coco_rows()
     names: list[str | None]
     if given is not None:
@@ -286,7 +295,9 @@ def class_rows(
             names = [None, *names]
         if len(names) != count:
             raise ConfigError(
-                f"classes: {len(names)} names for {count} classes of {file} - name them all, in its order"
+                f"{len(names)} names for {count} classes of {file} - name them all, in its order",
+                code="classes",
+                key="classes",
             )
         why = "as given"
     elif foreign.classes is not None and len(foreign.classes) == count:
@@ -298,10 +309,12 @@ def class_rows(
     else:
         names, why = [f"class {k}" for k in range(count)], "numbered: the file does not name them, give classes=[...]"
     kept = [row for row, name in enumerate(names) if name is not None]
-    found = [name for name in names if name is not None]
-    if len(set(found)) < len(found):
-        raise ConfigError(f"classes: some of {file} have the same name - give classes=[...] with {count} of their own")
+    kept_names = [name for name in names if name is not None]
+    if len(set(kept_names)) < len(kept_names):
+        raise ConfigError(
+            f"some of {file} have the same name - give {count} different names", code="classes", key="classes"
+        )
     ids = [foreign.first_id + row for row in kept]
-    if set(found) <= set(coco) and count in (80, len(coco)):
-        ids = [coco.index(name) for name in found]
-    return ClassRows(kept, found, ids, f"classes: {len(found)}, {why}")
+    if set(kept_names) <= set(coco) and count in (80, len(coco)):
+        ids = [coco.index(name) for name in kept_names]
+    return ClassRows(kept, kept_names, ids, f"classes: {len(kept_names)}, {why}")

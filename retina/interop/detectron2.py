@@ -92,22 +92,23 @@ def _drop_zero_biases(renamed: Renamed, file: Path) -> None:
     for key in [key for key in renamed.state if re.fullmatch(r"head\.\w+\.convs\.\d+\.bias", key)]:
         if renamed.state[key.replace(".bias", ".weight")].ndim != 4:
             continue
-        theirs = renamed.names.pop(key)
+        published = renamed.names.pop(key)
         if renamed.state.pop(key).any():
             raise CheckpointError(
-                f"{file}: {theirs}: a convolution before GroupNorm with a bias, which ours has not - give a detector "
-                "whose head has no norm"
+                f"{file}: {published}: a convolution before GroupNorm with a bias, which ours has not - give a "
+                "detector whose head has no norm",
+                code="unsupported",
             )
-        renamed.unused[theirs] = "a bias of 0 before a norm"
+        renamed.unused[published] = "a bias of 0 before a norm"
 
 
 def colours(mean: Tensor | None, std: Tensor | None) -> tuple[Conventions, list[str]]:
     """The conventions that a checkpoint's mean and std, of its own channel order, tell; both are None in newer ones."""
     if mean is None or std is None or mean.numel() != 3 or std.numel() != 3:
-        told = (
+        note = (
             "the file holds no pixel_mean: channels are taken to be BGR, std 1 and the stride in 1x1, as is the default"
         )
-        return MSRA, [told]
+        return MSRA, [note]
     means, stds = (tuple(round(value, 3) for value in tensor.flatten().tolist()) for tensor in (mean, std))
     bgr = not means[0] > means[2]
     msra = all(math.isclose(value, 1.0) for value in stds)

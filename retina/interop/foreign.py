@@ -13,8 +13,6 @@ from torch import Tensor
 from retina.errors import CheckpointError, ConfigError
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
-
-
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
@@ -74,7 +72,7 @@ class Conventions:
         value = getattr(self, name)
         if not ok:
             shown = list(value) if isinstance(value, Sequence) else value
-            raise ConfigError(f"conventions.{name}: {shown} is not allowed - {fix}")
+            raise ConfigError(f"{shown} is not allowed - {fix}", code="not-allowed", key=f"conventions.{name}")
 
 
 def _positive(values: Sequence[float]) -> bool:
@@ -86,7 +84,9 @@ def given_conventions(usual: Conventions, given: Mapping[str, Any]) -> Conventio
     known = [f.name for f in fields(Conventions)]
     for name in given:
         if name not in known:
-            raise ConfigError(f"conventions.{name}: does not exist - choose among {', '.join(known)}")
+            raise ConfigError(
+                f"does not exist - choose among {', '.join(known)}", code="unknown-key", key=f"conventions.{name}"
+            )
     return replace(usual, **{name: _like(usual, name, value) for name, value in given.items() if value is not None})
 
 
@@ -95,14 +95,16 @@ def _like(usual: Conventions, name: str, value: Any) -> Any:
     default = getattr(usual, name)
     if default is None or isinstance(default, Sequence):
         if isinstance(value, (list, tuple)) and value and all(map(_is_number, value)):
-            return [float(one) for one in value]
+            return [float(number) for number in value]
     elif isinstance(default, float):
         if _is_number(value):
             return float(value)
     elif type(value) is type(default):
         return value
     example = "[32, 64]" if default is None else default
-    raise ConfigError(f"conventions.{name}: {value!r:.60} is of the wrong type - give the like of {example}")
+    raise ConfigError(
+        f"{value!r:.60} is of the wrong type - give the like of {example}", code="wrong-type", key=f"conventions.{name}"
+    )
 
 
 def _is_number(value: object) -> bool:
@@ -174,11 +176,11 @@ def rename(state: Mapping[str, Tensor], rules: Iterable[Rule], unused: Iterable[
     compiled = [(re.compile(pattern), target) for pattern, target in rules]
     reasons = [(re.compile(pattern), reason) for pattern, reason in unused]
     for key, value in state.items():
-        found = next(((match, target) for rule, target in compiled if (match := rule.fullmatch(key))), None)
+        fitting = next(((match, target) for rule, target in compiled if (match := rule.fullmatch(key))), None)
         reason = next((reason for pattern, reason in reasons if pattern.fullmatch(key)), None)
         name = ""
-        if found:
-            match, target = found
+        if fitting:
+            match, target = fitting
             name = target(match) if callable(target) else match.expand(target)
         if name and name not in renamed.state:
             renamed.state[name] = value
@@ -212,9 +214,9 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def refusal(line: str, lists: Mapping[str, Sequence[str]]) -> CheckpointError:
+def refusal(line: str, lists: Mapping[str, Sequence[str]], *, code: str) -> CheckpointError:
     """The fault of this line, with the whole of the lists that `some` cuts short as notes (PEP 678)."""
-    fault = CheckpointError(line)
+    fault = CheckpointError(line, code=code)
     for title, names in lists.items():
         if len(names) > _SHOWN:
             fault.add_note(f"{title}: {', '.join(names)}")
@@ -242,23 +244,28 @@ _RESNETS = {
 def shape_of(state: dict[str, Tensor], key: str, dimensions: int, file: Path) -> tuple[int, ...]:
     """Raises CheckpointError for a tensor that is missing or has another number of dimensions, or none of a size."""
     if key not in state:
-        raise CheckpointError(f"{file}: lacks what would be {key} here - give the whole state dict of a model")
+        raise CheckpointError(
+            f"{file}: lacks what would be {key} here - give the whole state dict of a model", code="missing-tensor"
+        )
     shape = tuple(state[key].shape)
     if len(shape) != dimensions or 0 in shape:
-        raise CheckpointError(f"{file}: {key} is {list(shape)}, which has no place in a RetinaNet - give another file")
+        raise CheckpointError(
+            f"{file}: {key} is {list(shape)}, which has no place in a RetinaNet - give another file", code="wrong-shape"
+        )
     return shape
 
 
 def backbone_name(state: dict[str, Tensor], file: Path) -> str:
     first = shape_of(state, "backbone.layer1.0.conv2.weight", 4, file)
     blocks = {match[1] for key in state if (match := re.match(r"backbone\.layer3\.(\d+)\.", key))}
-    found = len(blocks), "backbone.layer1.0.conv3.weight" in state, first[0], first[1]
-    if found not in _RESNETS:
+    shapes = len(blocks), "backbone.layer1.0.conv3.weight" in state, first[0], first[1]
+    if shapes not in _RESNETS:
         raise CheckpointError(
             f"{file}: its backbone, of {len(blocks)} blocks in stage 3 and {first[0]}x{first[1]} channels in the first "
-            f"3x3 convolution, is not known - choose one with {', '.join(_RESNETS.values())}"
+            f"3x3 convolution, is not known - choose one with {', '.join(_RESNETS.values())}",
+            code="unknown-backbone",
         )
-    return _RESNETS[found]
+    return _RESNETS[shapes]
 
 
 def backbone_norm(state: dict[str, Tensor]) -> str:
@@ -269,20 +276,23 @@ def backbone_norm(state: dict[str, Tensor]) -> str:
     return "batch" if any(key.endswith(".num_batches_tracked") for key in keys) else "frozen"
 
 
-def num_anchors(state: dict[str, Tensor], file: Path, told: Conventions) -> int:
+def num_anchors(state: dict[str, Tensor], file: Path, conventions: Conventions) -> int:
     """Per cell."""
     (rows,) = shape_of(state, f"{BOX_LAYER}.bias", 1, file)
-    expected = len(told.anchor_scales) * len(told.anchor_ratios)
+    expected = len(conventions.anchor_scales) * len(conventions.anchor_ratios)
     if rows != 4 * expected:
         raise ConfigError(
-            f"{file}: predicts {rows / 4:g} boxes per cell, where {len(told.anchor_scales)} scales and "
-            f"{len(told.anchor_ratios)} ratios make {expected} - give conventions.anchor_scales and "
-            "conventions.anchor_ratios as it was trained with"
+            f"{file}: predicts {rows / 4:g} boxes per cell, where {len(conventions.anchor_scales)} scales and "
+            f"{len(conventions.anchor_ratios)} ratios make {expected} - give conventions.anchor_scales and "
+            "conventions.anchor_ratios as it was trained with",
+            code="anchors",
         )
     return expected
 
 
-def model_arguments(state: dict[str, Tensor], file: Path, told: Conventions, *, num_classes: int) -> dict[str, Any]:
+def model_arguments(
+    state: dict[str, Tensor], file: Path, conventions: Conventions, *, num_classes: int
+) -> dict[str, Any]:
     """Keyword arguments of `retinanet`."""
     channels = shape_of(state, "fpn.lateral.0.weight", 4, file)[0]
     inputs, extra = (
@@ -299,21 +309,21 @@ def model_arguments(state: dict[str, Tensor], file: Path, told: Conventions, *, 
         "num_classes": num_classes,
         "backbone": backbone_name(state, file),
         "norm": backbone_norm(state),
-        "norm_eps": told.norm_eps,
-        "stride_in_1x1": told.stride_in_1x1,
+        "norm_eps": conventions.norm_eps,
+        "stride_in_1x1": conventions.stride_in_1x1,
         "levels": list(range(6 - inputs, 6 + extra)),
         "fpn_channels": channels,
         "p6_from": "c5" if p6_inputs == last_level else "p5",
-        "p7_relu": told.p7_relu,
+        "p7_relu": conventions.p7_relu,
         "head_convs": len(convolutions),
         "head_channels": None if head_channels == channels else head_channels,
         "head_norm": "group" if len(convolutions) and "head.box.convs.1.weight" in state else None,
-        "anchor_sizes": None if told.anchor_sizes is None else list(told.anchor_sizes),
-        "anchor_scales": list(told.anchor_scales),
-        "anchor_ratios": list(told.anchor_ratios),
-        "anchors_rounded": told.anchors_rounded,
-        "anchors_spread": told.anchors_spread,
-        "anchor_offset": told.anchor_offset,
-        "mean": list(told.mean),
-        "std": list(told.std),
+        "anchor_sizes": None if conventions.anchor_sizes is None else list(conventions.anchor_sizes),
+        "anchor_scales": list(conventions.anchor_scales),
+        "anchor_ratios": list(conventions.anchor_ratios),
+        "anchors_rounded": conventions.anchors_rounded,
+        "anchors_spread": conventions.anchors_spread,
+        "anchor_offset": conventions.anchor_offset,
+        "mean": list(conventions.mean),
+        "std": list(conventions.std),
     }

@@ -84,35 +84,35 @@ class _Settings:
         text = "\n".join(self._sections(inside)) if inside else self.text
         shown = re.sub(r"\(\?:.*?\)\??", "", name)
         try:
-            values = [convert(one) for one in re.findall(rf"\b{name}['\"]?\s*[=:]\s*{value}", text)]
+            values = [convert(text) for text in re.findall(rf"\b{name}['\"]?\s*[=:]\s*{value}", text)]
         except (ValueError, OverflowError):
             raise ValueError(f"{shown} with numbers that are none") from None
         if not values:
             self.absent.append(shown)
             return default
-        if any(one != values[-1] for one in values):
+        if any(value != values[-1] for value in values):
             given = ", ".join(dict.fromkeys(map(str, values[:-1])))
             self.notes.append(f"{shown}: the settings beside it say {given} and then {values[-1]}, which is taken")
         return values[-1]
 
     def _sections(self, name: str) -> list[str]:
         """What stands in the brackets after each `name=`."""
-        found = []
+        sections = []
         for start in re.finditer(rf"\b{name}['\"]?\s*[=:]\s*(?:dict)?(?=[\[({{])", self.text):
             depth = 0
             for bracket in _BRACKET.finditer(self.text, start.end()):
                 depth += 1 if bracket[0] in "[({" else -1
                 if not depth:
-                    found.append(self.text[start.end() : bracket.end()])
+                    sections.append(self.text[start.end() : bracket.end()])
                     break
-        return found
+        return sections
 
 
 def _numbers(values: str) -> tuple[float, ...]:
-    found = tuple(float(value) for value in values.split(",") if value.strip())
-    if not found or not all(map(math.isfinite, found)):
+    numbers = tuple(float(value) for value in values.split(",") if value.strip())
+    if not numbers or not all(map(math.isfinite, numbers)):
         raise ValueError
-    return found
+    return numbers
 
 
 def style(source: Source, strides: tuple[float, ...] = (8, 16, 32, 64, 128)) -> tuple[Conventions, list[str]]:
@@ -131,7 +131,9 @@ def style(source: Source, strides: tuple[float, ...] = (8, 16, 32, 64, 128)) -> 
         conventions = _read_settings(settings)
         _refuse_others(settings, strides)
     except ValueError as fault:
-        raise CheckpointError(f"{source.file}: its settings say {fault} - give another file") from None
+        raise CheckpointError(
+            f"{source.file}: its settings say {fault} - give another file", code="unsupported"
+        ) from None
     read = "caffe" if conventions.stride_in_1x1 else "pytorch"
     notes = [f"{read} style, {'BGR' if conventions.bgr else 'RGB'}: by the settings beside it", *settings.notes]
     if settings.absent:
@@ -189,11 +191,11 @@ def _refuse_others(settings: _Settings, strides: tuple[float, ...]) -> None:
         ("num_groups", r"(\d+)", "bbox_head", int, lambda v: v == 32, "a GroupNorm of other groups"),
         ("keep_ratio", "(True|False)", "test_pipeline", str, lambda v: v == "True", "images of another aspect ratio"),
     ]
-    looked = _Settings(settings.text)  # that most of these are absent is nothing to tell
+    searched = _Settings(settings.text)  # that most of these are absent is nothing to tell
     for name, value, inside, convert, fits, what in checks:
-        found = looked.find(name, value, None, convert, inside=inside)
-        if found is not None and not fits(found):
-            raise ValueError(f"{name} {found}: {what}, which no setting here does")
+        setting = searched.find(name, value, None, convert, inside=inside)
+        if setting is not None and not fits(setting):
+            raise ValueError(f"{name} {setting}: {what}, which no setting here does")
 
 
 def _conventions(*, caffe: bool) -> Conventions:
@@ -208,6 +210,6 @@ def classes(other: dict[str, Any]) -> list[str | None] | None:
     if not isinstance(meta, dict):
         return None
     inner = meta.get("dataset_meta")
-    found = [m.get(key) for m in (meta, inner) if isinstance(m, dict) for key in ("CLASSES", "classes")]
-    names = next((list(value) for value in found if isinstance(value, (list, tuple))), None)
+    lists = [m.get(key) for m in (meta, inner) if isinstance(m, dict) for key in ("CLASSES", "classes")]
+    names = next((list(value) for value in lists if isinstance(value, (list, tuple))), None)
     return names if names and all(isinstance(name, str) for name in names) else None

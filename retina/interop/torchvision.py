@@ -48,8 +48,8 @@ def read(source: Source) -> Foreign:
         (r"head\.classification_head\.conv\.(\d+)\.(weight|bias)", r"head.classification.convs.\1.\2"),
         (r"head\.regression_head\.conv\.(\d+)\.(weight|bias)", r"head.box.convs.\1.\2"),
     ]
-    for theirs, ours in (("classification_head", "classification"), ("regression_head", "box")):
-        rules += tower_rules(rf"head\.{theirs}\.conv", ours, conv=r"\.0", norm=r"\.1", has_norm=has_norm)
+    for published, tower in (("classification_head", "classification"), ("regression_head", "box")):
+        rules += tower_rules(rf"head\.{published}\.conv", tower, conv=r"\.0", norm=r"\.1", has_norm=has_norm)
     renamed = rename(source.state, rules)
     tracked = any(key.endswith("num_batches_tracked") for key in source.state)
     published = not tracked and source.sha256().startswith(EPS_0)
@@ -78,9 +78,10 @@ def fetch_published(name: str) -> Path:
     network. Raises ConfigError for another name, CheckpointError naming the file to bring."""
     model = name.removeprefix(PREFIX)
     if model not in MODELS:
-        raise ConfigError(f"{name}: not known - choose {' or '.join(PREFIX + model for model in MODELS)}")
+        choices = " or ".join(PREFIX + model for model in MODELS)
+        raise ConfigError(f"{name}: not known - choose {choices}", code="unknown-name")
     weights = get_model_weights(model)["DEFAULT"]
-    return fetch(weights.url, name, "give a file")
+    return fetch(weights.url, f"{name}:", "give a file")
 
 
 def check_export(model: Mapping[str, Any], postprocess: Mapping[str, Any]) -> None:
@@ -102,11 +103,23 @@ def check_export(model: Mapping[str, Any], postprocess: Mapping[str, Any]) -> No
         needed["head_channels"] = channels
     for name, value in needed.items():
         if model.get(name, value) != value:
-            raise ConfigError(f"model.{name}: {model[name]} - torchvision's RetinaNet has {value} and nothing else")
+            raise ConfigError(
+                f"{model[name]} - torchvision's RetinaNet has {value} and nothing else",
+                code="not-in-torchvision",
+                key=f"model.{name}",
+            )
     if str(model.get("backbone", "")).startswith("timm:"):
-        raise ConfigError(f"model.backbone: {model['backbone']} - torchvision's RetinaNet takes its own backbones only")
+        raise ConfigError(
+            f"{model['backbone']} - torchvision's RetinaNet takes its own backbones only",
+            code="not-in-torchvision",
+            key="model.backbone",
+        )
     if postprocess.get("class_agnostic"):
-        raise ConfigError("postprocess.class_agnostic: true - torchvision's RetinaNet has false and nothing else")
+        raise ConfigError(
+            "true - torchvision's RetinaNet has false and nothing else",
+            code="not-in-torchvision",
+            key="postprocess.class_agnostic",
+        )
 
 
 def to_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -128,7 +141,7 @@ def to_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             layer, part = divmod(int(tower[2]), step)
             renamed[f"head.{head}.conv.{layer}.{part}.{tower[3]}"] = value
         else:
-            match, template = next((found, name) for rule, name in names.items() if (found := re.fullmatch(rule, key)))
+            match, template = next((hit, name) for rule, name in names.items() if (hit := re.fullmatch(rule, key)))
             renamed[match.expand(template)] = value
     return renamed
 
@@ -137,28 +150,28 @@ def describe_export(
     model: RetinaNet, preprocessing: Mapping[str, Any], postprocess: Mapping[str, Any], file: Path
 ) -> list[str]:
     """What `to_torchvision` gave, and then, after the line `in Python:`, the program that loads it."""
-    told, anchors, channels = model.arguments, model.anchors, model.arguments["fpn_channels"]
+    arguments, anchors, channels = model.arguments, model.anchors, model.arguments["fpn_channels"]
     sides = [[size * scale for scale in anchors.scales] for size in anchors.sizes]
     if anchors.rounded:
         sides = [[float(int(side)) for side in level] for level in sides]
     divisor = preprocessing.get("divisor", 32)
-    multiple = divisor if told["anchors_spread"] else math.lcm(divisor, max(model.strides))
-    notes = [f"torchvision: label k is class k of {told['num_classes']}, there is no background"]
+    multiple = divisor if arguments["anchors_spread"] else math.lcm(divisor, max(model.strides))
+    notes = [f"torchvision: label k is class k of {arguments['num_classes']}, there is no background"]
     if multiple != divisor:
         notes.append(
             f"torchvision: images are padded to multiples of {multiple}, not {divisor}: elsewhere it would place "
             "anchors otherwise"
         )
-    group = told["norm"] == "group"
+    group = arguments["norm"] == "group"
     inputs = list(model.backbone.channels[-3:])
-    extra = inputs[-1] if told["p6_from"] == "c5" else channels
-    head_norm = f", norm_layer=partial(torch.nn.GroupNorm, {math.gcd(32, channels)})" if told["head_norm"] else ""
+    extra = inputs[-1] if arguments["p6_from"] == "c5" else channels
+    head_norm = f", norm_layer=partial(torch.nn.GroupNorm, {math.gcd(32, channels)})" if arguments["head_norm"] else ""
     options = {
         "min_size": preprocessing.get("short_side", 800),
         "max_size": preprocessing.get("long_side", 1333),
         "size_divisible": multiple,
-        "image_mean": [value / 255 for value in told["mean"]],
-        "image_std": [value / 255 for value in told["std"]],
+        "image_mean": [value / 255 for value in arguments["mean"]],
+        "image_std": [value / 255 for value in arguments["std"]],
         "score_thresh": postprocess.get("score_threshold", 0.05),
         "topk_candidates": postprocess.get("candidates_per_level", 1000),
         "nms_thresh": postprocess.get("nms_iou", 0.5),
@@ -177,16 +190,16 @@ def describe_export(
         "from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead",
         "from torchvision.ops import FrozenBatchNorm2d",
         "from torchvision.ops.feature_pyramid_network import LastLevelP6P7",
-        f"norm = partial({'torch.nn.GroupNorm, 32' if group else 'FrozenBatchNorm2d'}, eps={told['norm_eps']})",
-        f"body = get_model({told['backbone']!r}, weights=None, norm_layer=norm)",
+        f"norm = partial({'torch.nn.GroupNorm, 32' if group else 'FrozenBatchNorm2d'}, eps={arguments['norm_eps']})",
+        f"body = get_model({arguments['backbone']!r}, weights=None, norm_layer=norm)",
         "maps = {'layer2': '0', 'layer3': '1', 'layer4': '2'}",
         f"backbone = BackboneWithFPN(body, maps, {inputs}, {channels}, LastLevelP6P7({extra}, {channels}))",
         f"sizes, ratios = {sides}, {list(anchors.ratios)}",
         "anchors = AnchorGenerator(sizes, [ratios] * len(sizes))",
         *([] if anchors.rounded else exact),
-        f"head = RetinaNetHead({channels}, {anchors.num_per_cell}, {told['num_classes']}{head_norm})",
+        f"head = RetinaNetHead({channels}, {anchors.num_per_cell}, {arguments['num_classes']}{head_norm})",
         f"options = {options}",
-        f"model = RetinaNet(backbone, {told['num_classes']}, anchor_generator=anchors, head=head, **options)",
+        f"model = RetinaNet(backbone, {arguments['num_classes']}, anchor_generator=anchors, head=head, **options)",
         f"model.load_state_dict(safetensors.torch.load_file({str(file)!r}))",
         "model.eval()",
     ]

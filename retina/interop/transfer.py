@@ -33,14 +33,18 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str], remap: Mapping[str
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known[:8])}"
-                raise ConfigError(f"remap: {name!r} is no class of {where} - {hint}")
+                raise ConfigError(f"{name!r} is no class of {where} - {hint}", code="unknown-class", key="remap")
     matched: dict[int, int] = {}
     for index, name in enumerate(theirs):
         our = remap.get(name, name)
         if our not in ours:
             continue
         if (first := matched.setdefault(ours.index(our), index)) != index:
-            raise ConfigError(f"remap: {theirs[first]} and {name} would both be {our} - rename one of them at most")
+            raise ConfigError(
+                f"{theirs[first]} and {name} would both be {our} - rename one of them at most",
+                code="same-name",
+                key="remap",
+            )
     return matched
 
 
@@ -66,10 +70,10 @@ def renumber(theirs: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
     step, other = (3 if "head.box.convs.1.weight" in state else 2 for state in (own, theirs))
 
     def name(key: str) -> str:
-        if not (found := re.fullmatch(r"(head\.\w+\.convs)\.(\d+)\.(\w+)", key)):
+        if not (match := re.fullmatch(r"(head\.\w+\.convs)\.(\d+)\.(\w+)", key)):
             return key
-        layer, part = divmod(int(found[2]), other)
-        return f"{found[1]}.{step * layer + part}.{found[3]}"  # a norm's number is a ReLU's where there are none
+        layer, part = divmod(int(match[2]), other)
+        return f"{match[1]}.{step * layer + part}.{match[3]}"  # a norm's number is a ReLU's where there are none
 
     return {name(key): value for key, value in theirs.items()}
 
@@ -173,16 +177,20 @@ def init_from(
 
     Raises CheckpointError when nothing fits, ConfigError for a `remap` of classes that are not there."""
     if not isinstance(remap or {}, Mapping):  # from the command line
-        raise ConfigError(f"remap: {remap!r} pairs no names - give {{theirs: ours}}")
+        raise ConfigError(f"{remap!r} pairs no names - give {{theirs: ours}}", code="wrong-type", key="remap")
     start = _read_start(str(source))
     if key := first_non_finite(start.state):
-        raise CheckpointError(f"{start.file}: {key} is not finite - give other weights for init_from")
+        raise CheckpointError(
+            f"{start.file}: {key} is not finite - give other weights for init_from", code="not-finite"
+        )
     own, settings = model.state_dict(), getattr(model, "arguments", {})
     matched = match_classes(start.classes, classes, remap or {})
     theirs, elsewhere = renumber(start.state, own), other_layers(start.model, settings)
     taken, anew = fit(own, theirs, matched, num_own=len(classes), num_theirs=len(start.classes), others=elsewhere)
     if not taken:
-        raise CheckpointError(f"{start.file}: holds nothing that fits this model - give other weights for init_from")
+        raise CheckpointError(
+            f"{start.file}: holds nothing that fits this model - give other weights for init_from", code="nothing-fits"
+        )
     model.load_state_dict(taken, strict=False)
     lines = [*start.notes, f"init_from: {len(taken)} of {len(own)} tensors are those of {start.file}"]
     there = {classes[our]: start.classes[their] for our, their in matched.items()}
@@ -214,9 +222,12 @@ def _read_start(source: str) -> _Start:
     if file.suffix in FOREIGN_SUFFIXES:
         foreign = read_foreign(file)
         if not foreign.is_detector:
-            raise CheckpointError(f"{file}: {foreign.program}, which detects nothing - import it, for model.weights")
-        found = convert_detector(foreign, file)
-        return _Start(file, found.state, found.classes, found.model, found.notes)
+            raise CheckpointError(
+                f"{file}: {foreign.program}, which detects nothing - import it, for model.weights",
+                code="not-a-detector",
+            )
+        converted = convert_detector(foreign, file)
+        return _Start(file, converted.state, converted.classes, converted.model, converted.notes)
     if file.is_dir():
         present = [file / name for name in ("best.safetensors", "model.safetensors") if (file / name).is_file()]
         file = present[0] if present else file / "best.safetensors"

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from faults import refused
 from interop.states import mmdetection, numbered, write_detector, yhenon
 from retina.errors import CheckpointError, ConfigError
 from retina.inference import Detector
@@ -37,7 +38,7 @@ def test_classes_are_those_given(state: dict[str, Tensor], tmp_path: Path) -> No
     found = imported(state, tmp_path, classes=["ant", "bee", "cat"])
     assert (found.classes, found.category_ids) == (["ant", "bee", "cat"], [1, 2, 3])
     for classes in (["ant", "bee"], ["ant"] * 3, ["ant", "bee", "cat", "dog"]):
-        with pytest.raises(ConfigError, match=r"^classes: [^\n]* - [^\n]*$"):
+        with refused("classes", "classes", kind=ConfigError):
             imported(state, tmp_path, classes=classes)
 
 
@@ -49,7 +50,7 @@ def test_eighty_classes_are_coco_s(tmp_path: Path) -> None:
 
 def test_missing_tensors_are_named(state: dict[str, Tensor], tmp_path: Path) -> None:
     for key in ("fpn.P4_2.bias", "layer2.1.bn1.running_mean", "regressionModel.output.bias", "layer1.0.conv2.weight"):
-        with pytest.raises(CheckpointError, match=r"theirs\.safetensors: lacks [^\n]* - [^\n]*$"):
+        with refused("missing-tensor", "theirs.safetensors", kind=CheckpointError):
             imported({name: value for name, value in state.items() if name != key}, tmp_path)
 
 
@@ -75,14 +76,14 @@ def test_other_shapes_are_one_line(state: dict[str, Tensor], tmp_path: Path, key
 
 def test_unknown_tensors_are_refused_or_listed(state: dict[str, Tensor], tmp_path: Path) -> None:
     more = state | {"mask_head.weight": torch.zeros(1), "classificationModel.conv5.weight": torch.zeros(8, 8, 3, 3)}
-    with pytest.raises(CheckpointError, match=r"2 tensors mean nothing here[^\n]*ask_head\.weight[^\n]*conv5\.weight"):
+    with refused("unknown-tensor", "mask_head.weight", "classificationModel.conv5.weight", kind=CheckpointError):
         imported(more, tmp_path)
     more |= {f"mask_head.{i}": torch.zeros(1) for i in range(20)}
     with pytest.raises(CheckpointError) as caught:
         imported(more, tmp_path)
     assert "mask_head.19" not in str(caught.value)
     assert "mask_head.19" in caught.value.__notes__[0]
-    with pytest.raises(CheckpointError, match=r"lacks 1 tensors[^\n]*, and 22 mean nothing here: [^\n]* - give"):
+    with refused("missing-tensor", "backbone.stem.bn1.bias", 22, kind=CheckpointError):
         imported({key: value for key, value in more.items() if key != "bn1.bias"}, tmp_path)
     found = imported(state | {"mask_head.weight": torch.zeros(1)}, tmp_path, ignore_unknown=True)
     assert "left out, unknown here: mask_head.weight" in found.notes
@@ -100,7 +101,7 @@ def test_conventions_can_be_given(state: dict[str, Tensor], tmp_path: Path) -> N
 
 
 def test_other_anchors_must_be_given(state: dict[str, Tensor], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"predicts 9 boxes per cell, where 1 scales and 3 ratios make 3 - give"):
+    with refused("anchors", "conventions.anchor_scales", kind=ConfigError):
         imported(state, tmp_path, conventions={"anchor_scales": [1.0]})
 
 
@@ -120,9 +121,9 @@ def test_a_backbone_must_be_whole(tmp_path: Path) -> None:
     save_file(backbone, file)
     assert convert_backbone(read_foreign(file), file)[1] == {"backbone": "resnet18"}
     save_file(backbone | {"layer1.0.se.weight": torch.zeros(1)}, file)
-    with pytest.raises(CheckpointError, match=r"1 tensors mean nothing here"):
+    with refused("unknown-tensor", "layer1.0.se.weight", kind=CheckpointError):
         convert_backbone(read_foreign(file), file)
     backbone.pop("layer3.1.bn2.weight")
     save_file(backbone, file)
-    with pytest.raises(CheckpointError, match=r"lacks 1 tensors, here backbone\.layer3\.1\.bn2\.weight"):
+    with refused("missing-tensor", "backbone.layer3.1.bn2.weight", kind=CheckpointError):
         convert_backbone(read_foreign(file), file)
