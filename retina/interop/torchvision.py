@@ -48,8 +48,8 @@ def read(source: Source) -> Foreign:
         (r"head\.classification_head\.conv\.(\d+)\.(weight|bias)", r"head.classification.convs.\1.\2"),
         (r"head\.regression_head\.conv\.(\d+)\.(weight|bias)", r"head.box.convs.\1.\2"),
     ]
-    for published, tower in (("classification_head", "classification"), ("regression_head", "box")):
-        rules += tower_rules(rf"head\.{published}\.conv", tower, conv=r"\.0", norm=r"\.1", has_norm=has_norm)
+    for subnet, tower in (("classification_head", "classification"), ("regression_head", "box")):
+        rules += tower_rules(rf"head\.{subnet}\.conv", tower, conv=r"\.0", norm=r"\.1", has_norm=has_norm)
     renamed = rename(source.state, rules)
     tracked = any(key.endswith("num_batches_tracked") for key in source.state)
     published = not tracked and source.sha256().startswith(EPS_0)
