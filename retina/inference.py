@@ -1,6 +1,6 @@
 """A trained detector as a Python object: from images to detections in their pixels."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -56,16 +56,25 @@ class Detector:
         self._resize = eval_pipeline(card.preprocessing["short_side"], card.preprocessing["long_side"])
 
     @classmethod
-    def load(cls, checkpoint: str | Path, *, device: str = "auto", precision: str | None = None) -> "Detector":
+    def load(
+        cls,
+        checkpoint: str | Path,
+        *,
+        device: str = "auto",
+        precision: str | None = None,
+        plugins: Sequence[str] = (),
+    ) -> "Detector":
         """From a run folder (its `best.safetensors`) or a `.safetensors` file, which needs nothing beside it.
 
         precision: `fp32`, `bf16` or `fp16`; None is what it was trained and evaluated with.
+        plugins: packages whose backbones, necks and heads the file may name. They are imported, so name only those that
+            you trust.
 
         Raises CheckpointError when there is none, it is damaged, or of another architecture or version, ConfigError for
         an unknown precision, ValueError for a device that is not there."""
         chosen = choose_device(device)
         file = find_weights(Path(checkpoint).expanduser())
-        model, card = load_detector(file, chosen)
+        model, card = load_detector(file, chosen, plugins=plugins)
         if precision is not None:
             card = replace(card, preprocessing=card.preprocessing | {"precision": precision})
         try:
@@ -146,9 +155,11 @@ class Detector:
         return [to_original(Detections(*row), size, original) for row, size, original in rows]
 
 
-def load(checkpoint: str | Path, *, device: str = "auto", precision: str | None = None) -> Detector:
+def load(
+    checkpoint: str | Path, *, device: str = "auto", precision: str | None = None, plugins: Sequence[str] = ()
+) -> Detector:
     """A trained detector from a run folder or a `.safetensors` file: `Detector.load`."""
-    return Detector.load(checkpoint, device=device, precision=precision)
+    return Detector.load(checkpoint, device=device, precision=precision, plugins=plugins)
 
 
 def find_weights(checkpoint: Path) -> Path:

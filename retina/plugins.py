@@ -33,8 +33,8 @@ def find(target: str, allowed: Iterable[str], *, key: str = "") -> Callable[...,
     allowed = tuple(allowed)
     own = target.partition(".")[0]
     refusal = ConfigError(
-        f"{target} is not allowed - choose something under {', '.join(allowed)} or give plugins=[{own}] for a package"
-        " of your own",
+        f"{target} is not allowed - choose something under {', '.join(allowed) or 'a package of your own'}, which"
+        f" plugins=[{own}] would name",
         code="not-allowed",
         key=key,
     )

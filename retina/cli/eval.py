@@ -38,6 +38,7 @@ class EvalConfig:
     device: str
     precision: str | None
     pictures: int
+    plugins: list[str]
     score_threshold: float
     data: dict[str, Any]
     postprocess: dict[str, Any]
@@ -109,7 +110,7 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
 
     device = call(distributed.choose_device, "device", name=config.device)
     with distributed.process_group(device):
-        detector = Detector.load(checkpoint, device=str(device), precision=config.precision)
+        detector = Detector.load(checkpoint, device=str(device), precision=config.precision, plugins=config.plugins)
         options = detector.card.postprocess | drop_nulls(config.postprocess)
         call(check_postprocess, "postprocess", options=options)
         data = data_of(trained, config.data, detector.card.preprocessing)

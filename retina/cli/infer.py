@@ -42,6 +42,7 @@ class InferConfig:
     device: str
     precision: str | None
     pictures: bool
+    plugins: list[str]
     traceback: bool
 
     def __post_init__(self) -> None:
@@ -70,7 +71,9 @@ def main(config: InferConfig) -> int:
     device = call(distributed.choose_device, "device", name=config.device)
     with ExitStack() as stack:
         stack.enter_context(distributed.process_group(device))
-        detector = Detector.load(config.checkpoint, device=str(device), precision=config.precision)
+        detector = Detector.load(
+            config.checkpoint, device=str(device), precision=config.precision, plugins=config.plugins
+        )
         batches: list[Batch] = []
         done: dict[str, Done] = {}
 

@@ -1,13 +1,13 @@
 """What a run is made of, but for data and model: made and checked before either is touched."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retina.cli.build import build, call, check_arguments
 from retina.cli.compose import Settings
 from retina.engine.config import DataConfig, from_mapping
-from retina.errors import ConfigError
+from retina.errors import ConfigError, under
 
 if TYPE_CHECKING:
     from retina.data.transforms import Pipeline
@@ -28,10 +28,17 @@ def make_recipe(settings: Settings) -> Recipe:
     from retina.data.transforms import Pipeline
     from retina.inference import check_postprocess
     from retina.losses.detection import DetectionLoss
+    from retina.model.parts import PARTS, part_class
     from retina.model.retinanet import retinanet
 
     data = from_mapping(DataConfig, settings["data"], "data")
     check_arguments(retinanet, [*settings["model"], "num_classes"], "model")
+    for part in PARTS:
+        section = settings["model"].get(part)
+        if isinstance(section, Mapping):
+            with under("model"):
+                factory = part_class(section, part, settings["plugins"])
+            check_arguments(factory, [key for key in section if key != "_target_"], f"model.{part}", partial=True)
     refuse_frozen_noise(settings)
     if settings["remap"] and not settings["init_from"]:
         raise ConfigError("remap: renames classes of init_from - give init_from=..., or leave remap out")

@@ -145,7 +145,9 @@ def make_model(
 
     if isinstance(recipe.criterion, DetectionLoss):
         call(recipe.criterion.check_classes, "loss", num_classes=len(annotations.classes))
-    model = call(retinanet, "model", **settings["model"], num_classes=len(annotations.classes))
+    model = call(
+        retinanet, "model", **settings["model"], num_classes=len(annotations.classes), plugins=settings["plugins"]
+    )
     channels_last = settings["train"]["channels_last"]
     model = model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format).to(device)
     if settings["init_from"] and not resumes:

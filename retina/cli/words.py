@@ -56,7 +56,9 @@ def text_keys(cls: type, prefix: str = "") -> Iterator[str]:
     """The fields of a settings class, and of those in it, that hold text: `str`, also with null or a list beside it."""
     hints = typing.get_type_hints(cls)
     for field in fields(cls):
-        options = set(typing.get_args(hints[field.name]) or (hints[field.name],)) - {types.NoneType}
+        hint = hints[field.name]
+        union = typing.get_origin(hint) in (types.UnionType, typing.Union)  # list[str] is no text
+        options = set(typing.get_args(hint) if union else (hint,)) - {types.NoneType}
         if str in options and all(option is str or typing.get_origin(option) is list for option in options):
             yield f"{prefix}{field.name}"
         for option in options:
@@ -95,7 +97,8 @@ def as_typed(word: str, texts: Iterable[str] = (), *, sweep: bool = False) -> st
 
 
 def _quoted(value: str, key: str) -> str:
-    kept = value in ("", "null") or QUOTED.fullmatch(value) or (key in LISTS and value.startswith("["))
+    section = value.startswith("{_target_:")  # of a part of one's own, such as model.backbone
+    kept = value in ("", "null") or section or QUOTED.fullmatch(value) or (key in LISTS and value.startswith("["))
     return value if kept else QuotedString(value, Quote.single).with_quotes()
 
 

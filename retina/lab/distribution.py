@@ -46,6 +46,7 @@ class DistributionConfig:
     precision: str | None
     data: dict[str, Any]
     loss: dict[str, Any]
+    plugins: list[str]
     traceback: bool
 
     def __post_init__(self) -> None:
@@ -109,8 +110,8 @@ def collect(config: DistributionConfig, trained: Mapping[str, Any], output: Path
     from retina.types import to_device
 
     device = call(distributed.choose_device, "device", name=config.device)
-    assigner = build(config.loss.get("assigner"), "loss.assigner")
-    detector = Detector.load(config.checkpoint, device=str(device), precision=config.precision)
+    assigner = build(config.loss.get("assigner"), "loss.assigner", plugins=config.plugins)
+    detector = Detector.load(config.checkpoint, device=str(device), precision=config.precision, plugins=config.plugins)
     data = data_of(trained, config.data, detector.card.preprocessing)
     annotations, loader = open_split(data, config.split, detector, output, batch_size=config.batch_size)
     elements = Elements(len(detector.classes), len(detector.model.strides))

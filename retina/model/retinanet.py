@@ -1,7 +1,8 @@
 """The detector: backbone, pyramid, head and anchors; and the builder that derives every size from a few numbers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -9,9 +10,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from retina.errors import ConfigError, check_choice
-from retina.model.backbone import ResNet
-from retina.model.fpn import FPN, NECKS
+from retina.model.backbone import ResNet, load_backbone, read_weights
+from retina.model.fpn import NECKS
 from retina.model.head import Head
+from retina.model.parts import check_backbone, make_part
 from retina.model.timm_backbone import PREFIX, TimmBackbone
 from retina.ops.anchors import AnchorGenerator
 from retina.ops.boxes import distances_to_deltas, mean_distances
@@ -46,9 +48,9 @@ class RetinaNet(nn.Module):
     def __init__(
         self,
         *,
-        backbone: ResNet | TimmBackbone,
-        fpn: FPN,
-        head: Head,
+        backbone: Any,
+        fpn: Any,
+        head: Any,
         anchors: AnchorGenerator,
         mean: Sequence[float],
         std: Sequence[float],
@@ -61,7 +63,8 @@ class RetinaNet(nn.Module):
         self._levels = RetinaNet._compute_levels
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        if head.bins is not None:
+        self.bins: int | None = getattr(head, "bins", None)
+        if self.bins is not None:
             cells = [anchors.cell(size) / stride for size, stride in zip(anchors.sizes, fpn.strides, strict=True)]
             sides = torch.stack([cell[:, 2:] - cell[:, :2] for cell in cells])
             self.register_buffer("sides", sides.float(), persistent=False)
@@ -106,8 +109,8 @@ class RetinaNet(nn.Module):
         pyramid = self.fpn(self.backbone(self.normalize(images)))
         logits, deltas, quality = self.head(pyramid)
         bins: tuple[Tensor, ...] = ()
-        if self.head.bins is not None:
-            bins = tuple(level.unflatten(-1, (4, self.head.bins)) for level in deltas)
+        if self.bins is not None:
+            bins = tuple(level.unflatten(-1, (4, self.bins)) for level in deltas)
             deltas = tuple(self._deltas_of(*level) for level in zip(bins, self.sides, strict=True))
         return _Levels(logits, deltas, quality, bins, tuple((level.shape[-2], level.shape[-1]) for level in pyramid))
 
@@ -122,17 +125,18 @@ class RetinaNet(nn.Module):
 def retinanet(
     *,
     num_classes: int,
-    backbone: str = "resnet50",
+    backbone: str | Mapping[str, Any] = "resnet50",
     weights: str | None = None,
     norm: str | None = None,
     frozen_stages: int | None = None,
     norm_eps: float = 1e-5,
     stride_in_1x1: bool = False,
     levels: Sequence[int] = (3, 4, 5, 6, 7),
-    neck: str = "fpn",
+    neck: str | Mapping[str, Any] = "fpn",
     fpn_channels: int = 256,
     p6_from: str = "c5",
     p7_relu: bool = True,
+    head: Mapping[str, Any] | None = None,
     head_convs: int = 4,
     head_channels: int | None = None,
     head_norm: str | None = None,
@@ -147,6 +151,7 @@ def retinanet(
     anchor_offset: float = 0.0,
     mean: Sequence[float] = (123.675, 116.28, 103.53),
     std: Sequence[float] = (58.395, 57.12, 57.375),
+    plugins: Sequence[str] = (),
 ) -> RetinaNet:
     """Builds a RetinaNet; the defaults are the paper's.
 
@@ -160,6 +165,7 @@ def retinanet(
     stride_in_1x1: bottlenecks halve the map in their first 1x1 convolution, for weights trained so (MSRA's, Caffe's).
     neck: `fpn` or `pafpn`.
     p7_relu: False for weights of mmdetection, which has no ReLU before P7.
+    head: a section for a head of another package; None: the paper's.
     head_channels: None is `fpn_channels`.
     head_quality: predict how well each box fits; `postprocess` multiplies scores by it.
     box_bins: predict each side of a box as a distribution over 0..box_bins - 1 strides from the anchor's centre, 17 in
@@ -169,10 +175,15 @@ def retinanet(
     anchors_spread: anchors canvas // cells pixels apart, the distance that torchvision guesses, for its weights.
     anchor_offset: of the anchors' centres, in strides: 0.5 for centres of cells.
     mean, std: per RGB channel on the scale 0..255; the defaults are those of ImageNet.
+    plugins: packages from which `backbone`, `neck` and `head` may be taken, as `{"_target_": "mylab.backbones.Tiny",
+        "width": 16}`. See `retina.model.parts` for what they must be like.
 
     Raises ConfigError for values out of range or that contradict each other, CheckpointError for unusable weights.
     """
     arguments = {key: list(value) if isinstance(value, tuple) else value for key, value in locals().items()}
+    del arguments["plugins"]  # a file must not say what may be imported
+    if head is None:
+        del arguments["head"]
     norm = norm or ("frozen" if weights else "batch")
     frozen_stages = (2 if weights else 0) if frozen_stages is None else frozen_stages
     head_channels = head_channels or fpn_channels
@@ -184,14 +195,27 @@ def retinanet(
     _check(head_channels >= 1, "head_channels", head_channels, "give at least 1")
     _check(head_convs >= 0, "head_convs", head_convs, "give at least 0")
     _check(0 <= anchor_offset <= 1, "anchor_offset", anchor_offset, "give 0 to 1 stride, 0.5 for centres of cells")
-    check_choice(neck, NECKS, "neck")
+    if isinstance(neck, str):
+        check_choice(neck, NECKS, "neck")
     if anchors_spread and box_bins is not None:
         problem = "distributions need anchors a stride apart - give false"
         raise ConfigError(problem, code="contradiction", key="anchors_spread")
-    body = _backbone(
-        backbone, weights, levels, norm=norm, frozen_stages=frozen_stages, eps=norm_eps, stride_in_1x1=stride_in_1x1
-    )
-    fpn = NECKS[neck](body.channels, channels=fpn_channels, levels=tuple(levels), p6_from=p6_from, p7_relu=p7_relu)
+    body: Any
+    if isinstance(backbone, str):
+        body = _backbone(
+            backbone, weights, levels, norm=norm, frozen_stages=frozen_stages, eps=norm_eps, stride_in_1x1=stride_in_1x1
+        )
+    else:
+        body = make_part(backbone, "backbone", plugins, last_level=min(5, max(levels, default=5)))
+        check_backbone(body, levels)
+        if weights:
+            load_backbone(body, read_weights(Path(weights)), name=str(backbone["_target_"]), weights=weights)
+    common: dict[str, Any] = {"in_channels": tuple(body.channels), "channels": fpn_channels, "levels": tuple(levels)}
+    fpn: Any
+    if isinstance(neck, str):
+        fpn = NECKS[neck](**common, p6_from=p6_from, p7_relu=p7_relu)
+    else:
+        fpn = make_part(neck, "neck", plugins, **common)
     sizes = [4 * stride for stride in fpn.strides] if anchor_sizes is None else anchor_sizes
     _check(
         len(sizes) == len(fpn.strides), "anchor_sizes", sizes, f"give one size for each of {len(fpn.strides)} levels"
@@ -203,20 +227,23 @@ def retinanet(
         rounded=anchors_rounded,
         offset=anchor_offset,
     )
-    head = Head(
-        fpn_channels,
-        num_classes=num_classes,
-        num_anchors=anchors.num_per_cell,
-        channels=head_channels,
-        num_convs=head_convs,
-        norm=head_norm,
-        prior=prior,
-        quality=head_quality,
-        bins=box_bins,
-    )
+    shape = {"in_channels": fpn_channels, "num_classes": num_classes, "num_anchors": anchors.num_per_cell}
+    tower: Any
+    if head is None:
+        tower = Head(
+            **shape,
+            channels=head_channels,
+            num_convs=head_convs,
+            norm=head_norm,
+            prior=prior,
+            quality=head_quality,
+            bins=box_bins,
+        )
+    else:
+        tower = make_part(head, "head", plugins, **shape)
     mean, std = [float(m) for m in mean], [float(s) for s in std]  # whole numbers would make integer tensors
     arguments |= {"norm": norm, "frozen_stages": frozen_stages, "weights": None}
-    return RetinaNet(backbone=body, fpn=fpn, head=head, anchors=anchors, mean=mean, std=std, arguments=arguments)
+    return RetinaNet(backbone=body, fpn=fpn, head=tower, anchors=anchors, mean=mean, std=std, arguments=arguments)
 
 
 def _check(ok: bool, key: str, value: object, fix: str) -> None:

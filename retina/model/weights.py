@@ -8,7 +8,7 @@ flipped bit is noticed. Files of earlier versions have no hash, and are read wit
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from retina.errors import CheckpointError, RetinaError
 from retina.files import write_whole
+from retina.model.parts import missing_plugins
 from retina.model.retinanet import RetinaNet, retinanet
 
 SCHEMA_VERSION = 1
@@ -77,13 +78,18 @@ def read_card(file: Path) -> DetectorCard:
     return _read(file)[0]
 
 
-def load_detector(file: Path, device: torch.device) -> tuple[RetinaNet, DetectorCard]:
+def load_detector(file: Path, device: torch.device, *, plugins: Sequence[str] = ()) -> tuple[RetinaNet, DetectorCard]:
     """The model in evaluation mode, and its card.
 
     Raises CheckpointError for damaged files and weights of another architecture."""
     card, data = _read(file)
+    for key, target in missing_plugins(card.model, plugins).items():
+        problem = f"its {key} is {target} - give plugins=[{target.partition('.')[0]}] if you trust that package"
+        raise CheckpointError(f"{file}: {problem}", code="needs-plugin")
     try:
-        model = retinanet(**card.model | {"weights": None})  # a file must not choose other files to load
+        model = retinanet(
+            **card.model | {"weights": None, "plugins": plugins}
+        )  # a file must not choose other files to load
     except (TypeError, ValueError, RuntimeError, RetinaError) as fault:
         raise CheckpointError(f"{file}: header: {fault} - use the version that wrote it", code="bad-header") from None
     load_state(model, load(data), file)

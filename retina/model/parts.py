@@ -1,0 +1,72 @@
+"""Backbones, necks and heads of other packages, described by a dotted name and keyword arguments. Beside the road.
+
+What each must be like:
+- a backbone is made with `last_level`, the last level that is needed (5 at most), takes images as float [B 3 H W],
+  normalised, and returns a tuple of maps, the finest first; `channels` and `strides` say what they are. The last one
+  has stride 2^last_level.
+- a neck is made with `in_channels` of these maps, `levels` and `channels`, takes the maps and returns one map of
+  `channels` for each level; `strides` are theirs.
+- a head is made with `in_channels`, `num_classes` and `num_anchors` of a cell, takes the levels and returns three
+  tuples, as `retina.model.head.Head` does: class logits [B A_l K] of every level, deltas [B A_l 4], and quality logits
+  [B A_l] or nothing.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from retina.errors import ConfigError
+from retina.plugins import find, prefixes
+
+PARTS = ("backbone", "neck", "head")
+
+
+def missing_plugins(arguments: Mapping[str, Any], plugins: Sequence[str]) -> dict[str, str]:
+    """Which parts among the `arguments` of a model are of packages that `plugins` does not name, by dotted name."""
+    sections = {key: arguments[key] for key in PARTS if _is_section(arguments.get(key))}
+    targets: dict[str, str] = {key: section["_target_"] for key, section in sections.items()}
+    return {key: target for key, target in targets.items() if not target.startswith(prefixes(plugins))}
+
+
+def make_part(section: Mapping[str, Any], key: str, plugins: Sequence[str], **given: Any) -> Any:
+    """The part that a section `{_target_: mylab.backbones.Tiny, width: 16}` describes; `given` are further arguments.
+
+    Raises ConfigError for a class that is not below `plugins` or is no module, and for arguments that it does not take.
+    """
+    factory = part_class(section, key, plugins)
+    arguments = {name: value for name, value in section.items() if name != "_target_"} | given
+    try:
+        return factory(**arguments)
+    except (TypeError, ValueError) as fault:
+        raise ConfigError(
+            f"{section['_target_']}: {fault} - correct these values", code="wrong-value", key=key
+        ) from None
+    return part
+
+
+def part_class(section: Mapping[str, Any], key: str, plugins: Sequence[str]) -> type[nn.Module]:
+    if not _is_section(section):
+        raise ConfigError(
+            f"{dict(section)!r:.80} has no _target_ - give the dotted name of a class", code="missing", key=key
+        )
+    factory = find(section["_target_"], prefixes(plugins), key=key)
+    if not inspect.isclass(factory) or not issubclass(factory, nn.Module):
+        raise ConfigError(
+            f"{section['_target_']} is no torch.nn.Module - give a class of modules", code="wrong-type", key=key
+        )
+    return factory
+
+
+def check_backbone(part: Any, levels: Sequence[int]) -> None:
+    """Raises ConfigError unless the maps that a backbone declares end where these levels need them."""
+    channels, strides = tuple(getattr(part, "channels", ())), tuple(getattr(part, "strides", ()))
+    needed = tuple(2**level for level in levels if level <= 5)
+    if not needed or len(channels) != len(strides) or strides[-len(needed) :] != needed:
+        problem = f"its strides {strides} and channels {channels} do not end in maps of strides {needed}"
+        raise ConfigError(f"{problem} - mind last_level, or choose other levels", code="wrong-shape", key="backbone")
+
+
+def _is_section(part: Any) -> bool:
+    return isinstance(part, Mapping) and isinstance(part.get("_target_"), str)
