@@ -394,7 +394,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(root: Path, folder: Path) -> list[object]:
     data = [f"data.root={root}", "data.prepare=null", "data.short_side=64", "data.long_side=96"]
     model = ["model.levels=[3]", "model.anchor_sizes=[48.0]", "model.anchor_scales=[1.0]"]
-    return ["anchors", *data, *model, f"figures={folder / 'figures'}"]
+    return ["anchors", "experiment=shapes", *data, *model, f"figures={folder / 'figures'}"]
 
 
 def test_a_fit_becomes_a_config_group(tool: Tool, shapes: Path, tmp_path: Path, capsys: Capture) -> None:
