@@ -37,6 +37,7 @@ class EvalConfig:
     batch_size: int | None
     device: str
     precision: str | None
+    scorer: str | None
     pictures: int
     plugins: list[str]
     score_threshold: float
@@ -60,6 +61,10 @@ class EvalConfig:
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(
                 f"{self.batch_size} is not allowed - give 1 or more, or null", code="out-of-range", key="batch_size"
+            )
+        if self.scorer not in (None, "pycocotools"):
+            raise ConfigError(
+                f"{self.scorer} is not known - choose pycocotools, or null", code="unknown-value", key="scorer"
             )
         if self.pictures < 0:
             raise ConfigError(f"{self.pictures} is not allowed - give 0 or more", code="out-of-range", key="pictures")
@@ -87,6 +92,7 @@ def score_file(config: EvalConfig, results: Path) -> None:
     output = open_output(Path(config.output))
     write_metrics(output / "metrics.json", metrics)
     print(f"{format_metrics(metrics)}\n\nwritten: {output / 'metrics.json'}")
+    cross_check(config.scorer, annotations, metrics, results)
 
 
 def score_detector(config: EvalConfig, checkpoint: Path) -> int:
@@ -141,9 +147,20 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
             )
             names = ["metrics.json", "detections.json", *(["pictures/"] if drawn else [])]
             print(f"{format_metrics(evaluation.metrics)}\n\nwritten: {output}/{', '.join(names)}")
+            cross_check(config.scorer, annotations, evaluation.metrics, output / "detections.json")
             for _, line in sorted(skipped.items()):
                 print(f"skipped: {line}", file=sys.stderr)
     return 3 if skipped else 0
+
+
+def cross_check(scorer: str | None, annotations: "Annotations", metrics: dict[str, Any], results: Path) -> None:
+    """Prints our numbers beside those of the other scorer."""
+    if scorer is None:
+        return
+    from retina.evaluation.cross_check import describe_differences, pycocotools_metrics
+
+    reference = pycocotools_metrics(annotations.file, json.loads(results.read_bytes()))
+    print("", *describe_differences(metrics, reference), sep="\n")
 
 
 def keep_known(annotations: "Annotations", found: "DetectionArrays") -> "DetectionArrays":

@@ -7,6 +7,7 @@ torchrun --nproc_per_node=8 tools/train.py experiment=coco_r50_1x
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,7 @@ def main(settings: Settings) -> Result:
     from retina import distributed
     from retina.engine.build import load_checked
     from retina.engine.checkpointer import Checkpointer, TrainState
+    from retina.engine.environment import describe_environment, for_weights, record_environment
     from retina.engine.logging import RunLogger, describe_run
     from retina.engine.loop import fit
     from retina.engine.optim import build_optimizer
@@ -82,6 +84,8 @@ def main(settings: Settings) -> Result:
             distributed.on_main(lambda: build(prepare, "data.prepare", plugins=settings["plugins"], root=root))
         recorder = RunLogger(folder, active=distributed.is_main(), trackers=trackers, settings=settings)
         stack.callback(recorder.close)
+        environment = describe_environment(device)
+        distributed.on_main(lambda: record_environment(folder, environment))
         for line in run.told():
             recorder.info(line)
         loaded = load_checked(data, ["train", "val"] if config.eval_every else ["train"], folder, say=recorder.info)
@@ -92,6 +96,7 @@ def main(settings: Settings) -> Result:
         optimizer = build_optimizer(recipe.optimizer, model, scale=config.batch_size / config.lr_batch_size)
         loader, sampler, val_loader, preprocessing = make_loaders(recipe, data, config, loaded, model)
         card = make_card(model, annotations, preprocessing, without_target(settings["postprocess"]))
+        card = replace(card, environment=for_weights(environment))
         described = describe_run(
             folder, config, device, annotations, val_annotations, model, optimizer, recipe.schedule, sampler
         )

@@ -22,6 +22,7 @@ OWN = (
     "tensorboard",
     "trackers",
     "curves.png",
+    "environment.json",
     "eval",
 )
 """What a run writes beside `config.yaml`, and all that `overwrite` removes."""

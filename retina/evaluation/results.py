@@ -127,17 +127,17 @@ def write_metrics(file: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """The twelve numbers of `coco_metrics` in percent, then a table with a row per class; undefined is shown as "-"."""
+    """The twelve numbers of `coco_metrics`, 0 to 1, then a table with a row per class; undefined is shown as "-"."""
     width = max(map(len, _HEADLINES))
-    lines = [f"{key:<{width}}  {_percent(metrics[key]):>5}  {meaning}" for key, meaning in _HEADLINES.items()]
+    lines = [f"{key:<{width}}  {_shown(metrics[key]):>5}  {meaning}" for key, meaning in _HEADLINES.items()]
     table: list[tuple[str, ...]] = [("class", "objects", *_COLUMNS)]
     for name, values in metrics["per_class"].items():
-        table.append((plain(name), str(values["num_objects"]), *(_percent(values[key]) for key in _COLUMNS)))
+        table.append((plain(name), str(values["num_objects"]), *(_shown(values[key]) for key in _COLUMNS)))
     return "\n".join([*lines, "", *_aligned(table)])
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> list[str]:

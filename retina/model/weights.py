@@ -41,6 +41,8 @@ class DetectorCard:
     """Keyword arguments of `postprocess`."""
     step: int = 0
     metrics: dict[str, float | None] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    """Versions, commit and device it was trained with; empty in files of earlier versions."""
     schema_version: int = SCHEMA_VERSION
 
 
@@ -140,6 +142,7 @@ def card_of(file: Path, header: Mapping[str, str], data: bytes) -> DetectorCard:
     if version != SCHEMA_VERSION:
         problem = f"schema version {version!r:.20}, this program reads {SCHEMA_VERSION} - use the version that wrote it"
         raise CheckpointError(f"{file}: {problem}", code="other-version")
+    values.setdefault("environment", {})
     for name, hint in get_type_hints(DetectorCard).items():
         if not isinstance(values.get(name), get_origin(hint) or hint):
             raise _bad_header(file, f"{name} {'is of the wrong type' if name in values else 'is missing'}")

@@ -79,7 +79,7 @@ def test_a_run_needs_nothing_retyped(tool: Tool, run: Path, capsys: Capture) -> 
     assert 0.2 < metrics["AP50"] < 0.9
     assert sum(values["num_objects"] for values in metrics["per_class"].values()) == 30
     lines = out.splitlines()
-    assert lines[0] == f"AP     {100 * metrics['AP']:>5.1f}  IoU 0.50:0.95"
+    assert lines[0] == f"AP     {metrics['AP']:.3f}  IoU 0.50:0.95"
     assert [line.split()[0] for line in lines[14:19]] == list(metrics["per_class"])
     assert lines[-1] == f"written: {run}/eval/metrics.json, detections.json, pictures/"
 
@@ -179,6 +179,17 @@ def test_empty_results_and_empty_ground_truth(tool: Tool, scored: Path, tmp_path
     (tmp_path / "gt.json").write_text(json.dumps(truth | {"annotations": []}))
     assert tool("eval", *words, f"output={tmp_path}/b") == 0
     assert strict(tmp_path / "b" / "metrics.json")["AP"] is None
+
+
+def test_pycocotools_says_the_same(tool: Tool, scored: Path, run: Path, capsys: Capture, tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools")
+    (tmp_path / "none.json").write_text("[]")
+    score = [f"detections={scored}/dt.json", "data=coco", f"data.val.annotations={scored}/gt.json"]
+    for words in (score, [f"detections={tmp_path}/none.json", *score[1:]], [f"checkpoint={run}", "pictures=0"]):
+        assert tool("eval", *words, f"output={tmp_path}/scores", "scorer=pycocotools") == 0
+        out = capsys.readouterr().out
+        assert float(out.splitlines()[-1].rpartition(" ")[2]) < 1e-12
+        assert out.count("pycocotools") == 2
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from retina.data.shapes import write_shapes
@@ -118,7 +119,7 @@ def test_a_head_without_its_prior_is_told(
 
 def test_run_folder_holds_what_the_plan_says(place: Path, finished: subprocess.CompletedProcess[str]) -> None:
     folder = place / "runs" / "whole"
-    files = {".lock", "best.safetensors", "config.yaml", "curves.png", "log.txt", "metrics.jsonl"}
+    files = {".lock", "best.safetensors", "config.yaml", "curves.png", "environment.json", "log.txt", "metrics.jsonl"}
     assert {path.name for path in folder.iterdir()} == files | {"checkpoints", "tensorboard"}
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
     steps = [(r["step"], r["kind"]) for r in records(folder)]
@@ -126,6 +127,11 @@ def test_run_folder_holds_what_the_plan_says(place: Path, finished: subprocess.C
     validation = records(folder)[-1]
     assert {"AP", "AP50", "loss", "loss_box", "per_class"} <= validation.keys()
     assert (folder / "log.txt").read_text().count("evaluation at step") == 2
+    (environment,) = json.loads((folder / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    in_weights = read_card(folder / "best.safetensors").environment
+    assert in_weights.items() <= environment.items()
+    assert "host" not in in_weights
 
 
 def test_pictures_and_numbers_are_in_tensorboard(place: Path, finished: subprocess.CompletedProcess[str]) -> None:

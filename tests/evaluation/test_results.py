@@ -138,10 +138,10 @@ def test_metrics_are_written_whole_or_not_at_all(tmp_path: Path, annotations: An
 def test_the_table_is_aligned_and_shows_undefined_as_a_dash(tmp_path: Path, annotations: Annotations) -> None:
     metrics = coco_metrics(annotations, read_results(written(tmp_path, [GOOD | {"bbox": [1, 2, 3, 4]}]), annotations))
     headlines, table = (block.splitlines() for block in format_metrics(metrics).split("\n\n"))
-    assert headlines[0] == "AP     100.0  IoU 0.50:0.95"
+    assert headlines[0] == "AP     1.000  IoU 0.50:0.95"
     assert headlines[5].split()[:2] == ["APl", "-"]
     assert len(headlines) == 12
     assert table[0].split() == ["class", "objects", "AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"]
-    assert table[1].split() == ["cell", "1", "100.0", "100.0", "100.0", "100.0", "-", "-", "100.0"]
+    assert table[1].split() == ["cell", "1", "1.000", "1.000", "1.000", "1.000", "-", "-", "1.000"]
     assert table[2].startswith("platelet, small  ")
     assert len({len(line) for line in table}) == 1
