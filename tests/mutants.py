@@ -159,8 +159,8 @@ MUTANTS = [
     ),
     Mutant(
         "an allowed name is an allowed object",
-        "retina/cli/build.py",
-        "    if not _is_own(found, allowed):\n",
+        "retina/plugins.py",
+        "    if not _is_own(thing, allowed):\n",
         "    if False:\n",
         "tests/cli/test_compose.py",
     ),
@@ -173,7 +173,7 @@ MUTANTS = [
     ),
     Mutant(
         "workers heed Ctrl-C",
-        "retina/data/loader.py",
+        "retina/data/workers.py",
         "signal.signal(signal.SIGINT, signal.SIG_IGN)",
         "pass",
         "tests/data/test_loader.py",
@@ -181,8 +181,8 @@ MUTANTS = [
     Mutant(
         "escape sequences reach the terminal",
         "retina/errors.py",
-        "return plain(super().__str__())",
-        "return super().__str__()",
+        'return plain(": ".join(part for part in (self.key, super().__str__()) if part))',
+        'return ": ".join(part for part in (self.key, super().__str__()) if part)',
         "tests/reliability/test_security.py",
     ),
 ]

@@ -62,7 +62,7 @@ def note(event: str, arguments: tuple[Any, ...]) -> None:
 
 def may_write(path: str | bytes) -> bool:
     name = os.path.abspath(os.fsdecode(path))
-    return name == os.devnull or name.startswith(f"{OWN}{os.sep}")
+    return name in (os.devnull, str(OWN)) or name.startswith(f"{OWN}{os.sep}")
 
 
 sys.addaudithook(watch)
