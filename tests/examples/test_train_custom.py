@@ -33,3 +33,10 @@ def test_it_is_short_and_imports_two_packages() -> None:
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     body = next(node for node in tree.body if isinstance(node, ast.FunctionDef))
     assert len(ast.unparse(body).splitlines()) <= 30
+
+
+def test_the_readme_shows_it() -> None:
+    root = Path(__file__).parents[2]
+    code = (root / "examples" / "train_custom.py").read_text()
+    shown = code[code.index("import torch\n") : code.index('if __name__ == "__main__":')].rstrip()
+    assert f"```python\n{shown}\n```" in (root / "README.md").read_text()
