@@ -13,6 +13,7 @@ For programs that start training runs of their own, such as the lab (retina/cli/
 
 import argparse
 import functools
+import logging
 import os
 import re
 import signal
@@ -107,7 +108,7 @@ def entry(
         @functools.wraps(task)
         def main(argv: Sequence[str] | None = None) -> NoReturn:
             warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file; ours do
-            with _quitting(for_good=argv is None):
+            with _quitting(for_good=argv is None), _logging_kept():
                 sys.exit(_run(program, argv))
 
         def typed_task(settings: Settings) -> int | Result | None:
@@ -146,6 +147,18 @@ def _run(program: Program, argv: Sequence[str] | None) -> int:
         root = settings.get("data", {}).get("root") if isinstance(fault, DataError) else None
         report(unconverted(root) or fault if root else fault)
         return 2
+
+
+@contextmanager
+def _logging_kept() -> Iterator[None]:
+    """After the block the root logger is as it was: Hydra's `--info` lets it print everything from then on."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import logging
 import random
 import re
 import signal
@@ -433,8 +434,10 @@ def test_configs_of_ones_own(tool: Callable[..., int], tmp_path: Path, capsys: p
     assert tool("train", "-cn", "nowhere") == 2
     assert "error[no-such-option]: --config-name=nowhere" in capsys.readouterr().err
     assert tool("train", "--config-dir", tmp_path / "nowhere") == 2
+    handlers, level = list(logging.getLogger().handlers), logging.getLogger().level
     assert tool("train", "--info", "searchpath") == 0
     assert "configs" in capsys.readouterr().out
+    assert (logging.getLogger().handlers, logging.getLogger().level) == (handlers, level)
 
 
 def test_configs_folder_is_the_one_beside_the_tools() -> None:
