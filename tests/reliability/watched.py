@@ -34,6 +34,8 @@ CHANGES = {
     "os.chflags", "os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.setxattr",
     "os.symlink", "os.truncate", "os.utime", "shutil.rmtree",
 }  # fmt: skip
+GIT = ["git", "-c", "core.fsmonitor=false", "--no-optional-locks", "-C"]
+"""How a run asks for the commit of its program, in a checkout."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 case = "imports"
@@ -45,6 +47,8 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
     if event in NETWORK:
         note(event, arguments)
     elif case in ("imports", "between"):
+        return
+    elif event == "subprocess.Popen" and list(arguments[1][:5]) == GIT:
         return
     elif event in PROCESSES or any(word in repr(arguments) for word in ("CANARY", "SECRET") if event != "os.scandir"):
         note(event, arguments)
