@@ -46,9 +46,7 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
     """Only network events count while modules are imported: torch asks programs which machine this is."""
     if event in NETWORK:
         note(event, arguments)
-    elif case in ("imports", "between"):
-        return
-    elif event == "subprocess.Popen" and list(arguments[1][:5]) == GIT:
+    elif case in ("imports", "between") or (event == "subprocess.Popen" and list(arguments[1][:5]) == GIT):
         return
     elif event in PROCESSES or any(word in repr(arguments) for word in ("CANARY", "SECRET") if event != "os.scandir"):
         note(event, arguments)
