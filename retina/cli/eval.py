@@ -12,6 +12,7 @@ found; the exit code is then 3.
 import json
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,9 @@ class EvalConfig:
             raise ConfigError(
                 f"{self.scorer} is not known - choose pycocotools, or null", code="unknown-value", key="scorer"
             )
+        if self.scorer and find_spec("pycocotools") is None:
+            problem = "pycocotools is not installed - pip install 'retina-detect[coco]', or leave scorer out"
+            raise ConfigError(problem, code="missing-package", key="scorer")
         if self.pictures < 0:
             raise ConfigError(f"{self.pictures} is not allowed - give 0 or more", code="out-of-range", key="pictures")
 

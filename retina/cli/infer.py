@@ -80,7 +80,7 @@ def main(config: InferConfig) -> int:
         def prepare() -> None:
             pictures = [source.picture for source in sources] if config.pictures else []
             stack.enter_context(open_output(output, pictures))
-            batches.extend(cut_batches(sources, config.batch_size, what_matters(config, detector)))
+            batches.extend(cut_batches(sources, config.batch_size, detection_settings(config, detector)))
             done.update(read_done(output))
 
         distributed.on_main(prepare)
@@ -105,7 +105,7 @@ def main(config: InferConfig) -> int:
         return distributed.broadcast_object(3 if faults else 0)
 
 
-def what_matters(config: InferConfig, detector: "Detector") -> dict[str, Any]:
+def detection_settings(config: InferConfig, detector: "Detector") -> dict[str, Any]:
     """All that detections and pictures depend on, apart from the images."""
     with detector.file.open("rb") as weights:
         digest = hashlib.file_digest(weights, "sha256").hexdigest()

@@ -6,6 +6,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,16 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 def record_environment(folder: Path, environment: dict[str, Any]) -> None:
-    """Adds a start of the run to `environment.json`, a list with one entry per start. Raises OSError."""
+    """Adds a start of the run to `environment.json`, a list with one entry per start. A full disk
+    costs the entry alone, because a run goes on without room too."""
     file = folder / ENVIRONMENT
     try:
         starts = json.loads(file.read_bytes())
     except (OSError, ValueError):
         starts = []
     starts = starts if isinstance(starts, list) else []
-    write_whole(file, (json.dumps([*starts, environment], indent=1) + "\n").encode())
+    with suppress(OSError):
+        write_whole(file, (json.dumps([*starts, environment], indent=1) + "\n").encode())
 
 
 def for_weights(environment: dict[str, Any]) -> dict[str, Any]:

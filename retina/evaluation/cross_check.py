@@ -7,25 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retina.errors import ConfigError
-
-NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+from retina.evaluation.results import HEADLINES
 
 
 def pycocotools_metrics(ground_truth: Path, results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """The twelve COCO numbers of results in COCO's format; None where pycocotools says -1, without ground truth.
 
     Annotations without `iscrowd` or `area` count as 0 and width x height, and are numbered from 1, because pycocotools
-    takes annotation 0 for unmatched. Raises ConfigError where pycocotools is not installed."""
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError:
-        raise ConfigError(
-            "pycocotools is not installed - pip install 'retina-detect[coco]', or leave scorer out",
-            code="missing-package",
-            key="scorer",
-        ) from None
+    takes annotation 0 for unmatched."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     document = json.loads(ground_truth.read_bytes())
     defaults = ({"iscrowd": 0, "area": box["bbox"][2] * box["bbox"][3]} | box for box in document["annotations"])
     with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
@@ -41,7 +33,7 @@ def pycocotools_metrics(ground_truth: Path, results: Sequence[Mapping[str, Any]]
         scorer.evaluate()
         scorer.accumulate()
         scorer.summarize()
-    return {name: None if value == -1 else float(value) for name, value in zip(NAMES, scorer.stats, strict=True)}
+    return {name: None if value == -1 else float(value) for name, value in zip(HEADLINES, scorer.stats, strict=True)}
 
 
 def describe_differences(ours: Mapping[str, Any], reference: Mapping[str, float | None]) -> list[str]:

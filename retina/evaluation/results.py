@@ -14,7 +14,7 @@ from retina.errors import DataError, plain
 from retina.evaluation.metrics import DetectionArrays
 from retina.files import write_whole
 
-_HEADLINES = {
+HEADLINES = {
     "AP": "IoU 0.50:0.95",
     "AP50": "IoU 0.50",
     "AP75": "IoU 0.75",
@@ -128,8 +128,8 @@ def write_metrics(file: Path, metrics: Mapping[str, Any]) -> None:
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
     """The twelve numbers of `coco_metrics`, 0 to 1, then a table with a row per class; undefined is shown as "-"."""
-    width = max(map(len, _HEADLINES))
-    lines = [f"{key:<{width}}  {_shown(metrics[key]):>5}  {meaning}" for key, meaning in _HEADLINES.items()]
+    width = max(map(len, HEADLINES))
+    lines = [f"{key:<{width}}  {_shown(metrics[key]):>5}  {meaning}" for key, meaning in HEADLINES.items()]
     table: list[tuple[str, ...]] = [("class", "objects", *_COLUMNS)]
     for name, values in metrics["per_class"].items():
         table.append((plain(name), str(values["num_objects"]), *(_shown(values[key]) for key in _COLUMNS)))

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
@@ -179,6 +180,15 @@ def test_empty_results_and_empty_ground_truth(tool: Tool, scored: Path, tmp_path
     (tmp_path / "gt.json").write_text(json.dumps(truth | {"annotations": []}))
     assert tool("eval", *words, f"output={tmp_path}/b") == 0
     assert strict(tmp_path / "b" / "metrics.json")["AP"] is None
+
+
+def test_a_missing_scorer_is_told_before_any_work(
+    tool: Tool, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    assert tool("eval", f"checkpoint={run}", "scorer=pycocotools") == 2
+    assert "error[missing-package]: scorer: " in capsys.readouterr().err
+    assert not (run / "eval").exists()
 
 
 def test_pycocotools_says_the_same(tool: Tool, scored: Path, run: Path, capsys: Capture, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, ImageFile
 
@@ -409,8 +410,9 @@ def test_bombs_are_refused_from_the_header(tmp_path, name, content, read):
         warnings.simplefilter("error")
 
     line = in_a_fork(with_little_memory_and_no_warning, tmp_path / name, read=read)
-    if name == "a.webp" and line.startswith(f"{tmp_path / name}: cannot be decoded"):
-        return  # before version 13, Pillow itself makes no decoder of so short a file, and so refuses it unread
+    if name == "a.webp" and int(PIL.__version__.partition(".")[0]) < 13:  # makes no decoder of so short a file
+        assert line.startswith(f"{tmp_path / name}: cannot be decoded")
+        return
     assert line.startswith(f"{tmp_path / name}: has ")
     assert "60000x60000 pixels, more than" in line or "too many pixels" in line
 

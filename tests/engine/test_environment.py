@@ -42,3 +42,8 @@ def test_every_start_of_a_run_is_one_entry(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text("cut o")
     record_environment(tmp_path, {"start": 3})
     assert json.loads((tmp_path / "environment.json").read_text()) == [{"start": 3}]
+
+
+def test_no_room_for_the_entry_stops_nothing(tmp_path: Path) -> None:
+    record_environment(tmp_path / "not there", {"start": 0})
+    assert not list(tmp_path.iterdir())

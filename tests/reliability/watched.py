@@ -34,7 +34,8 @@ CHANGES = {
     "os.chflags", "os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.setxattr",
     "os.symlink", "os.truncate", "os.utime", "shutil.rmtree",
 }  # fmt: skip
-GIT = ["git", "-c", "core.fsmonitor=false", "--no-optional-locks", "-C"]
+_ASK = ["git", "-c", "core.fsmonitor=false", "--no-optional-locks", "-C", str(TESTS.parent)]
+GIT = ([*_ASK, "rev-parse", "HEAD"], [*_ASK, "status", "--porcelain", "--untracked-files=no"])
 """How a run asks for the commit of its program, in a checkout."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -46,7 +47,7 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
     """Only network events count while modules are imported: torch asks programs which machine this is."""
     if event in NETWORK:
         note(event, arguments)
-    elif case in ("imports", "between") or (event == "subprocess.Popen" and list(arguments[1][:5]) == GIT):
+    elif case in ("imports", "between") or (event == "subprocess.Popen" and list(arguments[1]) in GIT):
         return
     elif event in PROCESSES or any(word in repr(arguments) for word in ("CANARY", "SECRET") if event != "os.scandir"):
         note(event, arguments)
@@ -54,6 +55,8 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
         path, _, flags = arguments
         if isinstance(path, str | bytes) and (flags & WRITING) and not may_write(path):
             note(event, arguments)
+    elif event == "os.mkdir" and arguments[0] == "." and os.getcwd() == str(OWN):
+        return  # Hydra makes sure of the folder it is in
     elif event in CHANGES and not all(map(may_write, (a for a in arguments if isinstance(a, str | bytes)))):
         note(event, arguments)
 
@@ -64,7 +67,7 @@ def note(event: str, arguments: tuple[Any, ...]) -> None:
 
 def may_write(path: str | bytes) -> bool:
     name = os.path.abspath(os.fsdecode(path))
-    return name in (os.devnull, str(OWN)) or name.startswith(f"{OWN}{os.sep}")
+    return name == os.devnull or name.startswith(f"{OWN}{os.sep}")
 
 
 sys.addaudithook(watch)
