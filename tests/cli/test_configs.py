@@ -56,7 +56,7 @@ def test_defaults_of_training_are_the_same_on_the_command_line_and_in_python() -
 
 def test_folders_are_the_groups() -> None:
     assert {file.parts[0] for file in FILES if len(file.parts) == 2} == {*GROUPS, "studies"}
-    programs = ["doctor", "eval", "import_weights", "infer", "train"]
+    programs = ["convert", "doctor", "eval", "import_weights", "infer", "train"]
     assert [f.stem for f in FILES if len(f.parts) == 1 and not f.stem.startswith("lab_")] == programs
     assert len(OPTIONS) > 15
 
@@ -177,7 +177,7 @@ def test_commands_in_headers_compose(file: Path) -> None:
         assert any(choice in words for words in typed) or file.stem == "shapes", "a header states the exact command"
 
 
-@pytest.mark.parametrize("tool", ["train", "eval", "infer", "doctor"])
+@pytest.mark.parametrize("tool", ["train", "eval", "infer", "doctor", "convert"])
 def test_commands_in_help_compose(tool: str) -> None:
     text = (CONFIGS.parent / "retina" / "cli" / f"{tool}.py").read_text().split('"""')[1]
     assert commands(text)

@@ -15,16 +15,12 @@ Xyxy = tuple[float, float, float, float]
 T = TypeVar("T")
 
 
-class Fault(NamedTuple):
-    """Something wrong with one record of a data set. `str()` is one line, as in `retina.errors`."""
+class RecordError(DataError):
+    """One record of a data set cannot be used; text: "problem - fix"."""
 
-    file: Path
-    line: int
-    problem: str
-    fix: str
-
-    def __str__(self) -> str:
-        return " ".join(f"{self.file}:{self.line}: {self.problem} - {self.fix}".split("\n"))
+    def __init__(self, file: Path, line: int, text: str) -> None:
+        super().__init__(f"{file}:{line}: {text}", code="record")
+        self.file, self.line, self.text = file, line, text
 
 
 class Object(NamedTuple):
@@ -47,7 +43,7 @@ class Record(NamedTuple):
 
 
 class Records(NamedTuple):
-    """A data set as read: the sound records of each split, and every fault met on the way.
+    """A data set as read: the sound records of each split, and every fault.
 
     A faulty object is missing from its record; an image whose annotations cannot be known is missing altogether.
     """
@@ -55,29 +51,44 @@ class Records(NamedTuple):
     train: tuple[Record, ...]
     val: tuple[Record, ...]
     classes: tuple[str, ...]
-    faults: tuple[Fault, ...]
+    faults: tuple[RecordError, ...]
 
 
-def check_box(box: Xyxy, size: tuple[int, int]) -> Xyxy | str:
-    """The box clipped to the image of `size` (height, width), or what is wrong with it in words.
+def read_records(
+    split: Iterable[T], read: Callable[[T, list[RecordError]], Record], faults: list[RecordError]
+) -> tuple[Record, ...]:
+    """`read` of each image. It lists faulty objects itself, and raises RecordError for an image that cannot be used."""
+    records = []
+    for item in split:
+        try:
+            records.append(read(item, faults))
+        except RecordError as fault:
+            faults.append(fault)
+    return tuple(records)
 
-    Wrong are: a number that is not finite, no positive width and height (before or after clipping), and an overhang of
-    more than `MAX_OVERHANG` pixels.
+
+def make_object(name: str, box: Xyxy, size: tuple[int, int], *, crowd: bool = False) -> Object:
+    """An object with its box clipped to the image of `size` (height, width).
+
+    Raises ValueError, as "problem - fix", for a number that is not finite, for no positive width and height (before or
+    after clipping), and for an overhang of more than `MAX_OVERHANG` pixels.
     """
     x1, y1, x2, y2 = box
     height, width = size
-    shown = f"[{', '.join(f'{value:g}' for value in box)}]"
-    if not all(math.isfinite(value) for value in box):
-        return f"box {shown} is not finite"
-    if x2 <= x1 or y2 <= y1:
-        return f"box {shown} has no area (width {x2 - x1:g}, height {y2 - y1:g})"
     overhang = max(-x1, -y1, x2 - width, y2 - height)
-    if overhang > MAX_OVERHANG:
-        return f"box {shown} leaves the image of {width}x{height} by {overhang:g} px"
-    x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
-    if x2 <= x1 or y2 <= y1:
-        return f"box {shown} lies outside the image of {width}x{height}"
-    return x1, y1, x2, y2
+    clipped = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+    if not all(map(math.isfinite, box)):
+        problem = "is not finite"
+    elif x2 <= x1 or y2 <= y1:
+        problem = f"has no area (width {x2 - x1:g}, height {y2 - y1:g})"
+    elif overhang > MAX_OVERHANG:
+        problem = f"leaves the image of {width}x{height} by {overhang:g} px"
+    elif clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
+        problem = f"lies outside the image of {width}x{height}"
+    else:
+        return Object(name, clipped, crowd)
+    numbers = ", ".join(f"{value:g}" for value in box)
+    raise ValueError(f"box [{numbers}] {problem} (class {quoted(name)}) - correct or remove the object")
 
 
 def divide(
@@ -93,12 +104,12 @@ def divide(
         problem = f"{len(items)} image(s) cannot be divided into train and val"
         raise DataError(f"splits: {problem} - add images or split lists", code="too-few-images")
     num_val = min(max(round(len(items) * val_fraction), 1), len(items) - 1)
-    ranked = sorted(
-        range(len(items)),
-        key=lambda i: hashlib.sha256(f"{seed}:{key(items[i])}".encode("utf-8", "surrogatepass")).digest(),
-    )
-    chosen = set(ranked[:num_val])
-    return [x for i, x in enumerate(items) if i not in chosen], [x for i, x in enumerate(items) if i in chosen]
+
+    def rank(row: int) -> bytes:
+        return hashlib.sha256(f"{seed}:{key(items[row])}".encode("utf-8", "surrogatepass")).digest()
+
+    drawn = set(sorted(range(len(items)), key=rank)[:num_val])
+    return [x for i, x in enumerate(items) if i not in drawn], [x for i, x in enumerate(items) if i in drawn]
 
 
 def check_classes(file: Path | str, names: Sequence[str]) -> None:
@@ -111,19 +122,14 @@ def check_classes(file: Path | str, names: Sequence[str]) -> None:
             raise DataError(f"{file}: classes: {problem} - use distinct names", code="class-names")
 
 
-def refusal(code: str, file: Path, problem: str) -> DataError:
-    """For a data set that cannot be read at all; `problem` says how to fix it too."""
-    return DataError(f"{file}: {problem}", code=code)
-
-
-def read_text(file: Path) -> str:
-    """The content of a list or label file, with or without a byte order mark. Raises DataError if it is not UTF-8."""
+def read_lines(file: Path) -> list[str]:
+    """The lines of a list of names, without spaces around them. Raises DataError if it is not UTF-8."""
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except ValueError as error:
-        raise refusal("not-text", file, f"not UTF-8 text ({error}) - save it as UTF-8") from error
+        raise DataError(f"{file}: not UTF-8 text ({error}) - save it as UTF-8", code="not-text") from error
 
 
-def shown(text: str, limit: int = 40) -> str:
+def quoted(text: str, limit: int = 40) -> str:
     """Text of a user's file, quoted, on one line and not longer than needed to recognise it."""
     return repr(text if len(text) <= limit else text[:limit] + "...")

@@ -10,9 +10,19 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-from retina.data.convert.records import Fault, Object, Record, Records, check_box, divide, read_text, shown
+from retina.data.convert.records import (
+    Object,
+    Record,
+    RecordError,
+    Records,
+    divide,
+    make_object,
+    quoted,
+    read_lines,
+    read_records,
+)
 from retina.data.images import image_size, list_images
-from retina.errors import DataError
+from retina.errors import DataError, check_choice
 
 LINE = "line"
 """Attribute under which `parse_xml` keeps the line of an element; VOC itself uses no attributes."""
@@ -44,33 +54,38 @@ def read_voc(
     Splits: train.txt (else trainval.txt without val) and val.txt (else test.txt). With only one list, or none (then all
     XML files), `val_fraction` is drawn for val. An image without XML is in no split unless a list names it (a fault).
 
-    Without `classes` they are the names met, sorted. Raises DataError when the folder is not a VOC folder.
+    Without `classes` they are the names met, sorted. Raises DataError when the folder is not a VOC folder, ConfigError
+    for another word for `difficult`.
     """
-    if difficult not in DIFFICULT:
-        raise ValueError(f"difficult must be one of {DIFFICULT}, not {difficult!r}")
+    check_choice(difficult, DIFFICULT, "difficult")
     images = _images(source)
-    train, val = _splits(source, val_fraction, seed)
-    faults: list[Fault] = []
+    faults: list[RecordError] = []
 
-    def read(listed: Listed) -> Record | None:
+    def read(listed: Listed, faults: list[RecordError]) -> Record:
         name, file, line = listed
-        xml = source / "Annotations" / f"{name}.xml"
+        xml, folder = source / "Annotations" / f"{name}.xml", source / "JPEGImages"
         if ".." in PurePosixPath(name).parts or name.startswith("/"):
-            faults.append(
-                Fault(file, line, f"image id {shown(name)} leaves the data set", "use ids such as 'sub/0001'")
-            )
-        elif not xml.is_file():
-            faults.append(Fault(file, line, f"no {xml}", "add the file or remove the line (ids carry no suffix)"))
-        elif name not in images:
-            missing = source / "JPEGImages" / f"{name}.jpg"
-            faults.append(Fault(xml, 1, f"missing image {missing}", "add the image (any usual suffix) or remove both"))
-        else:
-            return _read_record(xml, images[name], source / "JPEGImages", classes, one_based, difficult, faults)
-        return None
+            raise RecordError(file, line, f"image id {quoted(name)} leaves the data set - use ids such as 'sub/0001'")
+        if not xml.is_file():
+            raise RecordError(file, line, f"no {xml} - add the file or remove the line (ids carry no suffix)")
+        if name not in images:
+            missing = folder / f"{name}.jpg"
+            raise RecordError(xml, 1, f"missing image {missing} - add the image (any usual suffix) or remove both")
+        tree, size = _read_tree(xml, images[name])
+        objects = []
+        for node in tree.findall("object"):
+            try:
+                item = _read_object(xml, node, size, classes, shift=float(one_based))
+                if item.crowd and difficult != "crowd":
+                    item = None if difficult == "drop" else item._replace(crowd=False)
+                objects += [item] if item else []
+            except RecordError as fault:
+                faults.append(fault)
+        return Record(images[name], images[name].relative_to(folder).as_posix(), size, tuple(objects))
 
-    splits = [tuple(record for record in map(read, split) if record is not None) for split in (train, val)]
-    names = sorted({item.name for split in splits for record in split for item in record.objects})
-    return Records(splits[0], splits[1], tuple(names if classes is None else classes), tuple(faults))
+    train, val = (read_records(split, read, faults) for split in _splits(source, val_fraction, seed))
+    names = sorted({item.name for record in (*train, *val) for item in record.objects})
+    return Records(train, val, tuple(names if classes is None else classes), tuple(faults))
 
 
 def parse_xml(data: bytes) -> ElementTree.Element:
@@ -127,86 +142,66 @@ def _splits(source: Path, val_fraction: float, seed: int) -> tuple[list[Listed],
 
 def _read_list(file: Path) -> list[Listed]:
     """Ids of a split list in its order, each once; no file is an empty list."""
-    if not file.is_file():
-        return []
-    lines = read_text(file).split("\n")
-    names = {line.strip(): number for number, line in reversed(list(enumerate(lines, 1))) if line.strip()}
-    return [(name, file, number) for name, number in reversed(names.items())]
+    lines = read_lines(file) if file.is_file() else []
+    first = {name: number for number, name in reversed([*enumerate(lines, 1)]) if name}
+    return [(name, file, number) for name, number in reversed(first.items())]
 
 
-def _read_record(
-    xml: Path,
-    image: Path,
-    root: Path,
-    classes: Sequence[str] | None,
-    one_based: bool,
-    difficult: str,
-    faults: list[Fault],
-) -> Record | None:
-    """The record of one XML file; faults go to `faults`. None when nothing sure can be said about the image."""
+def _read_tree(xml: Path, image: Path) -> tuple[ElementTree.Element, tuple[int, int]]:
+    """The tree of an XML file, and the image's (height, width). Raises RecordError when either is unclear."""
     try:
-        size = image_size(image)
+        height, width = image_size(image)
         tree = parse_xml(xml.read_bytes())
     except DataError as error:
-        problem, _, fix = str(error).rpartition(" - ")
-        faults.append(Fault(xml, 1, problem, fix))
-        return None
+        raise RecordError(xml, 1, str(error)) from error
     except (expat.ExpatError, ValueError, LookupError) as error:
         line = getattr(error, "lineno", 1)
-        faults.append(Fault(xml, line, f"not well-formed XML ({error})", "export the file again or remove it"))
-        return None
+        raise RecordError(xml, line, f"not well-formed XML ({error}) - export the file again or remove it") from error
     if tree.tag != "annotation":
-        faults.append(
-            Fault(xml, 1, f"root node is <{tree.tag}>", "a VOC file has <annotation>; export it as Pascal VOC")
-        )
-        return None
-    stated = tree.findtext("size/width", "").strip(), tree.findtext("size/height", "").strip()
-    if stated not in {("", ""), ("0", "0"), (str(size[1]), str(size[0]))}:
-        line = int(tree.find("size").get(LINE, 1))  # type: ignore[union-attr] # a stated size has its node
-        problem = f"size says {'x'.join(stated)}, the image is {size[1]}x{size[0]} after EXIF rotation"
-        faults.append(Fault(xml, line, problem, "annotate the image as it is displayed, then correct <size>"))
-        return None
-    objects = []
-    for node in tree.findall("object"):
-        item = _read_object(node, size, classes, one_based, difficult)
-        if isinstance(item, Object):
-            objects.append(item)
-        elif item is not None:
-            faults.append(Fault(xml, *item))
-    return Record(image, image.relative_to(root).as_posix(), size, tuple(objects))
+        fix = "a VOC file has <annotation>; export it as Pascal VOC"
+        raise RecordError(xml, 1, f"root node is <{tree.tag}> - {fix}")
+    stated = [tree.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
+    if stated not in (["", ""], ["0", "0"], [str(width), str(height)]):
+        problem = f"size says {'x'.join(stated)}, the image is {width}x{height} after EXIF rotation"
+        fix = "annotate the image as it is displayed, then correct <size>"
+        raise RecordError(xml, _line(tree.find("size")), f"{problem} - {fix}")
+    return tree, (height, width)
 
 
 def _read_object(
-    node: ElementTree.Element, size: tuple[int, int], classes: Sequence[str] | None, one_based: bool, difficult: str
-) -> Object | tuple[int, str, str] | None:
-    """An object, or (line, problem, fix), or None for one to leave out."""
-    line = int(node.get(LINE, 1))
+    xml: Path, node: ElementTree.Element, size: tuple[int, int], classes: Sequence[str] | None, *, shift: float
+) -> Object:
+    """An object, `crowd` where it is difficult. Raises RecordError."""
     name = (node.findtext("name") or "").strip()
     if not name:
-        return line, "object without <name>", "name its class"
+        raise RecordError(xml, _line(node), "object without <name> - name its class")
     if classes is not None and name not in classes:
         near = difflib.get_close_matches(name, classes, 1)
         hint = f"did you mean {near[0]!r}? else " if near else ""
-        return int(node.find("name").get(LINE, line)), f"unknown class {shown(name)}", f"{hint}add it to classes="  # type: ignore[union-attr] # it has a name
+        raise RecordError(xml, _line(node.find("name")), f"unknown class {quoted(name)} - {hint}add it to classes=")
     edges = []
+    line = _line(node)
     for tag in ("xmin", "ymin", "xmax", "ymax"):
         edge = node.find(f"bndbox/{tag}")
         text = (edge.text or "").strip() if edge is not None else ""
-        if edge is None or not text:
-            return line, f"object {shown(name)} without <bndbox><{tag}>", "add the four edges of its box"
-        line = int(edge.get(LINE, line))
+        if not text:
+            problem = f"object {quoted(name)} without <bndbox><{tag}>"
+            raise RecordError(xml, line, f"{problem} - add the four edges of its box")
+        line = _line(edge)
         try:
             edges.append(float(text))
-        except ValueError:
-            return line, f"{tag} is {shown(text)}, not a number", "write the edge in pixels"
-    line = int(node.find("bndbox").get(LINE, line))  # type: ignore[union-attr] # it has edges
+        except ValueError as error:
+            raise RecordError(xml, line, f"{tag} is {quoted(text)}, not a number - write the edge in pixels") from error
+    line = _line(node.find("bndbox"))
     flag = node.findtext("difficult", "0").strip()
-    if flag not in {"", "0", "1"}:
-        return line, f"difficult is {shown(flag)}", "write 0 or 1"
-    shift = 1.0 if one_based else 0.0
-    box = check_box((edges[0] - shift, edges[1] - shift, edges[2], edges[3]), size)
-    if isinstance(box, str):
-        return line, f"{box} (class {shown(name)})", "correct or remove the object"
-    if flag == "1" and difficult == "drop":
-        return None
-    return Object(name, box, crowd=flag == "1" and difficult == "crowd")
+    if flag not in ("", "0", "1"):
+        raise RecordError(xml, line, f"difficult is {quoted(flag)} - write 0 or 1")
+    x1, y1, x2, y2 = edges
+    try:
+        return make_object(name, (x1 - shift, y1 - shift, x2, y2), size, crowd=flag == "1")
+    except ValueError as error:
+        raise RecordError(xml, line, str(error)) from error
+
+
+def _line(node: ElementTree.Element | None) -> int:
+    return 1 if node is None else int(node.get(LINE, 1))

@@ -13,16 +13,16 @@ import yaml
 
 from retina.data.convert.records import (
     MAX_OVERHANG,
-    Fault,
     Object,
     Record,
+    RecordError,
     Records,
-    check_box,
     check_classes,
     divide,
-    read_text,
-    refusal,
-    shown,
+    make_object,
+    quoted,
+    read_lines,
+    read_records,
 )
 from retina.data.images import image_size, list_images
 from retina.errors import DataError
@@ -47,7 +47,7 @@ def read_yolo(
     An image without label file, or with an empty one, is a negative image. Raises DataError when the folder is not
     understood, has no class names, or has not one label file (that is a misplaced labels/ folder, not 0 objects).
     """
-    faults: list[Fault] = []
+    faults: list[RecordError] = []
     table, file = _read_yaml(source)
     names = tuple(classes) if classes is not None else _names(source, table, file)
     if file is not None and ("train" in table or "val" in table):
@@ -57,17 +57,20 @@ def read_yolo(
         if not train and not val:
             train, folders = _list_folder(source / "images"), [source / "images"]
     if not train:
-        raise refusal("no-train-images", source, "no training images - use images/train, or `train:` in data.yaml")
+        problem = "no training images - use images/train, or `train:` in data.yaml"
+        raise DataError(f"{source}: {problem}", code="no-train-images")
     faults += _orphans(train + val, folders + more)
     if not val:
         train, val = divide(train, val_fraction, seed, key=lambda listed: listed[1])
     if not any(label_path(image).is_file() for image, _ in train + val):
-        raise refusal("no-labels", label_path(train[0][0]), "no image has a label file - labels/ stands beside images/")
-    splits = [
-        tuple(record for listed in split if (record := _read_record(*listed, names, faults)) is not None)
-        for split in (train, val)
-    ]
-    return Records(splits[0], splits[1], names, tuple(faults))
+        problem = "no image has a label file - labels/ stands beside images/"
+        raise DataError(f"{label_path(train[0][0])}: {problem}", code="no-labels")
+
+    def read(listed: Listed, faults: list[RecordError]) -> Record:
+        return _read_record(*listed, names, faults)
+
+    records = [read_records(split, read, faults) for split in (train, val)]
+    return Records(records[0], records[1], names, tuple(faults))
 
 
 def label_path(image: Path) -> Path:
@@ -79,62 +82,51 @@ def label_path(image: Path) -> Path:
     return Path(*parts)
 
 
-def parse_line(text: str, size: tuple[int, int], classes: Sequence[str]) -> Object | tuple[str, str]:
-    """The object of one label line in an image of `size` (height, width), or (problem, fix)."""
+def parse_line(text: str, size: tuple[int, int], classes: Sequence[str]) -> Object:
+    """The object of one label line in an image of `size` (height, width). Raises ValueError, as "problem - fix"."""
     tokens = text.split()
-    try:
-        values = [float(token) for token in tokens]
-    except ValueError:
-        bad = next(token for token in tokens if not _is_number(token))
-        return f"{shown(bad)} is not a number", "a line is `class cx cy w h` with numbers"
+    values = []
+    for token in tokens:
+        try:
+            values.append(float(token))
+        except ValueError:
+            raise ValueError(f"{quoted(token)} is not a number - a line is `class cx cy w h` with numbers") from None
     if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
-        return f"{len(values)} numbers", "a line is `class cx cy w h`, or a class and the points of a polygon"
+        fix = "a line is `class cx cy w h`, or a class and the points of a polygon"
+        raise ValueError(f"{len(values)} numbers - {fix}")
     if not values[0].is_integer() or not 0 <= values[0] < len(classes):
-        return f"class {tokens[0]} is not in 0..{len(classes) - 1}", "correct the line or the list of classes"
+        problem = f"class {tokens[0]} is not in 0..{len(classes) - 1}"
+        raise ValueError(f"{problem} - correct the line or the list of classes")
     height, width = size
     xs, ys = values[1::2], values[2::2]
     slack_x, slack_y = MAX_OVERHANG / width, MAX_OVERHANG / height
     for value, slack in [*((x, slack_x) for x in xs), *((y, slack_y) for y in ys)]:
         if not -slack <= value <= 1 + slack:  # also NaN
-            return f"{value:g} is outside [0, 1]", "divide x by the image width and y by its height"
+            raise ValueError(f"{value:g} is outside [0, 1] - divide x by the image width and y by its height")
     if len(values) == 5:
         (cx, w), (cy, h) = xs, ys
         edges = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
     else:
         edges = (min(xs), min(ys), max(xs), max(ys))
-    name = classes[int(values[0])]
-    box = check_box((edges[0] * width, edges[1] * height, edges[2] * width, edges[3] * height), size)
-    return Object(name, box) if not isinstance(box, str) else (f"{box} (class {name!r})", "correct or remove the line")
+    box = (edges[0] * width, edges[1] * height, edges[2] * width, edges[3] * height)
+    return make_object(classes[int(values[0])], box, size)
 
 
-def _is_number(token: str) -> bool:
-    try:
-        float(token)
-    except ValueError:
-        return False
-    return True
-
-
-def _read_record(image: Path, file_name: str, classes: Sequence[str], faults: list[Fault]) -> Record | None:
+def _read_record(image: Path, file_name: str, classes: Sequence[str], faults: list[RecordError]) -> Record:
     labels = label_path(image)
     try:
         size = image_size(image)
         text = labels.read_text(encoding="utf-8-sig") if labels.is_file() else ""
     except DataError as error:
-        problem, _, fix = str(error).rpartition(" - ")
-        faults.append(Fault(labels, 1, problem, fix))
-        return None
+        raise RecordError(labels, 1, str(error)) from error
     except ValueError as error:
-        faults.append(Fault(labels, 1, f"not UTF-8 text ({error})", "export the file again or remove it"))
-        return None
+        raise RecordError(labels, 1, f"not UTF-8 text ({error}) - export the file again or remove it") from error
     objects = []
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            item = parse_line(line, size, classes)
-            if isinstance(item, Object):
-                objects.append(item)
-            else:
-                faults.append(Fault(labels, number, *item))
+        try:
+            objects += [parse_line(line, size, classes)] if line.strip() else []
+        except ValueError as error:
+            faults.append(RecordError(labels, number, str(error)))
     return Record(image, file_name, size, tuple(objects))
 
 
@@ -150,23 +142,27 @@ class _PlainLoader(yaml.BaseLoader):
 def _read_yaml(source: Path) -> tuple[dict[str, Any], Path | None]:
     """data.yaml as strings, lists and dictionaries (so that a class called `no` stays a name), and its path."""
     if not source.is_dir():
-        raise refusal("no-such-folder", source, "no such folder - give the folder that holds images/ and labels/")
+        fix = "give the folder that holds images/ and labels/"
+        raise DataError(f"{source}: no such folder - {fix}", code="no-such-folder")
     files = [source / name for name in YAML_NAMES if (source / name).is_file()]
     files = files or sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
     if not files:
         return {}, None
+    file = files[0]
     if len(files) > 1:
-        problem = f"{len(files)} YAML files ({files[0].name}, ...)"
-        raise refusal("data-yaml", source, f"{problem} - call the right one data.yaml")
+        problem = f"{len(files)} YAML files ({file.name}, ...) - call the right one data.yaml"
+        raise DataError(f"{source}: {problem}", code="data-yaml")
     try:
-        table = yaml.load(files[0].read_text(encoding="utf-8-sig"), Loader=_PlainLoader)
+        table = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=_PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise refusal("data-yaml", files[0], f"not valid YAML ({' '.join(str(error).split())}) - correct it") from error
+        reason = " ".join(str(error).split())
+        raise DataError(f"{file}: not valid YAML ({reason}) - correct it", code="data-yaml") from error
     if not isinstance(table, dict):
-        raise refusal("data-yaml", files[0], "not a mapping - write `train:`, `val:` and `names:`")
+        raise DataError(f"{file}: not a mapping - write `train:`, `val:` and `names:`", code="data-yaml")
     if "kpt_shape" in table:
-        raise refusal("data-yaml", files[0], "kpt_shape: pose labels are not boxes - export the data set for detection")
-    return table, files[0]
+        problem = "kpt_shape: pose labels are not boxes - export the data set for detection"
+        raise DataError(f"{file}: {problem}", code="data-yaml")
+    return table, file
 
 
 def _names(source: Path, table: dict[str, Any], file: Path | None) -> tuple[str, ...]:
@@ -175,18 +171,18 @@ def _names(source: Path, table: dict[str, Any], file: Path | None) -> tuple[str,
     if names and file is not None:
         if isinstance(names, dict):
             if sorted(names) != sorted(map(str, range(len(names)))):
-                raise refusal(
-                    "class-names", file, f"names: keys are not 0..{len(names) - 1} - number the classes without gaps"
-                )
+                problem = f"keys are not 0..{len(names) - 1} - number the classes without gaps"
+                raise DataError(f"{file}: names: {problem}", code="class-names")
             names = [names[str(k)] for k in range(len(names))]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise refusal("class-names", file, "names: not a list of names - write `names: [cat, dog]`")
+            raise DataError(f"{file}: names: not a list - write `names: [cat, dog]`", code="class-names")
     else:
         files = [f for f in (source / "classes.txt", source / "labels" / "classes.txt") if f.is_file()]
         if not files:
-            raise refusal("class-names", source, "no class names - add data.yaml or classes.txt, or pass classes=a,b,c")
+            fix = "add data.yaml or classes.txt, or pass classes=a,b,c"
+            raise DataError(f"{source}: no class names - {fix}", code="class-names")
         file = files[0]
-        names = [line.strip() for line in read_text(file).split("\n") if line.strip()]
+        names = [name for name in read_lines(file) if name]
     check_classes(file, names)
     return tuple(names)
 
@@ -196,7 +192,9 @@ def _from_folders(source: Path, split: str) -> tuple[list[Listed], list[Path]]:
     return [listed for folder in folders for listed in _list_folder(folder)], folders
 
 
-def _from_yaml(split: str, table: dict[str, Any], file: Path, faults: list[Fault]) -> tuple[list[Listed], list[Path]]:
+def _from_yaml(
+    split: str, table: dict[str, Any], file: Path, faults: list[RecordError]
+) -> tuple[list[Listed], list[Path]]:
     """Images of a split of data.yaml, and the folders that are wholly in it."""
     value = table.get(split) or []
     values = value if isinstance(value, list) else [value]
@@ -209,7 +207,8 @@ def _from_yaml(split: str, table: dict[str, Any], file: Path, faults: list[Fault
         places = (root / value, home / value, home / value.removeprefix("../"))
         place = next((place for place in places if place.exists()), None)
         if place is None:
-            raise refusal("no-such-split", file, f"{split}: no {places[0]} - correct `{split}:` or `path:`")
+            problem = f"{split}: no {places[0]} - correct `{split}:` or `path:`"
+            raise DataError(f"{file}: {problem}", code="no-such-split")
         if place.is_dir():
             listed += _list_folder(place)
             folders.append(place)
@@ -224,21 +223,21 @@ def _list_folder(folder: Path) -> list[Listed]:
     return [(file, file.relative_to(folder).as_posix()) for file in files]
 
 
-def _list_file(file: Path, roots: Sequence[Path], faults: list[Fault]) -> list[Listed]:
+def _list_file(file: Path, roots: Sequence[Path], faults: list[RecordError]) -> list[Listed]:
     """Images that a text file lists, one path per line, relative to one of the roots."""
     images = []
-    for number, line in enumerate(read_text(file).split("\n"), 1):
-        if name := line.strip():
+    for number, name in enumerate(read_lines(file), 1):
+        if name:
             image = next((root / name for root in roots if (root / name).is_file()), None)
             if image is None:
-                faults.append(Fault(file, number, f"missing image {roots[0] / name}", "add it or remove the line"))
+                faults.append(RecordError(file, number, f"missing image {roots[0] / name} - add it or remove the line"))
             else:
                 images.append(Path(os.path.abspath(image)))
     top = Path(os.path.commonpath([image.parent for image in images])) if images else Path()
     return [(image, image.relative_to(top).as_posix()) for image in dict.fromkeys(images)]
 
 
-def _orphans(listed: Sequence[Listed], folders: Sequence[Path]) -> list[Fault]:
+def _orphans(listed: Sequence[Listed], folders: Sequence[Path]) -> list[RecordError]:
     """Label files without image, in the label folders of whole image folders."""
     known = {label_path(image) for image, _ in listed}
     faults = []
@@ -247,7 +246,6 @@ def _orphans(listed: Sequence[Listed], folders: Sequence[Path]) -> list[Fault]:
         for file in sorted(labels.rglob("*.txt")) if labels != folder else []:
             if file not in known and file.name != "classes.txt":
                 missing = folder / file.relative_to(labels).with_suffix(".jpg")
-                faults.append(
-                    Fault(file, 1, f"missing image {missing}", "add the image (any usual suffix) or remove both")
-                )
+                fix = "add the image (any usual suffix) or remove both"
+                faults.append(RecordError(file, 1, f"missing image {missing} - {fix}"))
     return faults

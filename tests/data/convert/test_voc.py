@@ -111,7 +111,7 @@ def test_faults_name_file_and_line(tmp_path: Path, content: str, line: int, prob
     faults = read_one(tmp_path, content).faults
     assert len(faults) == 1, faults
     assert (faults[0].file, faults[0].line) == (tmp_path / "Annotations" / "a.xml", line)
-    assert problem in faults[0].problem
+    assert problem in faults[0].text
     assert str(faults[0]).startswith(f"{tmp_path / 'Annotations' / 'a.xml'}:{line}: ")
     assert " - " in str(faults[0])
     assert "\n" not in str(faults[0])
@@ -125,8 +125,8 @@ def test_a_faulty_object_leaves_the_others(tmp_path: Path) -> None:
 
 def test_unknown_class_names_the_nearest(tmp_path: Path) -> None:
     (fault,) = read_one(tmp_path, an_object(1, 2, 9, 9, name="Cat"), classes=["dog", "cat"]).faults
-    assert (fault.line, fault.problem) == (2, "unknown class 'Cat'")
-    assert "'cat'" in fault.fix
+    assert fault.line == 2
+    assert fault.text.startswith("unknown class 'Cat' - did you mean 'cat'?")
 
 
 def test_given_classes_keep_their_order(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_missing_files_are_faults(tmp_path: Path) -> None:
         (annotations / "b.xml", 1),
         (annotations / "broken.xml", 1),
     ]
-    problems = [fault.problem for fault in reading.faults]
+    problems = [fault.text for fault in reading.faults]
     for problem, word in zip(problems, ["no_xml.xml", "leaves", "missing image", "is not an image"], strict=True):
         assert word in problem
     assert len(reading.train) == 1
@@ -166,7 +166,7 @@ def test_doctype_is_refused_before_any_entity(tmp_path: Path) -> None:
     for encoding in ("utf-8", "utf-16"):
         (tmp_path / "Annotations" / "a.xml").write_bytes(xml.encode(encoding))
         (fault,) = read_voc(tmp_path).faults
-        assert (fault.line, "DOCTYPE" in fault.problem) == (2, True)
+        assert (fault.line, "DOCTYPE" in fault.text) == (2, True)
 
 
 def test_other_xml_is_no_negative_image(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_other_xml_is_no_negative_image(tmp_path: Path) -> None:
     add(tmp_path, "a")
     (tmp_path / "Annotations" / "a.xml").write_text("<annotations><image/></annotations>")
     reading = read_voc(tmp_path)
-    assert "root node is <annotations>" in reading.faults[0].problem
+    assert "root node is <annotations>" in reading.faults[0].text
     assert len(reading.train) + len(reading.val) == 1
 
 

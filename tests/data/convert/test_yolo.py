@@ -72,7 +72,7 @@ def test_faults_name_file_and_line(tmp_path: Path, line: str, problem: str) -> N
     (fault,) = reading.faults
     file = tmp_path / "labels" / "train" / "a.txt"
     assert (fault.file, fault.line) == (file, 3)
-    assert problem in fault.problem
+    assert problem in fault.text
     assert str(fault).startswith(f"{file}:3: ")
     assert " - " in str(fault)
     assert [item.name for item in reading.train[0].objects] == ["cat", "dog"]
@@ -108,7 +108,7 @@ def test_labels_without_image_broken_images_and_binary_labels(tmp_path: Path) ->
         (labels / "val" / "b.txt", 1),
     ]
     for fault, word in zip(faults, ["missing image", "cannot be decoded", "not UTF-8"], strict=True):
-        assert word in fault.problem
+        assert word in fault.text
 
 
 def test_label_path_replaces_the_last_images() -> None:
@@ -168,7 +168,7 @@ def test_data_yaml_with_a_list_file(tmp_path: Path) -> None:
     assert names(reading) == (["a.png", "c.png"], ["b.png"])
     (fault,) = reading.faults
     assert (fault.file, fault.line) == (tmp_path / "train.txt", 2)
-    assert "missing image" in fault.problem
+    assert "missing image" in fault.text
 
 
 @pytest.mark.parametrize(
