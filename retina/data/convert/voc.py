@@ -76,9 +76,8 @@ def read_voc(
         for node in tree.findall("object"):
             try:
                 item = _read_object(xml, node, size, classes, shift=float(one_based))
-                if item.crowd and difficult != "crowd":
-                    item = None if difficult == "drop" else item._replace(crowd=False)
-                objects += [item] if item else []
+                if not (item.crowd and difficult == "drop"):
+                    objects.append(item._replace(crowd=item.crowd and difficult == "crowd"))
             except RecordError as fault:
                 faults.append(fault)
         return Record(images[name], images[name].relative_to(folder).as_posix(), size, tuple(objects))
