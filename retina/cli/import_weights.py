@@ -16,7 +16,7 @@ from typing import Any
 
 from retina.cli.build import call
 from retina.cli.compose import entry
-from retina.errors import ConfigError, plain
+from retina.errors import ConfigError, check_choice, plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,22 +33,15 @@ class ImportConfig:
     traceback: bool
 
     def __post_init__(self) -> None:
-        if self.to not in ("retina", "torchvision"):
-            raise ConfigError(
-                f"{self.to!r} is not known - choose retina or torchvision", code="unknown-value", key="to"
-            )
+        check_choice(self.to, ("retina", "torchvision"), "to")
         if Path(self.output).suffix != ".safetensors":
             raise ConfigError(f"{self.output} - give a name that ends in .safetensors", code="bad-name", key="output")
         if self.to == "torchvision":
-            conventions = {f"conventions.{name}": value for name, value in self.conventions.items()}
-            given = {"classes": self.classes, "ignore_unknown": self.ignore_unknown or None, **conventions}
-            for name, value in given.items():
-                if value is not None:
-                    raise ConfigError(
-                        "is for weights of others, not for to=torchvision - leave it out",
-                        code="contradiction",
-                        key=name,
-                    )
+            others = {f"conventions.{name}": value for name, value in self.conventions.items()}
+            others |= {"classes": self.classes, "ignore_unknown": self.ignore_unknown or None}
+            if key := next((name for name, value in others.items() if value is not None), ""):
+                line = "is for weights of others, not for to=torchvision - leave it out"
+                raise ConfigError(line, code="contradiction", key=key)
 
 
 @entry("import_weights", ImportConfig)
@@ -73,7 +66,8 @@ def bring_in(config: ImportConfig, output: Path) -> list[str]:
     from retina.interop.convert import convert_backbone, convert_detector
     from retina.interop.read import read_foreign
     from retina.interop.torchvision import PREFIX, fetch_published
-    from retina.model.weights import DetectorCard, save_detector, serialize
+    from retina.interop.transfer import overrides
+    from retina.model.weights import save_detector, serialize
 
     classes = read_classes(config.classes)
     file = fetch_published(config.source) if config.source.startswith(PREFIX) else Path(config.source)
@@ -88,17 +82,10 @@ def bring_in(config: ImportConfig, output: Path) -> list[str]:
         write_whole(output, serialize(state))
         return [*lines, f"train with it: python tools/train.py {overrides(model | {'weights': str(output)})}"]
     found = convert_detector(foreign, file, classes=classes, **options)
-    call(check_postprocess, "conventions", options=found.postprocess)
-    card = DetectorCard(
-        model=found.model,
-        classes=found.classes,
-        category_ids=found.category_ids,
-        preprocessing=found.preprocessing,
-        postprocess=found.postprocess,
-    )
-    save_detector(output, found.state, card)
+    call(check_postprocess, "conventions", options=found.card.postprocess)
+    save_detector(output, found.state, found.card)
     tune = "python tools/train.py experiment=paper data=coco data.root=DIR"
-    tune = f"{tune} init_from={output} {overrides(unusual(found.model))}"
+    tune = f"{tune} init_from={output} {overrides(unusual(found.card.model))}"
     return [*found.notes, f"detect: python tools/infer.py checkpoint={output} source=photos/", f"fine-tune: {tune}"]
 
 
@@ -134,19 +121,11 @@ def read_classes(given: list[str] | str | None) -> list[str] | None:
 
 
 def unusual(model: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `retinanet` that are not its defaults, but for the number of classes."""
+    """The arguments of `retinanet` that are not its defaults, except the number of classes."""
     import inspect
 
     from retina.model.retinanet import retinanet
 
-    defaults = {name: p.default for name, p in inspect.signature(retinanet).parameters.items()}
-    defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
+    parameters = inspect.signature(retinanet).parameters
+    defaults = {n: list(p.default) if isinstance(p.default, tuple) else p.default for n, p in parameters.items()}
     return {name: value for name, value in model.items() if name != "num_classes" and value != defaults[name]}
-
-
-def overrides(model: dict[str, Any]) -> str:
-    """Settings as words of a command line."""
-    return " ".join(
-        f"model.{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
-        for name, value in model.items()
-    )

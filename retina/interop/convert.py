@@ -1,7 +1,7 @@
 """From a recognised checkpoint to tensors and settings of ours: its conventions are applied to its numbers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from retina.interop.foreign import (
     Foreign,
     backbone_name,
     backbone_norm,
-    given_conventions,
+    changed_conventions,
     model_arguments,
     num_anchors,
     refusal,
@@ -28,19 +28,15 @@ from retina.interop.foreign import (
     some,
 )
 from retina.model.retinanet import RetinaNet, retinanet
+from retina.model.weights import DetectorCard
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Imported:
     """A detector of another program as one of ours."""
 
     state: dict[str, Tensor]
-    model: dict[str, Any]
-    """Keyword arguments of `retinanet`."""
-    classes: list[str]
-    category_ids: list[int]
-    preprocessing: dict[str, Any]
-    postprocess: dict[str, Any]
+    card: DetectorCard
     notes: list[str]
     """Lines that say what was done."""
 
@@ -62,8 +58,12 @@ def convert_detector(
 
     Raises CheckpointError for tensors that are missing, unknown or of other shapes, ConfigError for conventions and
     classes that do not fit."""
-    used = given_conventions(_usual(foreign), conventions or {})
-    state, fixed = _fixed_norms(_floats(foreign.state)) if used.norm_fixed else (_floats(foreign.state), [])
+    used = changed_conventions(_usual(foreign), conventions or {})
+    state, fixed = _floats(foreign.state), []
+    if used.norm_fixed:  # only a norm that may be trained counts its batches
+        counts = [key for key in state if key.startswith("backbone.") and key.endswith(".num_batches_tracked")]
+        state = {key: value for key, value in state.items() if key not in counts}
+        fixed = [f"left out, because the backbone's statistics are fixed: {', '.join(counts)}"] if counts else []
     anchors = num_anchors(state, file, used)
     rows = class_rows(foreign, file, state, anchors, classes)
     _apply(state, used, anchors, rows.kept, file)
@@ -73,35 +73,24 @@ def convert_detector(
     _check_cells(foreign, file, used, model)
     own = model.state_dict()
     notes = _compare(foreign, file, state, own, ignore_unknown=ignore_unknown)
-    return Imported(
-        state={key: state[key].contiguous() for key in own},
+    detection = ("score_threshold", "candidates_per_level", "nms_iou", "max_detections")
+    card = DetectorCard(
         model=model.arguments,
         classes=rows.names,
         category_ids=rows.ids,
         preprocessing={
-            "short_side": used.short_side,
-            "long_side": used.long_side,
-            "divisor": used.divisor,
+            **{name: getattr(used, name) for name in ("short_side", "long_side", "divisor")},
             "pad_value": [round(value) for value in used.mean],
             "precision": "fp32",
             "batch_size": 8,
         },
-        postprocess={
-            "score_threshold": used.score_threshold,
-            "candidates_per_level": used.candidates_per_level,
-            "nms_iou": used.nms_iou,
-            "max_detections": used.max_detections,
-            "class_agnostic": False,
-        },
-        notes=[
-            f"recognised: {foreign.program}, {len(foreign.names)} tensors",
-            *foreign.notes,
-            *_describe(used, arguments),
-            *fixed,
-            rows.note,
-            *notes,
-        ],
+        postprocess={name: getattr(used, name) for name in detection} | {"class_agnostic": False},
     )
+    lines = [f"recognised: {foreign.program}, {len(foreign.names)} tensors", *foreign.notes]
+    lines.append(f"conventions: {', '.join(f'{name} {value}' for name, value in asdict(used).items())}")
+    seen = ("backbone", "norm", "levels", "p6_from", "head_convs", "head_norm")
+    lines.append(f"model: {', '.join(f'{name} {arguments[name]}' for name in seen)}")
+    return Imported({key: state[key].contiguous() for key in own}, card, [*lines, *fixed, rows.note, *notes])
 
 
 def convert_backbone(
@@ -116,7 +105,7 @@ def convert_backbone(
             raise ConfigError(
                 f"means nothing to {file}, a plain backbone - leave it out", code="no-use", key=f"conventions.{name}"
             )
-    used = given_conventions(_usual(foreign), conventions or {})
+    used = changed_conventions(_usual(foreign), conventions or {})
     state = _floats(foreign.state)
     name = backbone_name(state, file)
     norm = backbone_norm(state)
@@ -132,11 +121,10 @@ def convert_backbone(
     lines = [f"recognised: {foreign.program}, {name}, {len(foreign.names)} tensors", *foreign.notes, *notes]
     if used.bgr or list(used.std) != list(IMAGENET_STD):
         lines.append("first convolution: made to take RGB with ImageNet's std")
-    settings: dict[str, Any] = {"backbone": name}
-    settings |= {"mean": list(used.mean)} if list(used.mean) != list(IMAGENET_MEAN) else {}
-    settings |= {"stride_in_1x1": True} if used.stride_in_1x1 else {}
-    settings |= {"norm_eps": used.norm_eps} if used.norm_eps != 1e-5 else {}
-    settings |= {"norm": norm} if norm == "group" else {}
+    settings: dict[str, Any] = {"backbone": name, "mean": list(used.mean), "stride_in_1x1": used.stride_in_1x1}
+    settings |= {"norm_eps": used.norm_eps} | ({"norm": norm} if norm == "group" else {})
+    defaults = {"mean": list(IMAGENET_MEAN), "stride_in_1x1": False, "norm_eps": 1e-5}
+    settings = {name: value for name, value in settings.items() if value != defaults.get(name)}
     bare = {key.removeprefix("backbone.").removeprefix("stem."): value for key, value in state.items() if key in own}
     return {key: value.contiguous() for key, value in bare.items()}, settings, lines
 
@@ -152,13 +140,6 @@ def _usual(foreign: Foreign) -> Conventions:
 
 def _floats(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-
-
-def _fixed_norms(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Without the counts of batches that a norm keeps which may be trained, and a line that says so."""
-    counts = [key for key in state if key.startswith("backbone.") and key.endswith(".num_batches_tracked")]
-    lines = [f"left out, because the backbone's statistics are fixed: {', '.join(counts)}"] if counts else []
-    return {key: value for key, value in state.items() if key not in counts}, lines
 
 
 def _apply(state: dict[str, Tensor], conventions: Conventions, anchors: int, kept: Sequence[int], file: Path) -> None:
@@ -240,25 +221,6 @@ def _compare(
         keys = [key for key, why in foreign.unused.items() if why == reason]
         lines.append(f"left out, {reason}: {', '.join(keys)}")
     return lines
-
-
-def _describe(used: Conventions, arguments: Mapping[str, Any]) -> list[str]:
-    order = "turned from BGR to RGB" if used.bgr else "RGB as here"
-    places = "corners on whole pixels" if used.anchors_rounded else "not rounded"
-    places += ", canvas // cells pixels apart" if used.anchors_spread else ""
-    turned = ", turned from [scale ratio] to [ratio scale]" if used.anchors_by_scale else ""
-    scaled = any(value != 1 for value in used.delta_std)
-    return [
-        f"images: {order}, mean {list(used.mean)}, std {list(used.std)}; short side {used.short_side}, long side at "
-        f"most {used.long_side}, padded to multiples of {used.divisor}",
-        f"model: {arguments['backbone']}, norm {arguments['norm']} with eps {used.norm_eps:g}, stride in "
-        f"{'1x1' if used.stride_in_1x1 else '3x3'}, levels {arguments['levels']}, P6 from {arguments['p6_from']}, "
-        f"{'a' if used.p7_relu else 'no'} ReLU before P7, head norm {arguments['head_norm']}",
-        f"anchors: first centre at {used.anchor_offset:g} strides, {places}{turned}"
-        + (f"; deltas multiplied with {list(used.delta_std)}" if scaled else ""),
-        f"detections: score above {used.score_threshold:g}, {used.candidates_per_level} candidates per level, NMS at "
-        f"{used.nms_iou:g}, at most {used.max_detections}",
-    ]
 
 
 def coco_rows() -> list[str | None]:

@@ -14,6 +14,8 @@ from retina.errors import CheckpointError, ConfigError
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
+FIRST_CONVOLUTION = "backbone.stem.conv1.weight"
+CLASS_LAYER, BOX_LAYER = "head.classification.predict", "head.box.predict"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,56 +57,56 @@ class Conventions:
     max_detections: int = 100
 
     def __post_init__(self) -> None:
+        def check(name: str, fits: bool, fix: str) -> None:
+            if not fits:
+                value = getattr(self, name)
+                shown = list(value) if isinstance(value, Sequence) else value
+                raise ConfigError(f"{shown} is not allowed - {fix}", code="not-allowed", key=f"conventions.{name}")
+
         for name, count in (("std", 3), ("delta_std", 4)):
             values = getattr(self, name)
-            self._check(name, len(values) == count and _positive(values), f"give {count} positive numbers")
-        inside = len(self.mean) == 3 and all(0 <= value <= 255 for value in self.mean)
-        self._check("mean", inside, "give 3 numbers from 0 to 255")
+            check(name, len(values) == count and _positive(values), f"give {count} positive numbers")
+        within = len(self.mean) == 3 and all(0 <= value <= 255 for value in self.mean)
+        check("mean", within, "give 3 numbers from 0 to 255")
         for name in ("anchor_sizes", "anchor_scales", "anchor_ratios"):
-            self._check(name, _positive(getattr(self, name) or ()), "give positive numbers")
+            check(name, _positive(getattr(self, name) or ()), "give positive numbers")
         for name in ("short_side", "long_side", "divisor"):
-            self._check(name, getattr(self, name) >= 1, "give 1 or more")
-        self._check("short_side", self.short_side <= self.long_side, f"give at most the long side, {self.long_side}")
-        self._check("norm_eps", 0 <= self.norm_eps < math.inf, "give 0 or more")
-        self._check("anchor_offset", 0 <= self.anchor_offset <= 1, "give 0 to 1 stride")
-
-    def _check(self, name: str, ok: bool, fix: str) -> None:
-        value = getattr(self, name)
-        if not ok:
-            shown = list(value) if isinstance(value, Sequence) else value
-            raise ConfigError(f"{shown} is not allowed - {fix}", code="not-allowed", key=f"conventions.{name}")
+            check(name, getattr(self, name) >= 1, "give 1 or more")
+        check("short_side", self.short_side <= self.long_side, f"give at most the long side, {self.long_side}")
+        check("norm_eps", 0 <= self.norm_eps < math.inf, "give 0 or more")
+        check("anchor_offset", 0 <= self.anchor_offset <= 1, "give 0 to 1 stride")
 
 
 def _positive(values: Sequence[float]) -> bool:
     return all(0 < value < math.inf for value in values)
 
 
-def given_conventions(usual: Conventions, given: Mapping[str, Any]) -> Conventions:
-    """The usual ones with those that are given (not None) in their place."""
-    known = [f.name for f in fields(Conventions)]
-    for name in given:
-        if name not in known:
-            raise ConfigError(
-                f"does not exist - choose among {', '.join(known)}", code="unknown-key", key=f"conventions.{name}"
-            )
-    return replace(usual, **{name: _like(usual, name, value) for name, value in given.items() if value is not None})
+def changed_conventions(usual: Conventions, changes: Mapping[str, Any]) -> Conventions:
+    """The usual conventions of a program with the changes that are not None.
+
+    Raises ConfigError for a name that does not exist, a value of the wrong type or out of range."""
+    types = {f.name: f.type for f in fields(Conventions)}
+    values: dict[str, Any] = {}
+    for name, value in changes.items():
+        key = f"conventions.{name}"
+        if name not in types:
+            raise ConfigError(f"does not exist - choose among {', '.join(types)}", code="unknown-key", key=key)
+        if value is not None:
+            values[name] = _typed(value, types[name], key)
+    return replace(usual, **values)
 
 
-def _like(usual: Conventions, name: str, value: Any) -> Any:
-    """The value as the type that this convention has. Raises ConfigError for another."""
-    default = getattr(usual, name)
-    if default is None or isinstance(default, Sequence):
-        if isinstance(value, (list, tuple)) and value and all(map(_is_number, value)):
-            return [float(number) for number in value]
-    elif isinstance(default, float):
-        if _is_number(value):
-            return float(value)
-    elif type(value) is type(default):
+def _typed(value: Any, kind: Any, key: str) -> Any:
+    """The value as the type that a convention is annotated with. Raises ConfigError for a value of another type."""
+    if kind is float and _is_number(value):
+        return float(value)
+    if kind in (bool, int) and type(value) is kind:
         return value
-    example = "[32, 64]" if default is None else default
-    raise ConfigError(
-        f"{value!r:.60} is of the wrong type - give the like of {example}", code="wrong-type", key=f"conventions.{name}"
-    )
+    is_sequence = kind not in (bool, int, float)
+    if is_sequence and isinstance(value, (list, tuple)) and value and all(map(_is_number, value)):
+        return [float(number) for number in value]
+    name = "list of numbers" if is_sequence else kind.__name__
+    raise ConfigError(f"{value!r:.60} is of the wrong type - give a {name}", code="wrong-type", key=key)
 
 
 def _is_number(value: object) -> bool:
@@ -129,19 +131,19 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Foreign:
-    """A recognised checkpoint, its tensors renamed and their numbers as they were."""
+    """A recognised checkpoint: its tensors under our names, their numbers as they were."""
 
-    program: str
+    program: str = ""
     """Whose it is, to be shown."""
     state: dict[str, Tensor]
     """Under the names of our detector; without a head it is a plain backbone."""
     names: dict[str, str]
-    """Our name of each tensor to theirs."""
-    conventions: Conventions
+    """The file's name of each tensor, by our name."""
+    conventions: Conventions = field(default_factory=Conventions)
     unused: dict[str, str]
-    """Their tensors that are left out on purpose, and why."""
+    """Tensors of the file that are left out on purpose, and why."""
     unknown: list[str]
-    """Their tensors that mean nothing to us."""
+    """Tensors of the file that mean nothing here."""
     classes: list[str | None] | None = None
     """Of the rows of the class layer, where the file says; None in a place: a row that stands for nothing."""
     first_id: int = 1
@@ -155,36 +157,21 @@ class Foreign:
 
     @property
     def is_detector(self) -> bool:
-        return "head.box.predict.weight" in self.state
+        return f"{BOX_LAYER}.weight" in self.state
 
 
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
-"""A pattern for their whole name, and our name: a template or a function of the match."""
+"""A pattern for the whole name in the file, and our name: a template or a function of the match."""
 
 
-@dataclass(frozen=True)
-class Renamed:
-    state: dict[str, Tensor]
-    names: dict[str, str]
-    unused: dict[str, str]
-    unknown: list[str]
-
-
-def rename(state: Mapping[str, Tensor], rules: Iterable[Rule], unused: Iterable[tuple[str, str]] = ()) -> Renamed:
+def rename(state: Mapping[str, Tensor], rules: Iterable[Rule], unused: Iterable[tuple[str, str]] = ()) -> Foreign:
     """The tensors under our names by the first rule that fits. `unused` pairs a pattern with a reason."""
-    renamed = Renamed({}, {}, {}, [])
-    compiled = [(re.compile(pattern), target) for pattern, target in rules]
-    reasons = [(re.compile(pattern), reason) for pattern, reason in unused]
+    renamed = Foreign(state={}, names={}, unused={}, unknown=[])
     for key, value in state.items():
-        fitting = next(((match, target) for rule, target in compiled if (match := rule.fullmatch(key))), None)
-        reason = next((reason for pattern, reason in reasons if pattern.fullmatch(key)), None)
-        name = ""
-        if fitting:
-            match, target = fitting
-            name = target(match) if callable(target) else match.expand(target)
+        name = next((_expand(match, ours) for rule, ours in rules if (match := re.fullmatch(rule, key))), None)
+        reason = next((reason for pattern, reason in unused if re.fullmatch(pattern, key)), None)
         if name and name not in renamed.state:
-            renamed.state[name] = value
-            renamed.names[name] = key
+            renamed.state[name], renamed.names[name] = value, key
         elif reason:
             renamed.unused[key] = reason
         else:
@@ -192,17 +179,31 @@ def rename(state: Mapping[str, Tensor], rules: Iterable[Rule], unused: Iterable[
     return renamed
 
 
+def _expand(match: re.Match[str], ours: str | Callable[[re.Match[str]], str]) -> str:
+    return ours(match) if callable(ours) else match.expand(ours)
+
+
+def numbered(template: str, *, times: int = 1, plus: int = 0) -> Callable[[re.Match[str]], str]:
+    """Our name: the groups of a match in the places of the template, the first a number that is multiplied and
+    shifted."""
+    return lambda match: template.format(times * int(match[1]) + plus, *match.groups()[1:])
+
+
+def resnet_rules(prefix: str = "") -> list[Rule]:
+    """Rules for a ResNet under torchvision's names after a prefix, which is a pattern."""
+    return [
+        (rf"{prefix}((?:conv|bn)1\..+)", r"backbone.stem.\1"),
+        (rf"{prefix}(layer[1-4]\..+)", r"backbone.\1"),
+    ]
+
+
 def tower_rules(theirs: str, ours: str, *, conv: str, norm: str, has_norm: bool) -> list[Rule]:
     """Rules for a tower of numbered layers. `conv` and `norm` are patterns of what stands between the number and
     `weight` or `bias`; ours are in one sequence of convolution, norm where there is one, ReLU."""
-    step = 3 if has_norm else 2
-
-    def place(offset: int) -> Callable[[re.Match[str]], str]:
-        return lambda match: f"head.{ours}.convs.{step * int(match[1]) + offset}.{match[2]}"
-
+    template, step = f"head.{ours}.convs.{{}}.{{}}", 3 if has_norm else 2
     return [
-        (rf"{theirs}\.(\d+){conv}\.(weight|bias)", place(0)),
-        (rf"{theirs}\.(\d+){norm}\.(weight|bias)", place(1)),
+        (rf"{theirs}\.(\d+){part}\.(weight|bias)", numbered(template, times=step, plus=offset))
+        for offset, part in enumerate((conv, norm))
     ]
 
 
@@ -222,9 +223,6 @@ def refusal(line: str, lists: Mapping[str, Sequence[str]], *, code: str) -> Chec
             fault.add_note(f"{title}: {', '.join(names)}")
     return fault
 
-
-FIRST_CONVOLUTION = "backbone.stem.conv1.weight"
-CLASS_LAYER, BOX_LAYER = "head.classification.predict", "head.box.predict"
 
 _RESNETS = {
     # blocks of the third stage, bottlenecks or not, rows and columns of the first 3x3 convolution
@@ -277,53 +275,49 @@ def backbone_norm(state: dict[str, Tensor]) -> str:
 
 
 def num_anchors(state: dict[str, Tensor], file: Path, conventions: Conventions) -> int:
-    """Per cell."""
+    """Per cell. Raises ConfigError where the conventions and the box layer contradict each other."""
     (rows,) = shape_of(state, f"{BOX_LAYER}.bias", 1, file)
-    expected = len(conventions.anchor_scales) * len(conventions.anchor_ratios)
-    if rows != 4 * expected:
+    scales, ratios = len(conventions.anchor_scales), len(conventions.anchor_ratios)
+    if rows != 4 * scales * ratios:
         raise ConfigError(
-            f"{file}: predicts {rows / 4:g} boxes per cell, where {len(conventions.anchor_scales)} scales and "
-            f"{len(conventions.anchor_ratios)} ratios make {expected} - give conventions.anchor_scales and "
-            "conventions.anchor_ratios as it was trained with",
+            f"{file}: predicts {rows / 4:g} boxes per cell, where {scales} scales and {ratios} ratios make "
+            f"{scales * ratios} - give conventions.anchor_scales and conventions.anchor_ratios as it was trained with",
             code="anchors",
         )
-    return expected
+    return scales * ratios
+
+
+_SAME_NAME = (
+    *("norm_eps", "stride_in_1x1", "p7_relu", "mean", "std"),
+    *("anchor_sizes", "anchor_scales", "anchor_ratios", "anchors_rounded", "anchors_spread", "anchor_offset"),
+)
+"""Conventions that are arguments of `retinanet`."""
 
 
 def model_arguments(
     state: dict[str, Tensor], file: Path, conventions: Conventions, *, num_classes: int
 ) -> dict[str, Any]:
-    """Keyword arguments of `retinanet`."""
+    """Keyword arguments of `retinanet`, read from the shapes of the tensors and from the conventions."""
+
+    def numbers(pattern: str) -> set[str]:
+        return {match[1] for key, value in state.items() if (match := re.match(pattern, key)) and value.ndim == 4}
+
     channels = shape_of(state, "fpn.lateral.0.weight", 4, file)[0]
-    inputs, extra = (
-        len({match[1] for key in state if (match := re.match(rf"fpn\.{part}\.(\d+)\.", key))})
-        for part in ("lateral", "extra")
-    )
-    convolutions = [
-        key for key, value in state.items() if re.match(r"head\.box\.convs\.\d+\.weight", key) and value.ndim == 4
-    ]
+    inputs, extra = len(numbers(r"fpn\.lateral\.(\d+)\.")), len(numbers(r"fpn\.extra\.(\d+)\."))
+    convolutions = numbers(r"head\.box\.convs\.(\d+)\.weight")
     last_level = shape_of(state, f"fpn.lateral.{inputs - 1}.weight", 4, file)[1]
     p6_inputs = shape_of(state, "fpn.extra.0.weight", 4, file)[1] if extra else last_level
     head_channels = shape_of(state, f"{BOX_LAYER}.weight", 4, file)[1]
+    same = {name: getattr(conventions, name) for name in _SAME_NAME}
     return {
         "num_classes": num_classes,
         "backbone": backbone_name(state, file),
         "norm": backbone_norm(state),
-        "norm_eps": conventions.norm_eps,
-        "stride_in_1x1": conventions.stride_in_1x1,
         "levels": list(range(6 - inputs, 6 + extra)),
         "fpn_channels": channels,
         "p6_from": "c5" if p6_inputs == last_level else "p5",
-        "p7_relu": conventions.p7_relu,
         "head_convs": len(convolutions),
         "head_channels": None if head_channels == channels else head_channels,
-        "head_norm": "group" if len(convolutions) and "head.box.convs.1.weight" in state else None,
-        "anchor_sizes": None if conventions.anchor_sizes is None else list(conventions.anchor_sizes),
-        "anchor_scales": list(conventions.anchor_scales),
-        "anchor_ratios": list(conventions.anchor_ratios),
-        "anchors_rounded": conventions.anchors_rounded,
-        "anchors_spread": conventions.anchors_spread,
-        "anchor_offset": conventions.anchor_offset,
-        "mean": list(conventions.mean),
-        "std": list(conventions.std),
+        "head_norm": "group" if convolutions and "head.box.convs.1.weight" in state else None,
+        **{name: list(value) if isinstance(value, Sequence) else value for name, value in same.items()},
     }

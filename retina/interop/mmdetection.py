@@ -16,19 +16,17 @@ of several values the last counts.
 
 import math
 import re
-from collections.abc import Callable, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from retina.errors import CheckpointError
-from retina.interop.foreign import Conventions, Foreign, Source, rename, tower_rules
+from retina.interop.foreign import Conventions, Foreign, Source, rename, resnet_rules, tower_rules
 
+NAMES = {"backbone.conv1.weight", "bbox_head.retina_cls.weight"}
+"""Tensors by which a file is recognised."""
 _BRACKET = re.compile(r"[\[({\])}]")
 _NUMBERS = r"[\[(]([\d.,\se+-]+)[\])]"
-
-
-def recognises(keys: Set[str]) -> bool:
-    return {"backbone.conv1.weight", "bbox_head.retina_cls.weight"} <= keys
 
 
 def read(source: Source) -> Foreign:
@@ -40,11 +38,10 @@ def read(source: Source) -> Foreign:
         i = int(match[1])
         return f"fpn.output.{i}.{match[2]}" if i < levels else f"fpn.extra.{i - levels}.{match[2]}"
 
-    renamed = rename(
+    foreign = rename(
         state,
         [
-            (r"backbone\.((?:conv|bn)1\..+)", r"backbone.stem.\1"),
-            (r"backbone\.(layer[1-4]\..+)", r"backbone.\1"),
+            *resnet_rules(r"backbone\."),
             (r"neck\.lateral_convs\.(\d)\.conv\.(weight|bias)", r"fpn.lateral.\1.\2"),
             (r"neck\.fpn_convs\.(\d)\.conv\.(weight|bias)", output),
             *tower_rules(r"bbox_head\.cls_convs", "classification", conv=r"\.conv", norm=r"\.gn", has_norm=has_norm),
@@ -59,16 +56,8 @@ def read(source: Source) -> Foreign:
     )
     outputs = sum(bool(re.fullmatch(r"neck\.fpn_convs\.\d\.conv\.weight", key)) for key in state)
     conventions, notes = style(source, tuple(2.0**level for level in range(6 - levels, 6 - levels + outputs)))
-    return Foreign(
-        program="mmdetection's RetinaNet",
-        state=renamed.state,
-        names=renamed.names,
-        conventions=conventions,
-        unused=renamed.unused,
-        unknown=renamed.unknown,
-        classes=classes(source.other),
-        notes=notes,
-    )
+    program, names = "mmdetection's RetinaNet", classes(source.other)
+    return replace(foreign, program=program, conventions=conventions, classes=names, notes=notes)
 
 
 @dataclass

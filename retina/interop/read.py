@@ -2,18 +2,18 @@
 tensors."""
 
 import pickle
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from retina.errors import CheckpointError
-from retina.interop import detectron2, imagenet, mmdetection, torchvision, yhenon
+from retina.interop import mmdetection, programs, torchvision
 from retina.interop.foreign import Foreign, Source, refusal, some
 from retina.interop.restricted_pickle import load_arrays
 from retina.model.backbone import read_weights
@@ -21,19 +21,16 @@ from retina.model.backbone import read_weights
 FOREIGN_SUFFIXES = (".pkl", ".pickle", ".pth", ".pt", ".bin")
 
 
-class Format(NamedTuple):
-    recognises: Callable[[Set[str]], bool]
-    read: Callable[[Source], Foreign]
-
-
-FORMATS = (
-    Format(torchvision.recognises, torchvision.read),
-    Format(detectron2.recognises, detectron2.read),
-    Format(mmdetection.recognises, mmdetection.read),
-    Format(yhenon.recognises, yhenon.read),
-    Format(imagenet.recognises_torchvision, imagenet.read_torchvision),
-    Format(imagenet.recognises_detectron2, imagenet.read_detectron2),
-)
+FORMATS: list[tuple[set[str], Callable[[Source], Foreign]]] = [
+    (torchvision.NAMES, torchvision.read),
+    (programs.DETECTRON2, programs.read_detectron2),
+    (mmdetection.NAMES, mmdetection.read),
+    (programs.YHENON, programs.read_yhenon),
+    (programs.TORCHVISION_RESNET, programs.read_torchvision_resnet),
+    (programs.DETECTRON2_RESNET, programs.read_detectron2_resnet),
+    (programs.CAFFE2_RESNET, programs.read_detectron2_resnet),
+]
+"""The tensors that a file of this program has, and what reads it."""
 
 
 def read_foreign(file: Path) -> Foreign:
@@ -43,9 +40,9 @@ def read_foreign(file: Path) -> Foreign:
     tensors and plain values, and for weights that are no finite real numbers."""
     source = read_source(file)
     keys = source.state.keys()
-    for format_ in FORMATS:
-        if format_.recognises(keys):
-            foreign = format_.read(source)
+    for names, read in FORMATS:
+        if names <= keys:
+            foreign = read(source)
             _check_numbers(foreign, file)
             return replace(foreign, unused=foreign.unused | dict.fromkeys(source.no_arrays, "no arrays"))
     if "head.classification.predict.weight" in keys:
@@ -80,8 +77,11 @@ def read_source(file: Path) -> Source:
         state, other, no_arrays = _read_pickle(file)
     else:
         with _inert_globals():
-            state = read_weights(file)
-            other = _beside(file) if mmdetection.recognises(state.keys()) else {}
+            state, other = read_weights(file), {}
+            if state.keys() >= mmdetection.NAMES and file.suffix != ".safetensors":
+                # `read_weights`, which has just found the file harmless, leaves out what lies beside the weights.
+                data = torch.load(file, map_location="cpu", weights_only=True)
+                other = {"meta": data["meta"]} if isinstance(data.get("meta"), dict) else {}
     if state and all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return Source(file, state, other, no_arrays)
@@ -110,14 +110,6 @@ def _read_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[st
     other = {key: value for key, value in data.items() if not isinstance(value, (dict, np.ndarray))}
     state = {key: torch.from_numpy(value) for key, value in arrays.items()}
     return state, other, [key for key in inner if key not in arrays]
-
-
-def _beside(file: Path) -> dict[str, Any]:
-    """What `read_weights`, which has just found the file harmless, leaves out."""
-    if file.suffix == ".safetensors":
-        return {}
-    data = torch.load(file, map_location="cpu", weights_only=True)
-    return {key: data[key] for key in ("meta",) if isinstance(data.get(key), dict)}
 
 
 class _Inert:

@@ -11,7 +11,8 @@ weights were trained with norms of eps 0 (`overwrite_eps`), everything since wit
 
 import math
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,22 @@ from torch import Tensor
 from torchvision.models import get_model_weights
 
 from retina.errors import ConfigError
-from retina.interop.foreign import Conventions, Foreign, Rule, Source, rename, tower_rules
+from retina.interop.foreign import Conventions, Foreign, Rule, Source, rename, resnet_rules, tower_rules
 from retina.model.backbone import fetch
 from retina.model.retinanet import RetinaNet
 
+NAMES = {"backbone.body.conv1.weight", "head.classification_head.cls_logits.weight"}
+"""Tensors by which a file is recognised."""
 PREFIX = "torchvision:"
 MODELS = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")
 EPS_0 = "eeacb38b"
 """The first digits of the SHA-256 of `retinanet_resnet50_fpn`'s weights, as in the name of their file."""
 
 
-def recognises(keys: Set[str]) -> bool:
-    return {"backbone.body.conv1.weight", "head.classification_head.cls_logits.weight"} <= keys
-
-
 def read(source: Source) -> Foreign:
     has_norm = any(re.fullmatch(r"head\.\w+\.conv\.\d+\.1\.weight", key) for key in source.state)
     rules: list[Rule] = [
-        (r"backbone\.body\.((?:conv|bn)1\..+)", r"backbone.stem.\1"),
-        (r"backbone\.body\.(layer[1-4]\..+)", r"backbone.\1"),
+        *resnet_rules(r"backbone\.body\."),
         (r"backbone\.fpn\.inner_blocks\.(\d)\.(?:0\.)?(weight|bias)", r"fpn.lateral.\1.\2"),
         (r"backbone\.fpn\.layer_blocks\.(\d)\.(?:0\.)?(weight|bias)", r"fpn.output.\1.\2"),
         (r"backbone\.fpn\.extra_blocks\.p6\.(weight|bias)", r"fpn.extra.0.\1"),
@@ -50,7 +48,6 @@ def read(source: Source) -> Foreign:
     ]
     for subnet, tower in (("classification_head", "classification"), ("regression_head", "box")):
         rules += tower_rules(rf"head\.{subnet}\.conv", tower, conv=r"\.0", norm=r"\.1", has_norm=has_norm)
-    renamed = rename(source.state, rules)
     tracked = any(key.endswith("num_batches_tracked") for key in source.state)
     published = not tracked and source.sha256().startswith(EPS_0)
     notes = []
@@ -58,15 +55,12 @@ def read(source: Source) -> Foreign:
         notes.append("norm eps is 0: these are torchvision's own COCO weights, by their hash")
     elif not has_norm and not tracked:
         notes.append("norm eps is taken to be 1e-5: for weights that are torchvision's own COCO_V1, saved anew, give 0")
-    return Foreign(
+    return replace(
+        rename(source.state, rules),
         program=f"torchvision's RetinaNet v{2 if has_norm else 1}",
-        state=renamed.state,
-        names=renamed.names,
         conventions=Conventions(
             anchors_rounded=True, anchors_spread=True, max_detections=300, norm_eps=0.0 if published else 1e-5
         ),
-        unused=renamed.unused,
-        unknown=renamed.unknown,
         first_id=0,
         background_first=True,
         notes=notes,

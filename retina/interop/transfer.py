@@ -5,7 +5,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,23 @@ from torch import Tensor
 
 from retina.errors import CheckpointError, ConfigError
 from retina.interop.convert import convert_detector
-from retina.interop.foreign import some
+from retina.interop.foreign import CLASS_LAYER, some
 from retina.interop.read import FOREIGN_SUFFIXES, read_foreign
 from retina.interop.torchvision import PREFIX, fetch_published
 from retina.model.weights import card_of, first_non_finite, read_header
 
-CLASS_LAYER = "head.classification.predict."
+
+@dataclass(frozen=True)
+class Start:
+    """The weights that a model starts from."""
+
+    file: Path
+    state: dict[str, Tensor]
+    classes: list[str]
+    """Empty where the file names none."""
+    model: dict[str, Any]
+    """Settings of the model, so far as they are known."""
+    notes: list[str] = field(default_factory=list)
 
 
 def match_classes(theirs: Sequence[str], ours: Sequence[str], remap: Mapping[str, str]) -> dict[int, int]:
@@ -88,6 +99,13 @@ _LAYERS = {  # settings that make tensors of the same name, and maybe shape, par
 }
 
 
+def _layer(name: str, value: Any) -> Any:
+    """What of a setting's value makes other layers."""
+    if name == "norm":
+        return value == "group"  # the others differ in what is trained alone
+    return value[0] if name == "levels" else value
+
+
 def other_layers(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
     """Patterns of tensors that belong to other layers under the settings of the weights than under ours, and why."""
     return {
@@ -97,50 +115,29 @@ def other_layers(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str
     }
 
 
-def _layer(name: str, value: Any) -> Any:
-    """What of a setting's value makes other layers."""
-    if name == "norm":
-        return value == "group"  # the others differ in what is trained alone
-    return value[0] if name == "levels" else value
+def take(
+    key: str, own: Tensor, start: "Start", matched: Mapping[int, int], elsewhere: Mapping[str, str], *, num_classes: int
+) -> Tensor | str:
+    """What takes the place of a tensor of the model, or why nothing does.
 
-
-def fit(
-    own: Mapping[str, Tensor],
-    theirs: Mapping[str, Tensor],
-    matched: Mapping[int, int],
-    *,
-    num_own: int,
-    num_theirs: int,
-    others: Mapping[str, str] | None = None,
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors that a model can take over, and why it cannot take the others.
-
-    matched: classes, as from `match_classes`. num_own, num_theirs: how many there are, 0 where weights name none.
-    others: patterns of tensors that belong to other layers, as from `other_layers`."""
-    same = num_own == num_theirs and all(matched.get(k) == k for k in range(num_own))
-    taken: dict[str, Tensor] = {}
-    anew: dict[str, str] = {}
-    for key, value in own.items():
-        other = theirs.get(key)
-        reason = next((why for pattern, why in (others or {}).items() if re.fullmatch(pattern, key)), None)
-        if other is None:
-            anew[key] = "not in the file"
-        elif reason:
-            anew[key] = reason
-        elif not key.startswith(CLASS_LAYER) or same:
-            if other.shape == value.shape:
-                taken[key] = other
-            else:
-                anew[key] = f"{list(other.shape)} there, {list(value.shape)} here"
-        elif not matched:
-            anew[key] = "other classes" if num_theirs else "the file names no classes"
-        else:
-            merged = merge_rows(value, other, matched, num_own=num_own, num_other=num_theirs)
-            if merged is None:
-                anew[key] = f"{list(other.shape)} there for {num_theirs} classes, {list(value.shape)} here"
-            else:
-                taken[key] = merged
-    return taken, anew
+    matched: classes of the model in the start, as from `match_classes`. elsewhere: as from `other_layers`.
+    num_classes: of the model."""
+    other = start.state.get(key)
+    if other is None:
+        return "not in the file"
+    if reason := next((why for pattern, why in elsewhere.items() if re.fullmatch(pattern, key)), None):
+        return reason
+    same_classes = num_classes == len(start.classes) and all(matched.get(k) == k for k in range(num_classes))
+    if same_classes or not key.startswith(CLASS_LAYER):
+        return other if other.shape == own.shape else f"{list(other.shape)} there, {list(own.shape)} here"
+    if not matched:
+        return "other classes" if start.classes else "the file names no classes"
+    merged = merge_rows(own, other, matched, num_own=num_classes, num_other=len(start.classes))
+    return (
+        f"{list(other.shape)} there for {len(start.classes)} classes, {list(own.shape)} here"
+        if merged is None
+        else merged
+    )
 
 
 _OF_TRAINING = ("num_classes", "weights", "frozen_stages", "prior")
@@ -149,14 +146,20 @@ _OF_TRAINING = ("num_classes", "weights", "frozen_stages", "prior")
 
 def other_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """One line, as overrides, if weights were made under settings that change what they compute."""
-    both = [name for name in theirs if name in ours and name not in _OF_TRAINING]
-    names = [name for name in both if theirs[name] != ours[name]]
+    other = {name: theirs[name] for name in theirs if name in ours and theirs[name] != ours[name]}
     if _layer("norm", theirs.get("norm")) == _layer("norm", ours.get("norm")):
-        names = [name for name in names if name != "norm"]
-    if not names:
-        return []
-    words = [f"model.{name}={json.dumps(theirs[name], separators=(',', ':'))}" for name in names]
-    return [f"init_from: the weights were trained with other settings, to go on with those give {' '.join(words)}"]
+        other.pop("norm", None)
+    words = overrides({name: value for name, value in other.items() if name not in _OF_TRAINING})
+    line = f"init_from: the weights were trained with other settings, to go on with those give {words}"
+    return [line] if words else []
+
+
+def overrides(model: Mapping[str, Any]) -> str:
+    """Settings of a model as words of a command line."""
+    return " ".join(
+        f"model.{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
+        for name, value in model.items()
+    )
 
 
 def init_from(
@@ -185,8 +188,10 @@ def init_from(
         )
     own, settings = model.state_dict(), getattr(model, "arguments", {})
     matched = match_classes(start.classes, classes, remap or {})
-    theirs, elsewhere = renumber(start.state, own), other_layers(start.model, settings)
-    taken, anew = fit(own, theirs, matched, num_own=len(classes), num_theirs=len(start.classes), others=elsewhere)
+    start = replace(start, state=renumber(start.state, own))
+    elsewhere, num_classes = other_layers(start.model, settings), len(classes)
+    found = {key: take(key, value, start, matched, elsewhere, num_classes=num_classes) for key, value in own.items()}
+    taken = {key: value for key, value in found.items() if isinstance(value, Tensor)}
     if not taken:
         raise CheckpointError(
             f"{start.file}: holds nothing that fits this model - give other weights for init_from", code="nothing-fits"
@@ -199,25 +204,14 @@ def init_from(
         lines.append(f"classes: {len(kept)} keep what they have learned: {some(kept)}")
         if others := [name for name in classes if name not in there]:
             lines.append(f"classes: {len(others)} start anew with the prior bias: {some(others)}")
-    if anew:
-        listed = some([f"{key} ({reason})" for key, reason in anew.items()])
-        lines.append(f"model: {len(anew)} tensors start anew: {listed}")
-    if unused := [key for key in theirs if key not in own]:
+    if anew := [f"{key} ({reason})" for key, reason in found.items() if isinstance(reason, str)]:
+        lines.append(f"model: {len(anew)} tensors start anew: {some(anew)}")
+    if unused := [key for key in start.state if key not in own]:
         lines.append(f"init_from: {len(unused)} tensors of the file have no use here: {some(unused)}")
     return lines + other_settings(start.model, settings)
 
 
-@dataclass(frozen=True)
-class _Start:
-    file: Path
-    state: dict[str, Tensor]
-    classes: list[str]
-    """Empty where the file names none."""
-    model: dict[str, Any]
-    notes: list[str]
-
-
-def _read_start(source: str) -> _Start:
+def _read_start(source: str) -> Start:
     file = fetch_published(source) if source.startswith(PREFIX) else Path(source)
     if file.suffix in FOREIGN_SUFFIXES:
         foreign = read_foreign(file)
@@ -227,10 +221,10 @@ def _read_start(source: str) -> _Start:
                 code="not-a-detector",
             )
         converted = convert_detector(foreign, file)
-        return _Start(file, converted.state, converted.classes, converted.model, converted.notes)
+        return Start(file, converted.state, converted.card.classes, converted.card.model, converted.notes)
     if file.is_dir():
         present = [file / name for name in ("best.safetensors", "model.safetensors") if (file / name).is_file()]
         file = present[0] if present else file / "best.safetensors"
     header, data = read_header(file)
     card = card_of(file, header, data) if "retina" in header else None
-    return _Start(file, load(data), card.classes if card else [], card.model if card else {}, [])
+    return Start(file, load(data), card.classes if card else [], card.model if card else {})

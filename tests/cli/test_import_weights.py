@@ -117,7 +117,7 @@ def test_what_torchvision_has_not_is_not_written(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["to=onnx"], "to: 'onnx' is not known - choose retina or torchvision"),
+        (["to=onnx"], "to: 'onnx' is not known - choose one of retina, torchvision"),
         (["to=torchvision", "classes=[a]"], "classes: is for weights of others, not for to=torchvision"),
         (["to=torchvision", "conventions.bgr=false"], "conventions.bgr: is for weights of others"),
         (["to=torchvision", "ignore_unknown=true"], "ignore_unknown: is for weights of others"),

@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor
 
 from retina.interop.convert import Imported
-from retina.model.weights import DetectorCard, save_detector
+from retina.model.weights import save_detector
 
 CHANNELS = 8
 
@@ -99,12 +99,5 @@ def numbered(like: Tensor) -> Tensor:
 
 
 def write_detector(imported: Imported, file: Path) -> Path:
-    card = DetectorCard(
-        model=imported.model,
-        classes=imported.classes,
-        category_ids=imported.category_ids,
-        preprocessing=imported.preprocessing,
-        postprocess=imported.postprocess,
-    )
-    save_detector(file, imported.state, card)
+    save_detector(file, imported.state, imported.card)
     return file

@@ -3,11 +3,11 @@ import math
 import pytest
 
 from retina.errors import ConfigError
-from retina.interop.foreign import Conventions, given_conventions
+from retina.interop.foreign import Conventions, changed_conventions
 
 
 def test_what_is_given_takes_the_place_of_the_usual() -> None:
-    told = given_conventions(Conventions(bgr=True), {"std": [1, 1, 1], "norm_eps": 0, "anchor_offset": None})
+    told = changed_conventions(Conventions(bgr=True), {"std": [1, 1, 1], "norm_eps": 0, "anchor_offset": None})
     assert (told.bgr, told.std, told.norm_eps, told.anchor_offset) == (True, [1.0, 1.0, 1.0], 0.0, 0.0)
 
 
@@ -41,4 +41,4 @@ def test_what_is_given_takes_the_place_of_the_usual() -> None:
 )
 def test_wrong_conventions_are_one_line(given: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=rf"^conventions\.{next(iter(given))}[^\n]* - [^\n]*$"):
-        given_conventions(Conventions(), given)
+        changed_conventions(Conventions(), given)

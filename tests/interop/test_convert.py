@@ -27,7 +27,7 @@ def imported(state: dict[str, Tensor], folder: Path, **options: object) -> Impor
 def test_an_import_is_a_detector(state: dict[str, Tensor], tmp_path: Path) -> None:
     flat = {key: value if value.ndim < 4 else torch.zeros(value.shape) for key, value in state.items()}
     found = imported(flat, tmp_path, conventions={"short_side": 64, "long_side": 64})
-    assert found.classes == ["class 0", "class 1", "class 2"]
+    assert found.card.classes == ["class 0", "class 1", "class 2"]
     assert any("numbered" in note for note in found.notes)
     detector = Detector.load(write_detector(found, tmp_path / "ours.safetensors"))
     (detections,) = detector.predict([torch.zeros(3, 64, 64, dtype=torch.uint8)])
@@ -36,7 +36,7 @@ def test_an_import_is_a_detector(state: dict[str, Tensor], tmp_path: Path) -> No
 
 def test_classes_are_those_given(state: dict[str, Tensor], tmp_path: Path) -> None:
     found = imported(state, tmp_path, classes=["ant", "bee", "cat"])
-    assert (found.classes, found.category_ids) == (["ant", "bee", "cat"], [1, 2, 3])
+    assert (found.card.classes, found.card.category_ids) == (["ant", "bee", "cat"], [1, 2, 3])
     for classes in (["ant", "bee"], ["ant"] * 3, ["ant", "bee", "cat", "dog"]):
         with refused("classes", "classes", kind=ConfigError):
             imported(state, tmp_path, classes=classes)
@@ -44,8 +44,8 @@ def test_classes_are_those_given(state: dict[str, Tensor], tmp_path: Path) -> No
 
 def test_eighty_classes_are_coco_s(tmp_path: Path) -> None:
     found = imported(yhenon(80), tmp_path)
-    assert found.classes[11] == "stop sign"
-    assert found.category_ids[11] == 13
+    assert found.card.classes[11] == "stop sign"
+    assert found.card.category_ids[11] == 13
 
 
 def test_missing_tensors_are_named(state: dict[str, Tensor], tmp_path: Path) -> None:
@@ -95,7 +95,11 @@ def test_conventions_can_be_given(state: dict[str, Tensor], tmp_path: Path) -> N
     given = {"bgr": True, "std": [1, 1, 1], "norm_eps": 0, "anchor_offset": None, "delta_std": [1, 1, 1, 1]}
     found = imported(state, tmp_path, conventions=given)
     assert torch.equal(found.state["backbone.stem.conv1.weight"], usual.state["backbone.stem.conv1.weight"].flip(1))
-    assert (found.model["std"], found.model["norm_eps"], found.model["anchor_offset"]) == ([1.0, 1.0, 1.0], 0.0, 0.5)
+    assert (found.card.model["std"], found.card.model["norm_eps"], found.card.model["anchor_offset"]) == (
+        [1.0, 1.0, 1.0],
+        0.0,
+        0.5,
+    )
     layer = "head.box.predict.weight"
     torch.testing.assert_close(found.state[layer].view(9, 4, -1)[:, 0] * 0.1, usual.state[layer].view(9, 4, -1)[:, 0])
 
@@ -108,9 +112,9 @@ def test_other_anchors_must_be_given(state: dict[str, Tensor], tmp_path: Path) -
 def test_p6_of_p5_and_other_levels_are_seen_in_the_shapes(tmp_path: Path) -> None:
     state = mmdetection(2)
     state["neck.fpn_convs.3.conv.weight"] = torch.zeros(8, 8, 3, 3)
-    assert imported(state, tmp_path).model["p6_from"] == "p5"
+    assert imported(state, tmp_path).card.model["p6_from"] == "p5"
     short = {key: value for key, value in state.items() if not key.startswith(("neck.fpn_convs.3", "neck.fpn_convs.4"))}
-    assert imported(short, tmp_path).model["levels"] == [3, 4, 5]
+    assert imported(short, tmp_path).card.model["levels"] == [3, 4, 5]
 
 
 def test_a_backbone_must_be_whole(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_each_anchor_keeps_what_was_predicted_for_it(state: dict[str, Tensor], t
 
     theirs = decode(predict(state, "head.bbox_pred", 4), cells(32)), predict(state, "head.cls_score", 3)
     with torch.device("meta"):
-        model = retinanet(**converted.model)
+        model = retinanet(**converted.card.model)
     deltas = predict(converted.state, "head.box.predict", 4)
     ours = decode(deltas, model.anchors.cell(32.0).float()), predict(converted.state, "head.classification.predict", 3)
     order = [scale * 3 + ratio for ratio in range(3) for scale in range(3)]
@@ -91,10 +91,10 @@ def test_the_first_convolution_sees_the_same_image(state: dict[str, Tensor], tmp
     state = dict(state)
     state["backbone.bottom_up.stem.conv1.weight"] = torch.randn(64, 3, 7, 7)
     converted = imported(state, tmp_path)
-    assert converted.model["std"] == [1.0, 1.0, 1.0]
+    assert converted.card.model["std"] == [1.0, 1.0, 1.0]
     rgb = torch.randint(0, 256, (1, 3, 9, 9)).float()
     theirs = rgb.flip(1) - torch.tensor([103.53, 116.28, 123.675]).view(1, 3, 1, 1)
-    mean, std = (torch.tensor(converted.model[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(converted.card.model[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     ours = F.conv2d((rgb - mean) / std, converted.state["backbone.stem.conv1.weight"])
     expected = F.conv2d(theirs, state["backbone.bottom_up.stem.conv1.weight"])
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-2)
@@ -104,8 +104,8 @@ def test_conventions_go_into_the_settings(state: dict[str, Tensor], tmp_path: Pa
     converted = imported(state, tmp_path)
     told = {"stride_in_1x1": True, "norm": "frozen", "p6_from": "c5", "head_convs": 2, "backbone": "resnet50"}
     told |= {"anchors_rounded": False, "anchor_offset": 0.0, "norm_eps": 1e-5, "p7_relu": True, "head_norm": None}
-    assert {key: converted.model[key] for key in told} == told
-    assert converted.postprocess["max_detections"] == 100
+    assert {key: converted.card.model[key] for key in told} == told
+    assert converted.card.postprocess["max_detections"] == 100
     assert any("holds no pixel_mean" in note for note in converted.notes)
 
 
@@ -119,9 +119,9 @@ def test_the_colours_it_was_trained_on_are_read_from_the_file(
 ) -> None:
     more = {"pixel_mean": torch.tensor(mean).view(3, 1, 1), "pixel_std": torch.tensor(std).view(3, 1, 1)}
     converted = imported(state | more, tmp_path)
-    assert converted.model["mean"] == [123.675, 116.28, 103.53]
-    assert converted.model["std"] == ([58.395, 57.12, 57.375] if std[0] > 1 else [1.0, 1.0, 1.0])
-    assert converted.model["stride_in_1x1"] is stride
+    assert converted.card.model["mean"] == [123.675, 116.28, 103.53]
+    assert converted.card.model["std"] == ([58.395, 57.12, 57.375] if std[0] > 1 else [1.0, 1.0, 1.0])
+    assert converted.card.model["stride_in_1x1"] is stride
     assert any(("BGR" if bgr else "says RGB") in note for note in converted.notes)
     assert any(note.startswith("left out, went into the settings of the model: pixel_mean") for note in converted.notes)
 
@@ -133,7 +133,7 @@ def test_anchors_in_the_file_are_checked(state: dict[str, Tensor], tmp_path: Pat
     with refused("anchors", "conventions.anchor_sizes", kind=ConfigError):
         imported(state | anchors, tmp_path)
     sizes = {"anchor_sizes": [32, 64, 128, 256, 500]}
-    assert imported(state | anchors, tmp_path, conventions=sizes).model["anchor_sizes"] == sizes["anchor_sizes"]
+    assert imported(state | anchors, tmp_path, conventions=sizes).card.model["anchor_sizes"] == sizes["anchor_sizes"]
 
 
 def test_biases_before_groupnorm_must_be_zero(state: dict[str, Tensor], tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_biases_before_groupnorm_must_be_zero(state: dict[str, Tensor], tmp_path
             state[f"head.{tower}_subnet.{i}.bias"] = torch.zeros(CHANNELS)
             state |= {f"head.{tower}_subnet.{i + 1}.{part}": torch.rand(CHANNELS) for part in ("weight", "bias")}
     found = imported(state, tmp_path)
-    assert (found.model["head_norm"], found.model["head_convs"]) == ("group", 2)
+    assert (found.card.model["head_norm"], found.card.model["head_convs"]) == ("group", 2)
     assert torch.equal(found.state["head.box.convs.4.bias"], state["head.bbox_subnet.4.bias"])
     assert any(note.startswith("left out, a bias of 0 before a norm: head.cls_subnet.0.bias") for note in found.notes)
     state["head.bbox_subnet.3.bias"] = torch.full((CHANNELS,), 0.1)
@@ -155,7 +155,7 @@ def test_biases_before_groupnorm_must_be_zero(state: dict[str, Tensor], tmp_path
 
 def test_basic_blocks_have_no_1x1_to_stride_in(tmp_path: Path) -> None:
     state = detectron2(num_classes=3, backbone="resnet18")
-    assert imported(state, tmp_path).model["stride_in_1x1"] is False
+    assert imported(state, tmp_path).card.model["stride_in_1x1"] is False
     with pytest.raises(ConfigError, match="no bottlenecks"):
         imported(state, tmp_path, conventions={"stride_in_1x1": True})
 
@@ -166,7 +166,7 @@ def test_the_model_zoo_s_pickle_is_read_as_the_same(state: dict[str, Tensor], tm
     file.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}, protocol=2))
     from_pickle = convert_detector(read_foreign(file), file, classes=["a", "b", "c"])
     from_torch = imported(state, tmp_path)
-    assert from_pickle.model == from_torch.model
+    assert from_pickle.card.model == from_torch.card.model
     for key, value in from_torch.state.items():
         assert torch.equal(from_pickle.state[key], value)
         assert from_pickle.state[key].dtype == torch.float32

@@ -53,22 +53,22 @@ def test_every_tensor_finds_its_place(tmp_path: Path) -> None:
     assert len(found.state) == len(state) - len(counts)
     assert any(note.startswith("left out") and all(key in note for key in counts[1:]) for note in found.notes)
     told = {"p7_relu": False, "norm": "frozen", "stride_in_1x1": False, "p6_from": "c5", "anchors_rounded": False}
-    assert {key: found.model[key] for key in told} == told
-    assert found.classes[0] == "person"
-    assert found.category_ids[-1] == 90
+    assert {key: found.card.model[key] for key in told} == told
+    assert found.card.classes[0] == "person"
+    assert found.card.category_ids[-1] == 90
 
 
 def test_the_settings_beside_the_weights_are_read_and_never_run(tmp_path: Path) -> None:
     canary = f"\nopen({str(tmp_path / 'canary')!r}, 'w')\n"
     meta = {"config": PYTORCH_2 + canary, "CLASSES": ("ant", "bee"), "mmdet_version": "2.25.0"}
     found = imported(mmdetection(2), tmp_path / "latest.pth", meta=meta)
-    assert found.classes == ["ant", "bee"]
-    assert found.model["mean"] == [123.0, 116.28, 103.53]
-    assert found.model["std"] == [58.395, 57.12, 57.375]
-    assert found.postprocess["max_detections"] == 200
-    assert found.postprocess["candidates_per_level"] == 500
-    assert found.postprocess["score_threshold"] == 0.1
-    assert found.postprocess["nms_iou"] == 0.6
+    assert found.card.classes == ["ant", "bee"]
+    assert found.card.model["mean"] == [123.0, 116.28, 103.53]
+    assert found.card.model["std"] == [58.395, 57.12, 57.375]
+    assert found.card.postprocess["max_detections"] == 200
+    assert found.card.postprocess["candidates_per_level"] == 500
+    assert found.card.postprocess["score_threshold"] == 0.1
+    assert found.card.postprocess["nms_iou"] == 0.6
     assert not (tmp_path / "canary").exists()
 
 
@@ -76,10 +76,10 @@ def test_the_settings_beside_the_weights_are_read_and_never_run(tmp_path: Path) 
 def test_statistics_are_fixed_where_they_were(tmp_path: Path, norm_eval: bool, norm: str) -> None:
     text = PYTORCH_2.replace("depth=50,", f"depth=50, norm_eval={norm_eval},")
     found = imported(mmdetection(2), tmp_path / "latest.pth", meta={"config": text})
-    assert found.model["norm"] == norm
+    assert found.card.model["norm"] == norm
     other = {"norm_fixed": not norm_eval}
     told = imported(mmdetection(2), tmp_path / "latest.pth", meta={"config": text}, conventions=other)
-    assert told.model["norm"] != norm
+    assert told.card.model["norm"] != norm
 
 
 @pytest.mark.parametrize("meta", [{"config": CAFFE_2}, {"cfg": CAFFE_3, "dataset_meta": {"classes": ["x"]}}])
@@ -87,18 +87,20 @@ def test_caffe_style_is_bgr_with_the_stride_in_1x1(tmp_path: Path, meta: dict[st
     state = mmdetection(1, backbone="resnet50")
     state["backbone.conv1.weight"] = torch.arange(3.0).view(1, 3, 1, 1).expand(64, 3, 7, 7)
     found = imported(state, tmp_path / "latest.pth", meta=meta)
-    assert found.model["stride_in_1x1"] is True
-    assert found.model["std"] == [1.0, 1.0, 1.0]
-    assert found.model["mean"] == ([122.7717, 115.9465, 102.9801] if "config" in meta else [123.675, 116.28, 103.53])
-    assert found.model["p7_relu"] is ("cfg" in meta)
-    assert found.classes == (["x"] if "cfg" in meta else ["class 0"])
+    assert found.card.model["stride_in_1x1"] is True
+    assert found.card.model["std"] == [1.0, 1.0, 1.0]
+    assert found.card.model["mean"] == (
+        [122.7717, 115.9465, 102.9801] if "config" in meta else [123.675, 116.28, 103.53]
+    )
+    assert found.card.model["p7_relu"] is ("cfg" in meta)
+    assert found.card.classes == (["x"] if "cfg" in meta else ["class 0"])
     assert found.state["backbone.stem.conv1.weight"][0, :, 0, 0].tolist() == [2.0, 1.0, 0.0]
 
 
 def test_without_settings_the_name_of_the_file_decides(tmp_path: Path) -> None:
     state = mmdetection(1, backbone="resnet50")
     found = imported(state, tmp_path / "retinanet_r50_caffe_fpn_1x_coco_20200531-f11027c5.pth")
-    assert found.model["stride_in_1x1"] is True
+    assert found.card.model["stride_in_1x1"] is True
     assert any("its name says caffe" in note for note in found.notes)
 
 
@@ -135,8 +137,8 @@ def test_of_several_values_the_last_counts(tmp_path: Path) -> None:
     """As early 2.x stores them: the text of the base file, then that of its child."""
     meta = {"config": PYTORCH_2 + "# style='pytorch', mean=[1, 2, 3]\n" + CAFFE_2}
     found = imported(mmdetection(1, backbone="resnet50"), tmp_path / "epoch_12.pth", meta=meta)
-    assert found.model["stride_in_1x1"] is True
-    assert (found.model["mean"], found.model["std"]) == ([122.7717, 115.9465, 102.9801], [1.0, 1.0, 1.0])
+    assert found.card.model["stride_in_1x1"] is True
+    assert (found.card.model["mean"], found.card.model["std"]) == ([122.7717, 115.9465, 102.9801], [1.0, 1.0, 1.0])
     assert "caffe style, BGR: by the settings beside it" in found.notes
     assert "style: the settings beside it say pytorch and then caffe, which is taken" in found.notes
 
@@ -213,12 +215,12 @@ def test_settings_are_read_as_mmengine_writes_them(tmp_path: Path) -> None:
         state |= {f"bbox_head.retina_{kind}.weight": torch.ones(rows, 8, 3, 3)}
         state |= {f"bbox_head.retina_{kind}.bias": torch.ones(rows)}
     found = imported(state, tmp_path / "epoch_12.pth", meta={"cfg": VERTICAL})
-    assert (found.model["mean"], found.model["std"]) == ([3.0, 2.0, 1.0], [6.0, 5.0, 4.0])
-    assert found.model["anchor_sizes"] == [16.0, 32.0, 64.0, 128.0, 256.0]
-    assert (found.model["anchor_scales"], found.model["anchor_ratios"]) == ([1.0, 2**0.5], [0.33, 1.0, 3.0])
+    assert (found.card.model["mean"], found.card.model["std"]) == ([3.0, 2.0, 1.0], [6.0, 5.0, 4.0])
+    assert found.card.model["anchor_sizes"] == [16.0, 32.0, 64.0, 128.0, 256.0]
+    assert (found.card.model["anchor_scales"], found.card.model["anchor_ratios"]) == ([1.0, 2**0.5], [0.33, 1.0, 3.0])
     assert found.state["head.box.predict.bias"][:4].tolist() == pytest.approx([0.1, 0.1, 0.2, 0.2])
-    assert found.preprocessing | {"short_side": 512, "long_side": 640, "divisor": 64} == found.preprocessing
-    assert (found.postprocess["score_threshold"], found.postprocess["nms_iou"]) == (0.2, 0.4)
+    assert found.card.preprocessing | {"short_side": 512, "long_side": 640, "divisor": 64} == found.card.preprocessing
+    assert (found.card.postprocess["score_threshold"], found.card.postprocess["nms_iou"]) == (0.2, 0.4)
     (absent,) = (note for note in found.notes if note.startswith("not in the settings"))
     assert "nms_pre" in absent
     assert "mean" not in absent

@@ -111,16 +111,16 @@ def test_there_and_back_is_the_same_to_the_bit(model: str, tmp_path: Path) -> No
     file = tmp_path / "theirs.pth"
     torch.save({"model": state, "epoch": 3, "args": Namespace(lr=0.1)}, file)  # as torchvision's references save
     imported = convert_detector(read_foreign(file), file, classes=CLASSES[:3])
-    assert imported.category_ids == [0, 1, 2]
+    assert imported.card.category_ids == [0, 1, 2]
     back = torchvision.to_torchvision(imported.state)
     assert back.keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in back.items())
-    torchvision.check_export(imported.model, imported.postprocess)
+    torchvision.check_export(imported.card.model, imported.card.postprocess)
     again = tmp_path / "again.safetensors"
     save_file(back, again)
     same = convert_detector(read_foreign(again), again, classes=CLASSES[:3])
     assert all(torch.equal(value, imported.state[key]) for key, value in same.state.items())
-    assert same.model == imported.model
+    assert same.card.model == imported.card.model
 
 
 def test_files_of_before_2022_have_other_names(tmp_path: Path) -> None:
@@ -154,10 +154,10 @@ def test_conventions_go_into_the_settings(tmp_path: Path) -> None:
     save_file(random_state("v2"), file)
     imported = convert_detector(read_foreign(file), file, classes=CLASSES[:2])
     told = {"p6_from": "c5", "head_norm": "group", "anchors_rounded": True, "norm": "batch", "backbone": "resnet50"}
-    assert {key: imported.model[key] for key in told} == told
-    assert imported.postprocess["max_detections"] == 300
-    assert imported.category_ids == [1, 2]
-    assert (imported.preprocessing["short_side"], imported.preprocessing["long_side"]) == (800, 1333)
+    assert {key: imported.card.model[key] for key in told} == told
+    assert imported.card.postprocess["max_detections"] == 300
+    assert imported.card.category_ids == [1, 2]
+    assert (imported.card.preprocessing["short_side"], imported.card.preprocessing["long_side"]) == (800, 1333)
 
 
 def test_coco_keeps_its_category_ids(tmp_path: Path) -> None:
@@ -168,11 +168,11 @@ def test_coco_keeps_its_category_ids(tmp_path: Path) -> None:
         state[key] = numbered(torch.empty(9 * 91, *state[key].shape[1:]))
     save_file(state, file)
     imported = convert_detector(read_foreign(file), file)
-    assert len(imported.classes) == 80
-    ids = dict(zip(imported.classes, imported.category_ids, strict=True))
+    assert len(imported.card.classes) == 80
+    ids = dict(zip(imported.card.classes, imported.card.category_ids, strict=True))
     assert (ids["person"], ids["stop sign"], ids["toothbrush"]) == (1, 13, 90)
     rows = imported.state["head.classification.predict.bias"].view(9, 80)
-    assert rows[2].tolist() == [2 * 91 + i for i in imported.category_ids]
+    assert rows[2].tolist() == [2 * 91 + i for i in imported.card.category_ids]
 
 
 @pytest.mark.parametrize(

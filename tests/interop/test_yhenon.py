@@ -32,10 +32,10 @@ def test_every_tensor_finds_its_place(tmp_path: Path) -> None:
     for ours, theirs in expected.items():
         assert found.state[ours].unique().tolist() == [number_of(theirs)], ours
     assert len(found.state) == sum(not key.endswith("num_batches_tracked") for key in state)
-    assert found.model["norm"] == "frozen"
-    assert found.category_ids[:2] == [1, 2]
-    assert (found.preprocessing["short_side"], found.preprocessing["long_side"]) == (608, 1024)
-    assert found.postprocess["max_detections"] == 1000
+    assert found.card.model["norm"] == "frozen"
+    assert found.card.category_ids[:2] == [1, 2]
+    assert (found.card.preprocessing["short_side"], found.card.preprocessing["long_side"]) == (608, 1024)
+    assert found.card.postprocess["max_detections"] == 1000
 
 
 def test_deltas_are_scaled_in_the_layer_that_predicts_them(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_anchors_stand_in_the_middle_of_cells(tmp_path: Path) -> None:
     """Against its own formula: widths of all scales at the first ratio, then at the next, around (x + 1/2) x stride."""
     found = imported(yhenon(2), tmp_path)
     with torch.device("meta"):
-        model = retinanet(**found.model)
+        model = retinanet(**found.card.model)
     (level,) = model.anchors([(2, 3)] + [(1, 1)] * 4, model.strides, "cpu")[:1]
     expected = []
     for y in (4.0, 12.0):
