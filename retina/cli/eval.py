@@ -135,7 +135,6 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
             device=device,
             dtype=detector.dtype,
         )
-        assert evaluation is not None  # a signal ends this program at once
         skipped = dict(one for part in distributed.gather_objects(list(loader.faults.items())) for one in part)
         if distributed.is_main():
             found = keep_known(annotations, evaluation.detections)

@@ -221,20 +221,23 @@ def score(
 ) -> "Evaluation | None":
     """The metrics of the model on the validation split, with a picture of some detections; None if told to stop."""
     from retina.engine.step import DTYPES
-    from retina.evaluation.evaluate import evaluate_unless_stopped
+    from retina.evaluation.evaluate import StoppedError, evaluate
     from retina.evaluation.pictures import evaluation_pictures
 
-    evaluation = evaluate_unless_stopped(
-        stopping,
-        model,
-        recorder.evaluating(loader, len(annotations)),
-        annotations,
-        postprocess=recipe.postprocess,
-        criterion=recipe.criterion,
-        device=state.device,
-        dtype=DTYPES[state.config.precision],
-    )
-    if evaluation and state.config.pictures and recorder.active:
+    try:
+        evaluation = evaluate(
+            model,
+            recorder.evaluating(loader, len(annotations)),
+            annotations,
+            postprocess=recipe.postprocess,
+            criterion=recipe.criterion,
+            device=state.device,
+            dtype=DTYPES[state.config.precision],
+            stopping=stopping,
+        )
+    except StoppedError:
+        return None
+    if state.config.pictures and recorder.active:
         limits = {"max_images": state.config.pictures, "max_pixels": max_pixels}
         picture = evaluation_pictures(annotations, evaluation.detections, **limits)
         recorder.picture(state.progress.step, "val/detections", picture)

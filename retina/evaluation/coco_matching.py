@@ -6,6 +6,7 @@ threshold. An object that counts is preferred to one that is ignored (a crowd re
 then the higher IoU, then the object later in the file. A crowd region may be taken any number of times.
 """
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -65,16 +66,13 @@ def overlapping_pairs(
     """
     first = np.searchsorted(objects.groups, detections.groups, side="left")
     counts = np.searchsorted(objects.groups, detections.groups, side="right") - first
-    block = np.cumsum(counts) // MAX_PAIRS
-    edges = np.searchsorted(block, np.arange(block[-1] + 2 if len(block) else 1))
-
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for low, high in pairwise(edges):
+    pairs = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
+    for low, high in _runs(np.cumsum(counts) // MAX_PAIRS):
         count = counts[low:high]
         rows = np.repeat(np.arange(low, high), count)
         columns = np.arange(len(rows)) + np.repeat(first[low:high] - (np.cumsum(count) - count), count)
-        one, two = detections.boxes[rows], objects.boxes[columns]
-        sides = np.minimum(one[:, 2:], two[:, 2:]) - np.maximum(one[:, :2], two[:, :2])
+        found, truth = detections.boxes[rows], objects.boxes[columns]
+        sides = np.minimum(found[:, 2:], truth[:, 2:]) - np.maximum(found[:, :2], truth[:, :2])
         touching = np.flatnonzero((sides > 0).all(axis=1))
         rows, columns = rows[touching], columns[touching]
         intersection = sides[touching, 0] * sides[touching, 1]
@@ -82,11 +80,14 @@ def overlapping_pairs(
         union = np.where(crowd[columns], areas, areas + objects.areas[columns] - intersection)
         iou = intersection / union
         kept = iou >= THRESHOLDS[0]
-        found.append((rows[kept], columns[kept], iou[kept]))
-    if not found:
-        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float64)
-    rows, columns, iou = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        pairs.append((rows[kept], columns[kept], iou[kept]))
+    rows, columns, iou = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     return rows, columns, iou
+
+
+def _runs(values: Int64[np.ndarray, "N"]) -> Iterable[tuple[int, int]]:
+    """Where each run of equal values begins and ends; none of them is negative."""
+    return pairwise(np.flatnonzero(np.diff(values, prepend=-1, append=-1)).tolist())
 
 
 def match(
@@ -107,14 +108,10 @@ def match(
     order = np.lexsort((iou, rows, ranks[rows]))
     rows, columns, iou = rows[order], columns[order], iou[order]
     num_pairs = len(rows)
-    edges = np.searchsorted(ranks[rows], np.arange(ranks[rows[-1]] + 2 if num_pairs else 1))
-
     free = np.ones((len(crowd), len(THRESHOLDS), len(AREA_RANGES)), dtype=bool)
     bonus = np.int32(num_pairs) * counts
-    taken: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
-    for low, high in pairwise(edges):
-        if low == high:
-            continue
+    taken = [(*np.empty((3, 0), np.int64), np.empty(0, np.bool_))]
+    for low, high in _runs(ranks[rows]):
         candidates = columns[low:high]
         allowed = free[candidates] & (iou[low:high, None] >= THRESHOLDS)[:, :, None]
         preference = np.arange(low, high, dtype=np.int32)[:, None] + bonus[candidates]
@@ -124,7 +121,4 @@ def match(
         pairs = best[row, threshold, area] % np.int32(num_pairs)
         free[columns[pairs], threshold, area] = crowd[columns[pairs]]
         taken.append((rows[pairs], threshold, area, ~counts[columns[pairs], area]))
-    if not taken:
-        empty = np.empty(0, np.int64)
-        return Matches(empty, empty, empty, np.empty(0, np.bool_))
     return Matches(*(np.concatenate(parts) for parts in zip(*taken, strict=True)))

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from retina import distributed
 from retina.data.coco import Annotations
 from retina.detections import count_non_finite, postprocess, refuse_non_finite, to_original
-from retina.distributed import gather_arrays
 from retina.evaluation.metrics import DetectionArrays, coco_metrics
 from retina.types import Batch, Criterion, Detections, Postprocess, to_device
 
@@ -27,6 +26,11 @@ class Evaluation(NamedTuple):
     """`loss`, `loss_classification`, `loss_box`, per positive anchor; empty without a criterion."""
 
 
+class StoppedError(Exception):
+    """Raised by `evaluate` on every rank when any rank was asked to stop."""
+
+
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     loader: Iterable[Batch],
@@ -36,6 +40,7 @@ def evaluate(
     device: torch.device | None = None,
     criterion: Criterion | None = None,
     dtype: torch.dtype = torch.float32,
+    stopping: Callable[[], int] = lambda: 0,
 ) -> Evaluation:
     """Detections of this rank's images, gathered from all ranks and scored against `annotations`.
 
@@ -44,31 +49,12 @@ def evaluate(
     postprocess: with other thresholds: `functools.partial(retina.postprocess, score_threshold=0.01)`.
     device: None takes that of the model's first parameter.
     criterion: None computes no losses.
+    stopping: asked once per batch for the number of a signal to stop, 0 for none.
 
-    Raises any error of the loader or the model on this rank (the other ranks then exit with code 2), and on rank 0
-    DataError if predicted numbers are not finite.
+    Raises any error of the loader or the model on this rank (the other ranks then exit with code 2), DataError on rank
+    0 if predicted numbers are not finite, and `StoppedError` on every rank, without a score, if `stopping` asks any to.
     """
     device = device or next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    options: dict[str, Any] = {"postprocess": postprocess, "device": device, "criterion": criterion, "dtype": dtype}
-    evaluation = evaluate_unless_stopped(lambda: 0, model, loader, annotations, **options)
-    assert evaluation is not None
-    return evaluation
-
-
-@torch.no_grad()
-def evaluate_unless_stopped(
-    stopping: Callable[[], int],
-    model: nn.Module,
-    loader: Iterable[Batch],
-    annotations: Annotations,
-    *,
-    postprocess: Postprocess,
-    device: torch.device,
-    criterion: Criterion | None,
-    dtype: torch.dtype,
-) -> Evaluation | None:
-    """`evaluate`, which asks `stopping` once per batch for the number of a signal to stop, or 0. If any rank gets one,
-    nothing is scored, and every rank returns None when it has stopped or come to the end of its share."""
     collector = DetectionCollector()
     losses = torch.zeros(3, device=device)
     non_finite = torch.zeros((), dtype=torch.int64, device=device)
@@ -97,7 +83,7 @@ def evaluate_unless_stopped(
     if verdict.error:
         sys.exit(2)
     if verdict.stop:
-        return None
+        raise StoppedError
     count = int(distributed.all_reduce_sum(non_finite))
     gathered = collector.gather()
 
@@ -116,15 +102,16 @@ def _per_positive(sums: Tensor) -> dict[str, float]:
     return {"loss": classification + box, "loss_classification": classification, "loss_box": box}
 
 
+_DTYPES = (torch.int64, torch.int64, torch.float64, torch.float64, torch.int64)
+
+
 class DetectionCollector:
     """Keeps the detections of this rank's images on the CPU until `gather` puts those of all ranks together."""
 
     def __init__(self) -> None:
-        self._images: list[np.ndarray] = [np.empty(0, np.int64)]
-        self._counts: list[np.ndarray] = [np.empty(0, np.int64)]
-        self._boxes: list[np.ndarray] = [np.empty((0, 4), np.float64)]
-        self._scores: list[np.ndarray] = [np.empty(0, np.float64)]
-        self._labels: list[np.ndarray] = [np.empty(0, np.int64)]
+        shapes = ((0,), (0,), (0, 4), (0,), (0,))
+        self._batches = [[torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, _DTYPES, strict=True)]]
+        """Of each batch the image indices, the counts of detections, and their boxes, scores and labels."""
 
     def add(self, indices: Int64[Tensor, "B"], detections: Sequence[Detections]) -> None:
         """Add a batch: record indices of its images, and their detections in pixels of the original images.
@@ -133,14 +120,10 @@ class DetectionCollector:
         """
         if len(indices) != len(detections):
             raise ValueError(f"{len(indices)} indices for the detections of {len(detections)} images")
-        if not detections:
-            return
-        boxes, scores, labels = (torch.cat(parts) for parts in zip(*detections, strict=True))
-        self._images.append(indices.cpu().numpy().astype(np.int64))
-        self._counts.append(np.array([len(one.scores) for one in detections], dtype=np.int64))
-        self._boxes.append(boxes.cpu().double().numpy())
-        self._scores.append(scores.cpu().double().numpy())
-        self._labels.append(labels.cpu().numpy().astype(np.int64))
+        if detections:
+            counts = torch.tensor([len(image.scores) for image in detections])
+            fields = (indices, counts, *(torch.cat(images) for images in zip(*detections, strict=True)))
+            self._batches.append([field.cpu().to(dtype) for field, dtype in zip(fields, _DTYPES, strict=True)])
 
     def gather(self) -> DetectionArrays:
         """Detections of all ranks, the same on every rank, sorted by image and then in the order they were added.
@@ -148,13 +131,10 @@ class DetectionCollector:
         An image added more than once (a sampler repeats some so that ranks have equally many) counts once: the first
         time on the lowest rank.
         """
-        lists = (self._images, self._counts, self._boxes, self._scores, self._labels)
-        ranks = gather_arrays([np.concatenate(parts) for parts in lists])
-        images, counts, boxes, scores, labels = (np.concatenate(parts) for parts in zip(*ranks, strict=True))
-
+        ranks = distributed.gather_arrays([torch.cat(batches).numpy() for batches in zip(*self._batches, strict=True)])
+        images, counts, boxes, scores, labels = (np.concatenate(arrays) for arrays in zip(*ranks, strict=True))
         kept, first = np.unique(images, return_index=True)
-        begins = (np.cumsum(counts) - counts)[first]
         lengths = counts[first]
-        total = int(lengths.sum())
-        rows = np.arange(total) + np.repeat(begins - (np.cumsum(lengths) - lengths), lengths)
+        begins = np.repeat((np.cumsum(counts) - counts)[first] - (np.cumsum(lengths) - lengths), lengths)
+        rows = np.arange(len(begins)) + begins
         return DetectionArrays(np.repeat(kept, lengths), boxes[rows], scores[rows], labels[rows])

@@ -13,6 +13,14 @@ RECALLS = np.linspace(0.0, 1.0, 101)
 """[P] recalls at which precision is sampled."""
 MAX_DETECTIONS = (1, 10, 100)
 """Detections of one image and class that AR1, AR10 and AR100 look at; everything else looks at the last number."""
+_SIZES = {"s": "area up to 32^2", "m": "area 32^2 to 96^2", "l": "area over 96^2"}
+METRICS = (
+    {"AP": "IoU 0.50:0.95", "AP50": "IoU 0.50", "AP75": "IoU 0.75"}
+    | {f"AP{size}": area for size, area in _SIZES.items()}
+    | {f"AR{limit}": f"best {limit} per image and class" for limit in MAX_DETECTIONS}
+    | {f"AR{size}": area for size, area in _SIZES.items()}
+)
+"""What each of the twelve metrics looks at: AP is a mean of precisions, AR of recalls."""
 
 
 class DetectionArrays(NamedTuple):
@@ -29,10 +37,9 @@ class DetectionArrays(NamedTuple):
 def coco_metrics(annotations: Annotations, detections: DetectionArrays) -> dict[str, Any]:
     """COCO's box metrics of the detections, as fractions of 1; None where there is no object to define one.
 
-    Keys, in this order: AP (mean over IoU 0.50:0.05:0.95), AP50, AP75, APs, APm, APl (objects of area up to 32^2, up to
-    96^2, larger), AR1, AR10, AR100 (best 1, 10, 100 detections per image and class), ARs, ARm, ARl. Then `per_class`,
-    which holds under each class name the same twelve keys for that class alone and `num_objects`, its objects without
-    crowd regions. A mean over classes leaves out those in which the metric is undefined.
+    Keys: those of METRICS, in that order, then `per_class`, which holds under each class name the same twelve keys for
+    that class alone and `num_objects`, its objects without crowd regions. A mean over classes leaves out those in which
+    the metric is undefined.
 
     The numbers are those of pycocotools' COCOeval (cocodataset/cocoapi) up to rounding, ties of scores included: images
     count in ascending order of id, detections of one image in the order given. Differences, all on purpose: undefined
@@ -61,27 +68,22 @@ def coco_metrics(annotations: Annotations, detections: DetectionArrays) -> dict[
 
     values = _values(precision, recall)
     class_counts = np.bincount(annotations.labels[~annotations.crowd], minlength=num_classes)
-    of_classes = {key: _optional(array.mean(axis=tuple(range(array.ndim - 1)))) for key, array in values.items()}
     per_class = {
-        name: {key: of_classes[key][k] for key in values} | {"num_objects": int(class_counts[k])}
+        name: {key: _mean(array[k : k + 1]) for key, array in values.items()} | {"num_objects": int(class_counts[k])}
         for k, name in enumerate(annotations.classes)
     }
-    return {**{key: _mean(array) for key, array in values.items()}, "per_class": per_class}
+    return {key: _mean(array) for key, array in values.items()} | {"per_class": per_class}
 
 
 def check_detections(annotations: Annotations, detections: DetectionArrays) -> None:
     """Raise DataError for scores or boxes that are not finite, ValueError for rows that belong to no image or class."""
     finite = np.isfinite(detections.scores) & np.isfinite(detections.boxes).all(axis=1)
     if not finite.all():
-        raise DataError(
-            f"{annotations.file}: detections: {np.count_nonzero(~finite)} of {len(finite)} have a score or box that is "
-            f"not a finite number - the model has diverged; take an earlier checkpoint or a lower learning rate",
-            code="not-finite",
-        )
-    for name, values, end in (
-        ("indices", detections.indices, len(annotations)),
-        ("labels", detections.labels, len(annotations.classes)),
-    ):
+        problem = f"{np.count_nonzero(~finite)} of {len(finite)} have a score or box that is not a finite number"
+        fix = "the model has diverged; take an earlier checkpoint or a lower learning rate"
+        raise DataError(f"{annotations.file}: detections: {problem} - {fix}", code="not-finite")
+    for name, end in (("indices", len(annotations)), ("labels", len(annotations.classes))):
+        values = getattr(detections, name)
         if len(values) and not 0 <= values.min() <= values.max() < end:
             raise ValueError(f"{name} must lie in [0, {end}), got {values.min()}..{values.max()}")
 
@@ -94,12 +96,13 @@ class _Ranked(NamedTuple):
     ranks: Int64[np.ndarray, "D"]
     """Place among the detections of the same image and class, from 0."""
     places: Int64[np.ndarray, "D"]
-    """Of the score among all scores, the best first; equal scores share one."""
+    """How many different scores of the whole data set are higher."""
 
 
 def _rank(detections: DetectionArrays, image_order: Int64[np.ndarray, "N"]) -> _Ranked:
     groups = detections.labels * len(image_order) + image_order[detections.indices]
-    places = _places(detections.scores)
+    # Whole numbers sort several times as fast as scores, in pairs with groups too.
+    places = np.unique(-detections.scores, return_inverse=True)[1]
     order = np.argsort(groups * len(places) + places, kind="stable")
     positions = np.arange(len(order))
     starts = np.diff(groups[order], prepend=-1) > 0
@@ -108,15 +111,6 @@ def _rank(detections: DetectionArrays, image_order: Int64[np.ndarray, "N"]) -> _
     order = order[kept]
     boxes = detections.boxes[order]
     return _Ranked(Boxes(boxes, groups[order], box_areas(boxes)), detections.labels[order], ranks[kept], places[order])
-
-
-def _places(scores: Float64[np.ndarray, "D"]) -> Int64[np.ndarray, "D"]:
-    """For each score, how many different scores are higher. Whole numbers sort several times as fast, in pairs too."""
-    order = np.argsort(-scores)
-    falling = scores[order]
-    places = np.empty(len(order), dtype=np.int64)
-    places[order] = np.cumsum(np.diff(falling, prepend=falling[:1]) != 0)
-    return places
 
 
 def _in_ranges(areas: Float64[np.ndarray, "N"]) -> Bool[np.ndarray, "N R"]:
@@ -168,11 +162,11 @@ def _precision(
     # 4. The n-th true positive of a curve reaches recall n / num_counted. `first` is the row in `values` of the one
     # that reaches each recall. reduceat takes the maximum from one such row to the next; the running maximum from the
     # highest recall down then gives the maximum to the end of the curve.
-    wanted = _positives_needed(num_counted)[:, None]
+    needed = _positives_needed(num_counted)[:, None]
     begins, ends = (
         positives[edges].reshape(num_ranges, num_thresholds, num_classes) for edges in (starts[:-1], starts[1:])
     )
-    first = begins[..., None] + wanted
+    first = begins[..., None] + needed
     reached = first < ends[..., None]
     first = np.minimum(first, ends[..., None])
     stretch = np.maximum.reduceat(values, first.ravel()).reshape(first.shape)
@@ -203,29 +197,16 @@ def _recall(matches: Matches, ranked: _Ranked, num_counted: Int64[np.ndarray, "K
 
 def _values(
     precision: Float64[np.ndarray, "T P K R"], recall: Float64[np.ndarray, "T K R L"]
-) -> dict[str, Float64[np.ndarray, "... K"]]:
-    """What each metric is the mean of."""
-    half, three_quarters = (int(np.flatnonzero(value == THRESHOLDS)[0]) for value in (0.5, 0.75))
-    return {
-        "AP": precision[..., 0],
-        "AP50": precision[half, ..., 0],
-        "AP75": precision[three_quarters, ..., 0],
-        "APs": precision[..., 1],
-        "APm": precision[..., 2],
-        "APl": precision[..., 3],
-        "AR1": recall[..., 0, 0],
-        "AR10": recall[..., 0, 1],
-        "AR100": recall[..., 0, 2],
-        "ARs": recall[..., 1, 2],
-        "ARm": recall[..., 2, 2],
-        "ARl": recall[..., 3, 2],
-    }
+) -> dict[str, Float64[np.ndarray, "K"]]:
+    """Every metric of every class, NaN where it is undefined."""
+    half, three_quarters = np.flatnonzero(np.isin(THRESHOLDS, (0.5, 0.75)))
+    arrays = [precision[..., 0], precision[half, ..., 0], precision[three_quarters, ..., 0]]
+    arrays += [precision[..., area] for area in (1, 2, 3)]
+    arrays += [recall[..., 0, limit] for limit in (0, 1, 2)] + [recall[..., area, 2] for area in (1, 2, 3)]
+    means = [array.mean(axis=tuple(range(array.ndim - 1))) for array in arrays]
+    return dict(zip(METRICS, means, strict=True))
 
 
-def _mean(values: Float64[np.ndarray, "..."]) -> float | None:
+def _mean(values: Float64[np.ndarray, "K"]) -> float | None:
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else None
-
-
-def _optional(values: Float64[np.ndarray, "K"]) -> list[float | None]:
-    return [None if np.isnan(value) else value for value in values.tolist()]

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,10 @@ import numpy as np
 from retina.data.checks import RecordsError
 from retina.data.coco import Annotations
 from retina.errors import DataError, plain
-from retina.evaluation.metrics import DetectionArrays
+from retina.evaluation.metrics import METRICS, DetectionArrays
 from retina.files import write_whole
 
-HEADLINES = {
-    "AP": "IoU 0.50:0.95",
-    "AP50": "IoU 0.50",
-    "AP75": "IoU 0.75",
-    "APs": "area up to 32^2",
-    "APm": "area 32^2 to 96^2",
-    "APl": "area over 96^2",
-    "AR1": "best 1 per image and class",
-    "AR10": "best 10 per image and class",
-    "AR100": "best 100 per image and class",
-    "ARs": "area up to 32^2",
-    "ARm": "area 32^2 to 96^2",
-    "ARl": "area over 96^2",
-}
+_KEYS = ("image_id", "category_id", "bbox", "score")
 _COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 _LARGEST = 1e100
 """A larger number is no score and no pixel: areas of boxes that far away would not be finite."""
@@ -51,36 +38,29 @@ def read_results(file: Path, annotations: Annotations) -> DetectionArrays:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: is not JSON: {error} - write it again", code="not-json") from None
     if not isinstance(records, list):
-        raise DataError(
-            f"{file}: holds {type(records).__name__} instead of a list - give a results file, not an annotation file",
-            code="wrong-type",
-        )
-    known = {
-        "image_id": {int(image_id): index for index, image_id in enumerate(annotations.image_ids)},
-        "category_id": {own: label for label, own in enumerate(annotations.category_ids) if own is not None},
-    }
+        problem = f"holds {type(records).__name__} instead of a list - give a results file, not an annotation file"
+        raise DataError(f"{file}: {problem}", code="wrong-type")
+    index_of = {int(image_id): index for index, image_id in enumerate(annotations.image_ids)}
+    label_of = {category_id: label for label, category_id in enumerate(annotations.category_ids)}
+    label_of.pop(None, None)
     rows = np.zeros((len(records), 2), dtype=np.int64)
-    numbers = np.empty((len(records), 5), dtype=np.float64)
+    numbers = np.zeros((len(records), 5), dtype=np.float64)
     faults: list[str] = []
     unknown: Counter[tuple[str, int]] = Counter()
     for position, record in enumerate(records):
-        try:
-            ids = [_id(record, key) for key in known]
-            numbers[position] = *_bbox(record), _number(record["score"], "score")
-        except KeyError as error:
-            keys = "image_id, category_id, bbox and score"
-            faults.append(f"{file}: result {position}: has no key {error} - every result needs {keys}")
+        if problem := _problem(record):
+            faults.append(f"{file}: result {position}: {problem}")
             continue
-        except _RecordError as error:
-            faults.append(f"{file}: result {position}: {error}")
-            continue
-        unknown.update((key, own) for key, own in zip(known, ids, strict=True) if own not in known[key])
-        rows[position] = [known[key].get(own, 0) for key, own in zip(known, ids, strict=True)]
-    faults += [
-        f"{file}: {key} {own!r:.40}: is that of {count} result{'s' * (count > 1)}, but not in {annotations.file} - use "
-        "the ids of that file"
-        for (key, own), count in unknown.items()
-    ]
+        image_id, category_id = record["image_id"], record["category_id"]
+        if image_id not in index_of:
+            unknown["image_id", image_id] += 1
+        if category_id not in label_of:
+            unknown["category_id", category_id] += 1
+        rows[position] = index_of.get(image_id, 0), label_of.get(category_id, 0)
+        numbers[position] = *record["bbox"], record["score"]
+    for (key, value), count in unknown.items():
+        problem = f"is that of {count} result{'s' * (count > 1)}, but not in {annotations.file}"
+        faults.append(f"{file}: {key} {value!r:.40}: {problem} - use the ids of that file")
     if faults:
         raise RecordsError(faults)
     boxes = numbers[:, :4]
@@ -88,32 +68,24 @@ def read_results(file: Path, annotations: Annotations) -> DetectionArrays:
     return DetectionArrays(rows[:, 0], boxes, numbers[:, 4], rows[:, 1])
 
 
-class _RecordError(Exception):
-    """A fault in one record, and how to mend it."""
-
-
-def _id(record: object, key: str) -> int:
+def _problem(record: Any) -> str:
+    """What is wrong with a record, and how to mend it; nothing for a sound one."""
     if not isinstance(record, dict):
-        raise _RecordError(f"is {record!r:.40} instead of an object - write one object per detection")
-    value = record[key]
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _RecordError(f"{key} is {value!r:.40} instead of an integer - use the ids of the annotation file")
-    return value
-
-
-def _bbox(record: Mapping[str, object]) -> list[float]:
+        return f"is {record!r:.40} instead of an object - write one object per detection"
+    for key in _KEYS:
+        if key not in record:
+            return f"has no key {key!r} - every result needs {', '.join(_KEYS)}"
+    for key in ("image_id", "category_id"):
+        if type(record[key]) is not int:  # a bool is an int too, but no id
+            return f"{key} is {record[key]!r:.40} instead of an integer - use the ids of the annotation file"
     bbox = record["bbox"]
     if not isinstance(bbox, list) or len(bbox) != 4:
-        raise _RecordError(f"bbox is {bbox!r:.40} - write [x, y, width, height]")
-    return [_number(value, "bbox") for value in bbox]
-
-
-def _number(value: object, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _RecordError(f"{key} holds {value!r:.40} instead of a number - write a finite number")
-    if not abs(value) <= _LARGEST:
-        raise _RecordError(f"{key} holds {value!r:.40} - write a finite number")
-    return float(value)
+        return f"bbox is {bbox!r:.40} - write [x, y, width, height]"
+    for key, values in (("bbox", bbox), ("score", [record["score"]])):
+        for value in values:
+            if type(value) not in (int, float) or not abs(value) <= _LARGEST:
+                return f"{key} holds {value!r:.40} - write a finite number"
+    return ""
 
 
 def write_metrics(file: Path, metrics: Mapping[str, Any]) -> None:
@@ -128,22 +100,16 @@ def write_metrics(file: Path, metrics: Mapping[str, Any]) -> None:
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
     """The twelve numbers of `coco_metrics`, 0 to 1, then a table with a row per class; undefined is shown as "-"."""
-    width = max(map(len, HEADLINES))
-    lines = [f"{key:<{width}}  {_shown(metrics[key]):>5}  {meaning}" for key, meaning in HEADLINES.items()]
+    lines = [f"{key:<6} {_shown(metrics[key]):>5}  {meaning}" for key, meaning in METRICS.items()]
     table: list[tuple[str, ...]] = [("class", "objects", *_COLUMNS)]
     for name, values in metrics["per_class"].items():
         table.append((plain(name), str(values["num_objects"]), *(_shown(values[key]) for key in _COLUMNS)))
-    return "\n".join([*lines, "", *_aligned(table)])
+    first, *others = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for name, *cells in table:
+        lines.append("  ".join([name.ljust(first), *map(str.rjust, cells, others)]))
+    lines.insert(len(METRICS), "")
+    return "\n".join(lines)
 
 
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        f"{row[0]:<{widths[0]}}"
-        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in table
-    ]

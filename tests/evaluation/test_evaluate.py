@@ -19,7 +19,7 @@ from retina.detections import postprocess
 from retina.engine.build import build_eval_loader
 from retina.engine.config import DataConfig
 from retina.errors import DataError
-from retina.evaluation.evaluate import Evaluation, evaluate, evaluate_unless_stopped
+from retina.evaluation.evaluate import Evaluation, StoppedError, evaluate
 from retina.losses.detection import DetectionLoss
 from retina.types import Batch, Losses, Predictions, Targets
 
@@ -67,11 +67,6 @@ def run(annotations: Annotations, batches: Iterable[Batch], model: Oracle | None
             oracle.next = batch.indices.tolist()
             yield batch
 
-    cpu = torch.device("cpu")
-    if "stopping" in options:
-        stopping = options.pop("stopping")
-        options = {"postprocess": postprocess, "device": cpu, "criterion": None, "dtype": torch.float32} | options
-        return evaluate_unless_stopped(stopping, oracle, shown(), annotations, **options)
     return evaluate(oracle, shown(), annotations, **options)
 
 
@@ -175,7 +170,8 @@ def test_told_to_stop_it_stops(annotations: Annotations) -> None:
         asked.append(len(asked))
         return signal.SIGTERM if len(asked) == 3 else 0
 
-    assert run(annotations, loader(annotations), stopping=stopping) is None
+    with pytest.raises(StoppedError):
+        run(annotations, loader(annotations), stopping=stopping)
     assert asked == [0, 1, 2]
     assert isinstance(run(annotations, loader(annotations), stopping=lambda: 0), Evaluation)
 
@@ -195,7 +191,8 @@ def test_two_processes_know_what_one_would(annotations: Annotations, tmp_path: P
 
 def test_both_stop_when_one_is_told_to(annotations: Annotations, tmp_path: Path) -> None:
     def task(rank: int) -> None:
-        assert run(annotations, loader(annotations, 1), stopping=lambda: signal.SIGTERM * rank) is None
+        with pytest.raises(StoppedError):
+            run(annotations, loader(annotations, 1), stopping=lambda: signal.SIGTERM * rank)
 
     assert in_processes(task, tmp_path) == [0, 0]
 
