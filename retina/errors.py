@@ -54,6 +54,12 @@ class ConfigError(RetinaError):
     """A setting or argument that does not exist, has the wrong type or contradicts another."""
 
 
+def check(fine: bool, key: str, value: object, fix: str) -> None:
+    """Raises ConfigError for the value of the argument `key` unless it is fine."""
+    if not fine:
+        raise ConfigError(f"{value!r} is not allowed - {fix}", code="out-of-range", key=key)
+
+
 def check_choice(value: object, known: Iterable[object], key: str) -> None:
     """Raises ConfigError for a value of the argument `key` that is none of the known ones."""
     if value not in known:

@@ -21,9 +21,7 @@ from retina.errors import CheckpointError, check_choice
 from retina.model.backbone import merge_norms
 from retina.model.retinanet import RetinaNet
 from retina.model.weights import DetectorCard, load_detector
-from retina.types import Batch, Detections, Predictions, to_device
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from retina.types import DTYPES, Batch, Detections, Predictions, to_device
 
 ImageLike = str | Path | np.ndarray | Image.Image | Tensor
 """A path, a uint8 array [H W 3], a PIL image or a uint8 tensor [3 H W]."""
@@ -42,11 +40,11 @@ class Detector:
 
         Raises ConfigError for an unknown precision in `card.preprocessing`, KeyError for a missing setting."""
         precision = card.preprocessing["precision"]
-        check_choice(precision, PRECISIONS, "precision")
+        check_choice(precision, DTYPES, "precision")
         self.card = card
         self.device = device
         self.file = file
-        self.dtype = PRECISIONS[precision]
+        self.dtype = DTYPES[precision]
         self.model = model.to(device).to(memory_format=torch.channels_last).eval()
         merge_norms(self.model)
         for layer in self.model.modules():

@@ -220,9 +220,9 @@ def score(
     model: "nn.Module",
 ) -> "Evaluation | None":
     """The metrics of the model on the validation split, with a picture of some detections; None if told to stop."""
-    from retina.engine.step import DTYPES
     from retina.evaluation.evaluate import StoppedError, evaluate
     from retina.evaluation.pictures import evaluation_pictures
+    from retina.types import DTYPES
 
     try:
         evaluation = evaluate(

@@ -21,12 +21,12 @@ from retina.engine.config import TrainConfig, to_steps
 from retina.engine.logging import RunLogger
 from retina.engine.meter import LAG, PendingFlags
 from retina.engine.optim import set_learning_rate
-from retina.engine.step import DTYPES, StepResult, parallel, train_step
+from retina.engine.step import StepResult, parallel, train_step
 from retina.errors import RetinaError
 from retina.evaluation.evaluate import Evaluation
 from retina.losses.detection import DetectionLoss
 from retina.losses.diagnose import Diagnosis, prior_is_lost, summarize, with_diagnosis
-from retina.types import Batch, Criterion, to_device
+from retina.types import DTYPES, Batch, Criterion, to_device
 from retina.visualize import batch_pictures, grid
 
 

@@ -15,8 +15,6 @@ from retina import distributed
 from retina.engine.optim import norm_and_divisor, step_where
 from retina.types import Batch, Criterion
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class StepResult(NamedTuple):
     """Numbers of one update over all ranks and micro-batches, still on the device."""

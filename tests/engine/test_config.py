@@ -5,14 +5,22 @@ from typing import Any
 
 import pytest
 
+from retina.engine import config
 from retina.engine.config import DataConfig, SplitConfig, TrainConfig, check_type, from_mapping, to_steps, unknown_key
 from retina.errors import ConfigError
+from retina.evaluation import metrics
+from retina.types import DTYPES
 
 
 def test_defaults_and_given_values() -> None:
     config = from_mapping(TrainConfig, {"batch_size": 8, "clip_norm": 1, "length": "3ep"}, "train")
     assert config == TrainConfig(batch_size=8, clip_norm=1.0, length="3ep")
     assert isinstance(config.clip_norm, float)
+
+
+def test_names_that_settings_know_without_torch_are_those_of_the_library() -> None:
+    assert tuple(DTYPES) == config.PRECISIONS
+    assert tuple(metrics.METRICS) == config.METRICS
 
 
 def test_nested_sections() -> None:

@@ -13,7 +13,7 @@ from retina.engine.step import train_step
 from retina.lab.clock import Bench, Row, Times, absolute, cost, speedup
 from retina.losses.detection import DetectionLoss
 from retina.model.retinanet import RetinaNet
-from retina.types import Batch, Predictions, Targets
+from retina.types import DTYPES, Batch, Predictions, Targets
 
 OBJECTS = 8
 """Per image; COCO has 7.3 on average."""
@@ -58,9 +58,6 @@ def run(bench: Bench) -> list[Row]:
         speed = images / seconds
         rows.append(absolute("training bf16", speed, "images/s", must=130, goal=270, lower_is_better=False))
     return rows
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def floor_row(times: Mapping[str, Times], name: str, shape: str, cuda: bool) -> Row:
