@@ -29,4 +29,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         hint = f"did you mean {near[0]}? There are " if near else "choose one of "
         print(f"error: {name or 'nothing to do'} - {hint}{', '.join(EXPERIMENTS)}", file=sys.stderr)
         sys.exit(2)
+    if name == "ladder":
+        name, words = "ablate", ["study=ladder", *words]
     sys.exit(importlib.import_module(f"retina.lab.{name}").main(words))

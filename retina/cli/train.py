@@ -43,14 +43,18 @@ def check(settings: Settings) -> None:
     from_mapping(TrainConfig, settings["train"], "train")
     from_mapping(DataConfig, settings["data"], "data")
     run_folder(str(settings["runs"]), str(settings["name"]))
-    make_recipe(settings)
+    recipe = make_recipe(settings)
 
     import torch
 
+    from retina.engine.optim import build_optimizer
     from retina.model.retinanet import retinanet
 
+    arguments = settings["model"] | {"weights": None}
     with torch.device("meta"):  # shapes alone
-        call(retinanet, "model", **settings["model"] | {"weights": None}, num_classes=1)
+        call(retinanet, "model", **arguments, num_classes=1, plugins=settings["plugins"])
+    recipe.schedule(0, total=1000, steps_per_epoch=100)
+    build_optimizer(recipe.optimizer, torch.nn.Conv2d(1, 1, 1))
 
 
 @entry("train", default=shapes_by_default, check=check)
@@ -74,10 +78,10 @@ def main(settings: Settings) -> Result:
     device = call(distributed.choose_device, "train.device", name=config.device)
     recipe = make_recipe(settings)
     trackers = build_trackers(settings["trackers"], settings["plugins"])
-    if config.deterministic:
-        torch.use_deterministic_algorithms(True)
-
     with distributed.process_group(device), ExitStack() as stack:
+        if config.deterministic:  # until the end of this run: a sweep may have others in this process
+            stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+            torch.use_deterministic_algorithms(True)
         run = Opened(*distributed.on_main(lambda: open_run(folder, settings, overwrite=settings["overwrite"])))
         if data.prepare and data.root:
             prepare, root = data.prepare, Path(data.root)

@@ -12,11 +12,14 @@ import yaml
 
 from retina.cli.compose import CONFIGS, Settings, compose, values_of
 from retina.engine.config import from_mapping
+from retina.engine.run_folder import WORDS, compare, read_settings
 from retina.errors import ConfigError
 
 STUDIES = CONFIGS / "studies"
 EVERY_RUN = ("train.save_every=0.25", "train.keep_checkpoints=1", "train.pictures=0")
 """Weaker than all other words."""
+ONE_SCORE = "train.eval_every=${train.length}"
+"""Stronger than all other words, because the best of several evaluations would be a matter of luck."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,7 @@ class Row:
     set: list[str] | None = None
     """Words for tools/train.py; null where a row only has published numbers, or an experiment's words are enough."""
     published: dict[str, Any] = field(default_factory=dict)
-    """In percent, by metric; `ms` is the time of an image."""
+    """From 0 to 1, by metric; `ms` is the time of an image."""
     image_scale: float = 1.0
     """Factor on data.short_side and data.long_side."""
     data: dict[str, list[str]] = field(default_factory=dict)
@@ -37,7 +40,8 @@ class Row:
 
     def __post_init__(self) -> None:
         if not 0 < self.image_scale < float("inf"):
-            raise ConfigError(f"{self.label}: image_scale: {self.image_scale} is not allowed - give a factor above 0")
+            problem = f"{self.image_scale} is not allowed - give a factor above 0"
+            raise ConfigError(problem, code="out-of-range", key=f"{self.label}: image_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +67,20 @@ class Job(NamedTuple):
 
     words: list[str]
     settings: Settings
-    seed: int
 
     @property
     def folder(self) -> Path:
         return Path(self.settings["runs"], self.settings["name"])
+
+    def finished(self) -> bool:
+        """Whether tools/train.py has said so in the run's log, and the run is of these very settings."""
+        try:
+            before = read_settings(self.folder / "config.yaml")
+            last = (self.folder / "log.txt").read_text(encoding="utf-8").splitlines()[-2:]
+        except (ConfigError, OSError, ValueError):
+            return False
+        same = all(difference.key in WORDS for difference in compare(before, self.settings))
+        return same and any(" finished at step " in line for line in last)
 
 
 class Line(NamedTuple):
@@ -86,18 +99,20 @@ def read_study(name: str) -> tuple[str, Study]:
     file = Path(name) if name.endswith((".yaml", ".yml")) else STUDIES / f"{name}.yaml"
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in STUDIES.glob("[!_]*.yaml")))
-        raise ConfigError(f"study: {name}: no such study - choose one of {known}, or give a YAML file")
+        problem = f"{name}: no such study - choose one of {known}, or give a YAML file"
+        raise ConfigError(problem, code="no-such-option", key="study")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as fault:
-        raise ConfigError(f"{file}: {' '.join(str(fault).split())} - correct this file") from None
-    try:
         study = from_mapping(Study, values, "study")
         rows = [from_mapping(Row, row, f"study.rows.{i}") for i, row in enumerate(study.rows)]
     except ConfigError as fault:
-        raise ConfigError(f"{file}: {fault}") from None
+        raise ConfigError(f"{file}: {fault}", code=fault.code) from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as fault:
+        problem = f"{file}: {' '.join(str(fault).split())} - correct this file"
+        raise ConfigError(problem, code="unreadable-file") from None
     if len({row.label for row in rows}) < len(rows) or not rows:
-        raise ConfigError(f"{file}: rows: none, or two of one label - give each row a label of its own")
+        problem = f"{file}: rows: none, or two of one label - give each row a label of its own"
+        raise ConfigError(problem, code="same-name")
     return file.stem, replace(study, rows=rows)
 
 
@@ -107,7 +122,6 @@ def plan(
     words: Sequence[str],
     seeds: Sequence[int],
     *,
-    budget: str | None,
     cumulative: bool,
     runs: str,
     into: str | None,
@@ -117,16 +131,10 @@ def plan(
     words: what was typed for tools/train.py. They win over what the study says of all rows, and a row over them."""
     data, start = data_words(words)
     name = into or f"{name}-{data}"
-    base = [
-        *EVERY_RUN,
-        *start,
-        *([f"model.weights={backbone_file(runs)}"] if start and data in known_data() else []),
-        *study.base,
-        *study.data.get(data, []),
-        *(w for w in words if not w.startswith("data=")),
-    ]
-    if budget is not None:
-        base.append(f"train.length={budget}")
+    if start and data in known_data():
+        start = [*start, f"model.weights={backbone_file(runs)}"]
+    typed = [word for word in words if not word.startswith("data=")]
+    base = [*EVERY_RUN, *start, *study.base, *study.data.get(data, []), *typed]
     lines: list[Line] = []
     before: list[str] = []
     for row in study.rows:
@@ -135,11 +143,35 @@ def plan(
             continue
         own = [*before, *_words_of_experiment(row.experiment), *(row.set or []), *row.data.get(data, [])]
         before = own if cumulative else []
-        lines += _lines(row, [*base, *own], seeds, runs=f"{runs}/{name}")
-    names = [job.folder for line in lines for job in line.jobs]
-    if twice := {str(folder) for folder in names if names.count(folder) > 1}:
-        raise ConfigError(f"study: two runs would be in {min(twice)} - give the rows labels that differ in letters")
+        lines += _lines(row, [*base, *own, ONE_SCORE, f"runs={runs}/{name}"], seeds)
+    folders = [job.folder for line in lines for job in line.jobs]
+    if twice := {str(folder) for folder in folders if folders.count(folder) > 1}:
+        problem = f"two runs would be in {min(twice)} - give the rows labels that differ in letters"
+        raise ConfigError(problem, code="shared-folder", key="study")
     return name, lines
+
+
+def _lines(row: Row, words: Sequence[str], seeds: Sequence[int]) -> list[Line]:
+    last = {word.partition("=")[0]: place for place, word in enumerate(words)}
+    choices = [values_of(words[place]) for place in sorted(last.values())]  # without what a later word overrules
+    lines = []
+    for chosen in map(list, itertools.product(*choices)):
+        swept = [word.partition("=") for word, values in zip(chosen, choices, strict=True) if len(values) > 1]
+        label = ", ".join([row.label, *(f"{key.rpartition('.')[2]} {value}" for key, _, value in swept)])
+        settings = compose("train", chosen)
+        if row.image_scale != 1:
+            sides = {f"data.{side}": settings["data"][side] for side in ("short_side", "long_side")}
+            chosen = [word for word in chosen if word.partition("=")[0] not in sides]
+            chosen += [f"{key}={round(side * row.image_scale)}" for key, side in sides.items()]
+            settings = compose("train", chosen)
+        stem = re.sub(r"[^a-zA-Z0-9.+-]+", "_", label).strip("_.")
+        jobs = []
+        for seed in seeds:
+            name = f"{stem}-seed{seed}"
+            job_settings = settings | {"train": settings["train"] | {"seed": seed}, "name": name}
+            jobs.append(Job([*chosen, f"train.seed={seed}", f"name={name}"], job_settings))
+        lines.append(Line(label, row.label, row.published, jobs))
+    return lines
 
 
 def _words_of_experiment(name: str | None) -> list[str]:
@@ -148,7 +180,8 @@ def _words_of_experiment(name: str | None) -> list[str]:
         return []
     file = CONFIGS / "experiment" / f"{name}.yaml"
     if not file.is_file():
-        raise ConfigError(f"study: experiment: {name}: no such file in {file.parent} - correct the name")
+        problem = f"experiment: {name}: no such file in {file.parent} - correct the name"
+        raise ConfigError(problem, code="no-such-option", key="study")
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
     choices = [choice for choice in values.pop("defaults", []) if isinstance(choice, dict)]
     groups = [f"{key.removeprefix('override /')}={value}" for choice in choices for key, value in choice.items()]
@@ -169,6 +202,16 @@ def known_data() -> dict[str, list[str]]:
     return known
 
 
+def data_words(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The name of the data that the words choose, and the words that every run then begins with."""
+    chosen = [word.removeprefix("data=") for word in words if word.startswith("data=")]
+    recipes = [word.removeprefix("experiment=") for word in words if word.startswith("experiment=")]
+    if recipes and not chosen:
+        return recipes[-1], []
+    data = chosen[-1] if chosen else "shapes"
+    return data, known_data().get(data, [f"data={data}", "experiment=paper"])
+
+
 def backbone_file(runs: str) -> Path:
     return Path(runs, "backbone", "best.safetensors")
 
@@ -179,51 +222,4 @@ def backbone_run(lines: Sequence[Line], runs: str) -> list[Job]:
     if not any(job.settings["model"]["weights"] == str(file) for line in lines for job in line.jobs):
         return []
     words = [*EVERY_RUN, *known_data()["_backbone"], f"runs={runs}", f"name={file.parent.name}"]
-    settings = compose("train", words)
-    return [Job(words, settings, settings["train"]["seed"])]
-
-
-def data_words(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The name of the data that the words choose, and the words that every run then begins with."""
-    known = known_data()
-    chosen = [word.removeprefix("data=") for word in words if word.startswith("data=")]
-    recipes = [word.removeprefix("experiment=") for word in words if word.startswith("experiment=")]
-    if recipes and not chosen:
-        return recipes[-1], []
-    data = chosen[-1] if chosen else "shapes"
-    return data, known.get(data, [f"data={data}", "experiment=paper"])
-
-
-def _lines(row: Row, words: Sequence[str], seeds: Sequence[int], *, runs: str) -> list[Line]:
-    choices = [values_of(word) for word in words]
-    swept = [position for position, of_one in enumerate(choices) if len(of_one) > 1]
-    lines = []
-    for chosen in itertools.product(*choices):
-        told = [word.partition("=") for word in (chosen[position] for position in swept)]
-        label = ", ".join([row.label, *(f"{key.rpartition('.')[2]} {value}" for key, _, value in told)])
-        settings, own = compose("train", chosen), list(chosen)
-        if row.image_scale != 1:
-            sides = ("short_side", "long_side")
-            own += [f"data.{side}={round(settings['data'][side] * row.image_scale)}" for side in sides]
-            settings = compose("train", own)
-        # scored once, at the end: the best of several evaluations would be a matter of luck, and of how many they are
-        train = settings["train"] | {"eval_every": settings["train"]["length"]}
-        stem = re.sub(r"[^a-zA-Z0-9.+-]+", "_", label).strip("_.")
-        jobs = []
-        for seed in seeds:
-            name = f"{stem}-seed{seed}"
-            last = [f"train.eval_every={train['eval_every']}", f"train.seed={seed}", f"runs={runs}", f"name={name}"]
-            its = settings | {"train": train | {"seed": seed}, "runs": runs, "name": name}
-            jobs.append(Job(_last_of_each([*own, *last]), its, seed))
-        lines.append(Line(label, row.label, row.published, jobs))
-    return lines
-
-
-def _last_of_each(words: Sequence[str]) -> list[str]:
-    """Without words that a later one of the same key overrules."""
-    last: dict[str, str] = {}
-    for word in words:
-        key = word.partition("=")[0]
-        last.pop(key, None)
-        last[key] = word
-    return list(last.values())
+    return [Job(words, compose("train", words))]

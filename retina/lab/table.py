@@ -2,11 +2,12 @@
 
 import csv
 import io
+import itertools
 import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median_high, stdev
 from typing import Any, NamedTuple
 
 from retina.lab.study import Job, Line, Study
@@ -15,113 +16,100 @@ METRICS = ("AP", "AP50", "AP75")
 
 
 class Measured(NamedTuple):
-    """What the finished runs of a line say, one value per run."""
+    """A line of the table and what its finished runs say, one value per run."""
 
+    line: Line
     metrics: dict[str, list[float]]
     """From 0 to 1. `rarest` is the AP of the class with the fewest objects."""
     milliseconds: list[float]
     """Of training, per image."""
     rarest: str
     """Name of that class and its share of all objects."""
+    best: bool | None = None
+    """Whether it has the highest mean AP of its row; None where it is the only line of the row."""
 
     @property
-    def num_runs(self) -> int:
-        return len(self.milliseconds)
+    def published(self) -> Mapping[str, Any]:
+        """The published numbers are told once for each row."""
+        return self.line.published if self.best is not False else {}
 
 
-def measure(jobs: Sequence[Job]) -> Measured:
+def measure(lines: Sequence[Line]) -> list[Measured]:
     """Reads the records of the runs that have been evaluated at their last step."""
-    found = Measured({name: [] for name in (*METRICS, "rarest")}, [], "")
-    for job in jobs:
-        records = read_records(job.folder / "metrics.jsonl")
+    measured = []
+    for _, row in itertools.groupby(map(_measure_line, lines), lambda one: one.line.row):
+        group = list(row)
+        scored = [one for one in group if one.metrics["AP"]]
+        best = max(scored, key=lambda one: (mean(one.metrics["AP"]), one.line.label), default=None)
+        measured += [one._replace(best=one is best) for one in group] if len(group) > 1 else group
+    return measured
+
+
+def _measure_line(line: Line) -> Measured:
+    measured = Measured(line, {name: [] for name in (*METRICS, "rarest")}, [], "")
+    for job in line.jobs:
+        records = _read_records(job.folder / "metrics.jsonl") if job.finished() else []
         scores = [record for record in records if record["kind"] == "val"]
         speeds = [record["images_per_second"] for record in records if record["kind"] == "train"]
         if not scores or not speeds:
             continue
         rarest, of_class = min(scores[-1]["per_class"].items(), key=lambda item: item[1]["num_objects"] or 1e9)
         objects = sum(one["num_objects"] for one in scores[-1]["per_class"].values())
-        values = {name: scores[-1][name] for name in METRICS} | {"rarest": of_class["AP"]}
-        for name, value in values.items():
-            found.metrics[name].append(value or 0.0)
-        found.milliseconds.append(1000 / sorted(speeds)[len(speeds) // 2])
-        found = found._replace(rarest=f"{rarest}, {of_class['num_objects'] / max(objects, 1):.0%}")
-    return found
+        for name, value in {**scores[-1], "rarest": of_class["AP"]}.items():
+            if name in measured.metrics:
+                measured.metrics[name].append(value or 0.0)
+        measured.milliseconds.append(1000 / median_high(speeds))
+        measured = measured._replace(rarest=f"{rarest}, {of_class['num_objects'] / max(objects, 1):.0%}")
+    return measured
 
 
-def read_records(file: Path) -> list[dict[str, Any]]:
-    """Of a run; a half-written last one is left out."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation."""
-    if not values:
-        return ""
-    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{mean(values):.3f}"
-
-
-def best_lines(lines: Sequence[Line], measured: Sequence[Measured]) -> set[str]:
-    """Labels of the lines with the highest mean AP among those of their row, where it has several."""
-    best: set[str] = set()
-    for row in {line.row for line in lines}:
-        of_row = [(m.metrics["AP"], line) for line, m in zip(lines, measured, strict=True) if line.row == row]
-        scored = [(mean(values), line.label) for values, line in of_row if values]
-        if len(of_row) > 1 and scored:
-            best.add(max(scored)[1])
-    return best
+def _read_records(file: Path) -> list[dict[str, Any]]:
+    """Of a finished run; none where there is no file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def markdown(
     name: str,
     study: Study,
-    lines: Sequence[Line],
     measured: Sequence[Measured],
     *,
     seeds: Sequence[int],
     command: str,
     faults: Mapping[Path, str],
-    speed: Mapping[str, float] | None,
+    speed: Mapping[str, float],
 ) -> str:
-    """`faults` of runs that failed, by their folders; `speed` of inference by labels, None where none is told."""
-    best = best_lines(lines, measured)
+    """`faults` of runs that failed, by their folders; `speed` of inference in ms per image, by labels."""
     rarest = next((one.rarest for one in measured if one.rarest), "rarest class")
-    columns = ["setting", "runs", *METRICS, f"AP of {rarest}", "training, ms per image"]
-    columns += ["inference, ms per image"] if speed is not None else []
-    columns += ["published AP", *(["published ms"] if speed is not None else [])]
-    rows = [
-        _cells(line, of_line, best, lines, speed if study.speed else None)
-        for line, of_line in zip(lines, measured, strict=True)
-    ]
-    table = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    parts = [f"# {name}: {study.title}", _preamble(study, lines, measured, seeds, best)]
-    parts += ["\n".join(f"| {' | '.join(row)} |" for row in table)]
+    columns = ["setting", "runs", *METRICS, f"AP of {rarest}", "training, ms per image", "published AP"]
+    if study.speed:
+        columns[-1:] = ["inference, ms per image", "published AP", "published ms"]
+    rows = [columns, ["---", *["---:"] * (len(columns) - 1)]]
+    for one in measured:
+        cells = [f"**{one.line.label}**" if one.best else one.line.label]
+        cells += [f"{len(one.milliseconds)} of {len(one.line.jobs)}" if one.line.jobs else ""]
+        cells += [_spread(values) for values in one.metrics.values()]
+        cells += [f"{mean(one.milliseconds):.1f}" if one.milliseconds else ""]
+        cells += [_number(speed.get(one.line.label), 1)] if study.speed else []
+        cells += [_number(one.published.get("AP"))]
+        rows.append([*cells, _number(one.published.get("ms"))] if study.speed else cells)
+    parts = [f"# {name}: {study.title}", _preamble(study, measured, seeds)]
+    parts += ["\n".join(f"| {' | '.join(row)} |" for row in rows)]
     if faults:
         parts += ["Failed:", "\n".join(f"- {folder.name}: {fault}" for folder, fault in faults.items())]
     parts += ["The table again, after the runs that it still lacks:", f"```\n{command}\n```"]
-    commands = [train_command(line.jobs[0]) for line in lines if line.jobs]
+    commands = [_train_command(one.line.jobs[0]) for one in measured if one.line.jobs]
     parts += ["One of the runs of each line:", "\n".join(["```", *commands, "```"])]
     return "\n\n".join(parts) + "\n"
 
 
-def _preamble(
-    study: Study, lines: Sequence[Line], measured: Sequence[Measured], seeds: Sequence[int], best: set[str]
-) -> str:
+def _preamble(study: Study, measured: Sequence[Measured], seeds: Sequence[int]) -> str:
     several = len(seeds) > 1
     over = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if several else f"seed {seeds[0]}"
     sentences = [f"Metrics from 0 to 1, on the validation split at the end of training, {over}."]
-    if (done := sum(one.num_runs for one in measured)) < (jobs := sum(len(line.jobs) for line in lines)):
+    done, jobs = sum(len(one.milliseconds) for one in measured), sum(len(one.line.jobs) for one in measured)
+    if done < jobs:
         sentences += [f"{done} of {jobs} runs so far."]
-    if best:
+    if any(one.best for one in measured):
         sentences += ["Of several lines of one row, the best by mean AP is bold (chosen on the same data)."]
     if study.speed:
         sentences += ["Inference is that of one thread on a CPU, or of the GPU."]
@@ -130,47 +118,40 @@ def _preamble(
     return " ".join(sentences)
 
 
-def _cells(
-    line: Line, measured: Measured, best: set[str], lines: Sequence[Line], speed: Mapping[str, float] | None
-) -> list[str]:
-    published = line.published if line.label in best or of_row(line, lines) == 1 else {}
-    cells = [f"**{line.label}**" if line.label in best else line.label]
-    cells += [f"{measured.num_runs} of {len(line.jobs)}" if line.jobs else ""]
-    cells += [spread(measured.metrics[metric]) for metric in (*METRICS, "rarest")]
-    cells += [f"{mean(measured.milliseconds):.1f}" if measured.num_runs else ""]
-    cells += [] if speed is None else [f"{speed[line.label]:.1f}" if line.label in speed else ""]
-    cells += [told(published.get("AP"))]
-    return cells if speed is None else [*cells, told(published.get("ms"))]
+def _spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation."""
+    if not values:
+        return ""
+    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{mean(values):.3f}"
 
 
-def of_row(line: Line, lines: Sequence[Line]) -> int:
-    return sum(other.row == line.row for other in lines)
+def _number(value: object, places: int = 3) -> str:
+    """Whole numbers have no places."""
+    return "" if value is None else f"{value:.{places}f}" if isinstance(value, float) else str(value)
 
 
-def told(value: object) -> str:
-    """AP has three places, whole milliseconds none."""
-    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def train_command(job: Job) -> str:
+def _train_command(job: Job) -> str:
     return shlex.join(["python", "tools/train.py", *job.words])
 
 
-def comma_separated(lines: Sequence[Line], measured: Sequence[Measured], *, speed: Mapping[str, float] | None) -> str:
+def comma_separated(measured: Sequence[Measured], speed: Mapping[str, float]) -> str:
     """A record per line of the table, with the values of all seeds; published numbers in columns of their own."""
-    best = best_lines(lines, measured)
-    published = sorted({key for line in lines for key in line.published})
+    published = sorted({key for one in measured for key in one.line.published})
+    rows = []
+    for one in measured:
+        line = one.line
+        row: dict[str, object] = {"label": line.label, "row": line.row}
+        row["best_of_row"] = "" if one.best is None else int(one.best)
+        for name, values in one.metrics.items():
+            row[name] = f"{mean(values):.6f}" if values else ""
+            row[f"{name}_std"] = f"{stdev(values):.6f}" if len(values) > 1 else ""
+            row[f"{name}_runs"] = " ".join(f"{value:.6f}" for value in values)
+        row["train_ms"] = f"{mean(one.milliseconds):.3f}" if one.milliseconds else ""
+        row["inference_ms"] = speed.get(line.label, "")
+        row |= {f"published_{key}": _number(line.published.get(key)) for key in published}
+        rows.append(row | {"command": _train_command(line.jobs[0]) if line.jobs else ""})
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    values = [f"{name}{part}" for name in (*METRICS, "rarest") for part in ("", "_std", "_runs")]
-    writer.writerow(["label", "row", "best_of_row", *values, "train_ms", "inference_ms",
-                     *(f"published_{key}" for key in published), "command"])  # fmt: skip
-    for line, of_line in zip(lines, measured, strict=True):
-        cells: list[object] = [line.label, line.row, int(line.label in best) if of_row(line, lines) > 1 else ""]
-        for runs in of_line.metrics.values():
-            cells += [f"{mean(runs):.6f}" if runs else "", f"{stdev(runs):.6f}" if len(runs) > 1 else ""]
-            cells += [" ".join(f"{value:.6f}" for value in runs)]
-        cells += [f"{mean(of_line.milliseconds):.3f}" if of_line.num_runs else "", (speed or {}).get(line.label, "")]
-        cells += [told(line.published.get(key)) for key in published]
-        writer.writerow([*cells, train_command(line.jobs[0]) if line.jobs else ""])
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return buffer.getvalue()

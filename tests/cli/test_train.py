@@ -101,6 +101,12 @@ def test_a_warm_up_longer_than_the_run_is_told(train: Tool, capsys: Capture) -> 
     assert capsys.readouterr().out.splitlines()[7].startswith(told)
 
 
+def test_a_deterministic_run_leaves_the_next_of_its_process_alone(train: Tool, capsys: Capture) -> None:
+    assert train(*tiny("nowhere", **{"train.deterministic": "true", "data.root": "nowhere"})) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_a_head_without_its_prior_is_told(
     place: Path, finished: subprocess.CompletedProcess[str], train: Tool, capsys: Capture
 ) -> None:

@@ -1,6 +1,5 @@
 """The lab's door: which experiments there are, and what a wrong one is told."""
 
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -34,4 +33,3 @@ def test_every_experiment_has_help_of_its_own(tool: Tool, load: Any, capsys: Cap
         assert tool("lab", name, "--help") == 0
         out = capsys.readouterr().out
         assert f"tools/lab.py {name}" in out or name == "ladder", name  # which is an ablation, and says that
-        assert (Path(__file__).parents[2] / "retina" / "lab" / f"{name}.py").is_file()
