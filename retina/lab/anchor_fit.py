@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from retina.lab.coverage import Objects, Pyramid, best_iou, distances, iou_of_shapes
+from retina.lab.coverage import Objects, Pyramid, best_iou, distances, iou_of_shapes, overlap
 from retina.ops.anchors import AnchorGenerator
 
 LEAST_GAIN = 0.01
@@ -131,11 +131,9 @@ class Trial(NamedTuple):
     """Best IoU of every object, for each cut of the images into halves."""
 
     def numbers(self) -> dict[str, Any]:
-        told = {
-            name: {"gain": one.mean, "noise": one.noise, "counts": one.counts}
-            for name, one in (("best_iou", self.iou), ("recall_at_threshold", self.recall))
-        }
-        return {"levels": self.levels, "anchors": self.anchors, **told}
+        gains = {"best_iou": self.iou, "recall_at_threshold": self.recall}
+        described = {name: {"gain": g.mean, "noise": g.noise, "counts": g.counts} for name, g in gains.items()}
+        return {"levels": self.levels, "anchors": self.anchors, **described}
 
 
 class Decision(NamedTuple):
@@ -157,21 +155,11 @@ def try_levels(
     canvas, count = objects.canvas.unique(dim=0, return_counts=True)
     trials = []
     for levels, start in starts if cuts else ():
-
-        def fitted(half: Objects, start: Pyramid = start) -> Pyramid:
-            return fit(half, start, threshold, generator)
-
-        scores = held_out(objects, cuts, fitted)
+        scores = held_out(objects, cuts, lambda half, start=start: fit(half, start, threshold, generator))  # type: ignore[misc]
+        recall = gain(objects, *((ious >= threshold).float() for ious in (scores, before)))
         cells = int(start.cells(canvas[count.argmax()][None]).prod(dim=-1).sum())
-        trials.append(
-            Trial(
-                levels,
-                cells * start.anchors.num_per_cell,
-                gain(objects, scores, before),
-                gain(objects, *((ious >= threshold).float() for ious in (scores, before))),
-                scores,
-            )
-        )
+        anchors = cells * start.anchors.num_per_cell
+        trials.append(Trial(levels, anchors, gain(objects, scores, before), recall, scores))
     return trials
 
 
@@ -194,72 +182,57 @@ def decide(objects: Objects, trials: Sequence[Trial], levels: list[int], thresho
         if pays:
             chosen = other
             break
-    return _judged(chosen, len(levels))
-
-
-def _judged(trial: Trial, number: int) -> Decision:
-    """`number`: of levels as they are."""
-    iou, recall = trial.iou, trial.recall
-    if iou.falls or recall.falls:
-        change, why = False, "what one gains the other loses"
-    elif iou.rises or recall.rises:
-        change, why = True, "more than noise"
-    elif len(trial.levels) < number:
-        change, why = True, "one level less costs nothing"
-    elif max(iou.mean - iou.noise, recall.mean - recall.noise) > 0:
-        change, why = False, f"a gain below {LEAST_GAIN:g} is worth no change"
-    else:
-        change, why = False, "the gain is within noise"
-    where = "" if len(trial.levels) == number else f" from P{trial.levels[0]} on"
-    told = f"{why}: mean best IoU {iou}, recall {recall} on images not fitted to"
-    return Decision(trial.levels, change, f"{'change' if change else 'no change'}{where}, {told}")
+    iou, recall = chosen.iou, chosen.recall
+    reasons = (
+        (iou.falls or recall.falls, False, "what one gains the other loses"),
+        (iou.rises or recall.rises, True, "more than noise"),
+        (len(chosen.levels) < len(levels), True, "one level less costs nothing"),
+        (iou.mean > iou.noise or recall.mean > recall.noise, False, f"a gain below {LEAST_GAIN:g} is worth no change"),
+        (True, False, "the gain is within noise"),
+    )
+    change, why = next((change, why) for holds, change, why in reasons if holds)
+    where = "" if len(chosen.levels) == len(levels) else f" from P{chosen.levels[0]} on"
+    numbers = f"mean best IoU {iou}, recall {recall} on images not fitted to"
+    return Decision(chosen.levels, change, f"{'change' if change else 'no change'}{where}, {why}: {numbers}")
 
 
 class _Data(NamedTuple):
-    """What a fit knows."""
+    """The objects that a fit looks at."""
 
     sides: Float[Tensor, "N 2"]
-    far: Float[Tensor, "N L 2"]
-    """Distance to the nearest anchor's centre."""
+    distance: Float[Tensor, "N L 2"]
+    """To the nearest anchor's centre."""
     strides: Int64[Tensor, "L"]
     threshold: float
 
     def climb(self, start: Logs, steps: int) -> tuple[float, Logs]:
-        """The value reached, and where. Adam's steps (Kingma and Ba, ICLR 2015), that end at 0."""
-        logs, mean, square = start, torch.zeros(()), torch.zeros(())
+        """The value reached, and where: Adam's steps (Kingma and Ba, ICLR 2015), whose rate falls to 0."""
+        logs = Logs(*(part.clone().requires_grad_() for part in start))
+        optimizer = torch.optim.Adam(logs, maximize=True)
         most = (_MOST_STRIDES * self.strides).log()
         most[-1] = math.inf
         for step in range(steps + 1):
-            # a coarser level has no smaller anchors
-            sizes = torch.minimum(logs.sizes.cummax(dim=0).values, most - logs.scales.max())
-            logs = logs._replace(sizes=sizes)
-            value, slope = self.slope(logs)
-            mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope**2
-            size = (square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
-            moved = torch.cat(logs) + _RATE * (1 - step / steps) * mean / (1 - 0.9 ** (step + 1)) / size
-            logs = Logs(*moved.split([len(part) for part in logs]))
-        return value, logs
+            with torch.no_grad():  # a coarser level has no smaller anchors
+                logs.sizes.copy_(torch.minimum(logs.sizes.cummax(dim=0).values, most - logs.scales.max()))
+            optimizer.zero_grad()
+            value = self.value(logs)
+            value.backward()
+            optimizer.param_groups[0]["lr"] = _RATE * (1 - step / steps)
+            optimizer.step()
+        return value.item(), Logs(*(part.detach() for part in logs))
 
-    def slope(self, logs: Logs) -> tuple[float, Float[Tensor, "L+s+r"]]:
-        """The value, and how it changes with every logarithm."""
-        num_scales, num_ratios = len(logs.scales), len(logs.ratios)
+    def value(self, logs: Logs) -> Float[Tensor, ""]:
+        """What a fit climbs."""
+        sides = logs.sides()
         winner = self.winners(logs)
-        level, shape = winner // (num_scales * num_ratios), winner % (num_scales * num_ratios)
-        far = self.far[torch.arange(len(level)), level]
-        iou, by_side = slope_of_iou(self.sides, far, logs.sides().flatten(0, 1)[winner])
-        value = (iou + (iou / self.threshold).clamp(max=1)).mean()
-        by_width, by_height = (by_side * (1 + (iou < self.threshold) / self.threshold)[:, None] / len(iou)).unbind(-1)
-        slope = torch.zeros(sum(map(len, logs)))
-        places = level, len(logs.sizes) + shape // num_ratios, len(logs.sizes) + num_scales + shape % num_ratios
-        for place, part in zip(
-            places, (by_width + by_height, by_width + by_height, (by_height - by_width) / 2), strict=True
-        ):
-            slope.index_add_(0, place, part)
-        return value.item(), slope
+        distance = self.distance[torch.arange(len(winner)), winner // sides.shape[1]]
+        iou = overlap(self.sides.T, distance.T, sides.flatten(0, 1)[winner].T)
+        return (iou + (iou / self.threshold).clamp(max=1)).mean()
 
+    @torch.no_grad()
     def winners(self, logs: Logs) -> Int64[Tensor, "N"]:
         """The best of all L x n shapes for each object."""
-        return iou_of_shapes(self.sides, self.far, logs.sides()).flatten(0, 1).max(dim=0).indices
+        return iou_of_shapes(self.sides, self.distance, logs.sides()).flatten(0, 1).argmax(dim=0)
 
     def with_idle_levels(self, logs: Logs) -> Logs:
         """The levels above and below all those that win an object follow by octaves: nothing pulled at them."""
@@ -270,21 +243,6 @@ class _Data(NamedTuple):
         for level in reversed(range(used[0])):
             sizes[level] = sizes[level + 1] - math.log(2)
         return logs._replace(sizes=sizes)
-
-
-def slope_of_iou(
-    sides: Float[Tensor, "N 2"], distance: Float[Tensor, "N 2"], anchors: Float[Tensor, "N 2"]
-) -> tuple[Float[Tensor, "N"], Float[Tensor, "N 2"]]:
-    """IoU as of `iou_of_shapes`, and its derivatives by the logarithms of the anchors' width and height.
-
-    With I the intersection, U the union and a the anchor's area: d(I / U) = (dI (U + I) - I da) / U^2."""
-    shared, which = torch.stack(((sides + anchors) / 2 - distance, sides, anchors)).min(dim=0)
-    grows = torch.tensor([0.5, 0.0, 1.0])[which] * (shared > 0)
-    shared = shared.clamp(min=0)
-    intersection, area = shared.prod(dim=-1, keepdim=True), anchors.prod(dim=-1, keepdim=True)
-    union = sides.prod(dim=-1, keepdim=True) + area - intersection
-    by_side = (grows * anchors * shared.flip(-1) * (union + intersection) - intersection * area) / union**2
-    return (intersection / union)[:, 0], by_side
 
 
 def _starts(sides: Float[Tensor, "N 2"], pyramid: Pyramid) -> list[Logs]:

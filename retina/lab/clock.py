@@ -7,9 +7,11 @@ CUDA: device events. The ways take turns within each round, after a warm-up that
 import gc
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -76,13 +78,13 @@ class Row:
 
     measure: str
     ours: float
-    reference: float | None
+    reference: float | None = None
     """None where a bar is absolute; then `ratio` is `ours` itself."""
-    unit: str
+    unit: str = ""
     ratio: float
-    must: float | None
+    must: float | None = None
     """None: reported only."""
-    goal: float | None
+    goal: float | None = None
     lower_is_better: bool = False
     ratio_of_minima: float | None = None
     """The same ratio from the fastest round of each way, where the rest is from the medians."""
@@ -95,101 +97,62 @@ class Row:
         return "missed" if self.must is not None else "-"
 
 
-def absolute(
-    measure: str,
-    value: float,
-    unit: str = "",
-    *,
-    must: float | None = None,
-    goal: float | None = None,
-    lower_is_better: bool = True,
-    ratio_of_minima: float | None = None,
-) -> Row:
-    """A value that is held against bars of its own, without a reference."""
-    return Row(
-        measure=measure,
-        ours=value,
-        reference=None,
-        unit=unit,
-        ratio=value,
-        ratio_of_minima=ratio_of_minima,
-        must=must,
-        goal=goal,
-        lower_is_better=lower_is_better,
-    )
+def absolute(measure: str, value: float, unit: str = "", *, lower_is_better: bool = True, **bars: float | None) -> Row:
+    """A value that is held against bars of its own, without a reference. `bars`: must, goal and ratio_of_minima."""
+    return Row(measure=measure, ours=value, unit=unit, ratio=value, lower_is_better=lower_is_better, **bars)
 
 
 def speedup(measure: str, times: Mapping[str, Times], *, must: float | None, goal: float | None) -> Row:
     """How many times faster `ours` is than `reference`."""
-    ratios = (times["reference"].median / times["ours"].median, times["reference"].minimum / times["ours"].minimum)
-    return _timed(measure, times, *ratios, must, goal, lower_is_better=False)
+    row = cost(measure, times, must=must, goal=goal)
+    ratio, ratio_of_minima = 1 / row.ratio, times["reference"].minimum / times["ours"].minimum
+    return replace(row, ratio=ratio, ratio_of_minima=ratio_of_minima, lower_is_better=False)
 
 
 def cost(measure: str, times: Mapping[str, Times], *, must: float | None, goal: float | None) -> Row:
     """What `ours` costs in units of `reference`."""
-    ratios = (times["ours"].median / times["reference"].median, times["ours"].minimum / times["reference"].minimum)
-    return _timed(measure, times, *ratios, must, goal, lower_is_better=True)
-
-
-def _timed(
-    measure: str,
-    times: Mapping[str, Times],
-    ratio: float,
-    ratio_of_minima: float,
-    must: float | None,
-    goal: float | None,
-    *,
-    lower_is_better: bool,
-) -> Row:
+    ours, reference = times["ours"], times["reference"]
     return Row(
         measure=measure,
-        ours=times["ours"].median * 1000,
-        reference=times["reference"].median * 1000,
+        ours=ours.median * 1000,
+        reference=reference.median * 1000,
         unit="ms",
-        ratio=ratio,
-        ratio_of_minima=ratio_of_minima,
+        ratio=ours.median / reference.median,
+        ratio_of_minima=ours.minimum / reference.minimum,
         must=must,
         goal=goal,
-        lower_is_better=lower_is_better,
+        lower_is_better=True,
     )
 
 
 def peak_memory(work: Callable[[], object]) -> int:
     """Bytes by which the peak resident memory of this process rises above where it stood before `work` (Linux)."""
     gc.collect()
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # forgets the peak so far, which ru_maxrss cannot
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far, which ru_maxrss cannot
     before = _status("VmRSS")
     work()
     return _status("VmHWM") - before
 
 
 def _status(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))
+    """Bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on."""
-    found = {
-        "processor": _processor(),
+    file = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", file.read_text()) if file.exists() else []
+    described = {
+        "processor": models[0] if models else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "threads": torch.get_num_threads(),
     }
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return described | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
 
 
 def table(rows: list[Row]) -> str:

@@ -115,18 +115,21 @@ def distances(objects: Objects, pyramid: Pyramid) -> Float[Tensor, "N L 2"]:
     return (to_first - cell * strides).abs()
 
 
+def overlap(
+    sides: Float[Tensor, "2 *#n"], distance: Float[Tensor, "2 *#n"], anchors: Float[Tensor, "2 *#n"]
+) -> Float[Tensor, "*#n"]:
+    """IoU of objects and anchors, given as width and height, whose centres are so far apart along x and y."""
+    width, height = torch.minimum((sides + anchors) / 2 - distance, torch.minimum(sides, anchors)).clamp(min=0)
+    intersection = width * height
+    return intersection / (sides[0] * sides[1] + anchors[0] * anchors[1] - intersection)
+
+
 def iou_of_shapes(
     sides: Float[Tensor, "N 2"], distance: Float[Tensor, "N L 2"], anchors: Float[Tensor, "L n 2"]
 ) -> Float[Tensor, "L n N"]:
-    """IoU of each object with the nearest anchor of each shape, given as width and height. Objects are the innermost
-    axis, for there are many."""
-    shared = []
-    for axis in range(2):
-        side, other = sides[:, axis].contiguous(), anchors[..., axis, None]
-        apart = side / 2 - distance[..., axis].T[:, None].contiguous()
-        shared.append(torch.minimum(apart + other / 2, torch.minimum(side, other)).clamp_(min=0))
-    intersection = shared[0].mul_(shared[1])
-    return intersection / (sides.prod(dim=-1) + anchors.prod(dim=-1)[..., None]).sub_(intersection)
+    """IoU of each object with the nearest anchor of each shape. Objects are the innermost axis: there are many."""
+    far = distance.permute(2, 1, 0).contiguous()
+    return overlap(sides.T.contiguous()[:, None, None], far[:, :, None], anchors.permute(2, 0, 1)[..., None])
 
 
 def best_iou(objects: Objects, pyramid: Pyramid) -> Float[Tensor, "N L"]:

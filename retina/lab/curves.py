@@ -8,6 +8,7 @@ Every curve is computed by the library's own function, and every gradient by dif
 with respect to the logit, which is what reaches the network.
 """
 
+import difflib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import retina
 from retina.cli.compose import Settings, entry, typed
-from retina.engine.config import unknown_key
 from retina.errors import ConfigError
 from retina.lab.figures import check_format, save
 
@@ -40,91 +41,60 @@ class Curve(NamedTuple):
     """Whether p is the score, against targets anywhere in [0, 1]; otherwise p is the probability of the truth."""
 
 
-def focal(logits: "Tensor", gamma: float) -> "Tensor":
-    from retina.losses.focal import sigmoid_focal_loss
-
-    return sigmoid_focal_loss(logits, logits.new_ones(logits.shape), alpha=None, gamma=gamma)
+def _filled(logits: "Tensor", value: float) -> "Tensor":
+    return logits.new_full(logits.shape, value)
 
 
-def balanced_cross_entropy(logits: "Tensor", alpha: float) -> "Tensor":
-    from retina.losses.focal import sigmoid_focal_loss
-
-    return sigmoid_focal_loss(logits, logits.new_ones(logits.shape), alpha=alpha, gamma=0.0)
-
-
-def balanced_focal(logits: "Tensor", alpha: float) -> "Tensor":
-    from retina.losses.focal import sigmoid_focal_loss
-
-    return sigmoid_focal_loss(logits, logits.new_ones(logits.shape), alpha=alpha, gamma=2.0)
-
-
-def softmax_focal(logits: "Tensor", gamma: float) -> "Tensor":
+def _softmax_focal(logits: "Tensor", gamma: float) -> "Tensor":
     """Of the first of two classes, whose logits differ by `logits`."""
-    import torch
-
-    from retina.losses.focal import softmax_focal_loss
-
-    first = torch.zeros(len(logits), dtype=torch.int64)
-    return softmax_focal_loss(torch.stack((logits, torch.zeros_like(logits)), dim=1), first, gamma=gamma)
+    both = logits[:, None] * logits.new_tensor([1.0, 0.0])
+    return retina.softmax_focal_loss(both, _filled(logits, 0).long(), gamma=gamma)
 
 
-def quality_focal(logits: "Tensor", target: float) -> "Tensor":
-    from retina.losses.soft_targets import quality_focal_loss
-
-    return quality_focal_loss(logits, logits.new_full(logits.shape, target))
-
-
-def varifocal(logits: "Tensor", target: float) -> "Tensor":
-    from retina.losses.soft_targets import varifocal_loss
-
-    return varifocal_loss(logits, logits.new_full(logits.shape, target))
-
-
-def dice(logits: "Tensor", beta: float) -> "Tensor":
+def _dice(logits: "Tensor", beta: float) -> "Tensor":
     """Of masks that are found with one probability throughout, and nothing outside them."""
-    from retina.losses.dice import sigmoid_dice_loss
+    return retina.sigmoid_dice_loss(
+        logits[:, None], _filled(logits, 1)[:, None], beta=beta, smooth=1e-9, reduction="none"
+    )
 
-    targets = logits.new_ones(len(logits), 1)
-    return sigmoid_dice_loss(logits[:, None], targets, beta=beta, smooth=1e-9, reduction="none")
 
-
-def distribution_focal(logits: "Tensor", target: float) -> "Tensor":
+def _distribution_focal(logits: "Tensor", target: float) -> "Tensor":
     """Of two bins, whose logits differ by `logits`."""
-    import torch
-
-    from retina.losses.soft_targets import distribution_focal_loss
-
-    bins = torch.stack((torch.zeros_like(logits), logits), dim=-1)
-    return distribution_focal_loss(bins, logits.new_full(logits.shape, target))
+    return retina.distribution_focal_loss(logits[:, None] * logits.new_tensor([0.0, 1.0]), _filled(logits, target))
 
 
+def _focal(logits: "Tensor", alpha: float | None, gamma: float) -> "Tensor":
+    return retina.sigmoid_focal_loss(logits, _filled(logits, 1), alpha=alpha, gamma=gamma)
+
+
+GAMMAS, SHARES = (0, 0.5, 1, 2, 5), (0, 0.25, 0.5, 0.75, 1)
 CURVES = {
-    "focal": Curve(focal, "gamma", (0, 0.5, 1, 2, 5), "(1 - p)^gamma CE(p)"),
-    "cross_entropy": Curve(focal, "gamma", (0,), "CE(p) = -log p", most=0),
+    "focal": Curve(lambda x, gamma: _focal(x, None, gamma), "gamma", GAMMAS, "(1 - p)^gamma CE(p)"),
+    "cross_entropy": Curve(lambda x, gamma: _focal(x, None, gamma), "gamma", (0,), "CE(p) = -log p", most=0),
     "balanced_cross_entropy": Curve(
-        *(balanced_cross_entropy, "alpha", (0.25, 0.5, 0.75, 1), "alpha CE(p), of positives"), most=1
+        lambda x, alpha: _focal(x, alpha, 0.0), "alpha", SHARES[1:], "alpha CE(p), of positives", most=1
     ),
     "balanced_focal": Curve(
-        *(balanced_focal, "alpha", (0.25, 0.5, 0.75, 1), "alpha (1 - p)^2 CE(p), of positives"), most=1
+        lambda x, alpha: _focal(x, alpha, 2.0), "alpha", SHARES[1:], "alpha (1 - p)^2 CE(p), of positives", most=1
     ),
-    "softmax_focal": Curve(softmax_focal, "gamma", (0, 0.5, 1, 2, 5), "(1 - p)^gamma CE(p), of one class of two"),
+    "softmax_focal": Curve(_softmax_focal, "gamma", GAMMAS, "(1 - p)^gamma CE(p), of one class of two"),
     "quality_focal": Curve(
-        quality_focal, "target", (0, 0.25, 0.5, 0.75, 1), "|target - p|^2 BCE(p, target)", most=1, soft=True
+        lambda x, target: retina.quality_focal_loss(x, _filled(x, target)),
+        *("target", SHARES, "|target - p|^2 BCE(p, target)"),
+        most=1,
+        soft=True,
     ),
     "varifocal": Curve(
-        *(varifocal, "target", (0, 0.25, 0.5, 0.75, 1)),
-        formula="target BCE(p, target); of negatives 0.75 p^2 BCE(p, 0)",
+        lambda x, target: retina.varifocal_loss(x, _filled(x, target)),
+        *("target", SHARES, "target BCE(p, target); of negatives 0.75 p^2 BCE(p, 0)"),
         most=1,
         soft=True,
     ),
     "distribution_focal": Curve(
-        *(distribution_focal, "target", (0, 0.25, 0.5, 0.75, 1)),
-        formula="BCE(p, target), p of the farther of two bins",
-        most=1,
-        soft=True,
+        *(_distribution_focal, "target", SHARES, "BCE(p, target), p of the farther of two bins"), most=1, soft=True
     ),
-    "dice": Curve(dice, "beta", (1,), "1 - D, D = 2 p / (1 + p), of a mask found with p", least=1, most=1),
-    "focal_dice": Curve(dice, "beta", (1, 2, 3, 5), "1 - D^(1 / beta), D = 2 p / (1 + p)", least=1),
+    "dice": Curve(_dice, "beta", (1,), "1 - D, D = 2 p / (1 + p), of a mask found with p", least=1, most=1),
+    "focal_dice": Curve(_dice, "beta", (1, 2, 3, 5), "1 - D^(1 / beta), D = 2 p / (1 + p)", least=1),
 }
 WITHOUT = {
     "ghm": "it divides by how many elements of the batch have such a gradient",
@@ -144,20 +114,23 @@ class CurvesConfig:
 
     def __post_init__(self) -> None:
         for name in self.names:
-            if name in WITHOUT:
-                raise ConfigError(f"losses: {name} has no curve: {WITHOUT[name]} - choose among {', '.join(CURVES)}")
             if name not in CURVES:
-                known = unknown_key(str(name), CURVES).replace("no such key", "no such loss")
-                raise ConfigError(f"losses: {known.partition(' - --cfg')[0]} - choose among {', '.join(CURVES)}")
+                reason = f"has no curve: {WITHOUT[name]}" if name in WITHOUT else "no such loss"
+                near = difflib.get_close_matches(str(name), CURVES, n=1)
+                hint = f"did you mean {near[0]}? There are " if near and name not in WITHOUT else "choose among "
+                problem = f"{name}: {reason} - {hint}{', '.join(CURVES)}"
+                raise ConfigError(problem, code="unknown-value", key="losses")
         if self.values is not None and len({CURVES[name].parameter for name in self.names}) > 1:
-            raise ConfigError("values: of which parameter? - give values for one loss, or null")
+            problem = "of which parameter? - give values for one loss, or null"
+            raise ConfigError(problem, code="contradiction", key="values")
         if not self.names or self.values == []:
-            raise ConfigError("losses: nothing to draw - give at least one loss and one value")
+            problem = "nothing to draw - give at least one loss and one value"
+            raise ConfigError(problem, code="missing-setting", key="losses")
         for curve, value in itertools.product((CURVES[name] for name in self.names), self.values or []):
             if not curve.least <= value <= curve.most or abs(value) == inf:
                 to = f" to {curve.most:g}" if curve.most < inf else ", finite"
                 allowed = f"{curve.parameter} from {curve.least:g}{to}" if curve.least < curve.most else "null"
-                raise ConfigError(f"values: {value:g} is not allowed - give {allowed}")
+                raise ConfigError(f"{value:g} is not allowed - give {allowed}", code="out-of-range", key="values")
         check_format(Path(self.output), "output")
 
     @property

@@ -18,7 +18,7 @@ from retina.data.shapes import write_shapes
 from retina.data.transforms import Pipeline, ResizeShortSide
 from retina.engine.config import DataConfig
 from retina.errors import ConfigError
-from retina.lab.anchor_fit import Gain, Trial, decide, fit, gain, halves, held_out, slope_of_iou, try_levels
+from retina.lab.anchor_fit import Gain, Trial, decide, fit, gain, halves, held_out, try_levels
 from retina.lab.anchor_report import yaml_file
 from retina.lab.anchors import AnchorsConfig, check_places, pyramid_of
 from retina.lab.coverage import (
@@ -170,24 +170,6 @@ def test_drawing_takes_whole_images() -> None:
     rows = torch.cat(batches_of_images(objects, drawn))
     assert sorted(rows.tolist()) == drawn.nonzero()[:, 0].tolist()
     assert draw_images(objects, 10**6, seeded()).all()
-
-
-def test_slopes_are_those_of_the_overlap() -> None:
-    sides = torch.tensor([[20.0, 30.0], [20.0, 30.0], [20.0, 30.0], [9.0, 70.0], [8.0, 8.0]], dtype=torch.float64)
-    distance = torch.tensor([[0.0, 0.0], [3.5, 9.0], [8.0, 1.0], [0.5, 2.0], [40.0, 0.0]], dtype=torch.float64)
-    logs = torch.tensor([[15.0, 40.0], [26.0, 31.0], [17.0, 60.0], [30.0, 20.0], [8.0, 8.0]]).double().log()
-
-    def iou(logs: Tensor) -> Tensor:
-        anchors = logs.exp()
-        shared = torch.minimum((sides + anchors) / 2 - distance, torch.minimum(sides, anchors)).clamp(min=0).prod(dim=1)
-        return shared / (sides.prod(dim=1) + anchors.prod(dim=1) - shared)
-
-    value, slope = slope_of_iou(sides, distance, logs.exp())
-    (expected,) = torch.autograd.grad(iou(logs.requires_grad_()).sum(), logs)
-    torch.testing.assert_close(value, iou(logs.detach()))
-    torch.testing.assert_close(slope, expected)
-    assert slope[:4].all()
-    assert not slope[4].any(), "nothing is shared"
 
 
 def around(sizes: Sequence[float], ratio: float, count: int, spread: float) -> Tensor:

@@ -69,7 +69,7 @@ def test_the_same_command_writes_the_same_bytes(tool: Tool, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        (["losses=focl"], "losses: focl: no such loss - did you mean focal? - choose among focal, cross_entropy, "),
+        (["losses=focl"], "losses: focl: no such loss - did you mean focal? There are focal, cross_entropy, "),
         (["losses=[focal,varifocal]", "values=[1]"], "values: of which parameter? - "),
         (["values=[-1]"], "values: -1 is not allowed - give gamma from 0, finite"),
         (["values=[inf]"], "values: inf is not allowed - give gamma from 0, finite"),
@@ -79,8 +79,11 @@ def test_the_same_command_writes_the_same_bytes(tool: Tool, tmp_path: Path) -> N
         (["losses=varifocal", "values=[-0.5]"], "values: -0.5 is not allowed - give target from 0 to 1"),
         (["losses=focal_dice", "values=[0.5]"], "values: 0.5 is not allowed - give beta from 1, finite"),
         (["losses=cross_entropy", "values=[2]"], "values: 2 is not allowed - give null"),
-        (["losses=ghm"], "losses: ghm has no curve: it divides by how many elements of the batch have such a gradient"),
-        (["losses=[focal,ohem]"], "losses: ohem has no curve: it chooses among the anchors of an image"),
+        (
+            ["losses=ghm"],
+            "losses: ghm: has no curve: it divides by how many elements of the batch have such a gradient",
+        ),
+        (["losses=[focal,ohem]"], "losses: ohem: has no curve: it chooses among the anchors of an image"),
         (["values=[a]"], "values: ['a'] is of the wrong type - give list[float] or null"),
         (["losses=[]"], "losses: nothing to draw"),
         (["output=a.gif"], "output: a.gif is of no known format - end it in .png or .svg"),
