@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from retina.data.sampler import RepeatSampler, class_balanced
+from retina.data.repeats import RepeatSampler, class_balanced
 from retina.losses.balance import class_balanced_weights
 from retina.losses.focal import SoftmaxFocalLoss
 

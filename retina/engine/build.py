@@ -8,7 +8,8 @@ from retina import distributed
 from retina.data.annotations import Annotations
 from retina.data.checks import DataReport
 from retina.data.loader import BatchLoader, Canvas, LoaderConfig, eval_loader, train_loader
-from retina.data.sampler import DetectionBatchSampler, repeats_of
+from retina.data.repeats import repeats_of
+from retina.data.sampler import DetectionBatchSampler
 from retina.data.transforms import Pipeline, eval_pipeline
 from retina.engine.config import DataConfig, TrainConfig
 from retina.engine.splits import check_data, load_split

@@ -4,8 +4,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from faults import refused
 from retina.data.coco import locate_split, read_coco
-from retina.data.sampler import Repeats, class_balanced, draw, repeat_factors, repeats_of
+from retina.data.repeats import Repeats, class_balanced, repeat_factors, repeats_of
 from retina.data.shapes import write_shapes
 
 # class 0 in images 0..7, class 1 in 6 and 7, class 2 in 8; image 9 is empty; class 3 has no image
@@ -34,7 +35,7 @@ def test_repeat_factors_are_the_papers():
 def test_without_rare_classes_each_image_is_drawn_once():
     repeats = repeat_factors(LABELS, IMAGES, num_images=10, threshold=0.1)
     for epoch in range(5):
-        assert draw(repeats, 0, epoch).tolist() == list(range(10))
+        assert repeats.draw(0, epoch).tolist() == list(range(10))
 
 
 def test_every_class_is_drawn_equally_often():
@@ -54,7 +55,7 @@ def test_draws_are_right_on_average_and_rounded_in_each_epoch(make):
     labels = long_tail()
     repeats = make(labels)
     stretched = repeats.times * repeats.num_draws / repeats.times.sum()
-    counts = np.array([np.bincount(draw(repeats, 3, epoch), minlength=113) for epoch in range(2000)])
+    counts = np.array([np.bincount(repeats.draw(3, epoch), minlength=113) for epoch in range(2000)])
     assert (counts.sum(axis=1) == repeats.num_draws).all()
     assert (counts >= np.floor(stretched - 1e-9)).all()
     assert (counts <= np.ceil(stretched + 1e-9)).all()
@@ -69,7 +70,7 @@ def test_classes_of_a_classifier_are_balanced_within_one_in_every_epoch(counts):
     present = [label for label, count in enumerate(counts) if count]
     share = len(labels) / len(present)
     for epoch in range(50):
-        images = draw(repeats, 1, epoch)
+        images = repeats.draw(1, epoch)
         assert len(images) == len(labels)
         drawn = Counter(labels[images].tolist())
         assert set(drawn) == set(present)
@@ -82,18 +83,18 @@ def test_classes_of_a_classifier_are_balanced_within_one_in_every_epoch(counts):
 def test_empty_images_are_drawn_once():
     for repeats in (class_balanced(LABELS, IMAGES, num_images=12), repeat_factors(LABELS, IMAGES, num_images=12)):
         for epoch in range(30):
-            drawn = Counter(draw(repeats, 0, epoch).tolist())
+            drawn = Counter(repeats.draw(0, epoch).tolist())
             assert [drawn[i] for i in (9, 10, 11)] == [1, 1, 1]
     nothing = np.zeros(0, np.int64)
     for repeats in (class_balanced(nothing, nothing, num_images=3), repeat_factors(nothing, nothing, num_images=3)):
-        assert draw(repeats, 0, 0).tolist() == [0, 1, 2]
+        assert repeats.draw(0, 0).tolist() == [0, 1, 2]
 
 
 def test_the_draw_is_pinned_to_seed_and_epoch():
     """The literals guard against a change of algorithm or of numpy, which would part a resumed run from its past."""
     repeats = class_balanced(long_tail((9, 3, 1)))
-    assert draw(repeats, 1, 0).tolist() == [0, 4, 7, 8, 9, 9, 10, 11, 12, 12, 12, 12, 12]
-    assert draw(repeats, 1, 1).tolist() == [1, 2, 3, 5, 9, 10, 11, 11, 12, 12, 12, 12, 12]
+    assert repeats.draw(1, 0).tolist() == [0, 4, 7, 8, 9, 9, 10, 11, 12, 12, 12, 12, 12]
+    assert repeats.draw(1, 1).tolist() == [1, 2, 3, 5, 9, 10, 11, 11, 12, 12, 12, 12, 12]
 
 
 def test_the_total_does_not_hang_on_rounding():
@@ -101,13 +102,13 @@ def test_the_total_does_not_hang_on_rounding():
     for num in range(1, 200):
         repeats = class_balanced(np.arange(num) % 7)
         assert repeats.num_draws == num
-        assert len(draw(repeats, 0, 0)) == num
+        assert len(repeats.draw(0, 0)) == num
 
 
 def test_a_single_draw_takes_any_row():
     times = np.full(10, 0.1)
     repeats = Repeats(np.arange(10), times, np.zeros(10, np.int64))
-    assert {draw(repeats, seed, 0).tolist()[0] for seed in range(200)} == set(range(10))
+    assert {repeats.draw(seed, 0).tolist()[0] for seed in range(200)} == set(range(10))
 
 
 def test_crowd_regions_do_not_count(tmp_path):
@@ -158,5 +159,5 @@ def test_what_does_not_fit_is_refused():
 def test_an_unknown_sampling_is_refused(tmp_path):
     write_shapes(tmp_path / "shapes", num_train=1, num_val=1, image_size=(64, 96))
     known = read_coco(*locate_split(tmp_path / "shapes", "val"))
-    with pytest.raises(ValueError, match="sampling must be"):
+    with refused("unknown-value", "sampling: "):
         repeats_of(known, "rare_first", threshold=0.1)

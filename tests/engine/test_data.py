@@ -6,7 +6,7 @@ import pytest
 from faults import refused
 from retina.data.coco import locate_split, read_coco
 from retina.data.loader import Canvas
-from retina.data.sampler import repeats_of
+from retina.data.repeats import repeats_of
 from retina.data.shapes import write_shapes
 from retina.data.transforms import Pipeline
 from retina.engine.build import build_train_loader
