@@ -21,6 +21,8 @@ class Recipe(NamedTuple):
     optimizer: Callable[..., Any]
     """Of parameter groups."""
     pipeline: "Pipeline"
+    sampler: Callable[..., Any] | None
+    """Of annotations: what `data.sampling` makes where it is a section."""
 
 
 def make_recipe(settings: Settings) -> Recipe:
@@ -61,6 +63,9 @@ def make_recipe(settings: Settings) -> Recipe:
             min_size=data.min_size,
             min_visibility=data.min_visibility,
         ),
+        sampler=made({**data.sampling, "_partial_": True}, "data.sampling")
+        if isinstance(data.sampling, dict)
+        else None,
     )
 
 

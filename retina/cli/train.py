@@ -183,7 +183,10 @@ def make_loaders(
         )
     pin_memory = next(model.parameters()).is_cuda
     canvas = canvas_of(data, Canvas(divisor, model.pad_value))
-    loader, sampler = build_train_loader(loaded[0], recipe.pipeline, data, config, canvas, pin_memory=pin_memory)
+    draws = call(recipe.sampler, "data.sampling", annotations=loaded[0]) if recipe.sampler else None
+    loader, sampler = build_train_loader(
+        loaded[0], recipe.pipeline, data, config, canvas, draws=draws, pin_memory=pin_memory
+    )
     batch_size = data.eval_batch_size or sampler.micro_batch
     val_loader = build_eval_loader(loaded[-1], data, canvas, batch_size=batch_size, pin_memory=pin_memory)
     preprocessing = {

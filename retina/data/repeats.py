@@ -96,7 +96,7 @@ def class_balanced(labels: Labels, images: Labels | None = None, *, num_images: 
     )
 
 
-def repeats_of(annotations: Annotations, sampling: str | None, *, threshold: float) -> Repeats | None:
+def repeats_of(annotations: Annotations, sampling: object, *, threshold: float) -> Repeats | None:
     """For `data.sampling`: "repeat_factor", "class_balanced" or None, which is every image once.
 
     Crowd regions do not count: nothing is learned from them. Raises ConfigError for another word, ValueError as the

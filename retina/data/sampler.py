@@ -13,6 +13,8 @@ from jaxtyping import Int64, Shaped, UInt64
 from numpy import ndarray
 from torch.utils.data import Sampler
 
+from retina.errors import ConfigError
+
 T = TypeVar("T", covariant=True)
 
 _FURTHER = 2**32
@@ -66,7 +68,8 @@ class DetectionBatchSampler(EpochSampler[list[tuple[int, int]]]):
     The last global batch of an epoch is filled up with the epoch's first images, so that every epoch has the same
     number of steps and shows everything that was drawn.
 
-    Raises ValueError if there are no images, `repeats` are of others, or `total_batch` cannot be cut evenly.
+    Raises ValueError if there are no images or `total_batch` cannot be cut evenly, ConfigError if `repeats` draws other
+    images, or not as many as it says.
     """
 
     def __init__(
@@ -124,7 +127,8 @@ class DetectionBatchSampler(EpochSampler[list[tuple[int, int]]]):
         images = np.asarray(self._repeats.draw(self.seed, epoch), np.int64)
         if images.shape != (self.images_per_epoch,) or images.min() < 0 or images.max() >= num:
             problem = f"got shape {images.shape} up to image {images.max(initial=-1)}"
-            raise ValueError(f"a draw must be {self.images_per_epoch} of images 0..{num - 1} in every epoch, {problem}")
+            fix = f"a sampler must draw {self.images_per_epoch} of images 0..{num - 1} in every epoch"
+            raise ConfigError(f"{problem} - {fix}", code="sampling", key="sampling")
         return images
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ from retina.data.annotations import Annotations
 from retina.data.checks import DataReport
 from retina.data.loader import BatchLoader, Canvas, LoaderConfig, eval_loader, train_loader
 from retina.data.repeats import repeats_of
-from retina.data.sampler import DetectionBatchSampler
+from retina.data.sampler import DetectionBatchSampler, Draws
 from retina.data.transforms import Pipeline, eval_pipeline
 from retina.engine.config import DataConfig, TrainConfig
 from retina.engine.splits import check_data, load_split
@@ -69,21 +69,28 @@ def build_train_loader(
     train: TrainConfig,
     canvas: Canvas,
     *,
+    draws: Draws | None = None,
     pin_memory: bool = False,
 ) -> tuple[BatchLoader, DetectionBatchSampler]:
-    """This rank's micro-batches. Raises ConfigError when the batch size cannot be cut evenly."""
-    repeats = repeats_of(annotations, config.sampling, threshold=config.repeat_threshold)
+    """This rank's micro-batches. Raises ConfigError when the batch size cannot be cut evenly.
+
+    draws: the sampler that a section `sampling` describes; its order is kept, that of others is shuffled."""
+    repeats = draws
+    if repeats is None:
+        repeats = repeats_of(annotations, config.sampling, threshold=config.repeat_threshold)
     try:
-        sampler = DetectionBatchSampler(
-            annotations.sizes,
-            total_batch=train.batch_size,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            accumulate=train.accumulate,
-            seed=train.seed,
-            group_by_aspect=config.group_by_aspect,
-            repeats=repeats,
-        )
+        with under("data"):
+            sampler = DetectionBatchSampler(
+                annotations.sizes,
+                total_batch=train.batch_size,
+                rank=distributed.rank(),
+                world_size=distributed.world_size(),
+                accumulate=train.accumulate,
+                seed=train.seed,
+                shuffle=draws is None,
+                group_by_aspect=config.group_by_aspect,
+                repeats=repeats,
+            )
     except ValueError as fault:
         raise ConfigError(f"{fault}", code="batch-size", key="train.batch_size") from None
     reading = loader_config(config, pin_memory=pin_memory)

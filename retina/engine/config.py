@@ -101,9 +101,9 @@ class DataConfig:
     eval_batch_size: int | None = None
     """Images per forward in evaluation and process; null takes the training micro-batch."""
     group_by_aspect: bool = True
-    sampling: str | None = None
+    sampling: str | dict[str, Any] | None = None
     """How often an image is drawn per epoch: null is once, "repeat_factor" repeats images of rare classes (LVIS),
-    "class_balanced" draws every class equally often."""
+    "class_balanced" draws every class equally often; a section with `_target_` makes a sampler of one's own."""
     repeat_threshold: float = 0.001
     """Of `sampling: repeat_factor`: classes that fewer than this share of the images show are repeated."""
     canvases: list[Any] | None = None
@@ -133,7 +133,8 @@ class DataConfig:
             sides = isinstance(canvas, list) and len(canvas) == 2 and all(isinstance(s, int) and s > 0 for s in canvas)
             _check(sides, "data.canvases", canvas, "give a list of [height, width]")
         sampling = f"choose {' or '.join(SAMPLINGS)}, or null"
-        _check(self.sampling is None or self.sampling in SAMPLINGS, "data.sampling", self.sampling, sampling)
+        known = self.sampling is None or isinstance(self.sampling, dict) or self.sampling in SAMPLINGS
+        _check(known, "data.sampling", self.sampling, sampling)
         threshold = self.repeat_threshold
         _check(0 < threshold <= 1, "data.repeat_threshold", threshold, "give a share of the images above 0, at most 1")
         _check(self.min_size > 0, "data.min_size", self.min_size, "give pixels above 0")

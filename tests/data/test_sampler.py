@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
+from faults import refused
 from retina.data.repeats import Repeats, RepeatSampler, class_balanced, repeat_factors
 from retina.data.sampler import DetectionBatchSampler, EvalSampler, eval_shard
 
@@ -230,7 +231,7 @@ def test_repeats_without_shuffle_come_in_order():
 
 
 def test_repeats_of_other_images_are_refused():
-    with pytest.raises(ValueError, match=r"images 0\.\.7 in every epoch.*up to image 19"):
+    with refused("sampling", "image 19", "0..7"):
         DetectionBatchSampler(make_sizes(8), total_batch=4, repeats=class_balanced(np.zeros(20, np.int64)))
 
 

@@ -65,7 +65,7 @@ def test_a_missing_key_is_named() -> None:
             {"sampling": "rare"},
             "data.sampling: 'rare' is not allowed - choose repeat_factor or class_balanced, or null",
         ),
-        ({"sampling": True}, "data.sampling: True is of the wrong type - give str or null"),
+        ({"sampling": True}, "data.sampling: True is of the wrong type - give str or dict[str, Any] or null"),
         ({"repeat_threshold": 0}, "data.repeat_threshold: 0.0 is not allowed - give a share of the images above 0"),
         ({"repeat_threshold": 1.5}, "data.repeat_threshold: 1.5 is not allowed - give a share of the images above 0"),
         ({"repeat_threshold": None}, "data.repeat_threshold: None is of the wrong type - give float"),

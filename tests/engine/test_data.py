@@ -1,12 +1,16 @@
 from pathlib import Path
 
 import albumentations
+import numpy as np
 import pytest
 
 from faults import refused
+from retina.cli.compose import compose
+from retina.cli.recipe import make_recipe
+from retina.data.annotations import Annotations
 from retina.data.coco import locate_split, read_coco
 from retina.data.loader import Canvas
-from retina.data.repeats import repeats_of
+from retina.data.repeats import Repeats, repeats_of
 from retina.data.shapes import write_shapes
 from retina.data.transforms import Pipeline
 from retina.engine.build import build_train_loader
@@ -14,7 +18,9 @@ from retina.engine.config import DataConfig, TrainConfig
 from retina.errors import ConfigError
 
 
-def loader_of(root: Path, *, accumulate: int = 1, transforms: dict[str, object] | None = None, **data: object):
+def loader_of(
+    root: Path, *, accumulate: int = 1, transforms: dict[str, object] | None = None, draws=None, **data: object
+):
     write_shapes(root, num_train=24, num_val=1, image_size=(64, 96))
     annotations = read_coco(*locate_split(root, "train"))
     return annotations, *build_train_loader(
@@ -23,6 +29,7 @@ def loader_of(root: Path, *, accumulate: int = 1, transforms: dict[str, object] 
         DataConfig(name="shapes", short_side=64, long_side=96, num_workers=0, **data),
         TrainConfig(batch_size=4, accumulate=accumulate, seed=3),
         Canvas(32, (0, 0, 0)),
+        draws=draws and draws(annotations),
     )
 
 
@@ -51,3 +58,34 @@ def test_repeats_of_an_image_are_augmented_each_in_its_own_way(tmp_path: Path) -
 def test_a_batch_that_cannot_be_cut_is_one_line(tmp_path: Path) -> None:
     with refused("batch-size", "train.batch_size: ", "3", kind=ConfigError):
         loader_of(tmp_path / "shapes", accumulate=3)
+
+
+class Backwards:
+    """A sampler of one's own: the last images first, another half in every epoch."""
+
+    def __init__(self, annotations: Annotations, every: int = 2) -> None:
+        self.rows = np.arange(len(annotations))[::-1]
+        self.every = every
+        self.num_draws = len(annotations) // every
+
+    def draw(self, seed: int, epoch: int) -> np.ndarray:
+        return self.rows[(seed + epoch) % self.every :: self.every]
+
+
+def test_a_sampler_of_one_s_own_is_a_section_and_resumes_exactly(tmp_path: Path) -> None:
+    section = {"_target_": f"{__name__}.Backwards", "every": 3}
+    settings = compose("train", [])
+    settings |= {"data": settings["data"] | {"sampling": section}, "plugins": [__name__]}
+    make = make_recipe(settings).sampler
+    _, loader, sampler = loader_of(tmp_path / "shapes", draws=make, sampling=section, group_by_aspect=False)
+    assert sampler.global_batches(1).tolist() == [[22, 19, 16, 13], [10, 7, 4, 1]]
+    sampler.start(1, 1)
+    assert [batch.indices.tolist() for batch in loader] == [[10, 7, 4, 1]]
+
+
+def test_a_sampler_that_draws_other_images_is_refused(tmp_path: Path) -> None:
+    def other(annotations: Annotations) -> Repeats:
+        return Repeats(np.array([30]), np.ones(1), np.zeros(1, np.int64))
+
+    with refused("sampling", "data.sampling: ", "0..23"):
+        loader_of(tmp_path / "shapes", draws=other, sampling={"_target_": "other"})
