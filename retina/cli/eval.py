@@ -20,7 +20,7 @@ from retina.cli.build import call
 from retina.cli.compose import entry
 from retina.cli.split import data_of, drop_nulls, open_split, progress
 from retina.engine.run_folder import read_settings
-from retina.errors import ConfigError
+from retina.errors import ConfigError, check, check_choice
 
 if TYPE_CHECKING:
     from retina.data.coco import Annotations
@@ -48,64 +48,48 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         if (self.checkpoint is None) == (self.detections is None):
-            raise ConfigError(
-                "give checkpoint=RUN_OR_FILE, or detections=RESULTS.json, and not both",
-                code="contradiction",
-                key="checkpoint",
-            )
-        if self.split not in ("train", "val"):
-            raise ConfigError(
-                f"{self.split} is not known - choose train, or val for any other file",
-                code="unknown-value",
-                key="split",
-            )
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError(
-                f"{self.batch_size} is not allowed - give 1 or more, or null", code="out-of-range", key="batch_size"
-            )
-        if self.scorer not in (None, "pycocotools"):
-            raise ConfigError(
-                f"{self.scorer} is not known - choose pycocotools, or null", code="unknown-value", key="scorer"
-            )
+            problem = "give checkpoint=RUN_OR_FILE, or detections=RESULTS.json, and not both"
+            raise ConfigError(problem, code="contradiction", key="checkpoint")
+        if self.detections and self.output is None:
+            raise ConfigError("missing - give output=DIR for metrics.json", code="missing-setting", key="output")
+        check_choice(self.split, ("train", "val"), "split")
+        check_choice(self.scorer, ("pycocotools", None), "scorer")
+        check(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "give 1 or more, or null")
+        check(self.pictures >= 0, "pictures", self.pictures, "give 0 or more")
         if self.scorer and find_spec("pycocotools") is None:
             problem = "pycocotools is not installed - pip install 'retina-detect[coco]', or leave scorer out"
             raise ConfigError(problem, code="missing-package", key="scorer")
-        if self.pictures < 0:
-            raise ConfigError(f"{self.pictures} is not allowed - give 0 or more", code="out-of-range", key="pictures")
 
 
 @entry("eval", EvalConfig)
 def main(config: EvalConfig) -> int:
-    if config.checkpoint:
-        return score_detector(config, Path(config.checkpoint))
-    score_file(config, Path(str(config.detections)))
-    return 0
+    return score_detector(config, Path(config.checkpoint)) if config.checkpoint else score_file(config)
 
 
-def score_file(config: EvalConfig, results: Path) -> None:
-    if config.output is None:
-        raise ConfigError("missing - give output=DIR for metrics.json", code="missing-setting", key="output")
+def score_file(config: EvalConfig) -> int:
+    """The exit code."""
+    results, output = Path(str(config.detections)), Path(str(config.output))
     data = data_of({}, config.data, {})
 
     from retina.engine.build import load_split
     from retina.evaluation.metrics import coco_metrics
-    from retina.evaluation.results import format_metrics, read_results, write_metrics
+    from retina.evaluation.results import read_results, write_metrics
 
     annotations = load_split(data, config.split, images_needed=False)
     metrics = coco_metrics(annotations, read_results(results, annotations))
-    output = open_output(Path(config.output))
+    open_output(output)
     write_metrics(output / "metrics.json", metrics)
-    print(f"{format_metrics(metrics)}\n\nwritten: {output / 'metrics.json'}")
-    cross_check(config.scorer, annotations, metrics, results)
+    report(config, annotations, metrics, results, f"{output / 'metrics.json'}")
+    return 0
 
 
 def score_detector(config: EvalConfig, checkpoint: Path) -> int:
+    """The exit code, the same on every rank."""
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     trained = read_settings(folder / "config.yaml").get("data", {}) if (folder / "config.yaml").is_file() else {}
     if not isinstance(trained, dict):
-        raise ConfigError(
-            f"{folder / 'config.yaml'}: data: is no section - restore it, or give data=...", code="wrong-type"
-        )
+        problem = f"{folder / 'config.yaml'}: data: is no section - restore it, or give data=..."
+        raise ConfigError(problem, code="wrong-type")
 
     # torch takes seconds to load, and a wrong setting should not wait for it
     from functools import partial
@@ -115,7 +99,7 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
     from retina.detections import postprocess
     from retina.evaluation.evaluate import evaluate
     from retina.evaluation.pictures import write_evaluation_pictures
-    from retina.evaluation.results import format_metrics, write_metrics
+    from retina.evaluation.results import write_metrics
     from retina.inference import Detector, check_postprocess
 
     device = call(distributed.choose_device, "device", name=config.device)
@@ -125,9 +109,9 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
         call(check_postprocess, "postprocess", options=options)
         data = data_of(trained, config.data, detector.card.preprocessing)
         output = Path(config.output) if config.output else folder / "eval"
-        distributed.on_main(lambda: open_output(output) and None)
+        distributed.on_main(lambda: open_output(output))
         annotations, loader = open_split(data, config.split, detector, output, batch_size=config.batch_size)
-        evaluation = evaluate(
+        metrics, detections, _ = evaluate(
             detector.model,
             progress(loader, "evaluating", len(loader)),
             annotations,
@@ -135,50 +119,49 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
             device=device,
             dtype=detector.dtype,
         )
-        skipped = dict(one for part in distributed.gather_objects(list(loader.faults.items())) for one in part)
+        skipped = dict(fault for rank in distributed.gather_objects(list(loader.faults.items())) for fault in rank)
         if distributed.is_main():
-            found = keep_known(annotations, evaluation.detections)
-            write_metrics(output / "metrics.json", evaluation.metrics | {"skipped_images": len(skipped)})
-            write_results(output / "detections.json", annotations, *found)
-            drawn = write_evaluation_pictures(
-                output / "pictures",
-                annotations,
-                found,
-                max_images=config.pictures,
-                score_threshold=config.score_threshold,
-                max_pixels=data.max_pixels,
-            )
-            names = ["metrics.json", "detections.json", *(["pictures/"] if drawn else [])]
-            print(f"{format_metrics(evaluation.metrics)}\n\nwritten: {output}/{', '.join(names)}")
-            cross_check(config.scorer, annotations, evaluation.metrics, output / "detections.json")
+            detections = keep_known(annotations, detections)
+            write_metrics(output / "metrics.json", metrics | {"skipped_images": len(skipped)})
+            write_results(output / "detections.json", annotations, *detections)
+            limits = {"max_images": config.pictures, "max_pixels": data.max_pixels}
+            threshold = config.score_threshold
+            folder = output / "pictures"
+            drawn = write_evaluation_pictures(folder, annotations, detections, score_threshold=threshold, **limits)
+            names = f"{output}/metrics.json, detections.json{', pictures/' if drawn else ''}"
+            report(config, annotations, metrics, output / "detections.json", names)
             for _, line in sorted(skipped.items()):
                 print(f"skipped: {line}", file=sys.stderr)
     return 3 if skipped else 0
 
 
-def cross_check(scorer: str | None, annotations: "Annotations", metrics: dict[str, Any], results: Path) -> None:
-    """Prints our numbers beside those of the other scorer."""
-    if scorer is None:
-        return
-    from retina.evaluation.cross_check import describe_differences, pycocotools_metrics
+def report(
+    config: EvalConfig, annotations: "Annotations", metrics: dict[str, Any], results: Path, written: str
+) -> None:
+    """Prints the metrics, what was written, and our numbers beside those of the other scorer."""
+    from retina.evaluation.results import format_metrics
 
-    reference = pycocotools_metrics(annotations.file, json.loads(results.read_bytes()))
-    print("", *describe_differences(metrics, reference), sep="\n")
+    print(f"{format_metrics(metrics)}\n\nwritten: {written}")
+    if config.scorer:
+        from retina.evaluation.cross_check import describe_differences, pycocotools_metrics
+
+        reference = pycocotools_metrics(annotations.file, json.loads(results.read_bytes()))
+        print("", *describe_differences(metrics, reference), sep="\n")
 
 
-def keep_known(annotations: "Annotations", found: "DetectionArrays") -> "DetectionArrays":
+def keep_known(annotations: "Annotations", detections: "DetectionArrays") -> "DetectionArrays":
     """Without detections of classes that the annotation file has no category for: they have no id to be written under,
     and no metric."""
     import numpy as np
 
-    known = np.array([category is not None for category in annotations.category_ids])[found.labels]
+    known = np.array([category is not None for category in annotations.category_ids])[detections.labels]
     if not known.all():
         print(f"{np.count_nonzero(~known)} detections are of classes that {annotations.file} does not have: left out")
-    return type(found)(*(values[known] for values in found))
+    return type(detections)(*(values[known] for values in detections))
 
 
-def open_output(output: Path) -> Path:
-    """The folder, made if need be. Raises ConfigError for one that holds anything but an earlier evaluation."""
+def open_output(output: Path) -> None:
+    """Makes the folder. Raises ConfigError for one that holds anything but an earlier evaluation."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         for pattern in (".metrics.json.tmp", ".detections.json.*tmp", ".data_report.json.*tmp"):  # what a kill left
@@ -187,12 +170,10 @@ def open_output(output: Path) -> Path:
         others = [entry for entry in output.iterdir() if entry.name != "data_report.json"]
         strangers = others and not is_evaluation(output / "metrics.json")
     except OSError as fault:
-        raise ConfigError(
-            f"{output} cannot be written ({fault.strerror}) - choose another folder", code="not-written", key="output"
-        ) from None
+        problem = f"{output} cannot be written ({fault.strerror}) - choose another folder"
+        raise ConfigError(problem, code="not-written", key="output") from None
     if strangers:
         raise ConfigError(f"{output} holds other files - choose another folder", code="output-taken", key="output")
-    return output
 
 
 def is_evaluation(metrics: Path) -> bool:

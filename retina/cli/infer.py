@@ -23,7 +23,8 @@ from retina.cli.build import call
 from retina.cli.compose import entry
 from retina.cli.journal import Batch, Done, cut_batches, finish, note, open_journal, open_output, read_done, write_whole
 from retina.cli.sources import FORMATS, Source, find_images, name_sources
-from retina.errors import ConfigError, DataError, plain
+from retina.cli.split import progress
+from retina.errors import DataError, check, plain
 
 if TYPE_CHECKING:
     from retina.inference import Detector
@@ -46,17 +47,9 @@ class InferConfig:
     traceback: bool
 
     def __post_init__(self) -> None:
-        if not 0 <= self.score_threshold < 1:
-            raise ConfigError(
-                f"{self.score_threshold} is not allowed - give 0 or more, below 1",
-                code="out-of-range",
-                key="score_threshold",
-            )
-        for name in ("batch_size", "max_pixels"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"{getattr(self, name)} is not allowed - give 1 or more", code="out-of-range", key=name
-                )
+        check(0 <= self.score_threshold < 1, "score_threshold", self.score_threshold, "give 0 or more, below 1")
+        check(self.batch_size >= 1, "batch_size", self.batch_size, "give 1 or more")
+        check(self.max_pixels >= 1, "max_pixels", self.max_pixels, "give 1 or more")
 
 
 @entry("infer", InferConfig)
@@ -71,38 +64,37 @@ def main(config: InferConfig) -> int:
     device = call(distributed.choose_device, "device", name=config.device)
     with ExitStack() as stack:
         stack.enter_context(distributed.process_group(device))
-        detector = Detector.load(
-            config.checkpoint, device=str(device), precision=config.precision, plugins=config.plugins
-        )
+        checkpoint, precision = config.checkpoint, config.precision
+        detector = Detector.load(checkpoint, device=str(device), precision=precision, plugins=config.plugins)
         batches: list[Batch] = []
         done: dict[str, Done] = {}
 
-        def prepare() -> None:
+        def prepare() -> list[Any]:
+            """The batches that are left, as JSON knows them, since ranks tell each other nothing else."""
             pictures = [source.picture for source in sources] if config.pictures else []
             stack.enter_context(open_output(output, pictures))
             batches.extend(cut_batches(sources, config.batch_size, detection_settings(config, detector)))
             done.update(read_done(output))
+            left = [batch for batch in batches if batch.key not in done]
+            return [(batch.key, [(str(file), *names) for file, *names in batch.sources]) for batch in left]
 
-        distributed.on_main(prepare)
-        left = distributed.broadcast_object(
-            [(key, [(str(file), *names) for file, *names in sources]) for key, sources in batches if key not in done]
-        )
-        own = [
-            Batch(key, [Source(Path(file), *names) for file, *names in sources])
-            for key, sources in left[distributed.rank() :: distributed.world_size()]
-        ]
-        found = distributed.on_all(lambda: detect(detector, own, config))
-        for part in distributed.gather_objects(found):
+        shares = distributed.on_main(prepare)[distributed.rank() :: distributed.world_size()]
+        share = [Batch(key, [Source(Path(file), *names) for file, *names in part]) for key, part in shares]
+        finished = distributed.on_all(lambda: detect(detector, share, config))
+        for part in distributed.gather_objects(finished):
             done |= {batch[0]: Done(*batch) for batch in part}
-        records = [record for batch in batches for record in done[batch.key].records]
-        faults = [fault for batch in batches for fault in done[batch.key].faults]
-        distributed.on_main(lambda: finish(output, records, faults))
-        if distributed.is_main():
+
+        def conclude() -> int:
+            records = [record for batch in batches for record in done[batch.key].records]
+            faults = [fault for batch in batches for fault in done[batch.key].faults]
+            finish(output, records, faults)
             objects = sum(len(record["boxes"]) for record in records)
             print(f"{len(records)} images, {objects} objects of score {config.score_threshold:g} or more: {output}")
             for fault in faults:
                 print(f"skipped: {fault}", file=sys.stderr)
-        return distributed.broadcast_object(3 if faults else 0)
+            return 3 if faults else 0
+
+        return distributed.on_main(conclude)
 
 
 def detection_settings(config: InferConfig, detector: "Detector") -> dict[str, Any]:
@@ -115,17 +107,11 @@ def detection_settings(config: InferConfig, detector: "Detector") -> dict[str, A
 
 def detect(detector: "Detector", batches: Sequence[Batch], config: InferConfig) -> list[Done]:
     """Looks at the images, writes their pictures, and notes each batch as done."""
-    from rich.console import Console
-    from rich.progress import track
-
     from retina import distributed
 
-    console = Console(stderr=True)
-    hidden = not (distributed.is_main() and console.is_terminal)
-    output = Path(config.output)
     done = []
-    with ThreadPoolExecutor() as threads, open_journal(output, distributed.rank()) as journal:
-        for batch in track(batches, "detecting", console=console, transient=True, disable=hidden):
+    with ThreadPoolExecutor() as threads, open_journal(Path(config.output), distributed.rank()) as journal:
+        for batch in progress(batches, "detecting", len(batches)):
             done.append(detect_batch(detector, batch, config, threads))
             note(journal, done[-1])
     return done
@@ -138,10 +124,20 @@ def detect_batch(detector: "Detector", batch: Batch, config: InferConfig, thread
     faults = [image for image in loaded if isinstance(image, str)]
     sources = [source for source, image in zip(batch.sources, loaded, strict=True) if not isinstance(image, str)]
     images = [image for image in loaded if not isinstance(image, str)]
-    found = detector.predict(images, score_threshold=config.score_threshold, batch_size=config.batch_size)
-    records = [describe(*one, detector.classes) for one in zip(sources, images, found, strict=True)]
+    detections = detector.predict(images, score_threshold=config.score_threshold, batch_size=config.batch_size)
+    records: list[dict[str, Any]] = [
+        {
+            "file_name": source.name,
+            "width": image.shape[1],
+            "height": image.shape[0],
+            "boxes": boxes.tolist(),
+            "scores": scores.tolist(),
+            "classes": [detector.classes[label] for label in labels.tolist()],
+        }
+        for source, image, (boxes, scores, labels) in zip(sources, images, detections, strict=True)
+    ]
     if config.pictures:
-        drawn = threads.map(partial(draw, config.output, detector.classes), sources, images, found)
+        drawn = threads.map(partial(draw, config.output, detector.classes), sources, images, detections)
         for source, record, fault in zip(sources, records, drawn, strict=True):
             if fault is None:
                 record["picture"] = source.picture
@@ -160,19 +156,8 @@ def try_read(file: Path, max_pixels: int) -> Any:
         return str(fault)
 
 
-def describe(source: Source, image: Any, detections: Any, classes: Sequence[str]) -> dict[str, Any]:
-    return {
-        "file_name": source.name,
-        "width": image.shape[1],
-        "height": image.shape[0],
-        "boxes": detections.boxes.tolist(),
-        "scores": detections.scores.tolist(),
-        "classes": [classes[label] for label in detections.labels.tolist()],
-    }
-
-
 def draw(output: str, classes: Sequence[str], source: Source, image: Any, detections: Any) -> str | None:
-    """Writes the picture of an image; what is wrong where its format cannot hold it."""
+    """Writes the picture of an image; returns what is wrong where its format cannot hold it."""
     from PIL import Image
 
     from retina.visualize import draw_detections

@@ -289,7 +289,7 @@ def test_mistakes_are_one_line(tool: Tool, run: Path, other_data: Path, capsys: 
     for words, parts in [
         ([], ["checkpoint: give checkpoint="]),
         ([checkpoint, results], ["not both"]),
-        ([checkpoint, "split=test"], ["split: test"]),
+        ([checkpoint, "split=test"], ["split: 'test'"]),
         ([checkpoint, "batch_size=0"], ["batch_size: 0"]),
         ([checkpoint, "device=tpu7"], ["device: "]),
         ([checkpoint, "precision=int8"], ["precision: 'int8'"]),
