@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from retina.losses.common import reduce_loss, refuse
+from retina.losses.common import check_range, reduce_loss, refuse
 
 
 def class_balanced_weights(counts: Tensor | Sequence[int], *, beta: float = 0.999) -> Float[Tensor, "C"]:
@@ -20,8 +20,7 @@ def class_balanced_weights(counts: Tensor | Sequence[int], *, beta: float = 0.99
     Raises ValueError for counts that are negative or all 0, and for beta outside [0, 1].
     Source: Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019, equations 3 and 5.
     """
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must be in [0, 1], got {beta}")
+    check_range("beta", beta, 0, 1)
     counts = torch.as_tensor(counts).cpu().double()
     refuse(~((counts >= 0) & counts.isfinite()), counts, "counts must be at least 0")
     present = counts > 0
@@ -59,8 +58,7 @@ def hardest_negatives(
     kept. Raises ValueError unless the ratio is finite and at least 0.
     Source: Liu et al., SSD, ECCV 2016, section 2.2 (1:3).
     """
-    if not 0 <= ratio < float("inf"):
-        raise ValueError(f"ratio must be finite and at least 0, got {ratio}")
+    check_range("ratio", ratio)
     negatives = losses.masked_fill(positive, 0)
     return (positive | (_rank(negatives) < positive.sum() * ratio)) & (losses > 0)
 

@@ -3,7 +3,7 @@
 Cross entropy is `Focal(gamma=0, alpha=None)`, alpha-balanced cross entropy `Focal(gamma=0, alpha=0.75)`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -13,15 +13,14 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torchvision.ops import nms
 
-from retina.losses.class_focal import class_focal_loss
-from retina.losses.focal import check_focal
+from retina.losses.common import check_range
+from retina.losses.focal import check_focal, class_focal_loss, focal_of_error
 from retina.losses.soft_targets import ghm_loss, quality_focal_loss, varifocal_loss
 from retina.ops.boxes import pairwise_iou
 from retina.types import Assignment, Predictions
 
 Labels = Int64[Tensor, "B A"]
 Scalar = Float[Tensor, ""]
-_CHUNK = 2**24  # logits that are copied at a time
 
 
 @runtime_checkable
@@ -60,9 +59,43 @@ class Focal:
         levels = zip(predictions.logits, *parts, strict=True)
         return torch.stack([class_focal_loss(*level, alpha=self.alpha, gamma=self.gamma) for level in levels]).sum()
 
+    def of_positives(self, logits: Float[Tensor, "B A"], assigned: Assignment) -> Float[Tensor, "B A"]:
+        """The loss of anchors as positives of their labels, given the logits of those, without the weight alpha."""
+        return focal_of_error(-logits, self.gamma)
+
+    def class_weights(self, ones: Float[Tensor, "K"]) -> tuple[Float[Tensor, "K"], Float[Tensor, "K"]]:
+        """Weights of the positives and of the negatives of each class, where `ones` are."""
+        if self.alpha is None:
+            return ones, ones
+        alpha = ones * torch.as_tensor(self.alpha, dtype=ones.dtype).to(ones.device, non_blocking=True)
+        return alpha, 1 - alpha
+
+
+class _QualityLoss:
+    """A loss in which positives have a quality: `of_positives` at their labels, and `negative_weight` times the focal
+    loss p^gamma BCE(p, 0) everywhere else."""
+
+    gamma: float
+    needs_quality: ClassVar[bool] = True
+
+    def of_positives(self, logits: Float[Tensor, "B A"], assigned: Assignment) -> Float[Tensor, "B A"]:
+        raise NotImplementedError
+
+    @property
+    def negative_weight(self) -> float:
+        return 1.0
+
+    def class_weights(self, ones: Float[Tensor, "K"]) -> tuple[Float[Tensor, "K"], Float[Tensor, "K"]]:
+        return ones, self.negative_weight * ones
+
+    def __call__(self, predictions: Predictions, labels: Labels, assigned: Assignment) -> Scalar:
+        loss = self.of_positives(logits_of_labels(predictions, labels, assigned), assigned)
+        of_negatives = Focal(alpha=0.0, gamma=self.gamma)(predictions, labels, assigned)
+        return torch.where(assigned.positive, loss, 0).sum() + self.negative_weight * of_negatives
+
 
 @dataclass(frozen=True, kw_only=True)
-class QualityFocal:
+class QualityFocal(_QualityLoss):
     """The quality focal loss: |y - p|^gamma BCE(p, y), where y is a positive's quality at its label, 0 elsewhere.
 
     Args:
@@ -72,20 +105,16 @@ class QualityFocal:
     Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 2."""
 
     gamma: float = 2.0
-    needs_quality: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_focal(None, self.gamma)
 
-    def __call__(self, predictions: Predictions, labels: Labels, assigned: Assignment) -> Scalar:
-        logits, quality = logits_of_labels(predictions, labels, assigned), _quality(assigned)
-        loss = quality_focal_loss(logits, quality, gamma=self.gamma)
-        positives_loss = torch.where(assigned.positive, loss, 0).sum()
-        return positives_loss + _of_negatives(self.gamma, predictions, labels, assigned)
+    def of_positives(self, logits: Float[Tensor, "B A"], assigned: Assignment) -> Float[Tensor, "B A"]:
+        return quality_focal_loss(logits, _quality(assigned), gamma=self.gamma)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Varifocal:
+class Varifocal(_QualityLoss):
     """The varifocal loss: q BCE(p, q) at a positive's label, with q its quality, and alpha p^gamma BCE(p, 0) elsewhere.
 
     Args:
@@ -97,16 +126,16 @@ class Varifocal:
 
     alpha: float = 0.75
     gamma: float = 2.0
-    needs_quality: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_focal(self.alpha, self.gamma)
 
-    def __call__(self, predictions: Predictions, labels: Labels, assigned: Assignment) -> Scalar:
-        logits, quality = logits_of_labels(predictions, labels, assigned), _quality(assigned)
-        loss = varifocal_loss(logits, quality, alpha=self.alpha, gamma=self.gamma)
-        positives_loss = torch.where(assigned.positive, loss, 0).sum()
-        return positives_loss + self.alpha * _of_negatives(self.gamma, predictions, labels, assigned)
+    @property
+    def negative_weight(self) -> float:
+        return self.alpha
+
+    def of_positives(self, logits: Float[Tensor, "B A"], assigned: Assignment) -> Float[Tensor, "B A"]:
+        return varifocal_loss(logits, _quality(assigned), alpha=self.alpha, gamma=self.gamma)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +154,7 @@ class GHM:
     num_bins: int = 30
 
     def __post_init__(self) -> None:
-        if self.num_bins < 1:
-            raise ValueError(f"num_bins must be at least 1, got {self.num_bins}")
+        check_range("num_bins", self.num_bins, 1)
 
     def __call__(self, predictions: Predictions, labels: Labels, assigned: Assignment) -> Scalar:
         logits = torch.cat(predictions.logits, dim=1)
@@ -160,13 +188,14 @@ class OHEM:
     one_to_three: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size < 4:
-            raise ValueError(f"batch_size must be at least 4, got {self.batch_size}")
-        if not 0 <= self.nms_iou <= 1:
-            raise ValueError(f"nms_iou must be in [0, 1], got {self.nms_iou}")
+        check_range("batch_size", self.batch_size, 4)
+        check_range("nms_iou", self.nms_iou, 0, 1)
 
     def __call__(self, predictions: Predictions, labels: Labels, assigned: Assignment) -> Scalar:
-        hardness, anchors = _cross_entropy(predictions, labels, assigned), torch.cat(list(predictions.anchors))
+        with torch.no_grad():
+            logits_of_true = logits_of_labels(predictions, labels, assigned).float()
+            hardness = sum_over_classes(predictions, F.softplus) - torch.where(assigned.positive, logits_of_true, 0)
+        anchors = torch.cat(list(predictions.anchors))
         positive, negative = assigned.positive, assigned.negative
         if self.one_to_three:
             quarter = self.batch_size // 4
@@ -232,25 +261,21 @@ def _suppress_on_cpu(
 
 
 def _quality(assigned: Assignment) -> Float[Tensor, "B A"]:
+    """Of positives; 0 elsewhere."""
     if assigned.quality is None:
         raise ValueError("this loss needs the quality of positive anchors: an assigner that gives it, or DetectionLoss")
-    return assigned.quality
+    return torch.where(assigned.positive, assigned.quality, 0)
 
 
-@torch.no_grad()
-def _cross_entropy(predictions: Predictions, labels: Labels, assigned: Assignment) -> Float[Tensor, "B A"]:
-    """Of every anchor, summed over classes: softplus(x), less x at a positive's label."""
+def sum_over_classes(predictions: Predictions, function: Callable[[Tensor], Tensor]) -> Float[Tensor, "B A"]:
+    """The sum over the classes of each anchor of a function of the logits, in float32, without a copy of all."""
+    on_cpu = predictions.logits[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    num_logits = 2**16 if on_cpu else 2**24  # at a time: in the second-level cache, or bounding the memory
     sums = []
     for logits in predictions.logits:
-        rows = max(1, _CHUNK // max(1, len(logits) * logits.shape[-1]))
-        sums += [F.softplus(part.float()).sum(dim=-1) for part in logits.split(rows, dim=1)]
-    logits_of_true = logits_of_labels(predictions, labels, assigned).float()
-    return torch.cat(sums, dim=1) - torch.where(assigned.positive, logits_of_true, 0)
-
-
-def _of_negatives(gamma: float, predictions: Predictions, labels: Labels, assigned: Assignment) -> Scalar:
-    """p^gamma BCE(p, 0) summed over all but positives at their labels: the focal loss of weight 0 for those."""
-    return Focal(alpha=0.0, gamma=gamma)(predictions, labels, assigned)
+        rows = max(1, num_logits // max(1, len(logits) * logits.shape[-1]))
+        sums += [function(part.float()).sum(dim=-1) for part in logits.split(rows, dim=1)]
+    return torch.cat(sums, dim=1)
 
 
 def logits_of_labels(predictions: Predictions, labels: Labels, assigned: Assignment) -> Float[Tensor, "B A"]:

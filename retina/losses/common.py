@@ -4,8 +4,9 @@ Logits are (N, C, d1, d2, ...) as in torch: the class axis is 1, or 0 if there i
 at on a CPU only, where that costs no waiting.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -90,19 +91,26 @@ def along_classes(values: Tensor, logits: Tensor, name: str) -> Tensor:
     return values.to(logits.device, logits.dtype).reshape([-1 if i == axis else 1 for i in range(logits.dim())])
 
 
-def as_tensor(values: Tensor | Sequence[float]) -> Tensor:
-    """Plain numbers with all their digits, for logits of any precision."""
-    return values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float64)
+def per_class(values: Tensor | Sequence[float], name: str, *, high: float | int = math.inf) -> Tensor:
+    """One number per class as a float tensor with all its digits, for logits of any precision.
 
-
-def per_class(values: Tensor | Sequence[float], name: str, *, most: float = float("inf")) -> Tensor:
-    """One number per class as a float tensor. Raises ValueError unless all are finite and in [0, most]."""
-    values = torch.as_tensor(values, dtype=torch.float32)
+    Raises ValueError unless all are finite and in [0, high]."""
+    if not (isinstance(values, Tensor) and values.is_floating_point()):
+        values = torch.as_tensor(values, dtype=torch.float64)
     if values.dim() != 1 or len(values) == 0:
         raise ValueError(f"{name} must be one number per class, got shape {list(values.shape)}")
-    within = "finite and at least 0" if most == float("inf") else f"in [0, {most:g}]"
-    refuse(~((values >= 0) & (values <= most) & values.isfinite()), values, f"{name} must be {within}")
+    refuse(~((values >= 0) & (values <= high) & values.isfinite()), values, f"{name} must be {_range(0, high)}")
     return values
+
+
+def check_range(name: str, value: float | int, low: float | int = 0, high: float | int = math.inf) -> None:
+    """Raises ValueError unless the number is finite and in [low, high]."""
+    if not low <= value <= high or value == math.inf:
+        raise ValueError(f"{name} must be {_range(low, high)}, got {value}")
+
+
+def _range(low: float | int, high: float | int) -> str:
+    return f"finite and at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
 
 
 def reduce_loss(loss: Tensor, reduction: str, divisor: Tensor | int) -> Tensor:
@@ -130,10 +138,12 @@ class LossModule(nn.Module):
 
     Raises ValueError for a `reduction` other than none, sum and mean."""
 
-    def __init__(self, function: Callable[..., Tensor], **settings: Any) -> None:
+    function: ClassVar[Callable[..., Tensor]]
+
+    def __init__(self, **settings: Any) -> None:
         super().__init__()
         check_reduction(settings.get("reduction", "none"))
-        self._function, self._names = function, tuple(settings)
+        self._names = tuple(settings)
         for name, value in settings.items():
             if isinstance(value, Tensor):
                 self.register_buffer(name, value, persistent=False)
@@ -144,11 +154,18 @@ class LossModule(nn.Module):
         return {name: getattr(self, name) for name in self._names}
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return self._function(logits, targets, **self.settings())
+        return self.function(logits, targets, **self.settings())
 
     def extra_repr(self) -> str:
         settings = {n: value.tolist() if isinstance(value, Tensor) else value for n, value in self.settings().items()}
         return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+class SoftTargetLoss(LossModule):
+    """A loss of targets of the logits' shape, which are in [0, 1]."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(logits, element_targets(logits, targets)[0])
 
 
 # Logits of probabilities, for models that end in a sigmoid or a softmax: so every loss of logits takes those too.
@@ -186,20 +203,17 @@ def _log(p: Tensor, smallest: float) -> Tensor:
 class FromSigmoid(nn.Module):
     """Another loss, for a model that ends in a sigmoid: takes probabilities and gives the loss `logits_of_sigmoid`."""
 
+    to_logits = staticmethod(logits_of_sigmoid)
+
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
         self.loss = loss
 
     def forward(self, probabilities: Tensor, targets: Tensor) -> Tensor:
-        return self.loss(logits_of_sigmoid(probabilities), targets)
+        return self.loss(self.to_logits(probabilities), targets)
 
 
-class FromSoftmax(nn.Module):
+class FromSoftmax(FromSigmoid):
     """Another loss, for a model that ends in a softmax: takes probabilities and gives the loss `logits_of_softmax`."""
 
-    def __init__(self, loss: nn.Module) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, probabilities: Tensor, targets: Tensor) -> Tensor:
-        return self.loss(logits_of_softmax(probabilities), targets)
+    to_logits = staticmethod(logits_of_softmax)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from retina.losses.boxes import BoxLoss, smooth_l1
 from retina.losses.classification import ClassLoss, Focal
+from retina.losses.common import check_range
 from retina.losses.soft_targets import distribution_focal_loss
 from retina.ops.anchors import Anchors
 from retina.ops.assigners import Assigner, MaxIoU
@@ -69,8 +70,7 @@ class DetectionLoss:
                 raise ValueError(f"{name} must be a callable, got {getattr(self, name)!r}")
         self.box_loss(torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0, 4))  # raises for settings out of range
         for name in ("box_weight", "quality_weight", "distribution_weight"):
-            if not 0 <= (getattr(self, name) or 0) < float("inf"):
-                raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+            check_range(name, getattr(self, name) or 0)
         if self.quality not in ("centerness", "iou", None):
             raise ValueError(f"quality must be centerness, iou or None, got {self.quality!r}")
 

@@ -12,15 +12,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from retina.losses.classification import ClassLoss, Focal, Labels, QualityFocal, Scalar, Varifocal, logits_of_labels
+from retina.losses.classification import (
+    ClassLoss,
+    Focal,
+    Labels,
+    QualityFocal,
+    Scalar,
+    Varifocal,
+    logits_of_labels,
+    sum_over_classes,
+)
 from retina.losses.detection import DetectionLoss
-from retina.losses.focal import focal_of_error
-from retina.losses.soft_targets import quality_focal_loss, varifocal_loss
 from retina.types import Assignment, Predictions
 
-# Logits at a time: in the second-level cache, or bounding the memory.
-_CHUNK = 2**16
-_CHUNK_OF_DEVICE = 2**24
 # Where the prior holds, the loss is about that of the prior and negatives score about the prior. With biases of 0 they
 # score 50 times a prior of 0.01; with some outliers among the logits, the loss alone is far off.
 _LOSS_TIMES = 10.0
@@ -81,15 +85,15 @@ def diagnose(
 
     logits_of_true = logits_of_labels(predictions, labels, assigned).float()
     p_t = torch.where(positive, logits_of_true.sigmoid(), 0).sum()
-    scores = torch.where(counted, torch.cat([_sum_of_scores(logits) for logits in predictions.logits], dim=1), 0).sum()
-    num_positives = torch.stack(of_level).sum()
-    num_counted = counted.sum(dtype=torch.float32)
+    scores = torch.where(counted, sum_over_classes(predictions, torch.sigmoid), 0).sum()
+    num_positives, num_counted = torch.stack(of_level).sum(), counted.sum(dtype=torch.float32)
     num_negatives = num_counted * predictions.logits[0].shape[-1] - num_positives
     at_start = torch.full_like(logits_of_true, math.log(prior) - math.log1p(-prior))
     labels = torch.where(positive, labels, 0)
-    positive_weight, negative_weight = _weights_of_classes(summand, predictions.logits[0])
+    ones = logits_of_true.new_ones(predictions.logits[0].shape[-1])
+    positive_weight, negative_weight = summand.class_weights(ones)
     positives_loss, from_prior = (
-        torch.where(positive, positive_weight[labels] * _of_positives(summand, logits, assigned), 0).sum()
+        torch.where(positive, positive_weight[labels] * summand.of_positives(logits, assigned), 0).sum()
         for logits in (logits_of_true, at_start)
     )
     weight_of_negatives = num_counted * negative_weight.sum() - torch.where(positive, negative_weight[labels], 0).sum()
@@ -99,30 +103,6 @@ def diagnose(
     return torch.stack(
         [num_positives, p_t, num_negatives, scores - p_t, positives_loss, loss.detach().float(), at_prior, *of_level]
     )
-
-
-def _of_positives(summand: Summand, logits: Float[Tensor, "B A"], assigned: Assignment) -> Float[Tensor, "B A"]:
-    """The loss of positive elements, given their logits, without the weight of their class."""
-    if isinstance(summand, Focal):
-        return focal_of_error(-logits, summand.gamma)
-    assert assigned.quality is not None
-    quality = torch.where(assigned.positive, assigned.quality, 0)
-    if isinstance(summand, Varifocal):
-        return varifocal_loss(logits, quality, alpha=summand.alpha, gamma=summand.gamma)
-    return quality_focal_loss(logits, quality, gamma=summand.gamma)
-
-
-def _weights_of_classes(
-    summand: Summand, logits: Float[Tensor, "B A_l K"]
-) -> tuple[Float[Tensor, "K"], Float[Tensor, "K"]]:
-    """Of positive and of negative elements."""
-    ones = logits.new_ones(logits.shape[-1], dtype=torch.float32)
-    if isinstance(summand, Varifocal):
-        return ones, summand.alpha * ones
-    if isinstance(summand, QualityFocal) or summand.alpha is None:
-        return ones, ones
-    alpha = ones * torch.as_tensor(summand.alpha, dtype=ones.dtype).to(ones.device, non_blocking=True)
-    return alpha, 1 - alpha
 
 
 def summarize(sums: Sequence[float], levels: Sequence[int]) -> dict[str, float]:
@@ -159,10 +139,3 @@ def prior_is_lost(summary: dict[str, float], prior: float) -> str | None:
         f"classification loss is {ratio:,.1f} times what that would give - give the head's last bias "
         "-log((1 - prior) / prior) again, or model.prior the value that it was made with"
     )
-
-
-def _sum_of_scores(logits: Float[Tensor, "B A_l K"]) -> Float[Tensor, "B A_l"]:
-    """Over classes."""
-    chunk = _CHUNK if logits.device.type == "cpu" else _CHUNK_OF_DEVICE
-    rows = max(1, chunk // max(1, len(logits) * logits.shape[-1]))
-    return torch.cat([part.float().sigmoid().sum(dim=-1) for part in logits.split(rows, dim=1)], dim=1)

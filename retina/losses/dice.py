@@ -11,13 +11,15 @@ Sources: Milletari, Navab and Ahmadi, V-Net, 3DV 2016, section 3 (there with squ
 Chung, Focal Dice Loss and Image Dilation for Brain Tumor Segmentation, DLMIA 2018 (beta).
 """
 
+import math
+
 import torch
-from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from retina.losses.common import (
     LossModule,
     at_least_float32,
+    check_range,
     class_axis,
     class_indices,
     element_targets,
@@ -52,21 +54,7 @@ def sigmoid_dice_loss(
         )
     logits = at_least_float32(logits)
     targets, counted = element_targets(logits, targets, ignore_index)
-    p = torch.sigmoid(logits)
-    if counted is not None:
-        p = p * counted
-    loss = _loss(p.flatten(1), targets.flatten(1), beta, smooth)
-    return reduce_loss(loss, reduction, loss.numel())
-
-
-class SigmoidDiceLoss(LossModule):
-    """`sigmoid_dice_loss`, 1 - Dice^(1 / beta): one mask per image. Focal Dice with a beta above 1."""
-
-    def __init__(
-        self, beta: float = 1.0, *, smooth: float = 1.0, ignore_index: int = -100, reduction: str = "mean"
-    ) -> None:
-        check_dice(beta, smooth)
-        super().__init__(sigmoid_dice_loss, beta=beta, smooth=smooth, ignore_index=ignore_index, reduction=reduction)
+    return _loss(torch.sigmoid(logits), targets, counted, 1, beta, smooth, reduction)
 
 
 def softmax_dice_loss(
@@ -102,20 +90,45 @@ def softmax_dice_loss(
         classes = torch.arange(p.shape[axis], device=p.device).reshape(-1, *[1] * (p.dim() - 2))
         # A byte per logit; a scatter of the true classes' probabilities would need none, but add up pixel by pixel.
         targets = (index == classes) & counted
+    return _loss(p, targets, counted, 2, beta, smooth, reduction)
+
+
+def _loss(
+    p: Tensor, targets: Tensor, counted: Tensor | None, num_axes: int, beta: float, smooth: float, reduction: str
+) -> Tensor:
+    """The loss of masks, given probabilities and targets whose first `num_axes` axes say which mask, and what counts
+    of their pixels (None: all)."""
     if counted is not None:
         p = p * counted
-    loss = _loss(p.flatten(2), targets.flatten(2), beta, smooth)
+    p, targets = p.flatten(num_axes), targets.flatten(num_axes)
+    found, true = p.sum(-1), targets.sum(-1, dtype=p.dtype)
+    loss = 1 - ((2 * (p * targets).sum(-1) + smooth) / (found + true + smooth)) ** (1 / beta)
     return reduce_loss(loss, reduction, loss.numel())
 
 
-class SoftmaxDiceLoss(LossModule):
-    """`softmax_dice_loss`, 1 - Dice^(1 / beta): one mask per image and class. Focal Dice with a beta above 1."""
+def check_dice(beta: float, smooth: float) -> None:
+    """Raises ValueError unless beta is finite and at least 1, and smooth finite and above 0."""
+    check_range("beta", beta, 1)
+    if not 0 < smooth < math.inf:
+        raise ValueError(f"smooth must be finite and above 0, got {smooth}")
+
+
+class SigmoidDiceLoss(LossModule):
+    """`sigmoid_dice_loss`, 1 - Dice^(1 / beta): one mask per image. Focal Dice with a beta above 1."""
+
+    function = staticmethod(sigmoid_dice_loss)
 
     def __init__(
         self, beta: float = 1.0, *, smooth: float = 1.0, ignore_index: int = -100, reduction: str = "mean"
     ) -> None:
         check_dice(beta, smooth)
-        super().__init__(softmax_dice_loss, beta=beta, smooth=smooth, ignore_index=ignore_index, reduction=reduction)
+        super().__init__(beta=beta, smooth=smooth, ignore_index=ignore_index, reduction=reduction)
+
+
+class SoftmaxDiceLoss(SigmoidDiceLoss):
+    """`softmax_dice_loss`, 1 - Dice^(1 / beta): one mask per image and class. Focal Dice with a beta above 1."""
+
+    function = staticmethod(softmax_dice_loss)
 
 
 class FocalPlusDiceLoss(nn.Module):
@@ -126,8 +139,7 @@ class FocalPlusDiceLoss(nn.Module):
 
     def __init__(self, focal: nn.Module, dice: nn.Module, *, dice_weight: float = 1.0) -> None:
         super().__init__()
-        if not 0 <= dice_weight < float("inf"):
-            raise ValueError(f"dice_weight must be finite and at least 0, got {dice_weight}")
+        check_range("dice_weight", dice_weight)
         self.focal, self.dice, self.dice_weight = focal, dice, dice_weight
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -135,18 +147,3 @@ class FocalPlusDiceLoss(nn.Module):
         if focal.shape != dice.shape:
             raise ValueError("there is no sum of one focal loss per pixel and one Dice loss per mask: reduce both")
         return focal + self.dice_weight * dice
-
-
-def _loss(
-    p: Float[Tensor, "*masks pixels"], targets: Shaped[Tensor, "*masks pixels"], beta: float, smooth: float
-) -> Float[Tensor, "*masks"]:
-    true = targets.sum(-1, dtype=p.dtype)
-    return 1 - ((2 * (p * targets).sum(-1) + smooth) / (p.sum(-1) + true + smooth)) ** (1 / beta)
-
-
-def check_dice(beta: float, smooth: float) -> None:
-    """Raises ValueError unless beta is finite and at least 1, and smooth finite and above 0."""
-    if not 1 <= beta < float("inf"):
-        raise ValueError(f"beta must be finite and at least 1, got {beta}")
-    if not 0 < smooth < float("inf"):
-        raise ValueError(f"smooth must be finite and above 0, got {smooth}")

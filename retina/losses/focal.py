@@ -1,28 +1,34 @@
 """The focal loss: of a sigmoid (binary, multi-label) and of a softmax (one of C classes), for targets of any kind.
 
-`class_focal` is the fast sum of the first in a detector.
+`class_focal_loss` is the fast sum of the first in a detector: one pass over the logits gives loss and gradient, in the
+forms of `retina.ops.kernels` (`focal_cpu` has the formulas).
 
 Source of all here: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, equations 1 to 5.
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from retina.losses.common import (
     LossModule,
     along_classes,
-    as_tensor,
     at_least_float32,
+    check_range,
     class_axis,
     class_indices,
     element_targets,
     per_class,
     reduce_loss,
 )
+from retina.ops.kernels import focal_cpu
 
 
 def sigmoid_focal_loss(
@@ -54,13 +60,9 @@ def sigmoid_focal_loss(
     Raises ValueError for shapes that do not fit, values out of range, and alpha of the wrong length. Targets are looked
     at on a CPU only; see `retina.losses.common` for what happens elsewhere.
     """
-    check_focal(alpha, gamma)
+    alpha = check_focal(alpha, gamma)
     logits = at_least_float32(logits)
-    positive: float | Tensor
-    if isinstance(alpha, Tensor | Sequence):
-        positive = along_classes(as_tensor(alpha), logits, "alpha")
-    else:
-        positive = 1.0 if alpha is None else alpha
+    positive = along_classes(alpha, logits, "alpha") if isinstance(alpha, Tensor) else 1.0 if alpha is None else alpha
     negative = 1.0 if alpha is None else 1 - positive
     if targets.shape == logits.shape:
         targets, counted = element_targets(logits, targets, ignore_index)
@@ -87,6 +89,8 @@ class SigmoidFocalLoss(LossModule):
     `alpha=None, gamma=0` is the binary cross entropy, `gamma=0` with an alpha the alpha-balanced one.
     """
 
+    function = staticmethod(sigmoid_focal_loss)
+
     def __init__(
         self,
         alpha: float | Sequence[float] | Tensor | None = 0.25,
@@ -95,17 +99,15 @@ class SigmoidFocalLoss(LossModule):
         ignore_index: int = -100,
         reduction: str = "mean",
     ) -> None:
-        if isinstance(alpha, Sequence | Tensor):
-            alpha = per_class(alpha, "alpha", most=1.0)
-        check_focal(alpha, gamma)
-        super().__init__(sigmoid_focal_loss, alpha=alpha, gamma=gamma, ignore_index=ignore_index, reduction=reduction)
+        alpha = check_focal(alpha, gamma)
+        super().__init__(alpha=alpha, gamma=gamma, ignore_index=ignore_index, reduction=reduction)
 
 
 def softmax_focal_loss(
     logits: Tensor,
     targets: Tensor,
     *,
-    weight: Tensor | None = None,
+    weight: Tensor | Sequence[float] | None = None,
     gamma: float = 2.0,
     ignore_index: int = -100,
     reduction: str = "none",
@@ -137,8 +139,7 @@ def softmax_focal_loss(
     axis = class_axis(logits)
     log_p = at_least_float32(logits).log_softmax(axis)
     if weight is not None:
-        per_class(weight, "weight")
-        weight = along_classes(weight, log_p, "weight").expand_as(log_p)
+        weight = along_classes(per_class(weight, "weight"), log_p, "weight").expand_as(log_p)
     if targets.shape == logits.shape:
         labels, counted = element_targets(log_p, targets, ignore_index)
         if counted is not None:
@@ -163,6 +164,8 @@ class SoftmaxFocalLoss(LossModule):
     `gamma=0` is the cross entropy, with a `weight` the balanced one; on log-probabilities it is nn.NLLLoss.
     """
 
+    function = staticmethod(softmax_focal_loss)
+
     def __init__(
         self,
         weight: Sequence[float] | Tensor | None = None,
@@ -173,7 +176,7 @@ class SoftmaxFocalLoss(LossModule):
     ) -> None:
         weight = None if weight is None else per_class(weight, "weight")
         check_focal(None, gamma)
-        super().__init__(softmax_focal_loss, weight=weight, gamma=gamma, ignore_index=ignore_index, reduction=reduction)
+        super().__init__(weight=weight, gamma=gamma, ignore_index=ignore_index, reduction=reduction)
 
 
 def focal_of_error(z: Float[Tensor, "*shape"], gamma: float) -> Float[Tensor, "*shape"]:
@@ -196,11 +199,91 @@ def clear_of_zero(base: Tensor) -> Tensor:
     return base.clamp(min=torch.finfo(base.dtype).tiny)
 
 
-def check_focal(alpha: float | Tensor | Sequence[float] | None, gamma: float) -> None:
-    """Raises ValueError unless alpha (or each class's) is None or in [0, 1], and gamma is finite and at least 0."""
+def check_focal(alpha: float | Tensor | Sequence[float] | None, gamma: float) -> float | Tensor | None:
+    """Alpha, as a tensor where there is one per class.
+
+    Raises ValueError unless alpha (or each class's) is None or in [0, 1], and gamma is finite and at least 0."""
+    check_range("gamma", gamma)
     if isinstance(alpha, Tensor | Sequence):
-        per_class(alpha, "alpha", most=1.0)
-    elif alpha is not None and not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1] or None, got {alpha}")
-    if not 0 <= gamma < float("inf"):
-        raise ValueError(f"gamma must be finite and at least 0, got {gamma}")
+        return per_class(alpha, "alpha", high=1.0)
+    if alpha is not None:
+        check_range("alpha", alpha, 0, 1)
+    return alpha
+
+
+def class_focal_loss(
+    logits: Float[Tensor, "*batch A K"],
+    labels: Int64[Tensor, "*batch A"],
+    positive: Bool[Tensor, "*batch A"],
+    negative: Bool[Tensor, "*batch A"],
+    *,
+    alpha: float | Float[Tensor, "K"] | Sequence[float] | None = 0.25,
+    gamma: float = 2.0,
+) -> Float[Tensor, ""]:
+    """Sum of the focal loss over the K classes of every anchor that is positive or negative.
+
+    A positive anchor is a positive of its label's class and a negative of the others; a negative anchor is a negative
+    of all; other anchors count for nothing. Labels are read at positive anchors only and must be in 0..K-1 there.
+
+    Equals `sigmoid_focal_loss` on the multi-hot targets, which are never built. One pass over the logits, in chunks or
+    (with one alpha for all classes) in a Triton kernel, gives the loss and the gradient, which is stored where the
+    logits' gradient needs a tensor anyway. A compiler is given the plain formula, which it fuses by itself. float32
+    inside for narrower dtypes; the sum is float32, or float64 for float64 logits. Shapes never depend on the data. Once
+    differentiable.
+
+    Raises ValueError for values out of range, and for an alpha per class that is not as long as there are classes.
+    """
+    alpha = check_focal(alpha, gamma)
+    num_classes = logits.shape[-1]
+    if isinstance(alpha, Tensor):
+        if len(alpha) != num_classes:
+            raise ValueError(f"alpha must have one value per class, {num_classes}, got {len(alpha)}")
+        alpha = alpha.to(logits.device, torch.promote_types(logits.dtype, torch.float32), non_blocking=True)
+    weights: tuple[float | Tensor, float | Tensor] = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
+    logits, labels = logits.reshape(-1, num_classes), labels.reshape(-1, 1)
+    positive, negative = positive.reshape(-1, 1), negative.reshape(-1, 1)
+    if torch.compiler.is_compiling():
+        true = positive & (labels == torch.arange(num_classes, device=logits.device))
+        loss = focal_of_error(torch.where(true, -logits, logits), gamma)
+        return (loss * torch.where(true, weights[0], (positive | negative) * weights[1])).sum()
+    arguments = (logits, labels, positive, negative, *weights, gamma)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _ClassFocalLoss.apply(*arguments)
+    return _loss_and_grad(*arguments, grad=None)
+
+
+class _ClassFocalLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, *arguments: Any) -> Tensor:
+        # Half precision waits for the loss scale in `backward`: without it, the gradients of easy negatives underflow.
+        dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+        ctx.grad = focal_cpu.empty_like(logits, dtype)
+        ctx.dtype = logits.dtype
+        return _loss_and_grad(logits, *arguments, grad=ctx.grad)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        grad = ctx.grad
+        if grad is None:
+            raise RuntimeError("the graph of this focal loss was freed by a backward without retain_graph=True")
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            grad = grad * upstream
+        else:
+            ctx.grad = None  # the last reference goes to autograd, which then need not copy
+            kernels = _triton_kernels(grad)
+            grad = kernels.scale_(grad, upstream) if kernels else grad.mul_(upstream)
+        return grad.to(ctx.dtype), None, None, None, None, None, None
+
+
+def _triton_kernels(tensor: Tensor) -> ModuleType | None:
+    if not tensor.is_cuda or tensor.dtype == torch.float64 or find_spec("triton") is None:
+        return None
+    from retina.ops.kernels import focal
+
+    return focal
+
+
+def _loss_and_grad(logits: Tensor, *arguments: Any, grad: Tensor | None) -> Float[Tensor, ""]:
+    kernels = None if any(isinstance(weight, Tensor) for weight in arguments[3:5]) else _triton_kernels(logits)
+    return (kernels or focal_cpu).loss_and_grad(logits, *arguments, grad=grad)

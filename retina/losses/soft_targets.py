@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from retina.losses.common import LossModule, at_least_float32, element_targets, reduce_loss, refuse
-from retina.losses.focal import binary_cross_entropy, check_focal, clear_of_zero
+from retina.losses.common import LossModule, SoftTargetLoss, at_least_float32, check_range, reduce_loss, refuse
+from retina.losses.focal import binary_cross_entropy, clear_of_zero
 
 
 def quality_focal_loss(
@@ -24,21 +24,20 @@ def quality_focal_loss(
     Raises ValueError for targets of another shape and settings out of range.
     Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 2 (there beta is our gamma).
     """
-    check_focal(None, gamma)
+    check_range("gamma", gamma)
     logits, targets, cross_entropy = _cross_entropy(logits, targets)
     loss = clear_of_zero(_distance(logits, targets)) ** gamma * cross_entropy
     return reduce_loss(loss, reduction, loss.numel())
 
 
-class QualityFocalLoss(LossModule):
+class QualityFocalLoss(SoftTargetLoss):
     """`quality_focal_loss`, |y - p|^gamma BCE(p, y), for targets anywhere in [0, 1]."""
 
-    def __init__(self, gamma: float = 2.0, *, reduction: str = "mean") -> None:
-        check_focal(None, gamma)
-        super().__init__(quality_focal_loss, gamma=gamma, reduction=reduction)
+    function = staticmethod(quality_focal_loss)
 
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return super().forward(logits, element_targets(logits, targets)[0])
+    def __init__(self, gamma: float = 2.0, *, reduction: str = "mean") -> None:
+        check_range("gamma", gamma)
+        super().__init__(gamma=gamma, reduction=reduction)
 
 
 def varifocal_loss(
@@ -66,21 +65,19 @@ def varifocal_loss(
     return reduce_loss(loss, reduction, loss.numel())
 
 
-class VarifocalLoss(LossModule):
+class VarifocalLoss(SoftTargetLoss):
     """`varifocal_loss`, y BCE(p, y) or alpha p^gamma BCE(p, 0), for targets anywhere in [0, 1]."""
+
+    function = staticmethod(varifocal_loss)
 
     def __init__(self, alpha: float = 0.75, gamma: float = 2.0, *, reduction: str = "mean") -> None:
         _check_varifocal(alpha, gamma)
-        super().__init__(varifocal_loss, alpha=alpha, gamma=gamma, reduction=reduction)
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return super().forward(logits, element_targets(logits, targets)[0])
+        super().__init__(alpha=alpha, gamma=gamma, reduction=reduction)
 
 
 def _check_varifocal(alpha: float, gamma: float) -> None:
-    check_focal(None, gamma)
-    if not 0 <= alpha < float("inf"):
-        raise ValueError(f"alpha must be finite and at least 0, got {alpha}")
+    check_range("alpha", alpha)
+    check_range("gamma", gamma)
 
 
 def ghm_loss(
@@ -99,7 +96,7 @@ def ghm_loss(
     Precision as in `quality_focal_loss`.
     Source: Li, Liu and Wang, Gradient Harmonized Single-stage Detector, AAAI 2019, section GHM-C Loss.
     """
-    _check_bins(num_bins)
+    check_range("num_bins", num_bins, 1)
     valid = torch.ones_like(logits, dtype=torch.bool) if valid is None else valid
     if valid.shape != logits.shape:
         raise ValueError(f"valid must have the shape of the logits {list(logits.shape)}, got {list(valid.shape)}")
@@ -112,20 +109,17 @@ def ghm_loss(
     return torch.where(valid, cross_entropy / density[bins], 0)
 
 
-class GHMLoss(LossModule):
+class GHMLoss(SoftTargetLoss):
     """The sum of `ghm_loss`, BCE(p, y) / density(|p - y|), over all logits: a mean by itself."""
 
+    function = staticmethod(ghm_loss)
+
     def __init__(self, num_bins: int = 30) -> None:
-        _check_bins(num_bins)
-        super().__init__(ghm_loss, num_bins=num_bins)
+        check_range("num_bins", num_bins, 1)
+        super().__init__(num_bins=num_bins)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return super().forward(logits, element_targets(logits, targets)[0]).sum()
-
-
-def _check_bins(num_bins: int) -> None:
-    if num_bins < 1 or num_bins != int(num_bins):
-        raise ValueError(f"num_bins must be a whole number, at least 1, got {num_bins}")
+        return super().forward(logits, targets).sum()
 
 
 def distribution_focal_loss(
@@ -163,8 +157,10 @@ class DistributionFocalLoss(LossModule):
     """`distribution_focal_loss`, the cross entropy of the two bins beside y in the ratio that makes y their mean, of
     logits (..., R) over R bins and targets (...) in bins."""
 
+    function = staticmethod(distribution_focal_loss)
+
     def __init__(self, *, reduction: str = "mean") -> None:
-        super().__init__(distribution_focal_loss, reduction=reduction)
+        super().__init__(reduction=reduction)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         refuse(targets.isnan(), targets, "targets must be numbers")

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retina.losses.class_focal import class_focal_loss
-from retina.losses.focal import sigmoid_focal_loss
+from retina.losses.focal import class_focal_loss, sigmoid_focal_loss
 from retina.ops.kernels import focal_cpu
 
 GAMMAS = [0.0, 0.5, 1.0, 2.0, 3.7]

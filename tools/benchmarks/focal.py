@@ -13,8 +13,7 @@ import torchvision
 from torch import Tensor
 
 from retina.lab.clock import Bench, Row, absolute, peak_memory, speedup
-from retina.losses.class_focal import class_focal_loss
-from retina.losses.focal import sigmoid_focal_loss
+from retina.losses.focal import class_focal_loss, sigmoid_focal_loss
 
 CLASSES = 80
 BIAS = -4.6  # the prior of 0.01 with which training starts

@@ -1,4 +1,4 @@
-"""The closed form of `retina.losses.class_focal` as one Triton kernel: loss and gradient from one read of the logits.
+"""The closed form of `retina.losses.focal` as one Triton kernel: loss and gradient from one read of the logits.
 
 Nothing here reads a number back to the host. Imported only for tensors on a GPU, where triton exists.
 """

@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retina.losses.class_focal import class_focal_loss
-from retina.losses.focal import sigmoid_focal_loss
+from retina.losses.focal import class_focal_loss, sigmoid_focal_loss
 
 GAMMAS = [0.0, 0.5, 1.0, 2.0, 5.0]
 CLASSES = [1, 3, 20, 80, 91]  # groups of 1, 1, 4, 16 and 1 classes
