@@ -2,13 +2,8 @@
 
 `entry` turns a function of settings into a program that takes all of Hydra's overrides and flags. Faults that a user
 can mend end in one line on stderr and exit code 2; `traceback=true` shows the traceback as well. Run folders, resume
-and exit codes are the programs' own: Hydra writes nothing unless it is asked to (see QUIET).
-
-For programs that start training runs of their own, such as the lab (retina/cli/sweep.py):
-
-    launch(train.main, [["optimizer.lr=0.1", "name=a"], ...], hydra_words=["hydra/launcher=joblib"])
-        -> Iterator[Outcome]: job (words, settings, folder), metric, fault; a job that fails does not stop the others
-    check_jobs(train.main, [...]) -> list[Settings], all composed and checked, none started
+and exit codes are the programs' own: Hydra writes nothing unless it is asked to (see QUIET). Programs that start
+training runs of their own, such as the lab, use `launch` of retina/cli/sweep.py.
 """
 
 import argparse
@@ -25,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import hydra
 import yaml
@@ -71,25 +66,38 @@ class Result(NamedTuple):
     """What a sweep compares its jobs by."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Program:
-    """A command: what it does, and with which settings."""
+    """A command: what it does, and with which settings. Called, it runs the words of a command line and ends Python."""
 
-    task: Callable[[Settings], int | Result | None]
-    about: str
+    task: Callable[..., int | Result | None]
     config_name: str
+    schema: type | None
+    """A dataclass that the settings are made into before the task gets them."""
     default: Callable[[list[str]], list[str]]
     """From the words typed to those that are added before them."""
     check: Callable[[Settings], None]
     """Raises ConfigError for settings that the task would refuse, whatever the data."""
-    texts: frozenset[str]
-    """Keys whose values are taken as they are typed, beside retina.cli.words.TEXTS."""
 
+    @functools.cached_property
+    def texts(self) -> frozenset[str]:
+        """Keys whose values are taken as they are typed, beside retina.cli.words.TEXTS."""
+        return frozenset(text_keys(self.schema) if self.schema else ())
 
-class Main(Protocol):
-    program: Program
+    def run(self, settings: Settings) -> Result:
+        value = self.task(typed(self.schema, settings) if self.schema else settings)
+        return value if isinstance(value, Result) else Result(value or 0)
 
-    def __call__(self, argv: Sequence[str] | None = None) -> NoReturn: ...
+    def refuse_wrong(self, settings: Settings) -> None:
+        """Raises ConfigError for settings that `run` would refuse, whatever the data."""
+        if self.schema:
+            typed(self.schema, settings)
+        self.check(settings)
+
+    def __call__(self, argv: Sequence[str] | None = None) -> NoReturn:
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file; ours do
+        with _process_kept(quits_for_good=argv is None):
+            sys.exit(_run(self, argv))
 
 
 def entry(
@@ -98,40 +106,9 @@ def entry(
     *,
     default: Callable[[list[str]], list[str]] = lambda typed: [],
     check: Callable[[Settings], None] = lambda settings: None,
-) -> Callable[[Callable[..., int | Result | None]], Main]:
-    """Decorator: runs `task(settings)` under `configs/<config_name>.yaml` and the command line's overrides.
-
-    schema: a dataclass that the settings are made into before the task gets them.
-    default, check: see Program."""
-
-    def decorate(task: Callable[..., int | Result | None]) -> Main:
-        @functools.wraps(task)
-        def main(argv: Sequence[str] | None = None) -> NoReturn:
-            warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file; ours do
-            with _quitting(for_good=argv is None), _logging_kept():
-                sys.exit(_run(program, argv))
-
-        def typed_task(settings: Settings) -> int | Result | None:
-            return task(typed(schema, settings) if schema else settings)
-
-        def typed_check(settings: Settings) -> None:
-            if schema:
-                typed(schema, settings)
-            check(settings)
-
-        texts = frozenset(text_keys(schema) if schema else ())
-        program = Program(
-            task=typed_task,
-            about=sys.modules[task.__module__].__doc__ or "",
-            config_name=config_name,
-            default=default,
-            check=typed_check,
-            texts=texts,
-        )
-        main.program = program  # type: ignore[attr-defined]
-        return main  # type: ignore[return-value]
-
-    return decorate
+) -> Callable[[Callable[..., int | Result | None]], Program]:
+    """Decorator: `task(settings)` under `configs/<config_name>.yaml` and the command line's overrides. See Program."""
+    return functools.partial(Program, config_name=config_name, schema=schema, default=default, check=check)
 
 
 def _run(program: Program, argv: Sequence[str] | None) -> int:
@@ -139,7 +116,7 @@ def _run(program: Program, argv: Sequence[str] | None) -> int:
     arguments = _parser(program).parse_intermixed_args(argv)
     settings: Settings = {}
     try:
-        with quiet_end():
+        with _quiet_end():
             return _dispatch(program, arguments, settings)
     except (RetinaError, OSError) as fault:
         if settings.get("traceback"):
@@ -149,20 +126,51 @@ def _run(program: Program, argv: Sequence[str] | None) -> int:
         return 2
 
 
+def _parser(program: Program) -> argparse.ArgumentParser:
+    """Hydra's flags. Ends Python in one line for a flag that does not exist."""
+    parser = argparse.ArgumentParser(
+        description=sys.modules[program.task.__module__].__doc__,
+        epilog=f"Settings and what they mean: configs/{program.config_name}.yaml and the folders beside it. "
+        "Hydra's own flags, launchers and sweepers work too: --hydra-help.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = lambda message: parser.exit(2, f"error: {message} - see --help\n")  # type: ignore[method-assign]
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="key=value", help="settings to change, in Hydra's syntax")
+    add("-c", "--cfg", choices=["job", "hydra", "all"], help="print the settings and do nothing")
+    add("--resolve", action="store_true", help="with --cfg: follow ${references}")
+    add("-p", "--package", help="with --cfg: only this section")
+    add("-m", "--multirun", action="store_true", help="run once for each of key=value1,value2")
+    add("-cd", "--config-dir", help="a folder of your own configs, laid out like ours")
+    add("-cn", "--config-name", help="a config of your own instead of ours")
+    add("-cp", "--config-path", help="a folder of configs instead of ours")
+    add("-i", "--info", nargs="?", const="all", help="print what Hydra knows: all, defaults, searchpath, plugins, ...")
+    add("-sc", "--shell-completion", action="store_true", help="with install=bash: complete keys in the shell")
+    add("--hydra-help", action="store_true", help="Hydra's own help")
+    return parser
+
+
 @contextmanager
-def _logging_kept() -> Iterator[None]:
-    """After the block the root logger is as it was: Hydra's `--info` lets it print everything from then on."""
+def _process_kept(*, quits_for_good: bool) -> Iterator[None]:
+    """Within the block SIGINT and SIGTERM end the process at once, with status 128 + n. After it the signal handlers
+    are as they were, unless `quits_for_good`, while Python shuts down; and so is the root logger, which Hydra's
+    `--info` lets print everything. Outside the main thread, which alone may set handlers, signals are left alone."""
     root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    log_handlers, level = list(root.handlers), root.level
+    numbers = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    previous = {number: signal.signal(number, lambda number, _: quit_at_once(number)) for number in numbers}
     try:
         yield
     finally:
-        root.handlers[:] = handlers
+        root.handlers[:] = log_handlers
         root.setLevel(level)
+        for number, handler in previous.items() if not quits_for_good else ():
+            signal.signal(number, handler)
 
 
 @contextmanager
-def quiet_end() -> Iterator[None]:
+def _quiet_end() -> Iterator[None]:
     """Ends the program without a word when the reader of stdout has gone, as in `... | head`."""
     try:
         yield
@@ -205,7 +213,7 @@ def _run_one(engine: Hydra, program: Program, name: str, words: list[str], added
             settings.update(settings_of(config, program.config_name))
             if added and os.environ.get("RANK", "0") == "0":
                 print(f"{' '.join(added)}, because the command names neither data=... nor experiment=...", flush=True)
-            outcome.append(program.task(settings))
+            outcome.append(program.run(settings))
         except Exception as fault:  # Hydra would write a line of its own
             outcome.append(fault)
 
@@ -213,27 +221,7 @@ def _run_one(engine: Hydra, program: Program, name: str, words: list[str], added
         engine.run(name, job, [*quiet(words), *words, "hydra.mode=RUN"])
     if isinstance(outcome[0], Exception):
         raise outcome[0]
-    return as_result(outcome[0]).code
-
-
-def as_result(value: int | Result | None) -> Result:
-    return value if isinstance(value, Result) else Result(value or 0)
-
-
-@contextmanager
-def _quitting(*, for_good: bool) -> Iterator[None]:
-    """SIGINT and SIGTERM end the process at once, with status 128 + n; `for_good` also after the block, while Python
-    shuts down. Does nothing outside the main thread, which alone may set handlers."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.signal(number, lambda number, _: quit_at_once(number)) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        if not for_good:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    return int(outcome[0].code)
 
 
 @contextmanager
@@ -332,33 +320,6 @@ def report(fault: Exception) -> None:
         print(plain(note))
     code = f"[{fault.code}]" if isinstance(fault, RetinaError) and fault.code else ""
     print(f"error{code}: {plain(str(fault))}", file=sys.stderr)
-
-
-def _parser(program: Program) -> argparse.ArgumentParser:
-    class OneLineParser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            self.exit(2, f"error: {message} - see --help\n")
-
-    parser = OneLineParser(
-        description=program.about,
-        epilog=f"Settings and what they mean: configs/{program.config_name}.yaml and the folders beside it. "
-        "Hydra's own flags, launchers and sweepers work too: --hydra-help.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("overrides", nargs="*", metavar="key=value", help="settings to change, in Hydra's syntax")
-    add("-c", "--cfg", choices=["job", "hydra", "all"], help="print the settings and do nothing")
-    add("--resolve", action="store_true", help="with --cfg: follow ${references}")
-    add("-p", "--package", help="with --cfg: only this section")
-    add("-m", "--multirun", action="store_true", help="run once for each of key=value1,value2")
-    add("-cd", "--config-dir", help="a folder of your own configs, laid out like ours")
-    add("-cn", "--config-name", help="a config of your own instead of ours")
-    add("-cp", "--config-path", help="a folder of configs instead of ours")
-    add("-i", "--info", nargs="?", const="all", help="print what Hydra knows: all, defaults, searchpath, plugins, ...")
-    add("-sc", "--shell-completion", action="store_true", help="with install=bash: complete keys in the shell")
-    add("--hydra-help", action="store_true", help="Hydra's own help")
-    return parser
 
 
 @contextmanager

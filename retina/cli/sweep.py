@@ -1,9 +1,8 @@
 """Several jobs of one command: all are composed and checked before the first starts, each has a folder of its own,
 and one that fails does not stop the others. Hydra's sweeper chooses the jobs and its launcher starts them.
 
-Sweeps of the command line are `run_sweep`; programs that know their jobs call `check_jobs` and `launch`."""
+Sweeps of the command line are `run_sweep`; programs that know their jobs, such as the lab, call `launch`."""
 
-import contextlib
 import hashlib
 import os
 import sys
@@ -21,7 +20,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
-from retina.cli.compose import Main, Program, Settings, app, as_result, one_line, quiet, report, settings_of
+from retina.cli.compose import Program, Settings, app, one_line, quiet, report, settings_of
 from retina.cli.words import as_typed, unquoted
 from retina.errors import ConfigError, RetinaError, plain
 
@@ -58,7 +57,7 @@ class _Task:
     parent: int = field(default_factory=os.getpid)
 
     def __call__(self, config: DictConfig) -> float | None:
-        result = as_result(self.program.task(settings_of(config, self.program.config_name)))
+        result = self.program.run(settings_of(config, self.program.config_name))
         if result.code >= 128 and os.getpid() == self.parent:  # a signal is for the whole sweep
             sys.exit(result.code)
         if result.code:
@@ -104,8 +103,11 @@ def run_sweep(engine: Hydra, program: Program, config_name: str, words: list[str
     launcher = getattr(sweeper, "sweeper", sweeper).launcher  # plugins hold an inner sweeper that does the work
     start, launcher.launch = launcher.launch, launch_checked
     try:
-        with one_line(config_name, words), _unless(lambda: any(outcome.fault for outcome in outcomes)):
+        with one_line(config_name, words):
             sweeper.sweep(list(config.hydra.overrides.task))
+    except Exception:  # with which some sweepers end over a failed job, which has been reported
+        if not any(outcome.fault for outcome in outcomes):
+            raise
     finally:
         print("\n".join(_table(outcomes)), flush=True)
     callbacks.on_multirun_end(config=config, config_name=config_name)
@@ -115,16 +117,6 @@ def run_sweep(engine: Hydra, program: Program, config_name: str, words: list[str
 def _is_basic(section: DictConfig) -> bool:
     """Whether a sweeper or launcher is Hydra's own."""
     return str(section._target_).startswith("hydra._internal.core_plugins.basic_")
-
-
-@contextlib.contextmanager
-def _unless(told: Callable[[], bool]) -> Iterator[None]:
-    """Drops the exception with which a sweeper ends over jobs that have been reported."""
-    try:
-        yield
-    except Exception:
-        if not told():
-            raise
 
 
 def _sweep_words(words: Sequence[str], settings: DictConfig) -> list[str]:
@@ -145,16 +137,14 @@ def _compose_job(
     words = [fixed.get(word.partition("=")[0], word) for word in overrides]  # some sweepers drop the quotes
     swept = [word for word in words if word not in fixed.values()]
     job = _job(engine, config, program, words)
-    settings, suffix = (
-        job.settings,
-        folder_suffix([w for w in swept if not w.startswith(("name=", "runs=", "output="))]),
-    )
+    settings = job.settings
+    suffix = folder_suffix([word for word in swept if not word.startswith(("name=", "runs=", "output="))])
     key = "name" if "name" in settings else "output"
     if suffix and (key == "name" or (settings.get("output") and "." not in str(settings["output"]))):
         settings[key] = f"{settings[key]}__{suffix}"
         words.append(as_typed(f"{key}={settings[key]}", [key]))
     try:
-        program.check(settings)
+        program.refuse_wrong(settings)
     except RetinaError as fault:
         fault.add_note(f"in the job {' '.join(swept)}")
         raise
@@ -222,42 +212,24 @@ def _table(outcomes: Sequence[Outcome]) -> list[str]:
     return lines
 
 
-def check_jobs(main: Main, jobs: Sequence[Sequence[str]]) -> list[Settings]:
-    """The settings of jobs, each given by its words. Raises ConfigError for the first that the command would refuse."""
-    with app() as engine:
-        every = _composed(engine, main.program, jobs, ())[1]
-    for job in every:
-        main.program.check(job.settings)
-    return [job.settings for job in every]
-
-
-def launch(main: Main, jobs: Sequence[Sequence[str]], hydra_words: Sequence[str] = ()) -> Iterator[Outcome]:
+def launch(program: Program, jobs: Sequence[Sequence[str]], hydra_words: Sequence[str] = ()) -> Iterator[Outcome]:
     """Runs jobs, each given by its words, with the launcher that `hydra_words` choose; one that fails stops no other.
 
     With Hydra's own launcher every outcome comes when the job has ended, with others when all have. A signal ends the
     job, which saves, and this process. Raises ConfigError before the first job for one that cannot be composed."""
+    hydra_words = [*quiet(hydra_words), "hydra.sweep.dir=.", *hydra_words, "hydra.mode=MULTIRUN"]
     with app() as engine:
-        config, every = _composed(engine, main.program, jobs, hydra_words)
-        _refuse_shared([job.folder for job in every])
+        with one_line(program.config_name, hydra_words):
+            config = engine.compose_config(program.config_name, hydra_words, RunMode.MULTIRUN)
+        composed = []
+        for words in jobs:
+            typed = [as_typed(word, program.texts) for word in words]
+            with one_line(program.config_name, typed):
+                composed.append(_job(engine, config, program, typed))
+        _refuse_shared([job.folder for job in composed])
         context = HydraContext(config_loader=engine.config_loader, callbacks=Callbacks(config))
         launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=context, task_function=_Task(main.program), config=config
+            hydra_context=context, task_function=_Task(program), config=config
         )
-        for job, job_return in _launch(config, launcher.launch, every, 0):
+        for job, job_return in _launch(config, launcher.launch, composed, 0):
             yield _outcome(job, job_return)
-
-
-def _composed(
-    engine: Hydra, program: Program, jobs: Sequence[Sequence[str]], hydra_words: Sequence[str]
-) -> tuple[DictConfig, list[Job]]:
-    words = [*quiet(hydra_words), *hydra_words, "hydra.mode=MULTIRUN"]
-    if not any(word.startswith("hydra.sweep.dir=") for word in words):
-        words.append("hydra.sweep.dir=.")
-    with one_line(program.config_name, words):
-        config = engine.compose_config(program.config_name, words, RunMode.MULTIRUN)
-    every = []
-    for job in jobs:
-        typed = [as_typed(word, program.texts) for word in job]
-        with one_line(program.config_name, typed):
-            every.append(_job(engine, config, program, typed))
-    return config, every

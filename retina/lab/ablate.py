@@ -162,7 +162,7 @@ def check(lines: Sequence[Line]) -> None:
         settings = line.jobs[0].settings
         data = {key: value for key, value in settings["data"].items() if key not in ("short_side", "long_side")}
         try:
-            train.main.program.check(settings)
+            train.check(settings)
             config = from_mapping(DataConfig, settings["data"], "data")
             if data not in read and not (config.prepare and config.root):  # else the run makes its data set itself
                 load_split(config, "val", classes=load_split(config, "train").classes)

@@ -11,7 +11,7 @@ import pytest
 from faults import refused
 from retina.cli import train
 from retina.cli.compose import Result, Settings, entry
-from retina.cli.sweep import Outcome, check_jobs, folder_suffix, launch
+from retina.cli.sweep import Outcome, folder_suffix, launch
 from retina.errors import ConfigError, DataError
 
 Task = Callable[[Settings], Any]
@@ -129,11 +129,10 @@ def test_programs_start_jobs_of_their_own() -> None:
     assert [outcome.job.folder for outcome in outcomes] == ["runs/a", "runs/b", "runs/2024_11_28"]
     assert [(outcome.metric, outcome.fault) for outcome in outcomes[:2]] == [(0.5, ""), (None, "no - yes")]
     assert isinstance(outcomes[2], Outcome)
-    assert [settings["name"] for settings in check_jobs(main, jobs)] == ["a", "b", "2024_11_28"]
     with refused("unknown-key", "optimizer.lrr"):
-        check_jobs(main, [["name=a"], ["optimizer.lrr=1"]])
-    with refused("", "train.batch_size"):
-        check_jobs(train.main, [["name=a"], ["train.batch_size=-1"]])
+        next(launch(main, [["name=a"], ["optimizer.lrr=1"]]))
+    with refused("shared-folder", "runs/a"):
+        next(launch(main, [["name=a"], ["name=A"]]))
 
 
 def task_of_a_sweeper(settings: Settings) -> Result:
