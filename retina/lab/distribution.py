@@ -12,8 +12,9 @@ level). Images that cannot be read are left out and listed; the exit code is the
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +22,22 @@ from retina.cli.build import build, call
 from retina.cli.compose import Settings, entry, typed
 from retina.cli.split import data_of, open_split, progress
 from retina.engine.run_folder import read_settings
-from retina.errors import ConfigError
+from retina.engine.splits import SPLITS
+from retina.errors import ConfigError, check_choice
 from retina.files import write_whole
-from retina.lab.figures import FORMATS, draw_cumulative, draw_cumulative_by, draw_hardest, save
+from retina.lab.figures import draw_cumulative, draw_cumulative_by, draw_hardest, save
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from retina.lab.elements import Elements
 
-FIGURES = ("cumulative", "cumulative_by_class", "cumulative_by_level", "hardest")
+FIGURES: "dict[str, Callable[[Mapping[str, Any]], Figure]]" = {
+    "cumulative": draw_cumulative,
+    "cumulative_by_class": partial(draw_cumulative_by, by="class"),
+    "cumulative_by_level": partial(draw_cumulative_by, by="level"),
+    "hardest": draw_hardest,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,27 +59,26 @@ class DistributionConfig:
     traceback: bool
 
     def __post_init__(self) -> None:
-        if self.split not in ("train", "val"):
-            raise ConfigError(f"split: {self.split} is not known - choose train, or val for any other file")
+        check_choice(self.split, SPLITS, "split")
+        check_choice(self.figures, ("png", "svg"), "figures")
         if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError(f"batch_size: {self.batch_size} is not allowed - give 1 or more, or null")
-        if f".{self.figures}" not in FORMATS:
-            raise ConfigError(f"figures: {self.figures} is no known format - choose png or svg")
-        check_numbers("gammas", self.gammas, float("inf"))
-        check_numbers("alphas", self.alphas, 1)
+            problem = f"{self.batch_size} is not allowed - give 1 or more, or null"
+            raise ConfigError(problem, code="out-of-range", key="batch_size")
+        check_numbers("gammas", self.gammas, sys.float_info.max, "finite and at least 0")
+        check_numbers("alphas", self.alphas, 1, "from 0 to 1")
 
 
-def check_numbers(key: str, values: Sequence[Any], most: float) -> None:
+def check_numbers(key: str, values: Sequence[float], most: float, allowed: str) -> None:
+    """Raises ConfigError for no numbers, one that is not in 0..most, or two that look alike."""
     for value in values:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (number and 0 <= value <= most) or value == most > 1:
-            wanted = "finite and at least 0" if most > 1 else "from 0 to 1"
-            raise ConfigError(f"{key}: {value!r} is not allowed - give numbers {wanted}")
+        if not 0 <= value <= most:
+            raise ConfigError(f"{value!r} is not allowed - give numbers {allowed}", code="out-of-range", key=key)
     if not values:
-        raise ConfigError(f"{key}: empty - give at least one number")
-    shown = [f"{value:g}" for value in values]
-    if twice := [text for text in shown if shown.count(text) > 1]:
-        raise ConfigError(f"{key}: {twice[0]} is there twice - give numbers that differ in six digits")
+        raise ConfigError("empty - give at least one number", code="missing-setting", key=key)
+    texts = [f"{value:g}" for value in values]
+    if twice := [text for text in texts if texts.count(text) > 1]:
+        problem = f"{twice[0]} is there twice - give numbers that differ in six digits"
+        raise ConfigError(problem, code="same-name", key=key)
 
 
 @entry("lab_distribution")
@@ -88,12 +96,10 @@ def main(settings: Settings) -> int:
 
     result = collected | describe(elements, collected["classes"], collected["levels"], config.gammas, config.alphas)
     write_whole(output / "distribution.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
-    by_group = (draw_cumulative_by(result, by) for by in ("class", "level"))
-    figures = (draw_cumulative(result), *by_group, draw_hardest(result))
-    written = ["distribution.json", *(f"{name}.{config.figures}" for name in FIGURES)]
-    for figure, name in zip(figures, written[1:], strict=True):
-        save(figure, output / name)
-    print(f"{summary(result)}\n\nwritten: {output}/{', '.join(written)}")
+    files = {f"{name}.{config.figures}": draw for name, draw in FIGURES.items()}
+    for name, draw in files.items():
+        save(draw(result), output / name)
+    print(f"{summary(result)}\n\nwritten: {output}/{', '.join(['distribution.json', *files])}")
     for line in collected["skipped"]:
         print(f"skipped: {line}", file=sys.stderr)
     return 3 if collected["skipped"] else 0
@@ -120,8 +126,8 @@ def collect(config: DistributionConfig, trained: Mapping[str, Any], output: Path
             on_device = to_device(batch, device)
             with torch.autocast(device.type, detector.dtype, enabled=detector.dtype != torch.float32):
                 predictions = detector.model(on_device.images)
-                given = {"assigner": assigner, "predictions": predictions, "targets": on_device.targets}
-                elements.add(predictions, *call(assign, "loss.assigner", **given))
+                arguments = {"assigner": assigner, "predictions": predictions, "targets": on_device.targets}
+                elements.add(predictions, *call(assign, "loss.assigner", **arguments))
     skipped = sorted(loader.faults.values())
     return elements, {
         "checkpoint": config.checkpoint,
@@ -134,13 +140,11 @@ def collect(config: DistributionConfig, trained: Mapping[str, Any], output: Path
     }
 
 
-def note_other_rule(trained: Mapping[str, Any] | None, given: Mapping[str, Any]) -> None:
+def note_other_rule(trained: Mapping[str, Any] | None, loss: Mapping[str, Any]) -> None:
     """Settings in a run's folder make no objects, so its assigner must be given; a line says when it was another."""
-    assigner = (trained or {}).get("assigner")
-    if assigner and assigner != given["assigner"]:
-        print(
-            f"note: the run was trained with loss.assigner {assigner}, this uses {given['assigner']}", file=sys.stderr
-        )
+    before, now = (trained or {}).get("assigner"), loss["assigner"]
+    if before and before != now:
+        print(f"note: the run was trained with loss.assigner {before}, this uses {now}", file=sys.stderr)
 
 
 def open_output(output: Path) -> None:
@@ -149,7 +153,7 @@ def open_output(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
         others = {path.name for path in output.iterdir()} - {"distribution.json", "data_report.json"}
     except OSError as fault:
-        raise ConfigError(f"output: {output} cannot be written ({fault.strerror}) - choose another folder") from None
-    others = {name for name in others if not name.startswith((".", *(f"{figure}." for figure in FIGURES)))}
-    if others:
-        raise ConfigError(f"output: {output} holds other files - choose another folder")
+        problem = f"{output} cannot be written ({fault.strerror}) - choose another folder"
+        raise ConfigError(problem, code="not-written", key="output") from None
+    if any(not name.startswith((".", *(f"{figure}." for figure in FIGURES))) for name in others):
+        raise ConfigError(f"{output} holds other files - choose another folder", code="output-taken", key="output")

@@ -10,6 +10,7 @@ Exactness: counts are exact. A bin's loss is that of its mean z, which in bins o
 within a bin takes that part of the bin. What is easier than z = -32 is one bin, and what is harder than 32 another.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from jaxtyping import Bool, Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from retina.lab.figures import KINDS
 from retina.losses.detection import pad_if_empty
 from retina.losses.focal import sigmoid_focal_loss
 from retina.ops.assigners import Assigner
@@ -38,6 +40,11 @@ class Bins(NamedTuple):
     logits: NDArray[np.float64]
     """The mean z of each."""
 
+    @classmethod
+    def of(cls, histogram: Float[Tensor, "2 bins"]) -> "Bins":
+        counts, sums = histogram[:, histogram[0] > 0].numpy()
+        return cls(counts, sums / counts)
+
     def losses(self, gamma: float) -> NDArray[np.float64]:
         """The sum of each bin, without alpha."""
         z = torch.from_numpy(self.logits)
@@ -50,53 +57,21 @@ class Bins(NamedTuple):
         """Of the whole loss, the part that the easiest share of the elements has, for each of `shares`; 0 if there is
         no loss or no element."""
         losses = np.concatenate(([0.0], self.losses(gamma).cumsum()))
+        counts = np.concatenate(([0.0], self.counts.cumsum()))
         if not losses[-1]:
             return [0.0 for _ in shares]
-        counts = np.concatenate(([0.0], self.counts.cumsum()))
         return [float(part) for part in np.interp(np.asarray(shares) * counts[-1], counts, losses) / losses[-1]]
 
     def hardest(self, gamma: float, share: float) -> float:
-        """The part of the loss that the hardest share of the elements has; 0 if there is no loss."""
-        if not len(self.counts):
-            return 0.0
-        return 1 - self.cumulative(gamma, [1 - share])[0]
+        """The part of the loss that the hardest share of the elements has; 0 if there is no element."""
+        return 1 - self.cumulative(gamma, [1 - share])[0] if len(self.counts) else 0.0
 
 
-class Histograms:
-    """Bins of `rows` groups of elements."""
-
-    def __init__(self, rows: int) -> None:
-        self.counts = torch.zeros(rows, BINS, dtype=torch.float64)
-        self.sums = torch.zeros(rows, BINS, dtype=torch.float64)
-
-    def add(self, row: int, other: "Histograms") -> None:
-        """All groups of another become part of one group of this."""
-        self.counts[row] += other.counts.sum(dim=0)
-        self.sums[row] += other.sums.sum(dim=0)
-
-    def merge(self, other: "Histograms") -> None:
-        self.counts += other.counts
-        self.sums += other.sums
-
-    def of(self, row: int) -> Bins:
-        return _bins(self.counts[row], self.sums[row])
-
-    def all(self) -> Bins:
-        return _bins(self.counts.sum(dim=0), self.sums.sum(dim=0))
-
-
-def histograms(logits: Float[Tensor, "N"], rows: Int64[Tensor, "N"], num_rows: int) -> Histograms:
-    """Of elements given by their logit against the truth and their group."""
+def histogram(logits: Float[Tensor, "N"], rows: Int64[Tensor, "N"], num_rows: int) -> Float[Tensor, "2 rows bins"]:
+    """Counts and sums of elements given by their logit against the truth and their row."""
     bins = ((logits + REACH) / WIDTH).long().clamp(0, BINS - 1) + rows * BINS
-    found = Histograms(num_rows)
-    found.counts += bins.bincount(minlength=num_rows * BINS).view(num_rows, BINS)
-    found.sums += bins.bincount(logits.double(), minlength=num_rows * BINS).view(num_rows, BINS)
-    return found
-
-
-def _bins(counts: Float[Tensor, "bins"], sums: Float[Tensor, "bins"]) -> Bins:
-    there = counts > 0
-    return Bins(counts[there].numpy(), (sums[there] / counts[there]).numpy())
+    weights = torch.stack((torch.ones_like(logits), logits)).double()
+    return torch.stack([bins.bincount(w, minlength=num_rows * BINS).view(num_rows, BINS) for w in weights])
 
 
 def assign(assigner: Assigner, predictions: Predictions, targets: Targets) -> tuple[Int64[Tensor, "B A"], Assignment]:
@@ -114,9 +89,10 @@ class Elements:
     the detector was trained with."""
 
     def __init__(self, num_classes: int, num_levels: int) -> None:
+        shape = 2, num_classes + num_levels, BINS
         self.num_classes = num_classes
-        self.positives = {"class": Histograms(num_classes), "level": Histograms(num_levels)}
-        self.negatives = {"class": Histograms(num_classes), "level": Histograms(num_levels)}
+        self.histograms = {kind: torch.zeros(shape, dtype=torch.float64) for kind in KINDS}
+        """A row for each class, then one for each level."""
         self.positive_anchors = 0
         self.anchors = 0
         """That are positive or negative."""
@@ -125,8 +101,8 @@ class Elements:
         """A batch; `labels` say something at positive anchors only."""
         counts = [len(anchors) for anchors in predictions.anchors]
         parts = (part.split(counts, dim=1) for part in (labels, assigned.positive, assigned.negative))
-        for level, (logits, *of_level) in enumerate(zip(predictions.logits, *parts, strict=True)):
-            for image in zip(logits, *of_level, strict=True):  # one at a time: each makes two float64 copies
+        for level, tensors in enumerate(zip(predictions.logits, *parts, strict=True)):
+            for image in zip(*tensors, strict=True):  # one at a time: each makes two float64 copies
                 self._add(level, *(tensor.detach().cpu() for tensor in image))
 
     def _add(
@@ -137,17 +113,12 @@ class Elements:
         positive: Bool[Tensor, "A_l"],
         negative: Bool[Tensor, "A_l"],
     ) -> None:
-        classes = torch.arange(self.num_classes).expand(logits.shape)
-        is_class = positive[:, None] & (labels[:, None] == classes)
+        is_class = positive[:, None] & (labels[:, None] == torch.arange(self.num_classes))
         is_not = (positive | negative)[:, None] & ~is_class
-        logits = logits.float()
-        for groups, elements, against_truth in (
-            (self.positives, is_class, -logits[is_class]),
-            (self.negatives, is_not, logits[is_not]),
-        ):
-            batch = histograms(against_truth, classes[elements], self.num_classes)
-            groups["class"].merge(batch)
-            groups["level"].add(level, batch)
+        for kind, chosen, sign in (("positives", is_class, -1), ("negatives", is_not, 1)):
+            batch = histogram(sign * logits[chosen].float(), chosen.nonzero()[:, 1], self.num_classes)
+            self.histograms[kind][:, : self.num_classes] += batch
+            self.histograms[kind][:, self.num_classes + level] += batch.sum(dim=1)
         self.positive_anchors += int(positive.sum())
         self.anchors += int((positive | negative).sum())
 
@@ -160,66 +131,61 @@ def describe(
     alphas: Sequence[float],
 ) -> dict[str, Any]:
     """All numbers, as they go into the file."""
-    groups = {"positives": elements.positives, "negatives": elements.negatives}
-    names = {"class": classes, "level": levels}
-    whole = {kind: of["class"].all() for kind, of in groups.items()}
     anchors = max(elements.positive_anchors, 1)
+    rows = {"class": dict(zip(classes, range(len(classes)), strict=True))}
+    rows["level"] = {name: len(classes) + i for i, name in enumerate(levels)}
+    whole = {kind: Bins.of(of_kind[:, : len(classes)].sum(dim=1)) for kind, of_kind in elements.histograms.items()}
     rescored = []
-    for gamma in gammas:
-        positives, negatives = (whole[kind].total(gamma) / anchors for kind in ("positives", "negatives"))
-        for alpha in [None, *alphas]:
-            weights = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
-            parts = [weight * part for weight, part in zip(weights, (positives, negatives), strict=True)]
-            share = parts[0] / sum(parts) if sum(parts) else 0.0
-            row = {"gamma": gamma, "alpha": alpha, "loss_per_positive": sum(parts), "share_of_positives": share}
-            rescored.append(row)
-    result: dict[str, Any] = {
-        "anchors": elements.anchors,
-        "positive_anchors": elements.positive_anchors,
-        "rescored": rescored,
-        "shares": SHARES,
-    }
-    for kind, of in groups.items():
+    for gamma, alpha in itertools.product(gammas, [None, *alphas]):
+        weights = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
+        positives, negatives = (w * whole[kind].total(gamma) / anchors for w, kind in zip(weights, KINDS, strict=True))
+        loss = positives + negatives
+        share = positives / loss if loss else 0.0
+        rescored.append({"gamma": gamma, "alpha": alpha, "loss_per_positive": loss, "share_of_positives": share})
+    anchor_counts = {"anchors": elements.anchors, "positive_anchors": elements.positive_anchors}
+    result: dict[str, Any] = {**anchor_counts, "rescored": rescored, "shares": SHARES}
+    for kind, of_kind in elements.histograms.items():
         result[kind] = {"all": numbers(whole[kind], whole[kind], gammas)}
-        for by in ("class", "level"):
-            result[kind][by] = {name: numbers(of[by].of(i), whole[kind], gammas) for i, name in enumerate(names[by])}
+        for by, places in rows.items():
+            groups = {name: Bins.of(of_kind[:, row]) for name, row in places.items()}
+            result[kind][by] = {name: numbers(bins, whole[kind], gammas) for name, bins in groups.items()}
     return result
 
 
 def numbers(bins: Bins, whole: Bins, gammas: Sequence[float]) -> dict[str, Any]:
     """Of one group of elements, under each gamma and without alpha; `share` is the group's part of the whole loss."""
     count = int(bins.counts.sum())
-    found: dict[str, Any] = {"elements": count}
-    for gamma in gammas:
-        found[f"gamma {gamma:g}"] = {
+    by_gamma = {
+        f"gamma {gamma:g}": {
             "mean_loss": bins.total(gamma) / max(count, 1),
             "share": bins.total(gamma) / (whole.total(gamma) or 1),
             "hardest_1_percent": bins.hardest(gamma, 0.01),
             "hardest_10_percent": bins.hardest(gamma, 0.1),
             "cumulative": bins.cumulative(gamma, SHARES),
         }
-    return found
+        for gamma in gammas
+    }
+    return {"elements": count, **by_gamma}
 
 
 def summary(result: Mapping[str, Any]) -> str:
     """What the screen shows."""
-    kinds = ("positives", "negatives")
-    counts = ", ".join(f"{result[kind]['all']['elements']:,} {kind}" for kind in kinds)
+    whole = [result[kind]["all"] for kind in KINDS]
+    counts = ", ".join(f"{of_kind['elements']:,} {kind}" for kind, of_kind in zip(KINDS, whole, strict=True))
     lines = [
         f"{result['images']:,} images, {result['positive_anchors']:,} of {result['anchors']:,} anchors positive",
-        f"elements: {counts}",
-        "",
+        f"elements: {counts}\n",
         "share of the loss that the hardest 1 % and 10 % carry:",
-        f"{'gamma':<8}" + "".join(f"{kind:>22}" for kind in kinds),
+        f"{'gamma':<8}" + "".join(f"{kind:>22}" for kind in KINDS),
     ]
-    for gamma in (key for key in result["positives"]["all"] if key.startswith("gamma ")):
-        cells = (result[kind]["all"][gamma] for kind in kinds)
-        shown = (f"{of['hardest_1_percent']:.1%} {of['hardest_10_percent']:7.1%}" for of in cells)
-        lines.append(f"{gamma.removeprefix('gamma '):<8}" + "".join(f"{cell:>22}" for cell in shown))
-    lines += ["", "the same logits under other losses:"]
+    for gamma in list(whole[0])[1:]:
+        parts = [(of_kind[gamma]["hardest_1_percent"], of_kind[gamma]["hardest_10_percent"]) for of_kind in whole]
+        cells = "".join(f"{one:>14.1%} {ten:7.1%}" for one, ten in parts)
+        lines.append(f"{gamma.removeprefix('gamma '):<8}{cells}")
+    lines += ["\nthe same logits under other losses:"]
     lines += [f"{'gamma':<8}{'alpha':<8}{'per positive':>14}{'of positives':>14}"]
     for row in result["rescored"]:
         alpha = "none" if row["alpha"] is None else f"{row['alpha']:g}"
-        numbers_of_row = f"{row['loss_per_positive']:>14.4g}{row['share_of_positives']:>14.1%}"
-        lines.append(f"{row['gamma']:<8g}{alpha:<8}{numbers_of_row}")
+        cells = f"{row['loss_per_positive']:>14.4g}{row['share_of_positives']:>14.1%}"
+        lines.append(f"{row['gamma']:<8g}{alpha:<8}{cells}")
     return "\n".join(lines)

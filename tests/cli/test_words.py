@@ -101,7 +101,9 @@ def test_synonyms_are_answered_with_our_word(command: str, word: str, ours: str)
 def test_every_synonym_stands_for_a_key_that_some_command_has() -> None:
     known = ["optimizer.weight_decay", "optimizer.momentum", "model.backbone"]
     for file in CONFIGS.glob("*.yaml"):
-        words = {"infer": ["checkpoint=x", "source=y"], "import_weights": ["source=x", "output=y"]}.get(file.stem, [])
+        places = ["source=x", "output=y"]
+        needed = {"infer": ["checkpoint=x", "source=y"], "import_weights": places, "convert": ["format=voc", *places]}
+        words = needed.get(file.stem, [])
         if not file.stem.startswith("lab"):
             values = compose(file.stem, words)
             known += [*values, *(f"{k}.{key}" for k, v in values.items() if isinstance(v, dict) for key in v)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from commands import Capture, Tool, one_line
 from retina.inference import Detector
-from retina.lab.elements import SHARES, WIDTH, Bins, Elements, assign, describe, histograms
+from retina.lab.elements import SHARES, WIDTH, Bins, Elements, assign, describe, histogram
 from retina.losses.classification import Focal
 from retina.losses.focal import sigmoid_focal_loss
 from retina.model.retinanet import retinanet
@@ -32,7 +32,7 @@ def losses(logits: Tensor, gamma: float) -> Tensor:
 
 
 def binned(logits: Tensor) -> Bins:
-    return histograms(logits, torch.zeros(len(logits), dtype=torch.int64), 1).of(0)
+    return Bins.of(histogram(logits, torch.zeros(len(logits), dtype=torch.int64), 1)[:, 0])
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
@@ -123,7 +123,7 @@ def test_without_objects_every_anchor_is_negative(
     assert not assigned.positive.any()
     elements = Elements(3, 2)
     elements.add(seen[0], labels, assigned)
-    assert elements.negatives["class"].all().counts.sum() == 2 * 40 * 3
+    assert elements.histograms["negatives"][0, :3].sum() == 2 * 40 * 3
 
 
 def read(folder: Path) -> Any:
@@ -259,8 +259,8 @@ def test_a_run_that_was_trained_with_another_rule_is_told(
         (["checkpoint=x", "gammas=[1,2,1.0000001]"], "gammas: 1 is there twice - give numbers that differ"),
         (["checkpoint=x", "alphas=[0.5,0.5]"], "alphas: 0.5 is there twice - give numbers that differ"),
         (["checkpoint=x", "alphas=[2]"], "alphas: 2 is not allowed - give numbers from 0 to 1"),
-        (["checkpoint=x", "figures=gif"], "figures: gif is no known format - choose png or svg"),
-        (["checkpoint=x", "split=test"], "split: test is not known"),
+        (["checkpoint=x", "figures=gif"], "figures: 'gif' is not known - choose one of png, svg"),
+        (["checkpoint=x", "split=test"], "split: 'test' is not known - choose one of train, val"),
         (["checkpoint=x", "batch_size=0"], "batch_size: 0 is not allowed"),
     ],
 )
