@@ -145,7 +145,7 @@ class Decision(NamedTuple):
 def try_levels(
     objects: Objects,
     now: Pyramid,
-    starts: Iterable[tuple[list[int], Pyramid]],
+    starts: Iterable[Pyramid],
     threshold: float,
     generator: torch.Generator,
 ) -> list[Trial]:
@@ -154,12 +154,12 @@ def try_levels(
     before = best_iou(objects, now).amax(dim=1)
     canvas, count = objects.canvas.unique(dim=0, return_counts=True)
     trials = []
-    for levels, start in starts if cuts else ():
+    for start in starts if cuts else ():
         scores = held_out(objects, cuts, lambda half, start=start: fit(half, start, threshold, generator))  # type: ignore[misc]
         recall = gain(objects, *((ious >= threshold).float() for ious in (scores, before)))
         cells = int(start.cells(canvas[count.argmax()][None]).prod(dim=-1).sum())
         anchors = cells * start.anchors.num_per_cell
-        trials.append(Trial(levels, anchors, gain(objects, scores, before), recall, scores))
+        trials.append(Trial(start.levels, anchors, gain(objects, scores, before), recall, scores))
     return trials
 
 

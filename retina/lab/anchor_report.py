@@ -1,7 +1,7 @@
 """What the anchors lab shows: text, a picture and a config group."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,27 +27,22 @@ _MOST_CLASSES = 20  # on the screen: those with most objects
 _FEWEST = 10  # objects of a size that a point is drawn for
 
 
-def model_section(pyramid: Pyramid, levels: Sequence[int]) -> dict[str, Any]:
+def model_section(pyramid: Pyramid) -> dict[str, Any]:
     """The settings of `model` that the anchors are made of."""
-    anchors = pyramid.anchors
-    return {
-        "levels": list(levels),
-        "anchor_sizes": list(anchors.sizes),
-        "anchor_scales": list(anchors.scales),
-        "anchor_ratios": list(anchors.ratios),
-    }
+    numbers = {f"anchor_{name}": list(getattr(pyramid.anchors, name)) for name in ("sizes", "scales", "ratios")}
+    return {"levels": pyramid.levels, **numbers}
 
 
 def yaml_file(model: Mapping[str, Any], result: Mapping[str, Any], name: str) -> str:
     """A whole config group: the model's settings, with the fitted anchors, and where they come from."""
     fitted, data = result["fitted"]["model"], result["data"]
-    means = (result[which]["coverage"]["best_iou"] for which in ("now", "fitted"))
+    now, then = (result[which]["coverage"]["best_iou"] for which in ("now", "fitted"))
     words = " ".join(f"model.{key}=[{','.join(f'{number:g}' for number in one)}]" for key, one in fitted.items())
     header = [
         f"Anchors fitted to {data['objects']:,} objects by tools/lab.py:",
         f"  {result['command']}",
         f"Data: {plain(data['annotations'])}",
-        f"Mean best IoU of all objects: {' -> '.join(f'{mean:.3f}' for mean in means)}",
+        f"Mean best IoU of all objects: {now:.3f} -> {then:.3f}",
         f"{result['verdict']}",
         f"Use it as model={name}; with an experiment that has a model section of its own, which comes after this one:",
         f"  {words}",
@@ -61,14 +56,12 @@ def describe(result: Mapping[str, Any]) -> str:
     shown = [which for which in ("now", "fitted") if which in result]
     coverages = [result[which]["coverage"] for which in shown]
     now = coverages[0]
+    by_count = sorted(now["by_class"], key=lambda name: -now["by_class"][name]["objects"])
+    levels = sorted({name for coverage in coverages for name in coverage["by_level"]})
     groups = {"all": coverages}
-    for kind in ("by_size", "by_class", "by_level"):
-        names = [*dict.fromkeys(name for coverage in coverages for name in coverage[kind])]
-        if kind == "by_level":
-            names.sort()
-        if kind == "by_class":
-            names = sorted(names, key=lambda one: -now[kind][one]["objects"])[:_MOST_CLASSES]
-        groups |= {_name(kind, name): [coverage[kind].get(name) for coverage in coverages] for name in names}
+    for kind, names in (("by_size", now["by_size"]), ("by_class", by_count[:_MOST_CLASSES]), ("by_level", levels)):
+        prefix = "best on " if kind == "by_level" else ""
+        groups |= {f"{prefix}{plain(name)}": [coverage[kind].get(name) for coverage in coverages] for name in names}
     width = max(map(len, groups))
     lines = [
         f"{result['data']['objects']:,} objects of {result['data']['images']:,} images after the resize; "
@@ -77,40 +70,32 @@ def describe(result: Mapping[str, Any]) -> str:
         f"{'':<{width}}{'objects':>10}" + "".join(f"{title:>18}" for title in _COLUMNS),
     ]
     for name, group in groups.items():
-        count = f"{next(of for of in group if of)['objects']:,}"
-        lines.append(f"{name:<{width}}{count:>10}" + "".join(f"{cell:>18}" for cell in _cells(group)))
-    lines += [
-        f"recall: at IoU {result['threshold']:g}. none: objects without any positive anchor; *: or of less IoU only",
-        "",
-    ]
-    lines += ["fitted from, and judged on images not fitted to:"] if result["trials"] else []
-    for trial in result["trials"]:
-        gains = (trial["best_iou"], trial["recall_at_threshold"])
-        iou, recall = (f"{one['gain']:+.3f} ± {one['noise']:.3f}" for one in gains)
-        lines.append(f"  P{trial['levels'][0]}: {trial['anchors']:>9,} anchors, best IoU {iou}, recall {recall}")
-    lines += [""] if result["trials"] else []
-    lines += [*(_anchors(which, result[which]["model"]) for which in shown), result["verdict"]]
-    return "\n".join([*lines, *(f"note: {note}" for note in result["notes"])])
+        cells = [" -> ".join(_cell(numbers, *column) for numbers in group) for column in _COLUMNS.values()]
+        count = next(numbers["objects"] for numbers in group if numbers)
+        lines.append(f"{name:<{width}}{count:>10,}" + "".join(f"{cell:>18}" for cell in cells))
+    lines.append(
+        f"recall: at IoU {result['threshold']:g}. none: objects without any positive anchor; *: or of less IoU only\n"
+    )
+    if result["trials"]:
+        lines.append("fitted from, and judged on images not fitted to:")
+        for trial in result["trials"]:
+            gains = (trial["best_iou"], trial["recall_at_threshold"])
+            iou, recall = (f"{one['gain']:+.3f} ± {one['noise']:.3f}" for one in gains)
+            lines.append(f"  P{trial['levels'][0]}: {trial['anchors']:>9,} anchors, best IoU {iou}, recall {recall}")
+        lines.append("")
+    for which in shown:
+        levels, *rest = result[which]["model"].items()
+        numbers = (f"{key.removeprefix('anchor_')} {[float(f'{n:.4g}') for n in values]}" for key, values in rest)
+        lines.append(f"{which:<7} from P{levels[1][0]}: {', '.join(numbers)}")
+    return "\n".join([*lines, result["verdict"], *(f"note: {note}" for note in result["notes"])])
 
 
-def _name(kind: str, name: str) -> str:
-    return f"best on {name}" if kind == "by_level" else plain(name)
+def _cell(numbers: Mapping[str, Any] | None, key: str, shape: str) -> str:
+    value = numbers.get(key) if numbers else None
+    return "-" if value is None else shape.format(value)
 
 
-def _cells(group: Sequence[Mapping[str, Any] | None]) -> Iterator[str]:
-    for key, shape in _COLUMNS.values():
-        values = (of.get(key) if of else None for of in group)
-        yield " -> ".join("-" if value is None else shape.format(value) for value in values)
-
-
-def _anchors(name: str, model: Mapping[str, Any]) -> str:
-    told = (f"{key.removeprefix('anchor_')} {[float(f'{n:.4g}') for n in model[key]]}" for key in list(model)[1:])
-    return f"{name:<7} from P{model['levels'][0]}: {', '.join(told)}"
-
-
-def draw(
-    objects: Objects, pyramids: Mapping[str, Pyramid], coverages: Mapping[str, Coverage], result: Mapping[str, Any]
-) -> "Figure":
+def draw(objects: Objects, pyramids: Mapping[str, Pyramid], coverages: Mapping[str, Coverage]) -> "Figure":
     """Objects and anchors by width and height, one panel per pyramid; and how well objects of each size fare."""
     from matplotlib.figure import Figure
 
@@ -118,8 +103,9 @@ def draw(
     axes = figure.subplots(1, len(pyramids) + 1, width_ratios=(*(1 for _ in pyramids), 1.15))
     shown = torch.randperm(len(objects.boxes), generator=torch.Generator().manual_seed(0))[:_MOST_DOTS]
     for one, (name, pyramid) in zip(axes, pyramids.items(), strict=False):
-        _scatter(one, objects.of(shown), coverages[name].best()[shown], pyramid, result[name]["model"]["levels"])
-        one.set_title(f"{name}: mean best IoU {result[name]['coverage']['best_iou']:.3f}")
+        best = coverages[name].best()
+        _scatter(one, objects.of(shown), best[shown], pyramid)
+        one.set_title(f"{name}: mean best IoU {best.mean():.3f}")
     sides = [one.get_xlim() + one.get_ylim() for one in axes[:-1]]
     low, high = min(map(min, sides)), max(map(max, sides))
     for one in axes[:-1]:
@@ -131,11 +117,11 @@ def draw(
     return figure
 
 
-def _scatter(axes: "Axes", objects: Objects, best: torch.Tensor, pyramid: Pyramid, levels: Sequence[int]) -> None:
+def _scatter(axes: "Axes", objects: Objects, best: torch.Tensor, pyramid: Pyramid) -> None:
     width, height = objects.sides().unbind(-1)
     axes.scatter(width, height, c=best, s=7, cmap="RdYlGn", vmin=0.2, vmax=0.9, alpha=0.7, linewidths=0)
     around = pyramid.around_origin()
-    for number, (level, anchors) in enumerate(zip(levels, around[..., 2:] - around[..., :2], strict=True)):
+    for number, (level, anchors) in enumerate(zip(pyramid.levels, around[..., 2:] - around[..., :2], strict=True)):
         marker = "osD^vPX"[number % 7]
         axes.plot(*anchors.T, marker, mfc="none", mec="black", ms=7, mew=1.3, label=f"anchors of P{level}")
     axes.set(xscale="log", yscale="log", aspect="equal")

@@ -12,13 +12,15 @@ to `output`. A fit is for a rule that chooses by IoU (experiment=paper); with an
 told and nothing fitted. Writes anchors.json (all numbers) and anchors.png.
 """
 
+import itertools
 import json
-import sys
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from retina.cli.build import build, call
 from retina.cli.compose import Settings, entry, typed
@@ -26,7 +28,7 @@ from retina.cli.split import progress
 from retina.cli.train import shapes_by_default
 from retina.engine.config import DataConfig, TrainConfig, from_mapping
 from retina.engine.splits import SPLITS, load_split
-from retina.errors import ConfigError, DataError, plain
+from retina.errors import ConfigError, DataError, check_choice, plain
 from retina.files import write_whole
 from retina.lab.figures import check_folder, check_format, save
 
@@ -48,73 +50,65 @@ class AnchorsConfig:
     overwrite: bool
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise ConfigError(f"split: {self.split} is not known - choose {' or '.join(SPLITS)}")
+        check_choice(self.split, SPLITS, "split")
         if self.images < 1:
-            raise ConfigError(f"images: {self.images} is not allowed - give 1 or more")
+            raise ConfigError(f"{self.images} is not allowed - give 1 or more", code="out-of-range", key="images")
 
 
-def main(argv: Sequence[str] | None = None) -> NoReturn:
-    words = list(sys.argv[1:] if argv is None else argv)
-
+def main(argv: Sequence[str]) -> NoReturn:
     @entry("lab_anchors", default=shapes_by_default)
     def anchors(settings: Settings) -> None:
-        own = {field.name: settings[field.name] for field in fields(AnchorsConfig)}
-        config = typed(AnchorsConfig, own)
+        config = typed(AnchorsConfig, {field.name: settings[field.name] for field in fields(AnchorsConfig)})
         data = from_mapping(DataConfig, settings["data"], "data")
         check_places(config, data)
-        run(settings, config, data, words)
+        run(settings, config, data, plain(f"python tools/lab.py anchors {shlex.join(argv)}"))
 
-    anchors(words)
+    anchors(argv)
 
 
-def run(settings: Settings, config: AnchorsConfig, data: DataConfig, words: Sequence[str]) -> None:
+def run(settings: Settings, config: AnchorsConfig, data: DataConfig, command: str) -> None:
     import torch
 
     from retina.lab.anchor_fit import Decision, decide, fit, try_levels
     from retina.lab.anchor_report import describe, draw, model_section, yaml_file
-    from retina.lab.coverage import batches_of_images, cover, draw_images, summarize
+    from retina.lab.coverage import cover, draw_images, rows_of_images, summarize
 
     seed = from_mapping(TrainConfig, settings["train"], "train").seed
-    levels = levels_of(settings["model"])
-    now = pyramid_of(settings["model"], levels)
-    rule, threshold, refusal = rule_of(settings["loss"])
+    now = pyramid_of(settings, levels_of(settings["model"]))
+    rule, threshold, refusal = rule_of(settings)
     annotations, objects, notes = read(settings, config, data, seed, divisor=data.pad_multiple or max(now.strides))
     generator = torch.Generator().manual_seed(seed)
     drawn = draw_images(objects, config.images, generator)
-    some = objects.of(drawn)
-    pyramids, decision, trials = {"now": now}, Decision(levels, False, refusal), []
+    sample = objects.of(drawn)
+    pyramids, decision, trials = {"now": now}, Decision(now.levels, False, refusal), []
     if not refusal:
-        begin = list(starts(settings["model"], now))
-        trials = try_levels(some, now, progress(begin, "fitting", len(begin)), threshold, generator)
-        decision = decide(some, trials, levels, threshold)
-        pyramids["fitted"] = fit(some, pyramid_of(settings["model"], decision.levels), threshold, generator)
+        begin = list(starts(settings, now))
+        trials = try_levels(sample, now, progress(begin, "fitting", len(begin)), threshold, generator)
+        decision = decide(sample, trials, now.levels, threshold)
+        pyramids["fitted"] = fit(sample, pyramid_of(settings, decision.levels), threshold, generator)
 
-    batches = batches_of_images(objects, drawn)
-    coverages, found = {}, {}
-    for name, pyramid in pyramids.items():
-        bar = progress(batches, f"matching: {name}", len(batches))
-        its_levels = levels if name == "now" else decision.levels
-        coverages[name] = cover(objects, pyramid, rule, threshold, bar)
-        told = summarize(objects, coverages[name], threshold, its_levels, annotations.classes)
-        found[name] = {"model": model_section(pyramid, its_levels), "coverage": told}
-    result = {
-        "command": shown(words),
+    images = rows_of_images(objects, drawn)
+    result: dict[str, Any] = {
+        "command": command,
         "data": {"annotations": str(annotations.file), "images": len(annotations), "objects": len(objects.boxes)},
         "positives_of": repr(rule),
         "threshold": threshold,
         "change": decision.change,
         "verdict": decision.reason,
         "trials": [trial.numbers() for trial in trials],
-        **found,
         "notes": notes,
     }
+    coverages = {}
+    for name, pyramid in pyramids.items():
+        bar = progress(images, f"matching: {name}", len(images))
+        coverages[name] = cover(objects, pyramid, rule, threshold, bar)
+        numbers = summarize(objects, coverages[name], threshold, pyramid.levels, annotations.classes)
+        result[name] = {"model": model_section(pyramid), "coverage": numbers}
     folder = Path(config.figures)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "anchors.json", (json.dumps(result, indent=2) + "\n").encode())
-    save(draw(objects, pyramids, coverages, found), folder / "anchors.png")
-    print(describe(result))
-    print(f"all numbers and a picture: {folder}")
+    save(draw(objects, pyramids, coverages), folder / "anchors.png")
+    print(f"{describe(result)}\nall numbers and a picture: {folder}")
     if config.output and decision.change:
         file = Path(config.output)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -124,28 +118,23 @@ def run(settings: Settings, config: AnchorsConfig, data: DataConfig, words: Sequ
         print(f"not written: {config.output}")
 
 
-def shown(words: Sequence[str]) -> str:
-    import shlex
-
-    return plain(f"python tools/lab.py anchors {shlex.join(words)}")
-
-
 def check_places(config: AnchorsConfig, data: DataConfig) -> None:
     """Raises ConfigError for places among the data or not to be written, and for files that are not the lab's own."""
     folder, output = Path(config.figures), Path(config.output) if config.output else None
-    for key, place in (("figures", folder), ("output", output)):
-        for own in filter(None, (data.root, data.train.images, data.val.images)):
-            if place and place.resolve().is_relative_to(Path(own).resolve()):
-                raise ConfigError(f"{key}: {place} lies in {own}, the data set's own - choose another place")
+    places = {"figures": folder} | ({"output": output} if output else {})
+    for (key, place), own in itertools.product(places.items(), (data.root, data.train.images, data.val.images)):
+        if own and place.resolve().is_relative_to(Path(own).resolve()):
+            problem = f"{place} lies in {own}, the data set's own - choose another place"
+            raise ConfigError(problem, code="output-in-data", key=key)
     check_format(folder / "anchors.png", "figures")
     if (folder / "anchors.json").exists() and not (folder / "anchors.png").exists():
-        raise ConfigError(
-            f"figures: {folder / 'anchors.json'} is there already and not the lab's - choose another folder"
-        )
+        problem = f"{folder / 'anchors.json'} is there already and not the lab's - choose another folder"
+        raise ConfigError(problem, code="output-taken", key="figures")
     if output and output.suffix != ".yaml":
-        raise ConfigError(f"output: {output} is no config file - end it in .yaml")
+        raise ConfigError(f"{output} is no config file - end it in .yaml", code="wrong-value", key="output")
     if output and (output.exists() or output.is_symlink()) and not config.overwrite:
-        raise ConfigError(f"output: {output} is there already - choose another file, or give overwrite=true")
+        problem = f"{output} is there already - choose another file, or give overwrite=true"
+        raise ConfigError(problem, code="output-taken", key="output")
     check_folder(folder, "figures")
     if output:
         check_folder(output.parent, "output")
@@ -155,11 +144,12 @@ def levels_of(model: Settings) -> list[int]:
     """Raises ConfigError where the settings leave them open."""
     levels = model.get("levels")
     if not isinstance(levels, list):
-        raise ConfigError("model.levels: missing - give a list, as in model.levels=[3,4,5,6,7]")
+        problem = "missing - give a list, as in model.levels=[3,4,5,6,7]"
+        raise ConfigError(problem, code="missing-setting", key="model.levels")
     return levels
 
 
-def pyramid_of(model: Settings, levels: Sequence[int]) -> "Pyramid":
+def pyramid_of(settings: Settings, levels: Sequence[int]) -> "Pyramid":
     """The anchors of the model that these settings make, on these levels. Raises ConfigError where it cannot be made.
 
     Levels that the settings have no size for get half the next one's."""
@@ -168,21 +158,22 @@ def pyramid_of(model: Settings, levels: Sequence[int]) -> "Pyramid":
     from retina.lab.coverage import Pyramid
     from retina.model.retinanet import retinanet
 
-    if model.get("anchor_sizes") and levels != model["levels"]:
-        known = dict(zip(model["levels"], model["anchor_sizes"], strict=False))
-        lowest = model["anchor_sizes"][0] / 2
-        model = {**model, "anchor_sizes": [float(known.get(level, lowest)) for level in levels]}
+    model = settings["model"] | {"levels": list(levels), "weights": None}
+    sizes = model.get("anchor_sizes")
+    if sizes and levels != settings["model"]["levels"]:
+        known = dict(zip(settings["model"]["levels"], sizes, strict=False))
+        model["anchor_sizes"] = [float(known.get(level, sizes[0] / 2)) for level in levels]
     with torch.device("meta"):  # shapes alone
-        made = call(retinanet, "model", **model | {"levels": list(levels), "weights": None}, num_classes=1)
-    return Pyramid(made.anchors, made.strides)
+        detector = call(retinanet, "model", **model, num_classes=1, plugins=settings["plugins"])
+    return Pyramid(detector.anchors, detector.strides)
 
 
-def rule_of(loss: Settings) -> tuple["Assigner", float, str]:
+def rule_of(settings: Settings) -> tuple["Assigner", float, str]:
     """The rule whose positives are counted, the IoU that recall is told at, and why nothing is fitted for the rule, if
     so. A rule that looks at predictions cannot be counted: the paper's is in its place."""
     from retina.ops.assigners import ATSS, MaxIoU
 
-    assigner = getattr(build(loss, "loss"), "assigner", None)
+    assigner = getattr(build(settings["loss"], "loss", plugins=settings["plugins"]), "assigner", None)
     if isinstance(assigner, MaxIoU):
         return assigner, assigner.positive_iou, ""
     name = type(assigner).__name__
@@ -199,13 +190,14 @@ def read(
     from retina.lab.coverage import resized_objects
 
     if data.prepare and data.root:
-        build(data.prepare, "data.prepare", root=Path(data.root))
+        build(data.prepare, "data.prepare", plugins=settings["plugins"], root=Path(data.root))
     pipeline, notes = resize_of(settings, data)
     annotations = load_split(data, config.split, images_needed=False)
     images = progress(range(len(annotations)), "resizing", len(annotations))
     objects = resized_objects(annotations, pipeline, seed=seed, divisor=divisor, images=images)
     if not len(objects.boxes):
-        raise DataError(f"{annotations.file}: no objects in it - nothing can be said about anchors")
+        problem = f"{annotations.file}: no objects in it - nothing can be said about anchors"
+        raise DataError(problem, code="no-objects")
     return annotations, objects, notes
 
 
@@ -214,7 +206,8 @@ def resize_of(settings: Settings, data: DataConfig) -> tuple["Pipeline", list[st
     from retina.data.adapters import adapt
     from retina.data.transforms import Pipeline, ResizeShortSide
 
-    transforms = {name: build(section, f"augment.{name}") for name, section in settings["augment"].items()}
+    make = partial(build, plugins=settings["plugins"])
+    transforms = {name: make(section, f"augment.{name}") for name, section in settings["augment"].items()}
     resizes = {name: one for name, one in transforms.items() if isinstance(one, ResizeShortSide)}
     name, resize = next(iter(resizes.items()), ("resize", ResizeShortSide(data.short_side, data.long_side)))
     left_out = [key for key, one in transforms.items() if key != name and not adapt(one, key).keeps_sizes]
@@ -224,9 +217,9 @@ def resize_of(settings: Settings, data: DataConfig) -> tuple["Pipeline", list[st
     return Pipeline({name: resize}, min_size=data.min_size, min_visibility=data.min_visibility), notes
 
 
-def starts(model: Settings, now: "Pyramid") -> Iterator[tuple[list[int], "Pyramid"]]:
+def starts(settings: Settings, now: "Pyramid") -> Iterator["Pyramid"]:
     """The levels as they are, then with one more below and with one less, where there is such a model."""
-    levels = list(model["levels"])
-    for choice in (levels, [levels[0] - 1, *levels], levels[1:]):
+    yield now
+    for levels in ([now.levels[0] - 1, *now.levels], now.levels[1:]):
         with suppress(ConfigError):
-            yield choice, now if choice == levels else pyramid_of(model, choice)
+            yield pyramid_of(settings, levels)

@@ -24,7 +24,6 @@ from retina.types import Predictions, Targets
 SIZES = {"small": (0.0, 32.0), "medium": (32.0, 96.0), "large": (96.0, float("inf"))}
 """COCO's, of the square root of a box's area; here in pixels after the resize."""
 _CHUNK = 2**14
-_IMAGES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,11 @@ class Pyramid:
 
     anchors: AnchorGenerator
     strides: tuple[int, ...]
+
+    @property
+    def levels(self) -> list[int]:
+        """P3 has stride 2^3."""
+        return [stride.bit_length() - 1 for stride in self.strides]
 
     def cells(self, canvas: Int64[Tensor, "N 2"]) -> Int64[Tensor, "N L 2"]:
         """(columns, rows) of every level on canvases of (height, width)."""
@@ -141,19 +145,18 @@ def best_iou(objects: Objects, pyramid: Pyramid) -> Float[Tensor, "N L"]:
 
 
 def cover(
-    objects: Objects, pyramid: Pyramid, rule: Assigner, threshold: float, batches: Iterable[Int64[Tensor, "n"]]
+    objects: Objects, pyramid: Pyramid, rule: Assigner, threshold: float, images: Iterable[Int64[Tensor, "n"]]
 ) -> Coverage:
-    """`rule`: one that looks at boxes and anchors alone. `batches`: rows of the objects that are matched too, from
-    `batches_of_images`."""
+    """`rule`: one that looks at boxes and anchors alone. `images`: those matched too, from `rows_of_images`."""
     shape = len(objects.boxes), len(pyramid.strides)
     matched = torch.zeros(shape[0], dtype=torch.bool)
-    counts = torch.zeros(2, shape[0] * shape[1], dtype=torch.int64)
-    for rows in batches:
+    counts = torch.zeros(2, *shape, dtype=torch.int64)
+    for rows in images:
         matched[rows] = True
-        place, iou = _positives(objects, rows, pyramid, rule)
-        counts[0] += torch.bincount(place, minlength=counts.shape[1])
-        counts[1] += torch.bincount(place[iou >= threshold], minlength=counts.shape[1])
-    return Coverage(best_iou(objects, pyramid), matched, *(one.view(shape) for one in counts))
+        number, level, iou = _positives(objects.of(rows), pyramid, rule)
+        for count, counted in zip(counts, (iou >= 0, iou >= threshold), strict=True):
+            count.index_put_((rows[number[counted]], level[counted]), torch.tensor(1), accumulate=True)
+    return Coverage(best_iou(objects, pyramid), matched, *counts)
 
 
 def draw_images(objects: Objects, count: int, generator: torch.Generator) -> Bool[Tensor, "N"]:
@@ -162,44 +165,26 @@ def draw_images(objects: Objects, count: int, generator: torch.Generator) -> Boo
     return (torch.randperm(len(images), generator=generator) < count)[number]
 
 
-def batches_of_images(objects: Objects, drawn: Bool[Tensor, "N"]) -> list[Int64[Tensor, "n"]]:
-    """Rows of the objects drawn, a few images at a time whose canvas is the same."""
+def rows_of_images(objects: Objects, drawn: Bool[Tensor, "N"]) -> tuple[Int64[Tensor, "n"], ...]:
+    """Rows of the objects drawn, image by image."""
     rows = drawn.nonzero()[:, 0]
-    kinds, kind = objects.canvas[rows].unique(dim=0, return_inverse=True)
-    batches: list[Tensor] = []
-    for one in range(len(kinds)):
-        same = rows[kind == one]
-        number = objects.image[same].unique(return_inverse=True)[1] // _IMAGES_AT_ONCE
-        batches += same.split(torch.bincount(number).tolist())
-    return batches
+    return rows.split(objects.image[rows].unique_consecutive(return_counts=True)[1].tolist())
 
 
 def _positives(
-    objects: Objects, rows: Int64[Tensor, "n"], pyramid: Pyramid, rule: Assigner
-) -> tuple[Int64[Tensor, "P"], Float[Tensor, "P"]]:
-    """Every positive anchor as its place in [N L] and its IoU, of images that share a canvas."""
-    columns, heights = pyramid.cells(objects.canvas[rows[:1]])[0].unbind(-1)
-    shapes = list(zip(heights.tolist(), columns.tolist(), strict=True))
+    objects: Objects, pyramid: Pyramid, rule: Assigner
+) -> tuple[Int64[Tensor, "P"], Int64[Tensor, "P"], Float[Tensor, "P"]]:
+    """Every positive anchor of an image: the number of its object, its level, and their IoU."""
+    shapes = [(rows, columns) for columns, rows in pyramid.cells(objects.canvas[:1])[0].tolist()]
     anchors = pyramid.anchors(shapes, pyramid.strides, "cpu")
-    image, first, count = _runs(objects.image[rows])
-    number = torch.arange(len(rows)) - first[image]
-    boxes = torch.zeros(len(first), int(count.max()), 4)
-    boxes[image, number] = objects.boxes[rows]
-    valid = torch.arange(boxes.shape[1]) < count[:, None]
-    targets = Targets(boxes, torch.zeros_like(valid, dtype=torch.int64), valid, torch.zeros_like(valid))
-    assigned = rule(Predictions((), (), anchors), targets)
-    where, anchor = assigned.positive.nonzero(as_tuple=True)
-    chosen = assigned.matched[where, anchor]
+    valid = torch.ones(1, len(objects.boxes), dtype=torch.bool)
+    assigned = rule(Predictions((), (), anchors), Targets(objects.boxes[None], objects.labels[None], valid, ~valid))
+    positive = assigned.positive[0].nonzero()[:, 0]
+    number = assigned.matched[0, positive]
     # the same arithmetic as the matching's, so that the same ones reach the threshold
-    iou = pairwise_iou(torch.cat(anchors)[anchor, None], boxes[where, chosen, None])[:, 0, 0]
-    level = torch.bucketize(anchor, torch.tensor([len(one) for one in anchors]).cumsum(0), right=True)
-    return rows[first[where] + chosen] * len(pyramid.strides) + level, iou
-
-
-def _runs(values: Int64[Tensor, "n"]) -> tuple[Int64[Tensor, "n"], Int64[Tensor, "r"], Int64[Tensor, "r"]]:
-    """Of equal neighbours: the number of the run each is in, where every run begins, and how long it is."""
-    _, run, count = values.unique_consecutive(return_inverse=True, return_counts=True)
-    return run, count.cumsum(0) - count, count
+    iou = pairwise_iou(torch.cat(anchors)[positive, None], objects.boxes[number, None])[:, 0, 0]
+    ends = torch.tensor([len(of_level) for of_level in anchors]).cumsum(0)
+    return number, torch.bucketize(positive, ends, right=True), iou
 
 
 def summarize(

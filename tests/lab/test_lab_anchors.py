@@ -24,11 +24,11 @@ from retina.lab.anchors import AnchorsConfig, check_places, pyramid_of
 from retina.lab.coverage import (
     Objects,
     Pyramid,
-    batches_of_images,
     best_iou,
     cover,
     draw_images,
     resized_objects,
+    rows_of_images,
     summarize,
 )
 from retina.model.retinanet import retinanet
@@ -87,7 +87,7 @@ def test_best_iou_is_that_of_all_anchors(generator: AnchorGenerator) -> None:
 def test_positives_are_those_of_the_matching(generator: AnchorGenerator) -> None:
     objects, pyramid = random_objects(), Pyramid(generator, (8, 16, 32))
     objects.boxes[0] = torch.tensor([0.0, 0.4, 27.0, 15.6])  # best covered by the first anchor of a level, if offset
-    coverage = cover(objects, pyramid, RULE, 0.5, batches_of_images(objects, torch.ones(len(objects.boxes)) > 0))
+    coverage = cover(objects, pyramid, RULE, 0.5, rows_of_images(objects, torch.ones(len(objects.boxes)) > 0))
     assert coverage.matched.all()
     expected = torch.zeros(2, len(objects.boxes), 3, dtype=torch.int64)
     for image in objects.image.unique():
@@ -109,7 +109,7 @@ def test_positives_are_those_of_the_matching(generator: AnchorGenerator) -> None
 def test_positives_are_those_of_any_rule(rule: MaxIoU | ATSS) -> None:
     """That looks at boxes and anchors alone."""
     objects, pyramid = random_objects(), Pyramid(GENERATORS[0], (8, 16, 32))
-    coverage = cover(objects, pyramid, rule, 0.5, batches_of_images(objects, torch.ones(len(objects.boxes)) > 0))
+    coverage = cover(objects, pyramid, rule, 0.5, rows_of_images(objects, torch.ones(len(objects.boxes)) > 0))
     for image in objects.image.unique():
         rows = (objects.image == image).nonzero()[:, 0]
         anchors = anchors_on(objects.canvas[rows[0]].tolist(), pyramid)
@@ -126,7 +126,7 @@ def test_groups_and_shares() -> None:
     objects = objects_of(sides, per_image=2)
     pyramid = Pyramid(AnchorGenerator(sizes=(16.0, 64.0), scales=(1.0,), ratios=(1.0,)), (2, 4))
     drawn = torch.tensor([True, True, True, True, False, False])
-    coverage = cover(objects, pyramid, RULE, 0.5, batches_of_images(objects, drawn))
+    coverage = cover(objects, pyramid, RULE, 0.5, rows_of_images(objects, drawn))
     told = summarize(objects, coverage, 0.5, [1, 2], ["a", "b", "c"])
     assert (told["objects"], told["objects_matched"]) == (6, 4)
     assert [told["by_size"][name]["objects"] for name in ("small", "medium", "large")] == [3, 2, 1]
@@ -167,7 +167,7 @@ def test_drawing_takes_whole_images() -> None:
     drawn = draw_images(objects, 7, seeded())
     assert len(objects.image[drawn].unique()) == 7
     assert not set(objects.image[drawn].tolist()) & set(objects.image[~drawn].tolist())
-    rows = torch.cat(batches_of_images(objects, drawn))
+    rows = torch.cat(rows_of_images(objects, drawn))
     assert sorted(rows.tolist()) == drawn.nonzero()[:, 0].tolist()
     assert draw_images(objects, 10**6, seeded()).all()
 
@@ -340,8 +340,8 @@ def pyramid(levels: Sequence[int], sizes: Sequence[float]) -> Pyramid:
 
 def test_small_objects_ask_for_one_level_more() -> None:
     objects = objects_of(around([14.0, 60.0], 1.0, 160, 0.05), canvas=(256, 256))
-    starts = [([4], pyramid([4], [60.0])), ([3, 4], pyramid([3, 4], [30.0, 60.0]))]
-    trials = try_levels(objects, starts[0][1], starts, 0.5, seeded())
+    starts = [pyramid([4], [60.0]), pyramid([3, 4], [30.0, 60.0])]
+    trials = try_levels(objects, starts[0], starts, 0.5, seeded())
     assert [trial.anchors for trial in trials] == [16 * 16, 32 * 32 + 16 * 16]
     assert trials[0].scores.shape == (3, 160)
     levels, change, reason = decide(objects, trials, [4], 0.5)
@@ -352,18 +352,20 @@ def test_small_objects_ask_for_one_level_more() -> None:
 
 def test_few_images_decide_nothing() -> None:
     objects, now = objects_of(around([20.0], 1.0, 20, 0.1)), pyramid([3], [99.0])
-    trials = try_levels(objects, now, [([3], now)], 0.5, seeded())
+    trials = try_levels(objects, now, [now], 0.5, seeded())
     assert trials == []
     assert decide(objects, trials, [3], 0.5)[:2] == ([3], False)
 
 
 def test_anchors_come_from_the_settings_of_the_model() -> None:
-    model = compose("train", ["model=retinanet", "model.levels=[3,4,5]"])["model"]
-    assert pyramid_of(model, [2, 3, 4, 5]) == Pyramid(AnchorGenerator(sizes=(16.0, 32.0, 64.0, 128.0)), (4, 8, 16, 32))
-    model |= {"anchor_sizes": [20.0, 50.0, 90.0], "anchor_scales": [1.0], "anchor_offset": 0.5}
+    settings = compose("train", ["model=retinanet", "model.levels=[3,4,5]"])
+    assert pyramid_of(settings, [2, 3, 4, 5]) == Pyramid(
+        AnchorGenerator(sizes=(16.0, 32.0, 64.0, 128.0)), (4, 8, 16, 32)
+    )
+    settings["model"] |= {"anchor_sizes": [20.0, 50.0, 90.0], "anchor_scales": [1.0], "anchor_offset": 0.5}
     own = AnchorGenerator(sizes=(10.0, 20.0, 50.0, 90.0), scales=(1.0,), offset=0.5)
-    assert pyramid_of(model, [2, 3, 4, 5]) == Pyramid(own, (4, 8, 16, 32))
-    assert pyramid_of(model, [4, 5]).anchors.sizes == (50.0, 90.0)
+    assert pyramid_of(settings, [2, 3, 4, 5]) == Pyramid(own, (4, 8, 16, 32))
+    assert pyramid_of(settings, [4, 5]).anchors.sizes == (50.0, 90.0)
 
 
 @pytest.fixture(scope="module")
@@ -427,7 +429,7 @@ def test_what_was_fitted_is_not_fitted_again(tool: Tool, shapes: Path, tmp_path:
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("split=test", "split: test is not known - choose train or val"),
+        ("split=test", "split: 'test' is not known - choose one of train, val"),
         ("images=0", "images: 0 is not allowed - give 1 or more"),
         ("output=mine.json", "output: mine.json is no config file - end it in .yaml"),
         ("output=SHAPES/mine.yaml", "the data set's own - choose another place"),
@@ -526,11 +528,11 @@ def test_a_file_keeps_every_setting_of_the_model() -> None:
 
 def test_blood_cells(bccd: Path) -> None:
     """The anchors in configs/experiment/bccd.yaml were chosen by looking at the cells: the fit finds about the same."""
-    model = compose("train", ["experiment=bccd"])["model"]
+    settings = compose("train", ["experiment=bccd"])
     annotations = read_coco(*locate_split(bccd, "train"))
     pipeline = Pipeline({"resize": ResizeShortSide(384, 512)})
     objects = resized_objects(annotations, pipeline, seed=0, divisor=32, images=range(len(annotations)))
-    now = pyramid_of(model, model["levels"])
+    now = pyramid_of(settings, settings["model"]["levels"])
     fitted = fit(objects, now, 0.5, seeded())
 
     def middles(anchors: AnchorGenerator) -> list[float]:
