@@ -50,7 +50,7 @@ class Detector:
         for layer in self.model.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.to(self.dtype)  # once; autocast would convert the weights for every level of every batch
-        self.canvas = Canvas(card.preprocessing["divisor"], tuple(card.preprocessing["pad_value"]))
+        self.canvas = Canvas(card.preprocessing["pad_multiple"], tuple(card.preprocessing["pad_value"]))
         self._resize = eval_pipeline(card.preprocessing["short_side"], card.preprocessing["long_side"])
 
     @classmethod

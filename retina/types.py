@@ -50,7 +50,7 @@ class Assignment(NamedTuple):
     """The object an anchor belongs to, 0..M-1; meaningful at positive anchors only."""
     positive: Bool[Tensor, "B A"]
     negative: Bool[Tensor, "B A"]
-    quality: Float[Tensor, "B A"] | None = None
+    target_scores: Float[Tensor, "B A"] | None = None
     """The score in [0, 1] that a positive anchor should reach; None: 1. Only soft classification losses read it."""
 
 

@@ -319,8 +319,8 @@ def test_weights_of_another_architecture(run: Path, tmp_path: Path) -> None:
     assert "header" in fault_of(with_card(best, target, {"model": model | {"depth": 3}}))
     assert "header" in fault_of(with_card(best, target, {"model": model | {"backbone": "resnet7"}}))
     assert "schema version 99" in fault_of(with_card(best, target, {"schema_version": 99}))
-    without = {key: value for key, value in PREPROCESSING.items() if key != "divisor"}
-    assert "header: preprocessing lacks 'divisor'" in fault_of(with_card(best, target, {"preprocessing": without}))
+    without = {key: value for key, value in PREPROCESSING.items() if key != "pad_multiple"}
+    assert "header: preprocessing lacks 'pad_multiple'" in fault_of(with_card(best, target, {"preprocessing": without}))
 
 
 def test_check_postprocess() -> None:

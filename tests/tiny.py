@@ -14,7 +14,7 @@ from retina.model.weights import DetectorCard, save_detector
 PREPROCESSING = {
     "short_side": 64,
     "long_side": 96,
-    "divisor": 32,
+    "pad_multiple": 32,
     "pad_value": [124, 116, 104],
     "precision": "fp32",
     "batch_size": 8,

@@ -173,16 +173,16 @@ def make_loaders(
     from retina.engine.build import build_eval_loader, build_train_loader, canvas_of
 
     stride = max(model.strides)
-    divisor = data.pad_multiple or stride
-    if model.arguments["anchors_spread"] and divisor % stride:
+    pad_multiple = data.pad_multiple or stride
+    if model.arguments["canvas_strides"] and pad_multiple % stride:
         raise ConfigError(
-            f"{divisor} - spread anchors stand on a grid only where it is a multiple of {stride}: give that, or "
-            "model.anchors_spread=false",
+            f"{pad_multiple} - anchors with strides from the canvas stand on a grid only where it is a multiple of "
+            f"{stride}: give that, or model.canvas_strides=false",
             code="pad-multiple",
             key="data.pad_multiple",
         )
     pin_memory = next(model.parameters()).is_cuda
-    canvas = canvas_of(data, Canvas(divisor, model.pad_value))
+    canvas = canvas_of(data, Canvas(pad_multiple, model.pad_value))
     draws = call(recipe.sampler, "data.sampling", annotations=loaded[0]) if recipe.sampler else None
     loader, sampler = build_train_loader(
         loaded[0], recipe.pipeline, data, config, canvas, draws=draws, pin_memory=pin_memory
@@ -192,7 +192,7 @@ def make_loaders(
     preprocessing = {
         "short_side": data.short_side,
         "long_side": data.long_side,
-        "divisor": divisor,
+        "pad_multiple": pad_multiple,
         "pad_value": list(model.pad_value),
         "precision": config.precision,
         "batch_size": batch_size,

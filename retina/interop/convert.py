@@ -79,7 +79,7 @@ def convert_detector(
         classes=rows.names,
         category_ids=rows.ids,
         preprocessing={
-            **{name: getattr(used, name) for name in ("short_side", "long_side", "divisor")},
+            **{name: getattr(used, name) for name in ("short_side", "long_side", "pad_multiple")},
             "pad_value": [round(value) for value in used.mean],
             "precision": "fp32",
             "batch_size": 8,

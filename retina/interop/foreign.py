@@ -42,7 +42,7 @@ class Conventions:
     """Of the first centre from the corner of the image, in strides."""
     anchors_rounded: bool = False
     """Corners on whole pixels."""
-    anchors_spread: bool = False
+    canvas_strides: bool = False
     """Anchors are canvas // cells pixels apart, not a stride."""
     anchors_by_scale: bool = False
     """A cell's anchors go [scale ratio]; else [ratio scale] as ours."""
@@ -50,7 +50,7 @@ class Conventions:
     """What predicted deltas are multiplied with before boxes are made of them."""
     short_side: int = 800
     long_side: int = 1333
-    divisor: int = 32
+    pad_multiple: int = 32
     score_threshold: float = 0.05
     candidates_per_level: int = 1000
     nms_iou: float = 0.5
@@ -70,7 +70,7 @@ class Conventions:
         check("mean", within, "give 3 numbers from 0 to 255")
         for name in ("anchor_sizes", "anchor_scales", "anchor_ratios"):
             check(name, _positive(getattr(self, name) or ()), "give positive numbers")
-        for name in ("short_side", "long_side", "divisor"):
+        for name in ("short_side", "long_side", "pad_multiple"):
             check(name, getattr(self, name) >= 1, "give 1 or more")
         check("short_side", self.short_side <= self.long_side, f"give at most the long side, {self.long_side}")
         check("norm_eps", 0 <= self.norm_eps < math.inf, "give 0 or more")
@@ -289,7 +289,7 @@ def num_anchors(state: dict[str, Tensor], file: Path, conventions: Conventions) 
 
 _SAME_NAME = (
     *("norm_eps", "stride_in_1x1", "p7_relu", "mean", "std"),
-    *("anchor_sizes", "anchor_scales", "anchor_ratios", "anchors_rounded", "anchors_spread", "anchor_offset"),
+    *("anchor_sizes", "anchor_scales", "anchor_ratios", "anchors_rounded", "canvas_strides", "anchor_offset"),
 )
 """Conventions that are arguments of `retinanet`."""
 

@@ -160,7 +160,7 @@ def _read_settings(settings: _Settings) -> Conventions:
         delta_std=find("target_stds", _NUMBERS, usual.delta_std, _numbers),
         short_side=int(min(sides)),
         long_side=int(max(sides)),
-        divisor=find("(?:pad_)?size_divisor", r"(\d+)", usual.divisor, int),
+        pad_multiple=find("(?:pad_)?size_divisor", r"(\d+)", usual.pad_multiple, int),
         score_threshold=find("score_thr", r"([\d.e-]+)", usual.score_threshold, float, **detect),
         candidates_per_level=find("nms_pre", r"(\d+)", usual.candidates_per_level, int, **detect),
         nms_iou=find("iou_thr(?:eshold)?", r"([\d.]+)", usual.nms_iou, float, **detect),

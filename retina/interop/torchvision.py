@@ -59,7 +59,7 @@ def read(source: Source) -> Foreign:
         rename(source.state, rules),
         program=f"torchvision's RetinaNet v{2 if has_norm else 1}",
         conventions=Conventions(
-            anchors_rounded=True, anchors_spread=True, max_detections=300, norm_eps=0.0 if published else 1e-5
+            anchors_rounded=True, canvas_strides=True, max_detections=300, norm_eps=0.0 if published else 1e-5
         ),
         first_id=0,
         background_first=True,
@@ -148,12 +148,12 @@ def describe_export(
     sides = [[size * scale for scale in anchors.scales] for size in anchors.sizes]
     if anchors.rounded:
         sides = [[float(int(side)) for side in level] for level in sides]
-    divisor = preprocessing.get("divisor", 32)
-    multiple = divisor if arguments["anchors_spread"] else math.lcm(divisor, max(model.strides))
+    pad_multiple = preprocessing.get("pad_multiple", 32)
+    multiple = pad_multiple if arguments["canvas_strides"] else math.lcm(pad_multiple, max(model.strides))
     notes = [f"torchvision: label k is class k of {arguments['num_classes']}, there is no background"]
-    if multiple != divisor:
+    if multiple != pad_multiple:
         notes.append(
-            f"torchvision: images are padded to multiples of {multiple}, not {divisor}: elsewhere it would place "
+            f"torchvision: images are padded to multiples of {multiple}, not {pad_multiple}: elsewhere it would place "
             "anchors otherwise"
         )
     group = arguments["norm"] == "group"

@@ -31,7 +31,7 @@ class ClassLoss(Protocol):
         """The sum over anchors and classes; anchors that are neither positive nor negative count for nothing. `labels`
         are those of the objects that the anchors belong to, and say something at positive anchors only.
 
-        A loss with an attribute `needs_quality` that is true also reads `assigned.quality`, which then is a tensor."""
+        A loss whose attribute `needs_target_scores` is true also reads `assigned.target_scores`, then a tensor."""
         ...
 
 
@@ -76,7 +76,7 @@ class _QualityLoss:
     loss p^gamma BCE(p, 0) everywhere else."""
 
     gamma: float
-    needs_quality: ClassVar[bool] = True
+    needs_target_scores: ClassVar[bool] = True
 
     def of_positives(self, logits: Float[Tensor, "B A"], assigned: Assignment) -> Float[Tensor, "B A"]:
         raise NotImplementedError
@@ -96,7 +96,7 @@ class _QualityLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class QualityFocal(_QualityLoss):
-    """The quality focal loss: |y - p|^gamma BCE(p, y), where y is a positive's quality at its label, 0 elsewhere.
+    """The quality focal loss: |y - p|^gamma BCE(p, y), where y is a positive's target score at its label, 0 elsewhere.
 
     Args:
         gamma: focusing exponent; 0 is the cross entropy with soft targets.
@@ -110,12 +110,12 @@ class QualityFocal(_QualityLoss):
         check_focal(None, self.gamma)
 
     def of_positives(self, logits: Float[Tensor, "B A"], assigned: Assignment) -> Float[Tensor, "B A"]:
-        return quality_focal_loss(logits, _quality(assigned), gamma=self.gamma)
+        return quality_focal_loss(logits, _target_scores(assigned), gamma=self.gamma)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Varifocal(_QualityLoss):
-    """The varifocal loss: q BCE(p, q) at a positive's label, with q its quality, and alpha p^gamma BCE(p, 0) elsewhere.
+    """The varifocal loss: q BCE(p, q) at a positive's label, target score q, and alpha p^gamma BCE(p, 0) elsewhere.
 
     Args:
         alpha: weight of the negatives.
@@ -135,7 +135,7 @@ class Varifocal(_QualityLoss):
         return self.alpha
 
     def of_positives(self, logits: Float[Tensor, "B A"], assigned: Assignment) -> Float[Tensor, "B A"]:
-        return varifocal_loss(logits, _quality(assigned), alpha=self.alpha, gamma=self.gamma)
+        return varifocal_loss(logits, _target_scores(assigned), alpha=self.alpha, gamma=self.gamma)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,11 +260,13 @@ def _suppress_on_cpu(
     return order
 
 
-def _quality(assigned: Assignment) -> Float[Tensor, "B A"]:
+def _target_scores(assigned: Assignment) -> Float[Tensor, "B A"]:
     """Of positives; 0 elsewhere."""
-    if assigned.quality is None:
-        raise ValueError("this loss needs the quality of positive anchors: an assigner that gives it, or DetectionLoss")
-    return torch.where(assigned.positive, assigned.quality, 0)
+    if assigned.target_scores is None:
+        raise ValueError(
+            "this loss needs the target scores of positive anchors: an assigner that gives them, or DetectionLoss"
+        )
+    return torch.where(assigned.positive, assigned.target_scores, 0)
 
 
 def sum_over_classes(predictions: Predictions, function: Callable[[Tensor], Tensor]) -> Float[Tensor, "B A"]:

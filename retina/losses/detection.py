@@ -32,7 +32,7 @@ class DetectionLoss:
     is there is unknown (COCO scores crowds by the same ratio).
 
     What the head predicts of its boxes' fit (`quality`) and as distributions (`bins`) is trained at the positives, and
-    added to the box loss. An assigner that gives a quality itself (`TaskAligned`) thereby weighs the box and
+    added to the box loss. An assigner that gives target scores itself (`TaskAligned`) thereby weighs the box and
     distribution losses, and `num_positives` is its sum. Other recipes weigh these losses by centerness (ATSS) or score
     (GFL) and divide by the sum of weights; here every positive counts 1, so that one divisor serves all.
 
@@ -41,8 +41,8 @@ class DetectionLoss:
 
     Args:
         assigner: which anchors stand for which objects.
-        classification: loss of the class logits. If it has a `needs_quality` that is true, and the assigner gave no
-            quality, it gets the IoU of each positive's predicted box with its object.
+        classification: loss of the class logits. If its `needs_target_scores` is true, and the assigner gave none, the
+            target score is the IoU of each positive's predicted box with its object.
         box_loss: `smooth_l1`, `giou` or any callable like them.
         box_weight: factor of the box loss.
         quality: what the quality branch predicts: the `centerness` of the anchor in its object, or the `iou` of its
@@ -80,10 +80,10 @@ class DetectionLoss:
             raise ValueError("distributions need anchors that know their strides (retina.ops.anchors.Anchors)")
         targets = pad_if_empty(targets)
         assigned = self.assigner(predictions, targets)
-        weights = assigned.quality
+        weights = assigned.target_scores
         positives = _Positives(predictions, targets, assigned)
-        if weights is None and getattr(self.classification, "needs_quality", False):
-            assigned = assigned._replace(quality=positives.among_anchors(positives.iou()))
+        if weights is None and getattr(self.classification, "needs_target_scores", False):
+            assigned = assigned._replace(target_scores=positives.among_anchors(positives.iou()))
         labels = targets.labels.gather(1, assigned.matched)
         box = self.box_loss(positives.deltas, positives.anchors, positives.boxes)
         box = self.box_weight * positives.sum(box, weights)

@@ -41,7 +41,7 @@ class Diagnosis:
     def __init__(self, classification: ClassLoss, *, prior: float) -> None:
         """`prior`: the score that a new head gives to every anchor."""
         self.classification, self.prior = classification, prior
-        self.needs_quality = getattr(classification, "needs_quality", False)
+        self.needs_target_scores = getattr(classification, "needs_target_scores", False)
         self.sums: Float[Tensor, "_"] | None = None
         """Of all batches so far, of this process alone, still on the device; None without any."""
 

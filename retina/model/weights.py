@@ -25,6 +25,11 @@ from retina.model.retinanet import RetinaNet, retinanet
 
 SCHEMA_VERSION = 1
 _NO_DIGEST = "0" * 64
+_RENAMED = {
+    "model": ("anchors_spread", "canvas_strides"),
+    "preprocessing": ("divisor", "pad_multiple"),
+}
+"""Old and new name of what earlier versions wrote otherwise, by field of the card."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,7 @@ class DetectorCard:
     classes: list[str]
     category_ids: list[int]
     preprocessing: dict[str, Any]
-    """short_side, long_side, pad_value, divisor, precision, batch_size."""
+    """short_side, long_side, pad_multiple, pad_value, precision, batch_size."""
     postprocess: dict[str, Any]
     """Keyword arguments of `postprocess`."""
     step: int = 0
@@ -143,6 +148,9 @@ def card_of(file: Path, header: Mapping[str, str], data: bytes) -> DetectorCard:
         problem = f"schema version {version!r:.20}, this program reads {SCHEMA_VERSION} - use the version that wrote it"
         raise CheckpointError(f"{file}: {problem}", code="other-version")
     values.setdefault("environment", {})
+    for section, (old, new) in _RENAMED.items():
+        if isinstance(values.get(section), dict) and old in values[section]:
+            values[section][new] = values[section].pop(old)
     for name, hint in get_type_hints(DetectorCard).items():
         if not isinstance(values.get(name), get_origin(hint) or hint):
             raise _bad_header(file, f"{name} {'is of the wrong type' if name in values else 'is missing'}")

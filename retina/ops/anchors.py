@@ -74,13 +74,14 @@ class AnchorGenerator:
         return len(self.scales) * len(self.ratios)
 
     def __call__(
-        self, shapes: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device | str
-    ) -> Anchors:
+        self, shapes: Sequence[tuple[int, int]], strides: Sequence[int | tuple[int, int]], device: torch.device | str
+    ) -> tuple[Float[Tensor, "_ 4"], ...]:
         """Anchors [A_l 4] of each level, float32, in the order [H W ratio scale].
 
         Args:
             shapes: (height, width) of each level in cells.
-            strides: pixels from one cell to the next on each level.
+            strides: pixels from one cell to the next on each level, one number or (rows, columns). The result is a
+                plain tuple, not `Anchors`, if some level has two different ones.
 
         The tensors are cached and shared between calls: do not write into them.
         """
@@ -88,29 +89,8 @@ class AnchorGenerator:
             raise ValueError(
                 f"{len(self.sizes)} sizes, {len(shapes)} shapes and {len(strides)} strides: not one per level"
             )
-        return _pyramid(self, tuple((h, w) for h, w in shapes), tuple(strides), torch.device(device))
-
-    def spread(
-        self,
-        shapes: Sequence[tuple[int, int]],
-        strides: Sequence[int],
-        canvas: tuple[int, int],
-        device: torch.device | str,
-    ) -> tuple[Float[Tensor, "_ 4"], ...]:
-        """Anchors as ever, but canvas // shape pixels apart, on each axis and level: where torchvision puts them.
-
-        On a canvas of 800 rows, 13 cells of stride 64 are 61 pixels apart for it, and its published weights have been
-        trained with that (pytorch/vision, torchvision/models/detection/anchor_utils.py). Not cached, and `Anchors` only
-        on a canvas where that is the stride on both axes of all levels, as where the coarsest stride divides it."""
-        pairs = list(zip(shapes, strides, strict=True))
-        if all((canvas[0] // height, canvas[1] // width) == (s, s) for (height, width), s in pairs):
-            return self(shapes, strides, device)
-        levels = []
-        for size, (height, width) in zip(self.sizes, shapes, strict=True):
-            strides = canvas[0] // height, canvas[1] // width
-            offset = self.offset * torch.tensor([strides[1], strides[0]] * 2, dtype=torch.float64)
-            levels.append(_level((self.cell(size) + offset).to(device, torch.float32), height, width, strides))
-        return tuple(levels)
+        pairs = tuple(s if isinstance(s, tuple) else (s, s) for s in strides)
+        return _pyramid(self, tuple((h, w) for h, w in shapes), pairs, torch.device(device))
 
     def cell(self, size: float) -> Float[Tensor, "N 4"]:
         """The anchors around the point (0, 0) on a level of this size, float64, in the order [ratio scale]."""
@@ -128,20 +108,22 @@ class AnchorGenerator:
 # Few enough that a multi-scale run keeps no more than some 100 MB of anchors; a miss costs a handful of small kernels.
 @lru_cache(maxsize=32)
 def _pyramid(
-    generator: AnchorGenerator, shapes: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device
-) -> Anchors:
+    generator: AnchorGenerator,
+    shapes: tuple[tuple[int, int], ...],
+    strides: tuple[tuple[int, int], ...],
+    device: torch.device,
+) -> tuple[Float[Tensor, "_ 4"], ...]:
+    levels = []
     # A first call from evaluation must not leave inference tensors in the cache: training could not save them for
     # backward.
     with torch.inference_mode(False):
-        levels = (
-            _level((generator.cell(size) + generator.offset * s).to(device, torch.float32), height, width, (s, s))
-            for size, (height, width), s in zip(generator.sizes, shapes, strides, strict=True)
-        )
-        return Anchors(levels, shapes, strides)
-
-
-def _level(cell: Float[Tensor, "N 4"], height: int, width: int, strides: tuple[int, int]) -> Float[Tensor, "_ 4"]:
-    rows = torch.arange(height, device=cell.device, dtype=cell.dtype) * strides[0]
-    columns = torch.arange(width, device=cell.device, dtype=cell.dtype) * strides[1]
-    y, x = torch.meshgrid(rows, columns, indexing="ij")
-    return (torch.stack((x, y, x, y), dim=-1)[..., None, :] + cell).reshape(-1, 4)
+        for size, (height, width), (down, right) in zip(generator.sizes, shapes, strides, strict=True):
+            offset = generator.offset * torch.tensor([right, down, right, down], dtype=torch.float64)
+            cell = (generator.cell(size) + offset).to(device, torch.float32)
+            rows = torch.arange(height, device=device, dtype=torch.float32) * down
+            columns = torch.arange(width, device=device, dtype=torch.float32) * right
+            y, x = torch.meshgrid(rows, columns, indexing="ij")
+            levels.append((torch.stack((x, y, x, y), dim=-1)[..., None, :] + cell).reshape(-1, 4))
+    if any(down != right for down, right in strides):
+        return tuple(levels)
+    return Anchors(levels, shapes, tuple(down for down, _ in strides))

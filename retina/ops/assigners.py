@@ -97,7 +97,7 @@ class TaskAligned:
     centre is more than 0.01 px inside the object. An anchor that several objects want goes to that of highest u, the
     first among equals. All others are negative, except those that a crowd covers by half or more.
 
-    `quality` of a positive is t, scaled per object so that its largest is the object's largest u: the target of
+    The target score of a positive is t, scaled per object so that its largest is the object's largest u: the target of
     `QualityFocal`, and in `DetectionLoss` the weight of the box loss and, summed, the divisor of all losses. (The
     authors begin with a few epochs of ATSS; this does not.)
 

@@ -27,7 +27,7 @@ def test_what_is_given_takes_the_place_of_the_usual() -> None:
         {"norm_eps": True},
         {"short_side": 0},
         {"short_side": 1334},
-        {"divisor": 0},
+        {"pad_multiple": 0},
         {"max_detections": 1.5},
         {"anchor_sizes": []},
         {"anchor_sizes": [0, 0, 0, 0, 0]},

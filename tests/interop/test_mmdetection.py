@@ -219,7 +219,9 @@ def test_settings_are_read_as_mmengine_writes_them(tmp_path: Path) -> None:
     assert found.card.model["anchor_sizes"] == [16.0, 32.0, 64.0, 128.0, 256.0]
     assert (found.card.model["anchor_scales"], found.card.model["anchor_ratios"]) == ([1.0, 2**0.5], [0.33, 1.0, 3.0])
     assert found.state["head.box.predict.bias"][:4].tolist() == pytest.approx([0.1, 0.1, 0.2, 0.2])
-    assert found.card.preprocessing | {"short_side": 512, "long_side": 640, "divisor": 64} == found.card.preprocessing
+    assert (
+        found.card.preprocessing | {"short_side": 512, "long_side": 640, "pad_multiple": 64} == found.card.preprocessing
+    )
     assert (found.card.postprocess["score_threshold"], found.card.postprocess["nms_iou"]) == (0.2, 0.4)
     (absent,) = (note for note in found.notes if note.startswith("not in the settings"))
     assert "nms_pre" in absent

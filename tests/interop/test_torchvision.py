@@ -204,7 +204,13 @@ def test_detections_that_ignore_classes_are_not_exported() -> None:
     "changes",
     [
         {"fpn_channels": 48, "norm_eps": 1e-3, "head_norm": "group", "anchor_sizes": [12.0, 30.0, 70.0, 150.0, 300.0]},
-        {"fpn_channels": 32, "norm": "frozen", "p6_from": "p5", "anchors_rounded": True, "anchors_spread": True},
+        {
+            "fpn_channels": 32,
+            "norm": "frozen",
+            "p6_from": "p5",
+            "anchors_rounded": True,
+            "canvas_strides": True,
+        },
         {"fpn_channels": 32, "norm": "group", "mean": [120.0, 110.0, 100.0], "std": [50.0, 60.0, 70.0]},
     ],
 )
@@ -225,9 +231,9 @@ def test_what_an_export_prints_loads_a_model_that_finds_the_same(changes: dict[s
     state["head.classification.predict.weight"].normal_(std=0.03)
     state["head.classification.predict.bias"].fill_(-2.0)
     post = {"score_threshold": 0.15, "candidates_per_level": 60, "nms_iou": 0.4, "max_detections": 40}
-    sides = SIDES | {"divisor": 32, "pad_value": list(ours.pad_value), "precision": "fp32", "batch_size": 1}
-    if not changes.get("anchors_spread"):
-        sides["divisor"] = 128
+    sides = SIDES | {"pad_multiple": 32, "pad_value": list(ours.pad_value), "precision": "fp32", "batch_size": 1}
+    if not changes.get("canvas_strides"):
+        sides["pad_multiple"] = 128
     card = DetectorCard(
         model=ours.arguments, classes=CLASSES[:3], category_ids=[1, 2, 3], preprocessing=sides, postprocess=post
     )
@@ -250,7 +256,7 @@ def test_what_an_export_prints_loads_a_model_that_finds_the_same(changes: dict[s
 def test_an_export_pads_so_that_anchors_stay_a_stride_apart() -> None:
     with torch.device("meta"):
         model = retinanet(num_classes=3)
-    lines = torchvision.describe_export(model, {"divisor": 32}, {}, Path("x.safetensors"))
+    lines = torchvision.describe_export(model, {"pad_multiple": 32}, {}, Path("x.safetensors"))
     assert any("padded to multiples of 128, not 32" in line for line in lines)
     assert any("'size_divisible': 128" in line for line in lines)
 

@@ -68,7 +68,7 @@ def test_focal_and_the_cross_entropies_at_its_end(alpha: float | None, gamma: fl
 def test_quality_focal_is_the_plain_formula_on_soft_targets(gamma: float):
     predictions, (labels, assigned) = predict(), assign()
     logits, targets, counts = whole(predictions, labels, assigned)
-    expected = quality_focal_loss(logits, targets * assigned.quality[..., None], gamma=gamma)[counts].sum()
+    expected = quality_focal_loss(logits, targets * assigned.target_scores[..., None], gamma=gamma)[counts].sum()
     assert_same(QualityFocal(gamma=gamma)(predictions, labels, assigned), expected, predictions)
 
 
@@ -76,7 +76,7 @@ def test_quality_focal_is_the_plain_formula_on_soft_targets(gamma: float):
 def test_varifocal_is_the_plain_formula_on_soft_targets(alpha: float, gamma: float):
     predictions, (labels, assigned) = predict(), assign()
     logits, targets, counts = whole(predictions, labels, assigned)
-    soft = targets * assigned.quality[..., None]
+    soft = targets * assigned.target_scores[..., None]
     expected = varifocal_loss(logits, soft, alpha=alpha, gamma=gamma)[counts].sum()
     assert_same(Varifocal(alpha=alpha, gamma=gamma)(predictions, labels, assigned), expected, predictions)
 
@@ -160,7 +160,7 @@ def test_ignored_anchors_and_labels_elsewhere_change_nothing(loss: ClassLoss):
 def test_saturated_logits_and_no_positives_are_finite(loss: ClassLoss, size: float):
     predictions, (labels, assigned) = predict(), assign()
     logits = tuple((level.detach() * 0 + size).requires_grad_() for level in predictions.logits)
-    nothing = assigned._replace(positive=torch.zeros_like(assigned.positive), quality=torch.zeros(2, A))
+    nothing = assigned._replace(positive=torch.zeros_like(assigned.positive), target_scores=torch.zeros(2, A))
     for what in (assigned, nothing):
         value = loss(predictions._replace(logits=logits), labels, what)
         assert value.isfinite()
@@ -178,10 +178,10 @@ def test_bfloat16_logits_are_computed_in_float32(loss: ClassLoss):
 
 
 @pytest.mark.parametrize("loss", [QualityFocal(), Varifocal()], ids=str)
-def test_without_quality_there_is_nothing_to_learn(loss: ClassLoss):
+def test_without_target_scores_there_is_nothing_to_learn(loss: ClassLoss):
     predictions, (labels, assigned) = predict(), assign()
-    with pytest.raises(ValueError, match="quality"):
-        loss(predictions, labels, assigned._replace(quality=None))
+    with pytest.raises(ValueError, match="target scores"):
+        loss(predictions, labels, assigned._replace(target_scores=None))
 
 
 @pytest.mark.parametrize(

@@ -344,11 +344,11 @@ def at_positives(predictions: Predictions, targets: Targets, assigned: Assignmen
 @pytest.mark.parametrize("compiling", [False, True])
 def test_any_classification_loss_can_ask_for_quality(compiling: bool, monkeypatch):
     class Asks:
-        needs_quality = True
+        needs_target_scores = True
 
         def __call__(self, predictions: Predictions, labels: Tensor, assigned: Assignment) -> Tensor:
-            assert torch.equal(assigned.quality > 0, assigned.positive)
-            return assigned.quality.sum()
+            assert torch.equal(assigned.target_scores > 0, assigned.positive)
+            return assigned.target_scores.sum()
 
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     targets = make_targets(random_objects(3), random_objects(5, 1))
@@ -365,7 +365,7 @@ def test_soft_targets_are_the_iou_of_the_predicted_boxes():
     quality[assigned.positive] = box_iou(boxes, objects).diagonal().detach()
     assert quality.amax() > 0.3
     labels = targets.labels.gather(1, assigned.matched)
-    expected = QualityFocal()(predictions, labels, assigned._replace(quality=quality))
+    expected = QualityFocal()(predictions, labels, assigned._replace(target_scores=quality))
     losses = DetectionLoss(classification=QualityFocal())(predictions, targets)
     torch.testing.assert_close(losses.classification, expected)
     assert losses.num_positives == assigned.positive.sum()
@@ -424,7 +424,7 @@ def test_the_quality_of_an_assigner_weighs_boxes_and_divides_all():
     targets = make_targets(random_objects(3), random_objects(5, 1))
     assigned = TaskAligned()(predictions, targets)
     boxes, anchors, objects = at_positives(predictions, targets, assigned)
-    weights = assigned.quality[assigned.positive]
+    weights = assigned.target_scores[assigned.positive]
     recipe = {"assigner": TaskAligned(), "classification": QualityFocal(), "box_loss": giou, "box_weight": 2.0}
     losses = DetectionLoss(**recipe, distribution_weight=0.0)(predictions, targets)
     torch.testing.assert_close(losses.num_positives, weights.sum())

@@ -66,7 +66,7 @@ def test_sums_are_those_of_the_plain_formula(classification: ClassLoss) -> None:
     yes = (assigned.positive[..., None] & (labels[..., None] == torch.arange(CLASSES))).flatten(0, 1)
     counted = (assigned.positive | assigned.negative).flatten()[:, None].expand_as(yes)
     no = counted & ~yes
-    quality = yes * assigned.quality.flatten()[:, None]
+    quality = yes * assigned.target_scores.flatten()[:, None]
     match classification:
         case QualityFocal(gamma=gamma):
             formula = partial(quality_focal_loss, targets=quality, gamma=gamma)

@@ -391,7 +391,7 @@ def test_arguments_rebuild_the_model() -> None:
         ({"prior": 0.0}, "out-of-range", "prior"),
         ({"anchor_sizes": (32.0, 64.0)}, "out-of-range", "anchor_sizes"),
         ({"anchor_offset": -0.5}, "out-of-range", "anchor_offset"),
-        ({"anchors_spread": True, "box_bins": 9}, "contradiction", "anchors_spread"),
+        ({"canvas_strides": True, "box_bins": 9}, "contradiction", "canvas_strides"),
         ({"neck": "bifpn"}, "unknown-value", "neck"),
         ({"box_bins": 1}, "out-of-range", "box_bins"),
         ({"norm_eps": -1.0}, "out-of-range", "norm_eps"),

@@ -119,7 +119,7 @@ def test_a_card_rebuilds_it_and_a_detector_runs_it(name: str, tmp_path: Path) ->
         classes=["a", "b", "c"],
         category_ids=[1, 2, 3],
         preprocessing={
-            "short_side": 64, "long_side": 96, "pad_value": [0, 0, 0], "divisor": 32, "precision": "bf16",
+            "short_side": 64, "long_side": 96, "pad_value": [0, 0, 0], "pad_multiple": 32, "precision": "bf16",
             "batch_size": 8,
         },
         postprocess={},

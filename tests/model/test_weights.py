@@ -128,6 +128,16 @@ def test_headers_of_another_shape_are_one_line(tmp_path: Path, card: DetectorCar
             read_card(tmp_path / "w")
 
 
+def test_the_names_of_earlier_versions_are_understood(tmp_path: Path, model: RetinaNet, card: DetectorCard) -> None:
+    settings = dict(card.model)
+    settings["anchors_spread"] = not settings.pop("canvas_strides")
+    old = replace(card, model=settings, preprocessing={"short_side": 64, "divisor": 96})
+    save_detector(tmp_path / "w.safetensors", model.state_dict(), old)
+    loaded, read = load_detector(tmp_path / "w.safetensors", CPU)
+    assert read.preprocessing == {"short_side": 64, "pad_multiple": 96}
+    assert loaded.arguments["canvas_strides"]
+
+
 def test_a_file_cannot_have_others_loaded(tmp_path: Path, model: RetinaNet, card: DetectorCard) -> None:
     card = replace(card, model=card.model | {"weights": str(tmp_path / "evil.pth")})
     save_detector(tmp_path / "w.safetensors", model.state_dict(), card)

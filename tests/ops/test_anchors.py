@@ -142,14 +142,15 @@ def test_one_size_shape_and_stride_per_level():
         AnchorGenerator(SIZES)(((4, 4),), (8,), "cpu")
 
 
-def test_spread_anchors_are_where_torchvision_guesses() -> None:
+def test_anchors_with_strides_from_the_canvas_are_where_torchvision_guesses() -> None:
     theirs = _default_anchorgen()
     shapes = [(100, 137), (50, 69), (25, 35), (13, 18), (7, 9)]
     images = ImageList(torch.empty(1, 3, 800, 1088), [(800, 1088)])
     expected = theirs(images, [torch.empty(1, 1, *shape) for shape in shapes])[0]
     generator, strides = AnchorGenerator(SIZES, rounded=True), (8, 16, 32, 64, 128)
-    ours = generator.spread(shapes, strides, (800, 1088), "cpu")
+    ours = generator(shapes, [(800 // h, 1088 // w) for h, w in shapes], "cpu")
     assert torch.equal(torch.cat(ours), expected)
     assert not isinstance(ours, Anchors)
     shapes = [(256 // s, 384 // s) for s in strides]
-    assert generator.spread(shapes, strides, (256, 384), "cpu") is generator(shapes, strides, "cpu")
+    pairs = [(256 // h, 384 // w) for h, w in shapes]
+    assert generator(shapes, pairs, "cpu") is generator(shapes, strides, "cpu")

@@ -121,7 +121,7 @@ def assert_owners(assigned: Assignment, b: int, owner: Tensor, targets: Targets,
 def test_atss_equals_its_published_form(seed: int, scales: tuple[float, ...], ratios: tuple[float, ...]):
     anchors, targets = pyramid(scales=scales, ratios=ratios), random_targets(seed)
     assigned = ATSS()(predict(anchors, 3), targets)
-    assert assigned.quality is None
+    assert assigned.target_scores is None
     for b in range(3):
         owner = published_atss(anchors, targets.boxes[b][targets.valid[b]], 9 * len(scales) * len(ratios))
         assert_owners(assigned, b, owner, targets, in_crowd(anchors, targets, b))
@@ -211,7 +211,7 @@ def test_without_objects_all_is_negative_and_finite(rule, num_objects: int):
     assigned = rule(predict(pyramid(), 2), targets)
     assert assigned.negative.all()
     assert not assigned.positive.any()
-    assert assigned.quality is None or (assigned.quality == 0).all()
+    assert assigned.target_scores is None or (assigned.target_scores == 0).all()
     assert (assigned.matched >= 0).all()
 
 
@@ -252,7 +252,7 @@ def test_task_aligned_equals_its_published_form(seed: int, ratios: tuple[float, 
         objects = targets.boxes[b][valid], targets.labels[b][valid]
         owner, quality = published_tal(centres(anchors), boxes[b], scores[b], *objects, rule)
         assert_owners(assigned, b, owner, targets, in_crowd(anchors, targets, b))
-        torch.testing.assert_close(assigned.quality[b], quality, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(assigned.target_scores[b], quality, rtol=1e-5, atol=1e-9)
     assert assigned.positive.sum() > 10
 
 
@@ -265,8 +265,8 @@ def test_the_best_aligned_anchor_of_an_object_has_its_highest_iou_as_quality():
     logits[0][0, 16 * 5 + 7, 2] = 4.0
     assigned = TaskAligned()(predictions._replace(logits=logits, deltas=deltas), targets)
     assert assigned.positive.sum() <= 13
-    assert assigned.quality[0, 16 * 5 + 7].item() == pytest.approx(1, abs=1e-4)
-    others = assigned.quality[assigned.positive].sort().values[:-1]
+    assert assigned.target_scores[0, 16 * 5 + 7].item() == pytest.approx(1, abs=1e-4)
+    others = assigned.target_scores[assigned.positive].sort().values[:-1]
     torch.testing.assert_close(others, torch.full_like(others, 0.5 / torch.tensor(4.0).sigmoid()), rtol=1e-4, atol=0)
 
 
@@ -274,7 +274,7 @@ def test_task_aligned_is_not_differentiated():
     predictions = predict(pyramid(), 3)
     for tensor in (*predictions.logits, *predictions.deltas):
         tensor.requires_grad_()
-    assert not TaskAligned()(predictions, random_targets(0)).quality.requires_grad
+    assert not TaskAligned()(predictions, random_targets(0)).target_scores.requires_grad
 
 
 def test_atss_needs_a_grid():

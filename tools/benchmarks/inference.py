@@ -74,7 +74,7 @@ def _detector(model: RetinaNet, height: int, width: int, precision: str, device:
     preprocessing = {
         "short_side": min(height, width),
         "long_side": max(height, width),
-        "divisor": 32,
+        "pad_multiple": 32,
         "pad_value": list(model.pad_value),
         "precision": precision,
         "batch_size": 16,

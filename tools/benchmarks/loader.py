@@ -1,7 +1,7 @@
 """Images per second of one loader worker, against nothing but decoding and resizing them in a loop.
 
 Photographs of 640x480 as JPEG, to 1067x800. Ours is the whole of what a worker does, in this process: read, check,
-augment with boxes, collate; batches of 8, divisor 128. The bare loop is Pillow's decode to an RGB array and cv2.resize
+augment with boxes, collate; batches of 8. The bare loop is Pillow's decode to an RGB array and cv2.resize
 to the same size with the same interpolation, and keeps nothing. "Colour" changes every image (p=1), where
 configs/augment/strong.yaml changes half of them.
 """

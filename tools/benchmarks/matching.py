@@ -6,7 +6,7 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 from retina.lab.clock import Bench, Row, speedup
-from retina.ops.anchors import AnchorGenerator, Anchors
+from retina.ops.anchors import AnchorGenerator
 from retina.ops.matching import Matches, match_boxes
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -34,7 +34,7 @@ def random_boxes(batch: int, num_objects: int, height: int, width: int) -> Tenso
     return torch.cat((low, high), dim=-1)
 
 
-def compare(bench: Bench, anchors: Anchors, boxes: Tensor, *, must: float | None, goal: float | None) -> Row:
+def compare(bench: Bench, anchors: tuple[Tensor, ...], boxes: Tensor, *, must: float | None, goal: float | None) -> Row:
     valid = torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
     crowd = torch.zeros_like(valid)
     together = torch.cat(list(anchors))
