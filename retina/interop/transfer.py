@@ -19,7 +19,7 @@ from retina.interop.convert import convert_detector
 from retina.interop.foreign import CLASS_LAYER, some
 from retina.interop.read import FOREIGN_SUFFIXES, read_foreign
 from retina.interop.torchvision import PREFIX, fetch_published
-from retina.model.weights import card_of, first_non_finite, read_header
+from retina.model.weights import first_non_finite, read_file
 
 
 @dataclass(frozen=True)
@@ -225,6 +225,5 @@ def _read_start(source: str) -> Start:
     if file.is_dir():
         present = [file / name for name in ("best.safetensors", "model.safetensors") if (file / name).is_file()]
         file = present[0] if present else file / "best.safetensors"
-    header, data = read_header(file)
-    card = card_of(file, header, data) if "retina" in header else None
+    card, data = read_file(file)
     return Start(file, load(data), card.classes if card else [], card.model if card else {})

@@ -4,7 +4,6 @@ import math
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,8 +26,6 @@ RESNETS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"),
     *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
 )
-_DETECTOR_PREFIX = "backbone."
-"""The names of a detector's backbone tensors begin with it."""
 
 
 class ResNet(nn.Module):
@@ -59,7 +56,12 @@ class ResNet(nn.Module):
         check_frozen_stages(frozen_stages)
         if not 0 <= norm_eps < math.inf:
             raise ConfigError(f"{norm_eps} - give a small number, e.g. 1e-5", code="out-of-range", key="norm_eps")
-        net = torchvision.models.get_model(name, weights=None, norm_layer=_norm_layer(norm, norm_eps))
+        layers: dict[str, Any] = {
+            "batch": FoldedBatchNorm2d,
+            "frozen": FoldedFrozenBatchNorm2d,
+            "group": partial(nn.GroupNorm, 32),
+        }
+        net = torchvision.models.get_model(name, weights=None, norm_layer=partial(layers[norm], eps=norm_eps))
         if stride_in_1x1:
             _move_strides(net, name)
         self.stem = nn.Sequential()
@@ -67,8 +69,8 @@ class ResNet(nn.Module):
             self.stem.add_module(layer, getattr(net, layer))
         for i in range(1, last_level):
             self.add_module(f"layer{i}", getattr(net, f"layer{i}"))
-        self.channels = tuple(_out_channels(stage) for stage in self.stages[1:])
-        self.strides = self.strides[: len(self.channels)]
+        self.strides = self.strides[: last_level - 1]
+        self.channels = tuple(16 * stride * net.layer1[0].expansion for stride in self.strides)
         for stage in self.stages[:frozen_stages]:
             _freeze(stage)
         fold_norms(self)
@@ -87,16 +89,23 @@ class ResNet(nn.Module):
         """Loads classification weights: a torchvision weights name (`DEFAULT`, `IMAGENET1K_V1`, ...) or a local file.
 
         Raises CheckpointError for a file that is missing, unreadable, of another architecture or cannot be fetched."""
-        state = read_weights(Path(weights)) if is_file_name(weights) else _download(name, weights)
-        state = {_renamed(key): value for key, value in state.items() if not key.startswith("fc.")}
-        load_backbone(self, state, name=name, weights=weights)
+        if is_file_name(weights):
+            state = read_weights(Path(weights))
+        else:
+            known = torchvision.models.get_model_weights(name)
+            check_choice(weights, ["DEFAULT", *(entry.name for entry in known), "FILE", None], "weights")
+            otherwise = "give weights=FILE, or null to train from scratch"
+            file = fetch(known[weights].url, f"{weights} of {name}", otherwise, key="weights")
+            state = read_weights(file)  # torchvision's own loader would unpickle any file in the cache
+        renamed = {f"stem.{key}" if key.startswith(("conv1.", "bn1.")) else key: state[key] for key in state}
+        load_backbone(self, renamed, name=name, weights=weights)
 
 
 def load_backbone(module: nn.Module, state: dict[str, Tensor], *, name: str, weights: str) -> None:
     """Loads `state`, which may hold more than `module` (a classifier, a detector of ours).
 
     Raises CheckpointError if a tensor of the module is missing or has another shape."""
-    prefix = _DETECTOR_PREFIX if any(key.startswith(_DETECTOR_PREFIX) for key in state) else ""
+    prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     expected = module.state_dict()
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
@@ -154,33 +163,15 @@ def first_line(fault: Exception) -> str:
     return next(iter(str(fault).splitlines()), type(fault).__name__)[:200]
 
 
-def _download(name: str, weights: str) -> dict[str, Tensor]:
-    known = torchvision.models.get_model_weights(name)
-    check_choice(weights, ["DEFAULT", *(entry.name for entry in known), "FILE", None], "weights")
-    otherwise = "give weights=FILE, or null to train from scratch"
-    file = fetch(known[weights].url, f"{weights} of {name}", otherwise, key="weights")
-    return read_weights(file)  # torchvision's own loader would unpickle any file in the cache
-
-
 def is_file_name(weights: str) -> bool:
     """Whether the argument `weights` is a file, not a name."""
     return Path(weights).suffix in {".safetensors", ".pth", ".pt"} or "/" in weights
-
-
-def _renamed(key: str) -> str:
-    return f"stem.{key}" if key.startswith(("conv1.", "bn1.")) else key
 
 
 def check_frozen_stages(count: int) -> None:
     """Raises ConfigError for a number of stages that no backbone has."""
     if not 0 <= count <= 5:
         raise ConfigError(f"{count} - give 0 (none) to 5 (all)", code="out-of-range", key="frozen_stages")
-
-
-def _norm_layer(norm: str, eps: float) -> Callable[[int], nn.Module]:
-    if norm == "batch":
-        return partial(FoldedBatchNorm2d, eps=eps)
-    return partial(FoldedFrozenBatchNorm2d, eps=eps) if norm == "frozen" else partial(nn.GroupNorm, 32, eps=eps)
 
 
 def _move_strides(net: nn.Module, name: str) -> None:
@@ -191,10 +182,6 @@ def _move_strides(net: nn.Module, name: str) -> None:
         raise ConfigError(problem, code="contradiction", key="stride_in_1x1")
     for block in blocks:
         block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
-
-
-def _out_channels(stage: nn.Module) -> int:
-    return int([conv for name, conv in stage.named_modules() if name.endswith(("conv2", "conv3"))][-1].out_channels)
 
 
 def _freeze(module: nn.Module) -> None:
@@ -236,36 +223,17 @@ FoldedNorm = FoldedFrozenBatchNorm2d | FoldedBatchNorm2d
 
 
 class FoldingConv2d(nn.Conv2d):
-    """A convolution without bias that also applies the norm behind it, unless that norm is training.
+    """A convolution without bias that also applies the norm behind it, unless that norm is training."""
 
-    The norm stays a child of the same parent; the convolution only refers to it."""
-
-    def __init__(self, conv: nn.Conv2d, norm: FoldedNorm) -> None:
-        """Takes over the weights of `conv`."""
-        with torch.device("meta"):  # draws no random numbers
-            super().__init__(**_geometry(conv), bias=False)
-        self.weight = conv.weight
-        self._norm = (norm,)  # in a tuple, so that it is not registered as a child
+    folded: tuple[FoldedNorm]
+    """The norm, which stays a child of the same parent; in a tuple, so that it is not registered as a child here."""
 
     def forward(self, x: Tensor) -> Tensor:
-        (norm,) = self._norm
+        (norm,) = self.folded
         if isinstance(norm, FoldedBatchNorm2d) and norm.training:
             return super().forward(x)
         weight, bias = fold(self.weight, norm)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def merged(self) -> nn.Conv2d:
-        """The plain convolution with the same output, for the present weights and statistics."""
-        with torch.device("meta"):
-            conv = nn.Conv2d(**_geometry(self))
-        weight, bias = fold(self.weight, self._norm[0])
-        conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
-        return conv
-
-
-def _geometry(conv: nn.Conv2d) -> dict[str, Any]:
-    names = "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"
-    return {name: getattr(conv, name) for name in names}
 
 
 def fold(weight: Tensor, norm: FoldedNorm) -> tuple[Tensor, Tensor]:
@@ -282,7 +250,8 @@ def fold_norms(module: nn.Module) -> None:
         for (name, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
             if type(conv) is nn.Conv2d and conv.bias is None and isinstance(norm, FoldedNorm):
                 assert conv.out_channels == norm.weight.numel(), f"{name} is not what comes before {norm_name}"
-                setattr(parent, name, FoldingConv2d(conv, norm))
+                conv.__class__ = FoldingConv2d
+                conv.folded = (norm,)  # type: ignore[assignment]  # it is a FoldingConv2d by now
 
 
 @torch.no_grad()
@@ -291,9 +260,11 @@ def merge_norms(module: nn.Module) -> None:
 
     The state dict changes: a merged convolution gains a bias and loses its norm."""
     for parent in module.modules():
-        for (name, conv), (norm_name, _) in pairwise(list(parent.named_children())):
+        for (_, conv), (norm_name, _) in pairwise(list(parent.named_children())):
             if isinstance(conv, FoldingConv2d):
-                setattr(parent, name, conv.merged())
+                conv.weight, conv.bias = map(nn.Parameter, fold(conv.weight, conv.folded[0]))
+                del conv.folded
+                conv.__class__ = nn.Conv2d  # type: ignore[assignment]
                 setattr(parent, norm_name, nn.Identity())
 
 

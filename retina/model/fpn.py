@@ -44,17 +44,14 @@ class FPN(nn.Module):
         for level in range(6, levels[-1] + 1):
             c = in_channels[-1] if level == 6 and p6_from == "c5" else channels
             self.extra.append(nn.Conv2d(c, channels, 3, stride=2, padding=1))
-        for conv in (*self.lateral, *self.output, *self.extra):
-            _initialize(conv)
+        self.apply(_initialize)
 
     def forward(self, features: tuple[Float[Tensor, "B _ _ _"], ...]) -> tuple[Float[Tensor, "B C _ _"], ...]:
         """`features` are the backbone's maps; returns the levels, finest first."""
         pyramid = self.merge(features[-len(self.lateral) :])
         for i, conv in enumerate(self.extra):
-            if i == 0:
-                pyramid.append(conv(features[-1] if self.p6_from == "c5" else pyramid[-1]))
-            else:
-                pyramid.append(conv(F.relu(pyramid[-1]) if self.p7_relu else pyramid[-1]))
+            below = features[-1] if i == 0 and self.p6_from == "c5" else pyramid[-1]
+            pyramid.append(conv(F.relu(below) if i and self.p7_relu else below))
         return tuple(pyramid)
 
     def merge(self, inputs: tuple[Float[Tensor, "B _ _ _"], ...]) -> list[Float[Tensor, "B C _ _"]]:
@@ -80,8 +77,8 @@ class PAFPN(FPN):
         steps = len(self.lateral) - 1
         self.down = nn.ModuleList(nn.Conv2d(channels, channels, 3, stride=2, padding=1) for _ in range(steps))
         self.down_output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(steps))
-        for conv in (*self.down, *self.down_output):
-            _initialize(conv)
+        self.down.apply(_initialize)
+        self.down_output.apply(_initialize)
 
     def merge(self, inputs: tuple[Float[Tensor, "B _ _ _"], ...]) -> list[Float[Tensor, "B C _ _"]]:
         first, *others = super().merge(inputs)
@@ -95,8 +92,7 @@ class PAFPN(FPN):
 NECKS = {"fpn": FPN, "pafpn": PAFPN}
 
 
-def _initialize(conv: nn.Module) -> None:
-    assert isinstance(conv, nn.Conv2d)
-    assert conv.bias is not None
-    nn.init.kaiming_uniform_(conv.weight, a=1)
-    nn.init.zeros_(conv.bias)
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d) and module.bias is not None:
+        nn.init.kaiming_uniform_(module.weight, a=1)
+        nn.init.zeros_(module.bias)

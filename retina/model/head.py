@@ -39,11 +39,8 @@ class Tower(nn.Module):
         last_channels = channels if num_convs else in_channels
         self.predict = nn.Conv2d(last_channels, num_anchors * num_outputs, 3, padding=1)
         self.num_outputs = num_outputs
-        for layer in (*self.convs, self.predict):
-            _initialize(layer)
-        self.quality = nn.Conv2d(last_channels, num_anchors, 3, padding=1) if quality else None
-        if self.quality is not None:
-            _initialize(self.quality)
+        self.apply(_initialize)
+        self.quality = nn.Conv2d(last_channels, num_anchors, 3, padding=1).apply(_initialize) if quality else None
 
     def forward(
         self, features: tuple[Float[Tensor, "B C _ _"], ...]

@@ -30,32 +30,27 @@ def missing_plugins(arguments: Mapping[str, Any], plugins: Sequence[str]) -> dic
     return {key: target for key, target in targets.items() if not target.startswith(prefixes(plugins))}
 
 
-def make_part(section: Mapping[str, Any], key: str, plugins: Sequence[str], **given: Any) -> Any:
-    """The part that a section `{_target_: mylab.backbones.Tiny, width: 16}` describes; `given` are further arguments.
+def make_part(section: Mapping[str, Any], key: str, plugins: Sequence[str], **arguments: Any) -> Any:
+    """The part that a section `{_target_: mylab.backbones.Tiny, width: 16}` describes, made with `arguments` too.
 
     Raises ConfigError for a class that is not below `plugins` or is no module, and for arguments that it does not take.
     """
     factory = part_class(section, key, plugins)
-    arguments = {name: value for name, value in section.items() if name != "_target_"} | given
     try:
-        return factory(**arguments)
+        return factory(**{name: value for name, value in section.items() if name != "_target_"} | arguments)
     except (TypeError, ValueError) as fault:
-        raise ConfigError(
-            f"{section['_target_']}: {fault} - correct these values", code="wrong-value", key=key
-        ) from None
-    return part
+        problem = f"{section['_target_']}: {fault} - correct these values"
+        raise ConfigError(problem, code="wrong-value", key=key) from None
 
 
 def part_class(section: Mapping[str, Any], key: str, plugins: Sequence[str]) -> type[nn.Module]:
     if not _is_section(section):
-        raise ConfigError(
-            f"{dict(section)!r:.80} has no _target_ - give the dotted name of a class", code="missing", key=key
-        )
+        problem = f"{dict(section)!r:.80} has no _target_ - give the dotted name of a class"
+        raise ConfigError(problem, code="missing", key=key)
     factory = find(section["_target_"], prefixes(plugins), key=key)
     if not inspect.isclass(factory) or not issubclass(factory, nn.Module):
-        raise ConfigError(
-            f"{section['_target_']} is no torch.nn.Module - give a class of modules", code="wrong-type", key=key
-        )
+        problem = f"{section['_target_']} is no torch.nn.Module - give a class of modules"
+        raise ConfigError(problem, code="wrong-type", key=key)
     return factory
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -18,19 +18,6 @@ from retina.model.timm_backbone import PREFIX, TimmBackbone
 from retina.ops.anchors import AnchorGenerator
 from retina.ops.boxes import distances_to_deltas, mean_distances
 from retina.types import Predictions
-
-
-class _Levels(NamedTuple):
-    """The outputs of the network, per level."""
-
-    logits: tuple[Tensor, ...]
-    deltas: tuple[Tensor, ...]
-    quality: tuple[Tensor, ...]
-    """Empty without a quality branch."""
-    bins: tuple[Tensor, ...]
-    """Empty without distributions."""
-    shapes: tuple[tuple[int, int], ...]
-    """Height and width in cells."""
 
 
 class RetinaNet(nn.Module):
@@ -103,18 +90,18 @@ class RetinaNet(nn.Module):
         anchors = self.anchors(shapes, strides, images.device)
         return Predictions(logits, deltas, anchors, quality or None, bins or None)
 
-    def _compute_levels(self, images: UInt8[Tensor, "B 3 H W"]) -> _Levels:
+    def _compute_levels(self, images: UInt8[Tensor, "B 3 H W"]) -> tuple[tuple[Any, ...], ...]:
+        """Logits, deltas, quality and bins of every level (quality and bins empty without them), and its shape."""
         pyramid = self.fpn(self.backbone(self.normalize(images)))
         logits, deltas, quality = self.head(pyramid)
         bins: tuple[Tensor, ...] = ()
         if self.bins is not None:
             bins = tuple(level.unflatten(-1, (4, self.bins)) for level in deltas)
-            deltas = tuple(self._deltas_of(*level) for level in zip(bins, self.sides, strict=True))
-        return _Levels(logits, deltas, quality, bins, tuple((level.shape[-2], level.shape[-1]) for level in pyramid))
-
-    def _deltas_of(self, bins: Float[Tensor, "B A_l 4 R"], sides: Float[Tensor, "N 2"]) -> Float[Tensor, "B A_l 4"]:
-        distances = mean_distances(bins)
-        return distances_to_deltas(distances, sides.repeat(distances.shape[1] // len(sides), 1))
+            deltas = tuple(
+                distances_to_deltas(mean_distances(level), sides.repeat(level.shape[1] // len(sides), 1))
+                for level, sides in zip(bins, self.sides, strict=True)
+            )
+        return logits, deltas, quality, bins, tuple((level.shape[-2], level.shape[-1]) for level in pyramid)
 
     def normalize(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         return (images - self.mean).div_(self.std)

@@ -93,10 +93,9 @@ def load_detector(file: Path, device: torch.device, *, plugins: Sequence[str] = 
     for key, target in missing_plugins(card.model, plugins).items():
         problem = f"its {key} is {target} - give plugins=[{target.partition('.')[0]}] if you trust that package"
         raise CheckpointError(f"{file}: {problem}", code="needs-plugin")
+    arguments = card.model | {"weights": None, "plugins": plugins}  # a file must not choose other files to load
     try:
-        model = retinanet(
-            **card.model | {"weights": None, "plugins": plugins}
-        )  # a file must not choose other files to load
+        model = retinanet(**arguments)
     except (TypeError, ValueError, RuntimeError, RetinaError) as fault:
         raise CheckpointError(f"{file}: header: {fault} - use the version that wrote it", code="bad-header") from None
     load_state(model, load(data), file)
@@ -104,38 +103,37 @@ def load_detector(file: Path, device: torch.device, *, plugins: Sequence[str] = 
 
 
 def _read(file: Path) -> tuple[DetectorCard, bytes]:
-    """The card, and the bytes of the whole file after the check that they are undamaged."""
-    header, data = read_header(file)
-    if "retina" not in header:
+    card, data = read_file(file)
+    if card is None:
         problem = "has no detector description - give the best.safetensors of a run, not bare weights"
         raise CheckpointError(f"{file}: {problem}", code="no-card")
-    return card_of(file, header, data), data
+    return card, data
 
 
-def read_header(file: Path) -> tuple[dict[str, str], bytes]:
-    """Metadata and bytes of a safetensors file."""
+def read_file(file: Path) -> tuple[DetectorCard | None, bytes]:
+    """The card of a safetensors file, or None for bare weights, and the bytes of the whole file.
+
+    Raises CheckpointError for a file that is missing or damaged, or whose card is of another version."""
     if not file.is_file():
         problem = "no such file - give a run folder or a .safetensors file written by training"
         raise CheckpointError(f"{file}: {problem}", code="no-file")
     try:
         with safe_open(file, framework="pt") as handle:  # checks the structure before all of it is read
-            header = handle.metadata() or {}
-        return header, file.read_bytes()
-    except (SafetensorError, OSError) as fault:
-        raise _unreadable(file, fault) from None
+            header = (handle.metadata() or {}).get("retina")
+        data = file.read_bytes()
+        values = {} if header is None else json.loads(header)
+    except (SafetensorError, OSError, ValueError, RecursionError) as fault:
+        problem = f"cannot be read ({fault}) - restore it from a copy or train again"
+        raise CheckpointError(f"{file}: {problem}", code="unreadable-file") from None
+    return None if header is None else _card(file, values, data), data
 
 
-def card_of(file: Path, header: Mapping[str, str], data: bytes) -> DetectorCard:
-    """The card in a header, after the check of the file's hash. Raises CheckpointError as `read_card` does."""
-    try:
-        values = json.loads(header["retina"])
-        version = values["schema_version"]
-    except KeyError:
-        raise _bad_header(file, "schema_version is missing") from None
-    except (ValueError, TypeError, RecursionError) as fault:
-        raise _unreadable(file, fault) from None
-    digest = values.pop("sha256", None)
+def _card(file: Path, values: Any, data: bytes) -> DetectorCard:
+    """The card from the `values` in a header, after the check of the file's hash."""
+    if not isinstance(values, dict) or "schema_version" not in values:
+        raise _bad_header(file, "schema_version is missing")
     names = {f.name for f in fields(DetectorCard)}
+    digest = values.pop("sha256", None)
     if digest is None:
         damaged = not values.keys() <= names  # a file of an earlier version, unless the name of the hash is damaged
     else:
@@ -144,26 +142,21 @@ def card_of(file: Path, header: Mapping[str, str], data: bytes) -> DetectorCard:
     if damaged:
         problem = "does not match its own hash, it is damaged - restore it from a copy"
         raise CheckpointError(f"{file}: {problem}", code="damaged-file")
-    if version != SCHEMA_VERSION:
+    if (version := values["schema_version"]) != SCHEMA_VERSION:
         problem = f"schema version {version!r:.20}, this program reads {SCHEMA_VERSION} - use the version that wrote it"
         raise CheckpointError(f"{file}: {problem}", code="other-version")
     values.setdefault("environment", {})
-    for section, (old, new) in _RENAMED.items():
-        if isinstance(values.get(section), dict) and old in values[section]:
-            values[section][new] = values[section].pop(old)
     for name, hint in get_type_hints(DetectorCard).items():
         if not isinstance(values.get(name), get_origin(hint) or hint):
             raise _bad_header(file, f"{name} {'is of the wrong type' if name in values else 'is missing'}")
+    for section, (old, new) in _RENAMED.items():
+        if old in values[section]:
+            values[section][new] = values[section].pop(old)
     return DetectorCard(**{name: values[name] for name in names})
 
 
 def _bad_header(file: Path, problem: str) -> CheckpointError:
     return CheckpointError(f"{file}: header: {problem} - restore it from a copy", code="bad-header")
-
-
-def _unreadable(file: Path, fault: Exception) -> CheckpointError:
-    problem = f"cannot be read ({fault}) - restore it from a copy or train again"
-    return CheckpointError(f"{file}: {problem}", code="unreadable-file")
 
 
 def load_state(model: torch.nn.Module, state: dict[str, Tensor], file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Box geometry: areas, overlaps, clipping and COCO's `xywh`.
+"""Box geometry: areas, overlaps, clipping, and boxes as what a head predicts.
 
 Boxes are `(x1, y1, x2, y2)` in pixels with x1 <= x2 and y1 <= y2; a pixel column is one unit wide, so a box of width 1
 has x2 - x1 = 1. A side that is negative counts as 0, and a box without area overlaps nothing: 0, never NaN.
@@ -56,46 +56,39 @@ def paired_iou(boxes1: Float[Tensor, "*#batch 4"], boxes2: Float[Tensor, "*#batc
     """Intersection over union of boxes pair by pair, in [0, 1].
 
     Differentiable, as are its three extensions below; without a common area there is no gradient. Value and gradient
-    are finite for boxes without area; two equal ones have 0.
+    are finite for boxes without area; two equal ones have 0, by all four.
     """
-    intersection = _intersection(*_corners(boxes1, boxes2))
-    union = box_area(boxes1) + box_area(boxes2) - intersection
-    return intersection / union.clamp(min=_SMALLEST_AREA)
+    return _iou_union_and_hull(boxes1, boxes2)[0]
 
 
 def generalized_iou(boxes1: Float[Tensor, "*#batch 4"], boxes2: Float[Tensor, "*#batch 4"]) -> Float[Tensor, "*batch"]:
     """Generalized IoU of boxes pair by pair, in [-1, 1]: IoU - (hull - union) / hull.
 
-    Differentiable. Value and gradient are finite for boxes without area; two equal ones have 0.
     Source: Rezatofighi et al., Generalized Intersection over Union, CVPR 2019, Algorithm 1.
     """
-    corners = _corners(boxes1, boxes2)
-    intersection, (hull_width, hull_height) = _intersection(*corners), _sides_of_hull(*corners)
-    hull = hull_width * hull_height
-    union = box_area(boxes1) + box_area(boxes2) - intersection
-    return intersection / union.clamp(min=_SMALLEST_AREA) - (hull - union) / hull.clamp(min=_SMALLEST_AREA)
+    iou, union, (width, height) = _iou_union_and_hull(boxes1, boxes2)
+    hull = width * height
+    return iou - (hull - union) / hull.clamp(min=_SMALLEST_AREA)
 
 
 def distance_iou(boxes1: Float[Tensor, "*#batch 4"], boxes2: Float[Tensor, "*#batch 4"]) -> Float[Tensor, "*batch"]:
     """Distance IoU of boxes pair by pair, in [-1, 1]: IoU - d^2 / c^2, with d the distance of the centres and c the
     diagonal of the hull.
 
-    Differentiable. Value and gradient are finite for boxes without area; two equal ones have 0.
     Source: Zheng et al., Distance-IoU Loss, AAAI 2020, equation 7.
     """
     # Twice the distance along each axis.
     x, y = ((boxes1[..., :2] - boxes2[..., :2]) + (boxes1[..., 2:] - boxes2[..., 2:])).unbind(-1)
-    width, height = _sides_of_hull(*_corners(boxes1, boxes2))
+    iou, _, (width, height) = _iou_union_and_hull(boxes1, boxes2)
     diagonal = (width * width + height * height).clamp(min=_SMALLEST_AREA)
-    return paired_iou(boxes1, boxes2) - 0.25 * (x * x + y * y) / diagonal
+    return iou - 0.25 * (x * x + y * y) / diagonal
 
 
 def complete_iou(boxes1: Float[Tensor, "*#batch 4"], boxes2: Float[Tensor, "*#batch 4"]) -> Float[Tensor, "*batch"]:
     """Complete IoU of boxes pair by pair: distance IoU - a v, with v = (2 / pi (atan(w1 / h1) - atan(w2 / h2)))^2 and
-    a = v / (1 - IoU + v).
+    a = v / (1 - IoU + v), which is a constant to the gradient, as published.
 
-    Differentiable; a is taken as a constant, as published. Value and gradient are finite for boxes without area; two
-    equal ones have 0. Source: Zheng et al., Distance-IoU Loss, AAAI 2020, equations 8 to 11.
+    Source: Zheng et al., Distance-IoU Loss, AAAI 2020, equations 8 to 11.
     """
     angle1, angle2 = (torch.atan2(*_sides(boxes).clamp(min=_SMALLEST_SIDE).unbind(-1)) for boxes in (boxes1, boxes2))
     difference = (2 / math.pi) * (angle1 - angle2)
@@ -109,19 +102,15 @@ def _sides(boxes: Tensor) -> Tensor:
     return boxes[..., 2:] - boxes[..., :2]
 
 
-def _corners(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Upper left and lower right of the first boxes, then of the second."""
-    return boxes1[..., :2], boxes1[..., 2:], boxes2[..., :2], boxes2[..., 2:]
-
-
-def _intersection(low1: Tensor, high1: Tensor, low2: Tensor, high2: Tensor) -> Tensor:
+def _iou_union_and_hull(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """IoU and union pair by pair, and width and height of the smallest box around both."""
+    low1, high1, low2, high2 = boxes1[..., :2], boxes1[..., 2:], boxes2[..., :2], boxes2[..., 2:]
     # No `prod`: its gradient at 0 asks for the count of zeros.
     width, height = (torch.minimum(high1, high2) - torch.maximum(low1, low2)).clamp(min=0).unbind(-1)
-    return width * height
-
-
-def _sides_of_hull(low1: Tensor, high1: Tensor, low2: Tensor, high2: Tensor) -> tuple[Tensor, ...]:
-    return (torch.maximum(high1, high2) - torch.minimum(low1, low2)).clamp(min=0).unbind(-1)
+    intersection = width * height
+    union = box_area(boxes1) + box_area(boxes2) - intersection
+    hull = (torch.maximum(high1, high2) - torch.minimum(low1, low2)).clamp(min=0).unbind(-1)
+    return intersection / union.clamp(min=_SMALLEST_AREA), union, hull
 
 
 def clip_boxes(boxes: Float[Tensor, "*batch 4"], size: Num[Tensor, "*#batch 2"]) -> Float[Tensor, "*batch 4"]:
@@ -131,16 +120,6 @@ def clip_boxes(boxes: Float[Tensor, "*batch 4"], size: Num[Tensor, "*#batch 2"])
     """
     limit = size.to(boxes).flip(-1)
     return torch.minimum(boxes.clamp(min=0), torch.cat((limit, limit), dim=-1))
-
-
-def xywh_to_xyxy(boxes: Num[Tensor, "*batch 4"]) -> Num[Tensor, "*batch 4"]:
-    """COCO's (left, top, width, height) to corners."""
-    return torch.cat((boxes[..., :2], boxes[..., :2] + boxes[..., 2:]), dim=-1)
-
-
-def xyxy_to_xywh(boxes: Num[Tensor, "*batch 4"]) -> Num[Tensor, "*batch 4"]:
-    """Corners to COCO's (left, top, width, height)."""
-    return torch.cat((boxes[..., :2], boxes[..., 2:] - boxes[..., :2]), dim=-1)
 
 
 LARGEST_LOG_SCALE = math.log(1000 / 16)
@@ -157,10 +136,8 @@ def encode(boxes: Float[Tensor, "*#batch 4"], anchors: Float[Tensor, "*#batch 4"
     weights as in torchvision's RetinaNet. Finite for boxes without area (padding), which the caller masks.
     Source: Girshick et al., R-CNN, CVPR 2014, appendix C, equations 6 to 9.
     """
-    anchor_size = anchors[..., 2:] - anchors[..., :2]
-    anchor_centre = anchors[..., :2] + 0.5 * anchor_size
-    size = boxes[..., 2:] - boxes[..., :2]
-    centre = boxes[..., :2] + 0.5 * size
+    anchor_size, size = _sides(anchors), _sides(boxes)
+    anchor_centre, centre = anchors[..., :2] + 0.5 * anchor_size, boxes[..., :2] + 0.5 * size
     shift = (centre - anchor_centre) / anchor_size
     return torch.cat((shift, (size.clamp(min=_SMALLEST_ENCODED_SIDE) / anchor_size).log()), dim=-1)
 
@@ -171,7 +148,7 @@ def decode(deltas: Float[Tensor, "*#batch 4"], anchors: Float[Tensor, "*#batch 4
     Computed in the wider of both dtypes, so bfloat16 deltas give float32 boxes. Not clipped to any image.
     """
     deltas = deltas.to(torch.promote_types(deltas.dtype, anchors.dtype))
-    anchor_size = anchors[..., 2:] - anchors[..., :2]
+    anchor_size = _sides(anchors)
     anchor_centre = anchors[..., :2] + 0.5 * anchor_size
     centre = deltas[..., :2] * anchor_size + anchor_centre
     half = 0.5 * (deltas[..., 2:].clamp(max=LARGEST_LOG_SCALE).exp() * anchor_size)

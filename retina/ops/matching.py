@@ -3,7 +3,7 @@ from boxes. It needs no such matrix where a form in `retina.ops.kernels` fits.""
 
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -97,26 +97,18 @@ def match_boxes(
     "float positive_iou, float negative_iou, bool low_quality) -> (Tensor, Tensor, Tensor)",
 )
 def _match_boxes(
-    anchors: list[Tensor],
-    grid: list[int],
-    boxes: Tensor,
-    valid: Tensor,
-    crowd: Tensor,
-    positive_iou: float,
-    negative_iou: float,
-    low_quality: bool,
+    anchors: list[Tensor], grid: list[int], boxes: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = boxes, valid, crowd, positive_iou, negative_iou, low_quality
     if boxes.is_cuda and _triton_is_there():
         from retina.ops.kernels.matching import match_on_gpu
 
-        return match_on_gpu(torch.cat(anchors), *arguments)
+        return match_on_gpu(torch.cat(anchors), boxes, *arguments)
     if boxes.device.type == "cpu" and grid:
         from retina.ops.kernels.matching_cpu import match_in_windows
 
         shapes = tuple(zip(grid[0::3], grid[1::3], strict=True))
-        return match_in_windows(Anchors(anchors, shapes, tuple(grid[2::3])), *arguments)
-    return _match_in_matrix(torch.cat(anchors), *arguments)
+        return match_in_windows(Anchors(anchors, shapes, tuple(grid[2::3])), boxes, *arguments)
+    return _match_in_matrix(torch.cat(anchors), boxes, *arguments)
 
 
 @_match_boxes.register_fake
@@ -143,8 +135,9 @@ def _match_in_matrix(
     in_crowd = ((intersection >= positive_iou * area) & crowd[..., None]).any(dim=1)
     iou = intersection_over_union(intersection, box_area(boxes), area)
     del intersection
-    rule = {"positive_iou": positive_iou, "negative_iou": negative_iou}
-    index, positive, negative = match(iou.mT, valid, **rule, low_quality=low_quality)
+    index, positive, negative = match(
+        iou.mT, valid, positive_iou=positive_iou, negative_iou=negative_iou, low_quality=low_quality
+    )
     return index, positive, negative & ~in_crowd
 
 

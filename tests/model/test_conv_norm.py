@@ -124,7 +124,7 @@ def test_every_norm_of_a_backbone_is_folded(name: str, norm: str) -> None:
     norms = [module for module in body.modules() if isinstance(module, (FoldedBatchNorm2d, FoldedFrozenBatchNorm2d))]
     assert len(convs) == len(norms) == sum(isinstance(m, nn.BatchNorm2d) for m in theirs.modules())
     assert all(isinstance(conv, FoldingConv2d) for conv in convs)
-    assert [conv._norm[0] for conv in convs] == norms
+    assert [conv.folded[0] for conv in convs] == norms
     merge_norms(body)
     assert not any(isinstance(m, (FoldedBatchNorm2d, FoldedFrozenBatchNorm2d, FoldingConv2d)) for m in body.modules())
 

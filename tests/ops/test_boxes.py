@@ -16,8 +16,6 @@ from retina.ops.boxes import (
     paired_iou,
     pairwise_intersection,
     pairwise_iou,
-    xywh_to_xyxy,
-    xyxy_to_xywh,
 )
 
 
@@ -145,9 +143,3 @@ def test_clip_uses_the_size_of_each_image():
 
 def test_clip_leaves_a_box_outside_without_area():
     assert box_area(clip_boxes(torch.tensor([50.0, 50, 60, 60]), torch.tensor([10, 20]))) == 0
-
-
-def test_xywh_is_corner_and_size():
-    boxes = torch.tensor([[2.0, 3, 10, 20]])
-    assert xywh_to_xyxy(boxes).tolist() == [[2, 3, 12, 23]]
-    assert torch.equal(xyxy_to_xywh(xywh_to_xyxy(boxes)), boxes)

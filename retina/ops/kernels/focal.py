@@ -29,29 +29,18 @@ def loss_and_grad(
     grad: Float[Tensor, "N K"] | None,
 ) -> Float[Tensor, ""]:
     """The loss in float32, a sum of the sums of blocks; its gradient is written into `grad`, a contiguous tensor."""
-    logits = logits.contiguous()
+    num_classes = logits.shape[1]
+    inputs = logits.contiguous(), labels.contiguous(), positive.contiguous(), negative.contiguous()
     blocks = triton.cdiv(logits.numel(), _BLOCK)
     losses = torch.empty(blocks, device=logits.device)
     if blocks == 0:
         return losses.sum()
     with torch.cuda.device_of(logits):
         _focal_kernel[(blocks,)](
-            logits,
-            labels.contiguous(),
-            positive.contiguous(),
-            negative.contiguous(),
-            losses if grad is None else grad,
-            losses,
-            logits.numel(),
-            positive_weight,
-            negative_weight,
-            gamma,
-            num_classes=logits.shape[1],
-            group_size=math.gcd(logits.shape[1], 16),
-            with_grad=grad is not None,
-            block=_BLOCK,
+            *inputs, losses if grad is None else grad, losses, logits.numel(), positive_weight, negative_weight, gamma,
+            num_classes=num_classes, group_size=math.gcd(num_classes, 16), with_grad=grad is not None, block=_BLOCK,
             **_OPTIONS,
-        )
+        )  # fmt: skip
     return losses.sum()
 
 
@@ -72,21 +61,9 @@ def scale_(grad: Float[Tensor, "N K"], factor: Float[Tensor, ""]) -> Float[Tenso
 @triton.jit
 @no_type_check  # or a type checker's import hook would hide the source from triton
 def _focal_kernel(
-    logits,
-    labels,
-    positive,
-    negative,
-    grad,
-    losses,
-    size,
-    positive_weight,
-    negative_weight,
-    gamma: tl.constexpr,
-    num_classes: tl.constexpr,
-    group_size: tl.constexpr,
-    with_grad: tl.constexpr,
-    block: tl.constexpr,
-):
+    logits, labels, positive, negative, grad, losses, size, positive_weight, negative_weight, gamma: tl.constexpr,
+    num_classes: tl.constexpr, group_size: tl.constexpr, with_grad: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
     # Groups of neighbours within one anchor, so that its label and role are read once for all of them.
     groups_of_anchor: tl.constexpr = num_classes // group_size
     first = tl.program_id(0).to(tl.int64) * (block // group_size)
