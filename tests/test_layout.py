@@ -21,6 +21,7 @@ ROOMS = {
     "losses": 3,
     "detections": 3,
     "visualize": 3,
+    "tracking": 3,
     "ops": 4,
     "distributed": 4,
     "files": 4,

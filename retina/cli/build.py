@@ -19,7 +19,7 @@ ALLOWED_TARGETS = {
     "optimizer": ("torch.optim.",),
     "postprocess": ("retina.detections.",),
     "schedule": ("retina.engine.optim.",),
-    "trackers": ("retina.engine.trackers.",),
+    "trackers": ("retina.tracking.trackers.",),
 }
 """Where the classes (and, of `retina`, functions) that each section names must be defined. The packages in `plugins`
 are allowed in every section."""
@@ -61,7 +61,7 @@ def build_trackers(chosen: Any, plugins: Sequence[str] = ()) -> list[Any]:
             raise ConfigError(
                 f"{name}: no such tracker - choose {', '.join(TRACKERS)}", code="unknown-key", key="trackers"
             )
-    sections = [{"_target_": f"retina.engine.trackers.{TRACKERS[c]}"} if isinstance(c, str) else c for c in chosen]
+    sections = [{"_target_": f"retina.tracking.trackers.{TRACKERS[c]}"} if isinstance(c, str) else c for c in chosen]
     return [build(section, f"trackers.{i}", plugins=plugins) for i, section in enumerate(sections)]
 
 

@@ -25,15 +25,15 @@ from retina import distributed
 from retina.data.coco import Annotations
 from retina.data.sampler import DetectionBatchSampler
 from retina.engine.config import TrainConfig, to_steps
-from retina.engine.curves import draw_curves
 from retina.engine.optim import Schedule
-from retina.engine.trackers import Tracker
 from retina.errors import plain
 from retina.files import Appender, write_whole
+from retina.tracking.curves import draw_curves
+from retina.tracking.trackers import Tracker
 from retina.types import Batch
 
 if TYPE_CHECKING:
-    from retina.engine.terminal import Terminal
+    from retina.tracking.terminal import Terminal
 
 
 class RunLogger:
@@ -196,7 +196,7 @@ def _terminal() -> "Terminal | None":
     """None where lines are all that the screen takes; then rich need not be imported."""
     if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
         return None
-    from retina.engine.terminal import Terminal
+    from retina.tracking.terminal import Terminal
 
     return Terminal()
 

@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from children import in_child
 from retina.engine.logging import RunLogger
-from retina.engine.trackers import TensorBoard
+from retina.tracking.trackers import TensorBoard
 
 
 def read(folder: Path) -> list[dict[str, object]]:
@@ -185,7 +185,7 @@ def drawn_on_a_terminal(act: Callable[[], object], columns: int) -> list[str]:
             pass  # the other side is closed
 
     def task() -> None:
-        from retina.engine import terminal
+        from retina.tracking import terminal
 
         os.dup2(side, 1)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
@@ -255,7 +255,7 @@ def test_without_a_terminal_progress_is_lines(tmp_path: Path, capsys: pytest.Cap
 
 def test_rich_and_tensorboard_are_imported_by_those_who_use_them() -> None:
     heavy = "['rich', 'tensorboard', 'matplotlib', 'wandb', 'mlflow', 'trackio']"
-    code = f"import sys, retina.engine.loop, retina.engine.trackers; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, retina.engine.loop, retina.tracking.trackers; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 

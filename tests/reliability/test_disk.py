@@ -16,9 +16,9 @@ from retina.engine.checkpoint import Progress, find_fault, newest_valid, save_ch
 from retina.engine.logging import RunLogger
 from retina.engine.optim import ExponentialMovingAverage
 from retina.engine.run_folder import open_run
-from retina.engine.trackers import TensorBoard
 from retina.errors import ConfigError
 from retina.model.weights import DetectorCard, read_card, save_detector
+from retina.tracking.trackers import TensorBoard
 
 Record = Callable[[str, object], None]
 MEGABYTES = 1

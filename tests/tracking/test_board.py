@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from retina.engine.tensorboard import Board
+from retina.tracking.tensorboard import Board
 
 
 def shown(folder: Path) -> EventAccumulator:

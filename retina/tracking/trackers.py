@@ -45,7 +45,7 @@ class TensorBoard:
     """Event files in `tensorboard/` of the run."""
 
     def start(self, folder: Path, settings: Mapping[str, Any], step: int) -> None:
-        from retina.engine.tensorboard import Board
+        from retina.tracking.tensorboard import Board
 
         self._board = Board(folder / "tensorboard", step)
 

@@ -156,7 +156,7 @@ def test_other_ranks_have_no_trackers(tmp_path: Path) -> None:
 
 
 def test_trackers_are_names_or_sections() -> None:
-    section = {"_target_": "retina.engine.trackers.TensorBoard"}
+    section = {"_target_": "retina.tracking.trackers.TensorBoard"}
     assert [type(t).__name__ for t in build_trackers(["tensorboard", section])] == ["TensorBoard", "TensorBoard"]
     assert build_trackers([]) == []
     with refused("unknown-key", "trackers", "tensorbord", "tensorboard"):

@@ -1,0 +1,1 @@
+"""Beside the road: how people watch a run. Trackers, curves, and the bars of a terminal."""
