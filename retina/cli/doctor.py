@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retina.cli.compose import entry
-from retina.cli.split import progress
+from retina.cli.data import load_split, named_splits, progress
 from retina.data.checks import DataReport
 from retina.engine.config import DataConfig, from_mapping
 from retina.errors import ConfigError, DataError, plain
@@ -48,8 +48,6 @@ def main(config: DoctorConfig) -> int:
 
 def read_splits(data: DataConfig, report: DataReport) -> dict[str, "Annotations"]:
     """What can be read of each split; faulty records are left out, so that the rest is examined too."""
-    from retina.engine.splits import load_split, named_splits
-
     splits: dict[str, Annotations] = {}
     for split in named_splits(data):
         classes = splits["train"].classes if "train" in splits else None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from retina.cli.build import call
 from retina.cli.compose import entry
-from retina.cli.split import data_of, drop_nulls, open_split, progress
+from retina.cli.data import data_of, drop_nulls, load_split, open_split, progress
 from retina.engine.run_folder import read_settings
 from retina.errors import ConfigError, check, check_choice
 
@@ -71,7 +71,6 @@ def score_file(config: EvalConfig) -> int:
     results, output = Path(str(config.detections)), Path(str(config.output))
     data = data_of({}, config.data, {})
 
-    from retina.engine.build import load_split
     from retina.evaluation.metrics import coco_metrics
     from retina.evaluation.results import read_results, write_metrics
 

@@ -67,7 +67,7 @@ def main(settings: Settings) -> Result:
     import torch
 
     from retina import distributed
-    from retina.engine.build import load_checked
+    from retina.cli.data import load_checked
     from retina.engine.checkpointer import Checkpointer, TrainState
     from retina.engine.environment import describe_environment, for_weights, record_environment
     from retina.engine.logging import RunLogger, describe_run
@@ -169,8 +169,8 @@ def make_loaders(
     recipe: Recipe, data: DataConfig, config: TrainConfig, loaded: "Sequence[Annotations]", model: "RetinaNet"
 ) -> "tuple[BatchLoader, DetectionBatchSampler, BatchLoader, dict[str, Any]]":
     """Loader and sampler of the first split, loader of the last, and the preprocessing for the weights' header."""
+    from retina.cli.data import build_eval_loader, build_train_loader, canvas_of
     from retina.data.loader import Canvas
-    from retina.engine.build import build_eval_loader, build_train_loader, canvas_of
 
     stride = max(model.strides)
     pad_multiple = data.pad_multiple or stride

@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from retina.cli.build import build, call
 from retina.cli.compose import Settings, entry, typed
-from retina.cli.split import progress
+from retina.cli.data import SPLITS, load_split, prepare_data, progress
 from retina.cli.train import shapes_by_default
 from retina.engine.config import DataConfig, TrainConfig, from_mapping
-from retina.engine.splits import SPLITS, load_split
 from retina.errors import ConfigError, DataError, check_choice, plain
 from retina.files import write_whole
 from retina.lab.figures import check_folder, check_format, save
@@ -189,8 +188,7 @@ def read(
     """The data set, its objects after the resize, and what there is to say about that."""
     from retina.lab.coverage import resized_objects
 
-    if data.prepare and data.root:
-        build(data.prepare, "data.prepare", plugins=settings["plugins"], root=Path(data.root))
+    prepare_data(data, settings["plugins"])
     pipeline, notes = resize_of(settings, data)
     annotations = load_split(data, config.split, images_needed=False)
     images = progress(range(len(annotations)), "resizing", len(annotations))

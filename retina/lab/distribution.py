@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from retina.cli.build import build, call
 from retina.cli.compose import Settings, entry, typed
-from retina.cli.split import data_of, open_split, progress
+from retina.cli.data import data_of, open_split, progress
 from retina.engine.run_folder import read_settings
 from retina.engine.splits import SPLITS
 from retina.errors import ConfigError, check_choice

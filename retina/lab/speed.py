@@ -6,10 +6,9 @@ from functools import partial
 
 import torch
 
+from retina.cli.data import build_eval_loader, load_split
 from retina.distributed import choose_device
-from retina.engine.build import build_eval_loader
 from retina.engine.config import DataConfig, from_mapping
-from retina.engine.splits import load_split
 from retina.inference import Detector
 from retina.lab.clock import Bench
 from retina.lab.study import Line

@@ -11,11 +11,10 @@ import pytest
 from PIL import Image
 
 from ranks import in_processes
+from retina.cli.data import check_data, load_checked, load_split, named_splits
 from retina.data import cache as annotation_cache
 from retina.data.checks import DataReport, RecordsError
-from retina.engine.build import load_checked
 from retina.engine.config import DataConfig, SplitConfig
-from retina.engine.splits import check_data, load_split, named_splits
 from retina.errors import ConfigError, DataError
 
 
@@ -165,7 +164,7 @@ def test_where_nothing_is_named(tmp_path: Path) -> None:
 
 
 def test_checking_is_light() -> None:
-    code = "import sys, retina.engine.splits; print('torch' in sys.modules)"
+    code = "import sys, retina.cli.data; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
 

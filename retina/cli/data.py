@@ -1,0 +1,294 @@
+"""From the `data` section to checked annotations and loaders.
+
+torch is imported only where images are loaded, so that faults of the settings and annotations are reported within a
+second."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from retina.cli.build import build
+from retina.data.checks import DataReport, RecordsError
+from retina.data.coco import Annotations, locate_split, read_coco
+from retina.data.health import check_objects, examine
+from retina.engine.config import DataConfig, SplitConfig, TrainConfig, from_mapping
+from retina.errors import ConfigError, DataError, under
+
+if TYPE_CHECKING:
+    from retina.data.loader import BatchLoader, Canvas, LoaderConfig
+    from retina.data.sampler import DetectionBatchSampler, Draws
+    from retina.data.transforms import Pipeline
+    from retina.inference import Detector
+
+T = TypeVar("T")
+SPLITS = ("train", "val")
+
+NEVER_OF_A_RUN = ("prepare", "allow_outside", "max_pixels")
+"""Settings of data that are not taken from a run's config.yaml, which may be a stranger's: they make files and open
+doors. Only the command line gives them."""
+
+
+def data_of(trained: Mapping[str, Any], typed: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> DataConfig:
+    """The run's own data at the detector's image size, changed by what was typed.
+
+    With `data=...` nothing but the image size is the run's; another `data.root` leaves the run's places behind."""
+    typed = drop_nulls(typed)
+    sizes = {key: preprocessing[key] for key in ("short_side", "long_side") if key in preprocessing}
+    left_out = (*NEVER_OF_A_RUN, *(SPLITS if "root" in typed else ()))
+    base = {"name": "given"}
+    if "name" not in typed:
+        base |= {key: value for key, value in trained.items() if key not in left_out}
+    from_mapping(DataConfig, base, "data")
+    return from_mapping(DataConfig, merge(base | sizes, typed), "data")
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `changes` over it, section by section."""
+    merged = dict(base)
+    for key, value in changes.items():
+        merged[key] = merge(base.get(key) or {}, value) if isinstance(value, Mapping) else value
+    return merged
+
+
+def drop_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left after removing null, also in inner sections, and sections of nothing else."""
+    inner = {key: drop_nulls(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    return {key: value for key, value in inner.items() if value is not None and value != {}}
+
+
+def prepare_data(config: DataConfig, plugins: Sequence[str] = ()) -> None:
+    """Rank 0 makes the data set that `data.prepare` describes, where it is not there yet."""
+    from retina import distributed
+
+    if config.prepare and config.root:
+        root = Path(config.root)
+        distributed.on_main(partial(build, config.prepare, "data.prepare", plugins=plugins, root=root))
+
+
+def load_split(
+    config: DataConfig,
+    split: str,
+    *,
+    classes: Sequence[str] | None = None,
+    images_needed: bool = True,
+    report: DataReport | None = None,
+) -> Annotations:
+    """Annotations of "train" or "val", from where the settings say or the default places under `data.root`.
+
+    images_needed: without images the annotation file is enough, because a results file can be scored without any.
+    report: takes counts, warnings and faults, also those that are raised. With `data.on_error=skip` faulty records are
+        left out, images together with their annotations.
+
+    Raises ConfigError when the settings leave the place open, DataError for what is wrong there."""
+    report = DataReport() if report is None else report
+    try:
+        file, images = _places(config, split, images_needed)
+        if images_needed and not images.is_dir():
+            fix = f"correct data.{split}.images or data.root"
+            raise DataError(f"{images}: no such folder of images - {fix}", code="no-images")
+        annotations = read_coco(
+            file,
+            images,
+            classes=classes,
+            report=report,
+            skip_faulty=config.on_error == "skip",
+            allow_outside=config.allow_outside or not images_needed,
+        )
+    except DataError as fault:
+        report.faults += fault.faults if isinstance(fault, RecordsError) else [str(fault)]
+        raise
+    report.splits[split] = {
+        "annotations": str(file),
+        "images": str(images),
+        "num_images": len(annotations),
+        "num_images_without_objects": int((annotations.offsets[1:] == annotations.offsets[:-1]).sum()),
+        "num_objects": annotations.num_objects,
+        "num_crowd_regions": int(annotations.crowd.sum()),
+        "objects_per_class": dict(zip(annotations.classes, annotations.class_counts().tolist(), strict=True)),
+    }
+    return annotations
+
+
+def _places(config: DataConfig, split: str, images_needed: bool) -> tuple[Path, Path]:
+    places: SplitConfig = getattr(config, split)
+    if places.annotations and (places.images or not images_needed):
+        return Path(places.annotations), Path(places.images or ".")
+    if config.root:
+        file, images = locate_split(Path(config.root), split)
+        return Path(places.annotations or file), Path(places.images or images)
+    fix = f"give data.root=DIR, or data.{split}.annotations=FILE and data.{split}.images=DIR"
+    raise ConfigError(f"missing - {fix}", code="missing-setting", key="data.root")
+
+
+def named_splits(config: DataConfig) -> list[str]:
+    """The splits that the settings name an annotation file of, or that have one under `data.root`; else "train"."""
+
+    def is_there(split: str) -> bool:
+        names = [f"instances_{split}{year}.json" for year in ("", "2017")]
+        files = [Path(config.root, "annotations", name) for name in names] if config.root else []
+        return bool(getattr(config, split).annotations) or any(map(os.path.lexists, files))
+
+    return [split for split in SPLITS if is_there(split)] or ["train"]
+
+
+def check_data(config: DataConfig, splits: Mapping[str, Annotations], report: DataReport) -> None:
+    """Before anything is trained or scored: image files by their headers, and "train" against "val" if both are given.
+
+    All faults go to `report`. Images that cannot be used (missing, unreadable, not of the size stated) are tolerated
+    up to `data.max_bad_fraction` of a split, since loaders leave them out; other faults are tolerated with
+    `data.on_error=skip`. The pixels are not read: tools/doctor.py does that.
+
+    Raises RecordsError, which lists all that cannot be tolerated."""
+    files = examine(splits, report, max_pixels=config.max_pixels)
+    grave: list[str] = []
+    for split, annotations in splits.items():
+        bad = list(files[split].bad.values())
+        # as in the loaders: 0.29 * 100 is 28.999...; and some images must be left
+        allowed = min(int(config.max_bad_fraction * len(annotations) + 1e-9), len(annotations) - 1)
+        if len(bad) > max(allowed, 1):
+            share = f"{len(bad)} of {len(annotations)} cannot be used, {allowed} may be"
+            grave.append(f"{annotations.file}: images: {share} - mend them, or raise data.max_bad_fraction")
+        grave += bad if len(bad) > allowed else []
+        grave += check_objects(annotations) if config.on_error == "stop" else []
+    if grave:
+        raise RecordsError(grave)
+
+
+def load_checked(
+    config: DataConfig,
+    splits: Sequence[str],
+    folder: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    say: Callable[[str], None],
+) -> list[Annotations]:
+    """Annotations of the splits, on every rank, after the checks of tools/doctor.py except those of the pixels.
+
+    Labels follow `classes`, or else the first split. `say` gets a line on rank 0 for each fault that is tolerated; all
+    of them go to `folder/data_report.json`. Raises as `load_split` and `check_data` do, on one rank alone."""
+    from retina import distributed
+
+    report = DataReport()
+    loaded: dict[str, Annotations] = {}
+
+    def read() -> None:
+        for split in splits:
+            known = classes or (loaded[splits[0]].classes if loaded else None)
+            loaded[split] = load_split(config, split, classes=known, report=report)
+
+    goes_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        # one process of each machine: large files are parsed once, and the others find what came of them in the cache
+        distributed.on_all(lambda: read() if goes_first else None)
+        distributed.on_all(lambda: None if goes_first else read())
+        distributed.on_main(lambda: check_data(config, loaded, report))
+    finally:
+        if distributed.is_main() and (report.faults or report.warnings):
+            report.write(folder / "data_report.json")
+    for line in report.lines() if distributed.is_main() else []:
+        say(line)
+    return list(loaded.values())
+
+
+def canvas_of(config: DataConfig, usual: "Canvas") -> "Canvas":
+    """The settings' canvas, or `usual` where they leave it open. Raises ConfigError for a canvas of wrong sides."""
+    from retina.data.loader import Canvas
+
+    canvases = [(height, width) for height, width in config.canvases] if config.canvases else None
+    with under("data"):
+        return Canvas(config.pad_multiple or usual.pad_multiple, usual.pad_value, canvases)
+
+
+def _loader_config(config: DataConfig, pin_memory: bool) -> "LoaderConfig":
+    from retina.data.loader import LoaderConfig
+
+    return LoaderConfig(config.num_workers, pin_memory, config.max_pixels, config.max_bad_fraction)
+
+
+def build_train_loader(
+    annotations: Annotations,
+    pipeline: "Pipeline",
+    config: DataConfig,
+    train: TrainConfig,
+    canvas: "Canvas",
+    *,
+    draws: "Draws | None" = None,
+    pin_memory: bool = False,
+) -> "tuple[BatchLoader, DetectionBatchSampler]":
+    """This rank's micro-batches. Raises ConfigError when the batch size cannot be cut evenly.
+
+    draws: the sampler that a section `sampling` describes; its order is kept, that of others is shuffled."""
+    from retina import distributed
+    from retina.data.loader import train_loader
+    from retina.data.repeats import repeats_of
+    from retina.data.sampler import DetectionBatchSampler
+
+    repeats = draws
+    if repeats is None:
+        repeats = repeats_of(annotations, config.sampling, threshold=config.repeat_threshold)
+    try:
+        with under("data"):
+            sampler = DetectionBatchSampler(
+                annotations.sizes,
+                total_batch=train.batch_size,
+                rank=distributed.rank(),
+                world_size=distributed.world_size(),
+                accumulate=train.accumulate,
+                seed=train.seed,
+                shuffle=draws is None,
+                group_by_aspect=config.group_by_aspect,
+                repeats=repeats,
+            )
+    except ValueError as fault:
+        raise ConfigError(f"{fault}", code="batch-size", key="train.batch_size") from None
+    reading = _loader_config(config, pin_memory)
+    loader = train_loader(annotations, pipeline, seed=train.seed, canvas=canvas, config=reading, sampler=sampler)
+    loader.section = "data."
+    return loader, sampler
+
+
+def build_eval_loader(
+    annotations: Annotations, config: DataConfig, canvas: "Canvas", *, batch_size: int, pin_memory: bool = False
+) -> "BatchLoader":
+    """This rank's share of images, each once over all ranks, except unreadable ones."""
+    from retina.data.loader import eval_loader
+    from retina.data.transforms import eval_pipeline
+
+    pipeline, reading = eval_pipeline(config.short_side, config.long_side), _loader_config(config, pin_memory)
+    loader = eval_loader(annotations, pipeline, batch_size=batch_size, canvas=canvas, config=reading)
+    loader.section = "data."
+    return loader
+
+
+def open_split(
+    data: DataConfig, split: str, detector: "Detector", output: Path, *, batch_size: int | None
+) -> "tuple[Annotations, BatchLoader]":
+    """Checked annotations and their images as the detector takes them; `data_report.json` goes to `output`.
+
+    batch_size: None for the detector's own."""
+    prepare_data(data)
+    complain = partial(print, file=sys.stderr)
+    (annotations,) = load_checked(data, [split], output, classes=detector.classes, say=complain)
+    loader = build_eval_loader(
+        annotations,
+        data,
+        canvas_of(data, detector.canvas),
+        batch_size=batch_size or detector.card.preprocessing["batch_size"],
+        pin_memory=detector.device.type == "cuda",
+    )
+    return annotations, loader
+
+
+def progress(items: Iterable[T], what: str, total: int) -> Iterable[T]:
+    """The items, with a bar on the main process's terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from retina import distributed
+
+    console = Console(stderr=True)
+    shown = console.is_terminal and distributed.is_main()
+    return track(items, what, total, console=console, transient=True, disable=not shown)
