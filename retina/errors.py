@@ -41,11 +41,11 @@ class RetinaError(Exception):
 
 @contextmanager
 def under(section: str) -> Iterator[None]:
-    """Within the `with` block, faults that name an argument name it as a setting of that section."""
+    """Within the `with` block, faults that name an argument name it as a setting of that section, if it has a name."""
     try:
         yield
     except RetinaError as fault:
-        if fault.key:
+        if fault.key and section:
             fault.key = f"{section}.{fault.key}"
         raise
 

@@ -6,6 +6,7 @@ second."""
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,8 +15,8 @@ from retina.cli.build import build
 from retina.data.checks import DataReport, RecordsError
 from retina.data.coco import Annotations, locate_split, read_coco
 from retina.data.health import check_objects, examine
-from retina.engine.config import DataConfig, SplitConfig, TrainConfig, from_mapping
-from retina.errors import ConfigError, DataError, under
+from retina.engine.config import COUNT, Ranges, TrainConfig, check_ranges, from_mapping
+from retina.errors import ConfigError, DataError, check, check_choice, under
 
 if TYPE_CHECKING:
     from retina.data.loader import BatchLoader, Canvas, LoaderConfig
@@ -25,6 +26,64 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SPLITS = ("train", "val")
+
+_SHARE = (lambda value: 0 <= value <= 1, "give a share from 0 to 1")
+_RANGES: Ranges = {
+    **dict.fromkeys(("short_side", "long_side", "pad_multiple", "eval_batch_size", "max_pixels"), COUNT),
+    **dict.fromkeys(("min_visibility", "max_bad_fraction"), _SHARE),
+    "num_workers": (lambda value: value >= 0, "give 0 or more"),
+    "repeat_threshold": (lambda value: 0 < value <= 1, "give a share of the images above 0, at most 1"),
+    "min_size": (lambda value: value > 0, "give pixels above 0"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """Where one split lies; null means the default place under `data.root`."""
+
+    annotations: str | None = None
+    images: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The `data` section. configs/data/coco.yaml says what each is."""
+
+    name: str
+    root: str | None = None
+    prepare: dict[str, Any] | None = None
+    """A section with `_target_` that is called with `root` and makes the data set where it is not there yet."""
+    train: SplitConfig = field(default_factory=SplitConfig)
+    val: SplitConfig = field(default_factory=SplitConfig)
+    short_side: int = 800
+    long_side: int = 1333
+    pad_multiple: int | None = None
+    num_workers: int = 2
+    eval_batch_size: int | None = None
+    group_by_aspect: bool = True
+    sampling: str | dict[str, Any] | None = None
+    repeat_threshold: float = 0.001
+    canvases: list[Any] | None = None
+    """[height, width] of each."""
+    min_size: float = 1.0
+    min_visibility: float = 0.1
+    on_error: str = "stop"
+    max_bad_fraction: float = 0.01
+    max_pixels: int = 100_000_000
+    allow_outside: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sampling, dict):
+            check_choice(self.sampling, (None, "repeat_factor", "class_balanced"), "sampling")
+        check_choice(self.on_error, ("stop", "skip"), "on_error")
+        check_ranges(self, _RANGES)
+        check(
+            self.short_side <= self.long_side, "short_side", self.short_side, f"give at most long_side={self.long_side}"
+        )
+        for canvas in self.canvases or []:
+            sides = isinstance(canvas, list) and len(canvas) == 2 and all(isinstance(s, int) and s > 0 for s in canvas)
+            check(sides, "canvases", canvas, "give [height, width] of each")
+
 
 NEVER_OF_A_RUN = ("prepare", "allow_outside", "max_pixels")
 """Settings of data that are not taken from a run's config.yaml, which may be a stranger's: they make files and open

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retina.cli.compose import entry
-from retina.cli.data import load_split, named_splits, progress
+from retina.cli.data import DataConfig, load_split, named_splits, progress
 from retina.data.checks import DataReport
-from retina.engine.config import DataConfig, from_mapping
+from retina.engine.config import from_mapping
 from retina.errors import ConfigError, DataError, plain
 
 if TYPE_CHECKING:

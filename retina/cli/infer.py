@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from retina.cli.build import call
 from retina.cli.compose import entry
+from retina.cli.data import progress
 from retina.cli.journal import Batch, Done, cut_batches, finish, note, open_journal, open_output, read_done, write_whole
 from retina.cli.sources import FORMATS, Source, find_images, name_sources
-from retina.cli.split import progress
 from retina.errors import DataError, check, plain
 
 if TYPE_CHECKING:

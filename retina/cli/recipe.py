@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retina.cli.build import build, call, check_arguments
 from retina.cli.compose import Settings
-from retina.engine.config import DataConfig, from_mapping
+from retina.cli.data import DataConfig
+from retina.engine.config import from_mapping
 from retina.errors import ConfigError, under
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from retina.cli.build import build, build_trackers, call
 from retina.cli.compose import Result, Settings, entry
+from retina.cli.data import DataConfig
 from retina.cli.recipe import Recipe, make_recipe, without_target
-from retina.engine.config import DataConfig, TrainConfig, from_mapping
+from retina.engine.config import TrainConfig, from_mapping
 from retina.engine.run_folder import Opened, open_run
 from retina.errors import ConfigError
 

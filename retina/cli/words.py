@@ -10,7 +10,8 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from retina.engine.config import DataConfig, TrainConfig, unknown_key
+from retina.cli.data import DataConfig
+from retina.engine.config import TrainConfig, unknown_key
 from retina.errors import ConfigError
 
 QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from retina.cli.build import build, call
 from retina.cli.compose import Settings, entry, typed
-from retina.cli.data import SPLITS, load_split, prepare_data, progress
+from retina.cli.data import SPLITS, DataConfig, load_split, prepare_data, progress
 from retina.cli.train import shapes_by_default
-from retina.engine.config import DataConfig, TrainConfig, from_mapping
+from retina.engine.config import TrainConfig, from_mapping
 from retina.errors import ConfigError, DataError, check_choice, plain
 from retina.files import write_whole
 from retina.lab.figures import check_folder, check_format, save

@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 
-from retina.cli.data import build_eval_loader, load_split
+from retina.cli.data import DataConfig, build_eval_loader, load_split
 from retina.distributed import choose_device
-from retina.engine.config import DataConfig, from_mapping
+from retina.engine.config import from_mapping
 from retina.inference import Detector
 from retina.lab.clock import Bench
 from retina.lab.study import Line

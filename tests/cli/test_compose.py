@@ -21,9 +21,10 @@ import retina.losses.boxes
 import retina.losses.detection
 from retina.cli.build import build, call
 from retina.cli.compose import CONFIGS, compose, entry, typed
+from retina.cli.data import DataConfig
 from retina.data.checks import RecordsError
 from retina.distributed import choose_device
-from retina.engine.config import DataConfig, TrainConfig, from_mapping
+from retina.engine.config import TrainConfig, from_mapping
 from retina.errors import ConfigError, DataError
 
 compose_module = importlib.import_module("retina.cli.compose")

@@ -13,9 +13,10 @@ import torch
 
 from retina.cli.build import build, check_arguments
 from retina.cli.compose import CONFIGS, compose, values_of
+from retina.cli.data import DataConfig
 from retina.cli.train import shapes_by_default
 from retina.data.transforms import Pipeline, Sample
-from retina.engine.config import DataConfig, TrainConfig, from_mapping, to_steps
+from retina.engine.config import TrainConfig, from_mapping, to_steps
 from retina.engine.optim import build_optimizer
 from retina.inference import check_postprocess
 from retina.lab.ablate import OWN

@@ -11,10 +11,9 @@ import pytest
 from PIL import Image
 
 from ranks import in_processes
-from retina.cli.data import check_data, load_checked, load_split, named_splits
+from retina.cli.data import DataConfig, SplitConfig, check_data, load_checked, load_split, named_splits
 from retina.data import cache as annotation_cache
 from retina.data.checks import DataReport, RecordsError
-from retina.engine.config import DataConfig, SplitConfig
 from retina.errors import ConfigError, DataError
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from faults import refused
 from retina.cli.compose import compose
-from retina.cli.data import build_train_loader
+from retina.cli.data import DataConfig, build_train_loader
 from retina.cli.recipe import make_recipe
 from retina.data.annotations import Annotations
 from retina.data.coco import locate_split, read_coco
@@ -14,7 +14,7 @@ from retina.data.loader import Canvas
 from retina.data.repeats import Repeats, repeats_of
 from retina.data.shapes import write_shapes
 from retina.data.transforms import Pipeline
-from retina.engine.config import DataConfig, TrainConfig
+from retina.engine.config import TrainConfig
 from retina.errors import ConfigError
 
 

@@ -12,12 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ranks import in_processes
-from retina.cli.data import build_eval_loader
+from retina.cli.data import DataConfig, build_eval_loader
 from retina.data.coco import Annotations, read_coco
 from retina.data.loader import Canvas
 from retina.data.shapes import write_shapes
 from retina.detections import postprocess
-from retina.engine.config import DataConfig
 from retina.errors import DataError
 from retina.evaluation.evaluate import Evaluation, StoppedError, evaluate
 from retina.losses.detection import DetectionLoss

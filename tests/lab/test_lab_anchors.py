@@ -12,11 +12,11 @@ from torch import Tensor
 
 from commands import Capture, Tool, digest, one_line
 from retina.cli.compose import compose
+from retina.cli.data import DataConfig
 from retina.data.coco import locate_split, read_coco
 from retina.data.dataset import CocoDetection
 from retina.data.shapes import write_shapes
 from retina.data.transforms import Pipeline, ResizeShortSide
-from retina.engine.config import DataConfig
 from retina.errors import ConfigError
 from retina.lab.anchor_fit import Gain, Trial, decide, fit, gain, halves, held_out, try_levels
 from retina.lab.anchor_report import yaml_file

@@ -81,13 +81,17 @@ import yaml  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import tiny  # noqa: E402
-from retina.cli.data import check_data, load_split  # noqa: E402
+from retina.cli.data import (  # noqa: E402
+    DataConfig,
+    check_data,
+    load_split,
+)
 from retina.data.checks import DataReport  # noqa: E402
 from retina.data.coco import read_coco  # noqa: E402
 from retina.data.images import image_size, read_image  # noqa: E402
 from retina.data.shapes import write_shapes  # noqa: E402
 from retina.data.transforms import Pipeline  # noqa: E402, F401  (it keeps albumentations from calling the network)
-from retina.engine.config import DataConfig, from_mapping  # noqa: E402
+from retina.engine.config import from_mapping  # noqa: E402
 from retina.errors import RetinaError  # noqa: E402
 from retina.model.backbone import ResNet, read_weights  # noqa: E402
 from retina.model.weights import load_detector, read_card  # noqa: E402
