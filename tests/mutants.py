@@ -127,14 +127,14 @@ MUTANTS = [
         "retina/files.py",
         "fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "pass",
-        "tests/engine/test_run_folder.py",
+        "tests/cli/test_run_folder.py",
     ),
     Mutant(
         "every setting is harmless",
-        "retina/engine/run_folder.py",
+        "retina/cli/run_folder.py",
         "if one.key not in HARMLESS]",
         "if one.key in ()]",
-        "tests/engine/test_run_folder.py",
+        "tests/cli/test_run_folder.py",
     ),
     Mutant(
         "labels follow the file instead of ascending ids",

@@ -110,7 +110,7 @@ import retina
 names = [module.name for module in pkgutil.walk_packages(retina.__path__, "retina.")]
 for name in names:
     importlib.import_module(name)
-from retina.engine.run_folder import open_run
+from retina.cli.run_folder import open_run
 opened = open_run(Path("run"), {"name": "run"}, overwrite=False)
 print(len(names) > 80, opened.locked, *opened.told())
 """

@@ -82,7 +82,7 @@ def test_hydra_is_known_to_the_command_line_only() -> None:
 
 
 def test_settings_and_the_package_are_light() -> None:
-    code = "import sys, retina, retina.engine.config, retina.engine.run_folder; print('torch' in sys.modules)"
+    code = "import sys, retina, retina.engine.config, retina.cli.run_folder; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from retina.cli.build import build
+from retina.cli.build import build, call
 from retina.data.checks import DataReport, RecordsError
 from retina.data.coco import Annotations, locate_split, read_coco
 from retina.data.health import check_objects, examine
@@ -19,10 +19,12 @@ from retina.engine.config import COUNT, Ranges, TrainConfig, check_ranges, from_
 from retina.errors import ConfigError, DataError, check, check_choice, under
 
 if TYPE_CHECKING:
+    from retina.cli.recipe import Recipe
     from retina.data.loader import BatchLoader, Canvas, LoaderConfig
     from retina.data.sampler import DetectionBatchSampler, Draws
     from retina.data.transforms import Pipeline
     from retina.inference import Detector
+    from retina.model.retinanet import RetinaNet
 
 T = TypeVar("T")
 SPLITS = ("train", "val")
@@ -267,6 +269,36 @@ def _loader_config(config: DataConfig, pin_memory: bool) -> "LoaderConfig":
     return LoaderConfig(config.num_workers, pin_memory, config.max_pixels, config.max_bad_fraction)
 
 
+def build_loaders(
+    config: DataConfig,
+    training: TrainConfig,
+    recipe: "Recipe",
+    train: Annotations,
+    val: Annotations,
+    model: "RetinaNet",
+) -> "tuple[BatchLoader, DetectionBatchSampler, BatchLoader, dict[str, Any]]":
+    """Loader and sampler of `train`, loader of `val`, and the preprocessing for the weights' header."""
+    from retina.data.loader import Canvas
+
+    stride = max(model.strides)
+    pad_multiple = config.pad_multiple or stride
+    if model.arguments["canvas_strides"] and pad_multiple % stride:
+        problem = f"{pad_multiple} - anchors with strides from the canvas stand on a grid only where it is a multiple"
+        fix = f"of {stride}: give that, or model.canvas_strides=false"
+        raise ConfigError(f"{problem} {fix}", code="pad-multiple", key="data.pad_multiple")
+    pin_memory = next(model.parameters()).is_cuda
+    canvas = canvas_of(config, Canvas(pad_multiple, model.pad_value))
+    draws = call(recipe.sampler, "data.sampling", annotations=train) if recipe.sampler else None
+    loader, sampler = build_train_loader(
+        train, recipe.pipeline, config, training, canvas, draws=draws, pin_memory=pin_memory
+    )
+    batch_size = config.eval_batch_size or sampler.micro_batch
+    val_loader = build_eval_loader(val, config, canvas, batch_size=batch_size, pin_memory=pin_memory)
+    preprocessing: dict[str, Any] = {key: getattr(config, key) for key in ("short_side", "long_side")}
+    preprocessing |= {"pad_multiple": pad_multiple, "pad_value": list(model.pad_value)}
+    return loader, sampler, val_loader, preprocessing | {"precision": training.precision, "batch_size": batch_size}
+
+
 def build_train_loader(
     annotations: Annotations,
     pipeline: "Pipeline",
@@ -339,6 +371,14 @@ def open_split(
         pin_memory=detector.device.type == "cuda",
     )
     return annotations, loader
+
+
+def unreadable_images(loader: "BatchLoader") -> list[str]:
+    """One line for each image that the loader of any process could not read."""
+    from retina import distributed
+
+    faults = dict(one for part in distributed.gather_objects(list(loader.faults.items())) for one in part)
+    return [line for _, line in sorted(faults.items())]
 
 
 def progress(items: Iterable[T], what: str, total: int) -> Iterable[T]:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from retina.cli.build import call
 from retina.cli.compose import entry
-from retina.cli.data import data_of, drop_nulls, load_split, open_split, progress
-from retina.engine.run_folder import read_settings
+from retina.cli.data import data_of, drop_nulls, load_split, open_split, progress, unreadable_images
+from retina.cli.run_folder import read_settings
 from retina.errors import ConfigError, check, check_choice
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
             device=device,
             dtype=detector.dtype,
         )
-        skipped = dict(fault for rank in distributed.gather_objects(list(loader.faults.items())) for fault in rank)
+        skipped = unreadable_images(loader)
         if distributed.is_main():
             detections = keep_known(annotations, detections)
             write_metrics(output / "metrics.json", metrics | {"skipped_images": len(skipped)})
@@ -129,7 +129,7 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
             drawn = write_evaluation_pictures(folder, annotations, detections, score_threshold=threshold, **limits)
             names = f"{output}/metrics.json, detections.json{', pictures/' if drawn else ''}"
             report(config, annotations, metrics, output / "detections.json", names)
-            for _, line in sorted(skipped.items()):
+            for line in skipped:
                 print(f"skipped: {line}", file=sys.stderr)
     return 3 if skipped else 0
 

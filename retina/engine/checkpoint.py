@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from io import BufferedReader
@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from retina.engine.config import from_mapping
+from retina.engine.config import check_type, from_mapping
 from retina.engine.optim import ExponentialMovingAverage
 from retina.errors import CheckpointError, ConfigError
 from retina.files import open_flags, sync_folder, write_synced
@@ -92,7 +92,8 @@ def save_checkpoint(
         temporary = folder / f".{final.name}.tmp"
         _write(temporary, states, state)
         if fault := find_fault(temporary):
-            raise CheckpointError(f"{final}: {fault} right after it was written - check the disk")
+            problem = f"{final}: {fault} right after it was written - check the disk"
+            raise CheckpointError(problem, code="damaged-checkpoint")
         aside = folder / f".{final.name}.aside"
         if final.exists():
             final.rename(aside)
@@ -114,15 +115,14 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     if not folder.is_dir():
         return None, []
     _sweep(folder)
-    chosen, faults = None, {}
-    for checkpoint in _checkpoints(folder):
-        fault = find_fault(checkpoint)
-        if fault is None:
-            chosen = checkpoint
+    faults: dict[Path, str] = {}
+    for chosen in _checkpoints(folder):
+        if (fault := find_fault(chosen)) is None:
             break
-        faults[checkpoint] = fault
-    start = _step(chosen) if chosen else 0
-    source = f"going on from {chosen.name}" if chosen else "and there is none before it"
+        faults[chosen] = fault
+    else:
+        chosen = None
+    start, source = (_step(chosen), f"going on from {chosen.name}") if chosen else (0, "and there is none before it")
     return chosen, [
         f"{checkpoint}: {fault} - ignored, {source}: {_step(checkpoint) - start} steps are done again"
         for checkpoint, fault in faults.items()
@@ -134,28 +134,29 @@ def load_checkpoint(
 ) -> Progress:
     """Restores everything in place. Raises CheckpointError for a checkpoint of another model or version."""
     progress, numbers = _read_state(checkpoint / "state.json")
-    file = checkpoint / "model.safetensors"
-    load_state(model, _read_tensors(file), file)
-    if ema is not None:
-        file = checkpoint / "ema.safetensors"
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing, the run kept no moving average - restore it from a copy")
-        load_state(ema.model, _read_tensors(file), file)
+    modules = {"model": model} if ema is None else {"model": model, "ema": ema.model}
+    for name, module in modules.items():
+        file = checkpoint / f"{name}.safetensors"
+        if name == "ema" and not file.is_file():
+            problem = f"{file}: missing, because the run kept no moving average - train without ema"
+            raise CheckpointError(problem, code="missing-average")
+        load_state(module, _read_tensors(file), file)
     file = checkpoint / "optimizer.safetensors"
     _restore_optimizer(optimizer, _read_tensors(file), numbers, file)
     return progress
 
 
 def _write(temporary: Path, states: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    def contents() -> Iterator[tuple[str, bytes]]:
+        for name, tensors in states.items():  # one after another, because the bytes of each are as large as its tensors
+            yield f"{name}.safetensors", serialize(tensors)
+        yield "state.json", json.dumps(state, indent=1).encode()
+
     temporary.mkdir()
     digests = {}
-    for name, tensors in states.items():  # one after another, for the bytes of each are as large as its tensors
-        data = serialize(tensors)
-        digests[f"{name}.safetensors"] = hashlib.sha256(data).hexdigest()
-        write_synced(temporary / f"{name}.safetensors", data)
-    data = json.dumps(state, indent=1).encode()
-    digests["state.json"] = hashlib.sha256(data).hexdigest()
-    write_synced(temporary / "state.json", data)
+    for name, data in contents():
+        digests[name] = hashlib.sha256(data).hexdigest()
+        write_synced(temporary / name, data)
     write_synced(temporary / MANIFEST, manifest(digests))
     sync_folder(temporary)
 
@@ -163,18 +164,16 @@ def _write(temporary: Path, states: Mapping[str, Mapping[str, Tensor]], state: M
 def _refuse_non_finite(
     final: Path, states: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    found = [f"{name}: {key}" for name, tensors in states.items() if (key := first_non_finite(tensors))]
+    names = [f"{name}: {key}" for name, tensors in states.items() if (key := first_non_finite(tensors))]
     for section, values in state.items():
         for key, value in values.items():
             try:
                 json.dumps(value, allow_nan=False)
             except ValueError:
-                found.append(f"{section}: {key}")
-    if found:
-        raise CheckpointError(
-            f"{final}: {found[0]} is not finite, so nothing was saved - go on from the checkpoint before it with a "
-            "lower optimizer.lr or with train.clip_norm"
-        )
+                names.append(f"{section}: {key}")
+    if names:
+        fix = "go on from the checkpoint before it with a lower learning rate or with clip_norm"
+        raise CheckpointError(f"{final}: {names[0]} is not finite, so nothing was saved - {fix}", code="not-finite")
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -207,26 +206,20 @@ def _remove(checkpoint: Path) -> None:
 
 def _read_state(file: Path) -> tuple[Progress, dict[str, Any]]:
     """Progress and the optimizer's numbers. Keys of later minor versions are ignored."""
-    damaged = f"{file}: is not what this program writes"
+    known = [f.name for f in fields(Progress)]
     try:
         state = json.loads(file.read_bytes(), parse_constant=_no_constant)
         values, numbers = state["progress"], state["optimizer"]
-        version, step = values["schema_version"], values["step"]
-        sums = all(isinstance(value, int | float) for value in values.get("meter", []))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as fault:
-        raise CheckpointError(f"{damaged} ({fault!r:.100}) - restore it from a copy") from None
-    if version != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{file.parent}: schema version {version!r:.20}, this program reads {SCHEMA_VERSION} - "
-            "use the version that wrote it"
-        )
-    if not isinstance(numbers, dict) or not sums or (isinstance(step, int) and step < 0):
-        raise CheckpointError(f"{damaged} - restore it from a copy")
-    known = [f.name for f in fields(Progress)]
-    try:
+        if (version := values["schema_version"]) != SCHEMA_VERSION:
+            problem = f"{file.parent}: schema version {version!r:.20}, this program reads {SCHEMA_VERSION}"
+            raise CheckpointError(f"{problem} - use the version that wrote it", code="other-version")
+        check_type(numbers, dict[str, Any], "optimizer")
+        if values["step"] < 0:
+            raise ValueError("step is negative")
         return from_mapping(Progress, {key: values[key] for key in known if key in values}, "progress"), numbers
-    except ConfigError as fault:
-        raise CheckpointError(f"{damaged} ({fault}) - restore it from a copy") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError) as fault:
+        problem = f"{file}: is not what this program writes ({fault!r:.100}) - restore it from a copy"
+        raise CheckpointError(problem, code="damaged-checkpoint") from None
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -237,31 +230,30 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as fault:
-        raise CheckpointError(f"{file}: cannot be read ({fault}) - restore it from a copy") from None
+        problem = f"{file}: cannot be read ({fault}) - restore it from a copy"
+        raise CheckpointError(problem, code="damaged-checkpoint") from None
 
 
 def _flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = optimizer.state_dict()["state"]
-    tensors = {f"{i}.{k}": v for i, values in state.items() for k, v in values.items() if isinstance(v, Tensor)}
-    numbers = {f"{i}.{k}": v for i, values in state.items() for k, v in values.items() if not isinstance(v, Tensor)}
-    return tensors, numbers
+    flat = {f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}
+    tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
+    return tensors, {key: value for key, value in flat.items() if key not in tensors}
 
 
 def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any], file: Path) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
-    entries: Iterable[tuple[str, Any]] = (*tensors.items(), *numbers.items())
-    for key, value in entries:
+    for key, value in (tensors | numbers).items():
         index, _, name = key.partition(".")
         position = int(index) if re.fullmatch(r"\d{1,9}", index) else len(parameters)
         if position >= len(parameters) or not name:
-            raise CheckpointError(f"{file}: {key} is of no parameter of this model - use the run's own model")
+            problem = f"{file}: {key} is of no parameter of this model - use the run's own model"
+            raise CheckpointError(problem, code="other-model")
         parameter = parameters[position]
         if isinstance(value, Tensor) and not _fits(value, parameter):
-            raise CheckpointError(
-                f"{file}: {key} is {list(value.shape)}, its parameter is {list(parameter.shape)} - "
-                "use the run's own model"
-            )
+            problem = f"{file}: {key} is {list(value.shape)}, its parameter is {list(parameter.shape)}"
+            raise CheckpointError(f"{problem} - use the run's own model", code="other-model")
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
             # in the parameter's memory format, as fused kernels expect
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -71,7 +71,7 @@ class Checkpointer:
         allow_data_change: bool = False,
     ) -> None:
         self.folder, self.state, self.card, self.allow_data_change = folder, state, card, allow_data_change
-        self.recorder = recorder or RunLogger(Path(), active=False)
+        self.recorder = recorder or RunLogger()
         self.missing: dict[str, str] = {}
         """What could not be written when it was last tried, and why; the same on all ranks."""
         self._saved: tuple[int, int] | None = None
@@ -104,23 +104,21 @@ class Checkpointer:
         folder = self.folder / "checkpoints"
         checkpoint, faults = newest_valid(folder)
         for fault in faults:
-            self.recorder.info(f"warning: {fault}")
+            self.recorder.warn(fault)
         if checkpoint is None and faults:
-            fix = "restore one, or give overwrite=true"
+            fix = "restore one from a copy, or begin again in another folder"
             raise CheckpointError(f"{folder}: no checkpoint is whole - {fix}", code="damaged-checkpoint")
         return str(checkpoint) if checkpoint else None
 
     def _accept_change(self, checkpoint: Path) -> None:
         def refuse() -> None:
             if not self.allow_data_change:
-                raise ConfigError(
-                    f"{checkpoint}: was trained on other annotations than data.train now has - restore them, choose "
-                    "another name=..., or go on with allow_data_change=true",
-                    code="data-change",
-                )
+                fix = "restore them, begin another run, or go on with allow_data_change=true"
+                problem = f"{checkpoint}: was trained on other annotations than those there are now"
+                raise ConfigError(f"{problem} - {fix}", code="data-change")
 
         distributed.on_main(refuse)
-        self.recorder.info("warning: the annotations are not those the run began with (allow_data_change)")
+        self.recorder.warn("the annotations are not those the run began with (allow_data_change)")
 
     def save(self) -> None:
         """A checkpoint, unless this very state is saved already. Raises CheckpointError, on rank 0 alone, for weights
@@ -163,10 +161,7 @@ class Checkpointer:
                 return fault.strerror or str(fault)
             return ""
 
-        reason = distributed.on_main(attempt)
-        if reason:
+        self.missing.pop(what, None)
+        if reason := distributed.on_main(attempt):
             self.missing[what] = reason
-            problem = f"{self.folder}: {what} could not be written ({reason})"
-            self.recorder.info(f"warning: {problem} - make room; training goes on")
-        else:
-            self.missing.pop(what, None)
+            self.recorder.warn(f"{self.folder}: {what} could not be written ({reason}) - make room; training goes on")

@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count, islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +49,7 @@ def fit(
     Returns the signal that stopped the run, 0 if it is finished; `state.progress` says where it stands. Raises
     ConfigError when settings contradict the data or the checkpoint, RetinaError when data, numbers or the disk fail
     for good; what was learned until then is saved first."""
-    config, recorder = state.config, recorder or RunLogger(Path(), active=False)
+    config, recorder = state.config, recorder or RunLogger()
     checkpointer = checkpointer or Checkpointer(None, state)
     plan = _plan(config, loader, evaluates=evaluate is not None)
     progress = checkpointer.restore(annotations.fingerprint() if annotations else "")
@@ -274,7 +273,7 @@ class _Report:
         levels = [int(stride).bit_length() - 1 for stride in self.state.model.strides]  # type: ignore[union-attr]
         shares = summarize(distributed.all_reduce_sum(sums).tolist(), levels)
         if first and (warning := prior_is_lost(shares, diagnosis.prior)):
-            self.recorder.info(f"warning: {warning}")
+            self.recorder.warn(warning)
         return shares
 
     def skipped_updates(self, *, everything: bool = False) -> None:
@@ -290,7 +289,7 @@ class _Report:
             progress.bad_steps += 1
             line = _describe_skipped(update, self.annotations)
             if progress.bad_steps < most:
-                self.recorder.info(f"warning: {line}")
+                self.recorder.warn(line)
                 continue
             if not distributed.is_main():
                 sys.exit(2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retina.engine.config import Length, to_steps
-from retina.errors import ConfigError
+from retina.errors import ConfigError, check
 
 
 @runtime_checkable
@@ -48,14 +48,15 @@ class MultiStep:
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.milestones, Sequence) or isinstance(self.milestones, str):
-            raise ConfigError(f"schedule.milestones: {self.milestones!r} is no list - give one, e.g. [0.667, 0.917]")
         _check_numbers(warmup_factor=self.warmup_factor, gamma=self.gamma)
+        for milestone in self.milestones:
+            to_steps(milestone, key="milestones", total=1000, steps_per_epoch=100)
+        _warmup(0, self.warmup, 0.0, total=1000, steps_per_epoch=100)
 
     def __call__(self, step: int, *, total: int, steps_per_epoch: int) -> float:
-        to = {"steps_per_epoch": steps_per_epoch, "total": total}
-        passed = sum(step >= to_steps(m, key="schedule.milestones", **to) for m in self.milestones)
-        return _warmup(step, self.warmup, self.warmup_factor, **to) * self.gamma**passed
+        run = {"steps_per_epoch": steps_per_epoch, "total": total}
+        passed = sum(step >= to_steps(m, key="milestones", **run) for m in self.milestones)
+        return _warmup(step, self.warmup, self.warmup_factor, **run)[1] * self.gamma**passed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,46 +69,46 @@ class Cosine:
 
     def __post_init__(self) -> None:
         _check_numbers(warmup_factor=self.warmup_factor, final_factor=self.final_factor)
+        _warmup(0, self.warmup, 0.0, total=1000, steps_per_epoch=100)
 
     def __call__(self, step: int, *, total: int, steps_per_epoch: int) -> float:
-        to = {"steps_per_epoch": steps_per_epoch, "total": total}
-        start = to_steps(self.warmup, key="schedule.warmup", **to) if self.warmup else 0
+        start, factor = _warmup(step, self.warmup, self.warmup_factor, total=total, steps_per_epoch=steps_per_epoch)
         progress = min(1.0, max(0.0, (step - start) / max(1, total - start)))
-        cosine = self.final_factor + (1 - self.final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
-        return _warmup(step, self.warmup, self.warmup_factor, **to) * cosine
+        return factor * (self.final_factor + (1 - self.final_factor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def _check_numbers(**values: object) -> None:
+def _check_numbers(**values: float) -> None:
     for name, value in values.items():
-        if not isinstance(value, (int, float)) or value < 0:
-            raise ConfigError(f"schedule.{name}: {value!r} is not allowed - give a number of 0 or more")
+        check(value >= 0, name, value, "give 0 or more")
 
 
-def _warmup(step: int, warmup: Length, start: float, *, total: int, steps_per_epoch: int) -> float:
-    steps = to_steps(warmup, steps_per_epoch=steps_per_epoch, total=total, key="schedule.warmup") if warmup else 0
-    return 1.0 if step >= steps else start + (1 - start) * (step + 1) / (steps + 1)
+def _warmup(step: int, warmup: Length, start: float, *, total: int, steps_per_epoch: int) -> tuple[int, float]:
+    """Steps of the warm-up, and its factor, which rises from `start` to 1."""
+    steps = to_steps(warmup, steps_per_epoch=steps_per_epoch, total=total, key="warmup") if warmup else 0
+    return steps, 1.0 if step >= steps else start + (1 - start) * (step + 1) / (steps + 1)
 
 
-def build_optimizer(factory: Callable[..., Optimizer], model: nn.Module, *, scale: float = 1.0) -> Optimizer:
-    """`factory(groups)` with its learning rate multiplied by `scale`.
+def build_optimizer(optimizer: Callable[..., Optimizer], model: nn.Module, *, scale: float = 1.0) -> Optimizer:
+    """`optimizer(groups)`, a class or a function, with its learning rate multiplied by `scale`.
 
     Only convolution and linear weights are decayed: norms and biases, all the one-dimensional parameters, are not.
-    The optimizer is fused, if it can be and the factory leaves that open.
+    It is fused, if it can be and its arguments leave that open.
 
-    Raises ConfigError when nothing is left to train or the factory refuses its values."""
+    Raises ConfigError when nothing is left to train or the optimizer refuses its values."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     undecayed = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     if not decayed:
-        raise ConfigError("model.frozen_stages: nothing is left to train - give a smaller number")
-    open_to_choice = {name for name, p in inspect.signature(factory).parameters.items() if p.default is None}
-    fused = {"fused": True} if {"fused", "foreach"} <= open_to_choice else {}
+        fix = "freeze less, as with a smaller frozen_stages"
+        raise ConfigError(f"nothing is left to train - {fix}", code="nothing-to-train", key="model")
+    undecided = {name for name, p in inspect.signature(optimizer).parameters.items() if p.default is None}
+    fused = {"fused": True} if {"fused", "foreach"} <= undecided else {}
     try:
-        optimizer = factory([{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}], **fused)
+        built = optimizer([{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}], **fused)
     except (TypeError, ValueError) as fault:
-        raise ConfigError(f"optimizer: {fault} - correct this value") from None
-    for group in optimizer.param_groups:
+        raise ConfigError(f"{fault} - correct this value", code="wrong-value", key="optimizer") from None
+    for group in built.param_groups:
         group["lr"] = group["initial_lr"] = group["lr"] * scale
-    return optimizer
+    return built
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
@@ -132,19 +133,19 @@ def norm_and_divisor(
 
 
 @torch.no_grad()
-def step_where(optimizer: Optimizer, wanted: Tensor, divisor: Tensor) -> None:
-    """Makes the update by the gradients divided by `divisor` if `wanted` is True (both scalars on the device).
+def step_where(optimizer: Optimizer, finite: Tensor, divisor: Tensor) -> None:
+    """Makes the update by the gradients divided by `divisor` if `finite` is True (both scalars on the device).
 
     A fused optimizer divides on its way and is told on the device whether to update, so nothing waits for the answer.
     Others wait, and so does the first update, for it creates the optimizer's state: a skipped one would leave a fused
     SGD with momentum that was never set. Fused kernels take for granted that gradients lie in memory as their
     parameters do, which autograd sees to."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
-    if not (optimizer.state and fused) and not bool(wanted):
+    if not (optimizer.state and fused) and not bool(finite):
         return
     flagged: Any = optimizer  # torch's own GradScaler hands them over by these attributes too
     if fused:
-        flagged.grad_scale, flagged.found_inf = divisor, (~wanted).float()
+        flagged.grad_scale, flagged.found_inf = divisor, (~finite).float()
     else:
         torch._foreach_div_(
             [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], divisor

@@ -23,9 +23,9 @@ from typing import NoReturn
 from retina.cli import train
 from retina.cli.compose import Settings, entry, typed
 from retina.cli.data import DataConfig, load_split
+from retina.cli.run_folder import HARMLESS, compare, holds_work, read_settings
 from retina.cli.sweep import launch
 from retina.engine.config import from_mapping
-from retina.engine.run_folder import HARMLESS, compare, holds_work, read_settings
 from retina.errors import ConfigError, RetinaError
 from retina.files import write_whole
 from retina.lab.study import Job, Line, backbone_run, plan, read_study

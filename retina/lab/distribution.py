@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from retina.cli.build import build, call
 from retina.cli.compose import Settings, entry, typed
-from retina.cli.data import data_of, open_split, progress
-from retina.engine.run_folder import read_settings
-from retina.engine.splits import SPLITS
+from retina.cli.data import SPLITS, data_of, open_split, progress
+from retina.cli.run_folder import read_settings
 from retina.errors import ConfigError, check_choice
 from retina.files import write_whole
 from retina.lab.figures import draw_cumulative, draw_cumulative_by, draw_hardest, save

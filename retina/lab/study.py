@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from retina.cli.compose import CONFIGS, Settings, compose, values_of
+from retina.cli.run_folder import WORDS, compare, read_settings
 from retina.engine.config import from_mapping
-from retina.engine.run_folder import WORDS, compare, read_settings
 from retina.errors import ConfigError
 
 STUDIES = CONFIGS / "studies"

@@ -178,7 +178,7 @@ def test_partial_and_extra_arguments() -> None:
         ("optimizer", "torch.optim.swa_utils.update_bn"),
         # allowed elsewhere: a section makes its own kind only
         ("augment", "retina.data.shapes.write_shapes"),
-        ("data", "retina.engine.run_folder.open_run"),
+        ("data", "retina.cli.run_folder.open_run"),
         ("schedule", "torch.optim.lr_scheduler.StepLR"),
         ("loss.box_loss", "torch.optim.SGD"),
     ],

@@ -1,5 +1,6 @@
 """`fit` as a library: plain PyTorch parts around it, no run folder, no command line."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -9,10 +10,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from faults import refused
 from retina.engine.checkpointer import Checkpointer, TrainState
 from retina.engine.config import TrainConfig
 from retina.engine.loop import fit
 from retina.engine.step import train_step
+from retina.errors import RetinaError
 from retina.evaluation.evaluate import Evaluation
 from retina.evaluation.metrics import DetectionArrays
 from retina.losses.detection import DetectionLoss
@@ -111,3 +114,14 @@ def test_the_best_evaluation_is_remembered_and_patience_ends_the_run(tmp_path: P
     assert (state.progress.step, state.progress.best, state.progress.best_step) == (8, 0.5, 4)
     assert state.progress.stopped_early
     assert (tmp_path / "best.safetensors").is_file()
+
+
+def test_skipped_updates_are_not_silent_without_a_recorder(caplog: pytest.LogCaptureFixture) -> None:
+    state = make_state(TrainConfig(length=2, max_bad_steps=2))
+    with torch.no_grad():
+        next(state.model.parameters()).fill_(math.nan)
+    with refused("diverged", "step 2", "2 in a row", kind=RetinaError):
+        fit(state, DetectionLoss(), loader())
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("retina", "WARNING")
+    assert record.getMessage().startswith("step 1: update skipped")

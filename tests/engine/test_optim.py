@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from faults import refused
 from retina.engine.optim import Cosine, MultiStep, build_optimizer, norm_and_divisor, set_learning_rate, step_where
 from retina.errors import ConfigError
 
@@ -42,11 +43,24 @@ def test_norms_and_biases_are_not_decayed_and_the_rate_is_scaled() -> None:
 
 def test_frozen_parameters_are_left_out_and_wrong_values_are_one_line() -> None:
     model = nn.Linear(2, 2)
-    with pytest.raises(ConfigError, match=r"^optimizer: Invalid learning rate"):
+    with refused("wrong-value", "optimizer: ", "learning rate", kind=ConfigError):
         build_optimizer(lambda groups: torch.optim.SGD(groups, lr=-1.0), model)
     model.requires_grad_(False)
-    with pytest.raises(ConfigError, match="nothing is left to train"):
+    with refused("nothing-to-train", "model: ", kind=ConfigError):
         build_optimizer(lambda groups: torch.optim.SGD(groups, lr=1.0), model)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "key"),
+    [
+        ({"milestones": [0.5, "x"]}, "out-of-range", "milestones"),
+        ({"warmup": "x"}, "out-of-range", "warmup"),
+        ({"gamma": -1.0}, "out-of-range", "gamma"),
+    ],
+)
+def test_a_schedule_that_means_nothing_names_the_argument(options: dict[str, object], code: str, key: str) -> None:
+    with refused(code, f"{key}: ", kind=ConfigError):
+        MultiStep(**options)  # type: ignore[arg-type]
 
 
 def test_norm_and_divisor() -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from children import on_small_disk
+from retina.cli.run_folder import open_run
 from retina.engine.checkpoint import Progress, find_fault, newest_valid, save_checkpoint
 from retina.engine.logging import RunLogger
 from retina.engine.optim import ExponentialMovingAverage
-from retina.engine.run_folder import open_run
 from retina.errors import ConfigError
 from retina.model.weights import DetectorCard, read_card, save_detector
 from retina.tracking.trackers import TensorBoard

@@ -238,7 +238,7 @@ KNOWN = (
     # public names, listed in the packages themselves
     "retina/_lazy.py: importlib.import_module",
     # asks git for the commit
-    "retina/engine/environment.py: imports subprocess",
+    "retina/cli/environment.py: imports subprocess",
     # starts tools/train.py with words that were typed
     "retina/lab/jobs.py: imports subprocess",
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import retina
-from retina.engine.environment import describe_environment, for_weights, record_environment
+from retina.cli.environment import describe_environment, for_weights, record_environment
 
 
 def test_versions_and_device() -> None:

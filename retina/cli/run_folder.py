@@ -4,7 +4,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,16 +14,8 @@ from retina.errors import ConfigError
 from retina.files import lock, open_flags, temporary_of, write_whole
 
 OWN = (
-    "log.txt",
-    "metrics.jsonl",
-    "best.safetensors",
-    "data_report.json",
-    "checkpoints",
-    "tensorboard",
-    "trackers",
-    "curves.png",
-    "environment.json",
-    "eval",
+    *("log.txt", "metrics.jsonl", "best.safetensors", "data_report.json", "checkpoints"),
+    *("tensorboard", "trackers", "curves.png", "environment.json", "eval"),
 )
 """What a run writes beside `config.yaml`, and all that `overwrite` removes."""
 
@@ -33,41 +25,31 @@ WORDS = ("overwrite", "traceback", "allow_data_change")
 """Settings that are about one command, not about the run."""
 
 HARMLESS = (
-    "runs",
-    "data.root",  # the fingerprint of the annotations is compared instead
-    "data.train.annotations",
-    "data.train.images",
-    "data.val.annotations",
-    "data.val.images",
-    "data.num_workers",
-    "data.eval_batch_size",
-    "data.max_bad_fraction",
-    "train.log_every",
-    "train.keep_checkpoints",
-    "train.pictures",
-    "train.device",
-    "train.patience",
-    "train.save_every",
-    "train.max_bad_steps",
-    "trackers",
-    "plugins",  # the sections that name their parts are compared
+    *("runs", "trackers", "plugins"),  # the sections that name parts of plugins are compared
+    # instead of the places of the data, the fingerprint of the annotations is compared
+    *("data.root", "data.train.annotations", "data.train.images", "data.val.annotations", "data.val.images"),
+    *("data.num_workers", "data.eval_batch_size", "data.max_bad_fraction"),
+    *("train.log_every", "train.keep_checkpoints", "train.pictures", "train.device"),
+    *("train.patience", "train.save_every", "train.max_bad_steps"),
 )
 """Settings that change nothing about the weights a run arrives at, or only whether it does; they may differ when it is
 resumed."""
 
 
+def folder_of(settings: Mapping[str, Any]) -> Path:
+    """The run's folder, `runs/name`. Raises ConfigError for a name that leads out of `runs`, or nowhere."""
+    runs, name = str(settings["runs"]), str(settings["name"])
+    if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).name:
+        problem = f"{name!r} is no name of a folder in {runs} - give another, or runs=FOLDER"
+        raise ConfigError(problem, code="bad-name", key="name")
+    return Path(runs, name)
+
+
 class Opened(NamedTuple):
     resumes: bool
     """Whether a run of the same settings is already there."""
-    changed: list[str]
-    """Harmless settings that are others now: `train.log_every: 20 there, 5 now`."""
-    locked: bool
-    """False where the file system knows no locks, so that nothing keeps a second process out."""
-
-    def told(self) -> list[str]:
-        """Lines for the log."""
-        lines = [f"going on with another setting: {line}" for line in self.changed]
-        return lines if self.locked else [*lines, "warning: this file system has no locks: start no second run here"]
+    notes: list[str]
+    """Lines for the log, such as each harmless setting that is another now."""
 
 
 class Difference(NamedTuple):
@@ -89,28 +71,33 @@ def open_run(folder: Path, config: Mapping[str, Any], *, overwrite: bool, patien
     Raises ConfigError when the folder cannot be written, another process trains there (naming it), or it holds
     something that is no run at all or another run: the line names the first setting that differs, and the notes
     (PEP 678) are a table of all."""
+    settings = folder / "config.yaml"
+    ours = {LOCK, temporary_of(settings).name}  # of a start that was cut off
+    another = "choose another name=..."
     try:
         if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"{folder}: is a file - choose another name=...")
-        settings = folder / "config.yaml"
-        ours = {LOCK, temporary_of(settings).name}  # of a start that was cut off
+            raise ConfigError(f"{folder}: is a file - {another}", code="no-run")
         if folder.is_dir() and not settings.is_file() and any(p.name not in ours for p in folder.iterdir()):
-            raise ConfigError(f"{folder}: holds files but no run - choose another name=...")
+            raise ConfigError(f"{folder}: holds files but no run - {another}", code="no-run")
         folder.mkdir(parents=True, exist_ok=True)
-        locked = _lock(folder, patience)
-        resumes, changed = False, []
+        notes = [] if _lock(folder, patience) else ["warning: this file system has no locks: start no second run here"]
+        resumes = changed = False
         if overwrite and settings.is_file():
             _remove(folder)
         elif settings.is_file() and holds_work(folder):
-            resumes, changed = True, _compare_runs(folder, read_settings(settings), config)
+            resumes, differences = True, compare(read_settings(settings), config)
+            refuse_another(folder, differences)
+            notes += [f"going on with another setting: {one}" for one in differences]
+            changed = bool(differences)
         for name in OWN:
             temporary_of(folder / name).unlink(missing_ok=True)
         if changed or not resumes:
             write_whole(settings, yaml.safe_dump(dict(config), sort_keys=False).encode())
-        return Opened(resumes, changed, locked)
+        return Opened(resumes, notes)
     except (OSError, ValueError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) else fault
-        raise ConfigError(f"{folder}: cannot be written ({reason}) - make room, or choose runs=FOLDER") from None
+        problem = f"{folder}: cannot be written ({reason}) - make room, or choose runs=FOLDER"
+        raise ConfigError(problem, code="not-written") from None
 
 
 def holds_work(folder: Path) -> bool:
@@ -136,7 +123,8 @@ def read_settings(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         values = None
     if not isinstance(values, dict):
-        raise ConfigError(f"{file}: is damaged - choose another name=..., or overwrite=true to discard that run")
+        fix = "choose another name=..., or overwrite=true to discard that run"
+        raise ConfigError(f"{file}: is damaged - {fix}", code="damaged-settings")
     return values
 
 
@@ -148,26 +136,19 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Differenc
     return [pair for pair in pairs if pair.there != pair.now]
 
 
-def _compare_runs(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What may differ and does. Raises ConfigError for what may not."""
-    differences = compare(before, now)
+def refuse_another(folder: Path, differences: Sequence[Difference]) -> None:
+    """Raises ConfigError for differences that make another run; its notes are a table of them."""
     grave = [one for one in differences if one.key not in HARMLESS]
     if not grave:
-        return [str(one) for one in differences]
+        return
     more = f" (and {len(grave) - 1} more)" if len(grave) > 1 else ""
-    fault = ConfigError(
-        f"{folder}: holds another run: {grave[0]}{more} - choose another name=..., repeat its settings to resume it, "
-        "or give overwrite=true to discard it"
-    )
-    for line in _table([Difference("field", "checkpoint", "now"), *grave]):
-        fault.add_note(line)
+    fix = "choose another name=..., repeat its settings to resume it, or give overwrite=true to discard it"
+    fault = ConfigError(f"{folder}: holds another run: {grave[0]}{more} - {fix}", code="another-run")
+    rows = [["field", "checkpoint", "now"], *([str(cell) for cell in one] for one in grave)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        fault.add_note("  ".join(map(str.ljust, row, widths)).rstrip())
     raise fault
-
-
-def _table(rows: list[Difference]) -> list[str]:
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
 def _remove(folder: Path) -> None:
@@ -178,36 +159,31 @@ def _remove(folder: Path) -> None:
 
 
 def _lock(folder: Path, patience: float) -> bool:
-    """Locks the folder for this process, which must not close the file. Raises ConfigError naming the process that has
-    it, OSError."""
+    """Locks the folder for this process, which must not close the file; False where there are no locks.
+
+    Raises ConfigError naming the process that has it, OSError."""
     descriptor = os.open(folder / LOCK, open_flags(os.O_RDWR | os.O_CREAT, "O_NOFOLLOW"), 0o644)
     deadline = time.monotonic() + patience
     while True:
         try:
-            if not lock(descriptor):
-                os.close(descriptor)
-                return False
+            locked = lock(descriptor)
             break
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 host, _, pid = os.pread(descriptor, 300, 0).decode(errors="replace").strip().rpartition(" ")
                 os.close(descriptor)
-                raise ConfigError(
-                    f"{folder}: process {pid or '?'} on {host or '?'} is training here - wait until it ends, stop it, "
-                    "or choose another name=...",
-                    code="in-use",
-                ) from None
+                problem = f"{folder}: process {pid or '?'} on {host or '?'} is training here"
+                fix = "wait until it ends, stop it, or choose another name=..."
+                raise ConfigError(f"{problem} - {fix}", code="in-use") from None
             time.sleep(0.05)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
-    return True
+    return locked
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        inner = isinstance(value, Mapping) and value
+        flat |= _flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return flat

@@ -1,0 +1,73 @@
+"""The first and the last lines of a run: what will be trained, on what, and how; what came of it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from retina import distributed
+from retina.data.annotations import Annotations
+from retina.engine.config import to_steps
+
+if TYPE_CHECKING:
+    from retina.data.sampler import DetectionBatchSampler
+    from retina.engine.checkpointer import TrainState
+
+
+def describe_run(
+    folder: Path, state: "TrainState", train: Annotations, val: Annotations, sampler: "DetectionBatchSampler"
+) -> list[str]:
+    """One line each for folder, device, data, classes, model, batch and learning rate."""
+    config, world = state.config, distributed.world_size()
+    counts = sorted(zip(train.class_counts().tolist(), train.classes, strict=True), reverse=True)
+    shown = ", ".join(f"{name} {count}" for count, name in counts[:20])
+    more = f", and {len(counts) - 20} more" if len(counts) > 20 else ""
+    sizes = [(p.numel() / 1e6, p.requires_grad) for p in state.model.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    parts = f"{world} process{'es' if world > 1 else ''} x {config.accumulate} x {sampler.micro_batch}"
+    epoch = f"{sampler.steps_per_epoch} steps per epoch"
+    if sampler.images_per_epoch != len(train):
+        epoch += f" of {sampler.images_per_epoch} images"
+    scale = config.batch_size / config.lr_batch_size
+    lr = state.optimizer.param_groups[0]["initial_lr"]
+    return [
+        f"run      {folder}",
+        f"device   {describe_device(state.device)}, {config.precision}" + (f", {world} processes" if world > 1 else ""),
+        f"data     {len(train)} images with {train.num_objects} objects; to evaluate {len(val)} with {val.num_objects}",
+        f"classes  {len(train.classes)}: {shown}{more}",
+        f"model    {total:.1f} M parameters, {trained:.1f} M trained",
+        f"batch    {config.batch_size} images ({parts}), {epoch}, {_num_steps(state, sampler)} in all",
+        f"lr       {lr:.3g} ({lr / scale:.3g} for {config.lr_batch_size} images x {scale:g})",
+    ]
+
+
+def too_low_rate(state: "TrainState", sampler: "DetectionBatchSampler") -> str:
+    """A warning if the schedule never reaches the learning rate, as with a warm-up longer than the run; else empty."""
+    steps = _num_steps(state, sampler)
+    some = range(0, steps, max(1, steps // 1000))
+    peak = max(state.schedule(step, total=steps, steps_per_epoch=sampler.steps_per_epoch) for step in some)
+    fix = f"give a schedule.warmup (or milestones) that fit {steps} steps, or a longer train.length"
+    return f"the learning rate never gets beyond {peak:.0%} of that - {fix}" if peak < 0.99 else ""
+
+
+def _num_steps(state: "TrainState", sampler: "DetectionBatchSampler") -> int:
+    return to_steps(state.config.length, steps_per_epoch=sampler.steps_per_epoch, total=None, key="length")
+
+
+def describe_end(folder: Path, state: "TrainState", stopped: int) -> list[str]:
+    """What came of the run, and what to do next."""
+    progress = state.progress
+    if stopped:
+        return [f"told to stop: saved at step {progress.step}, the same command goes on from there"]
+    best = f", best {state.config.best_metric} {progress.best or 0:.3f} at step {progress.best_step}"
+    return [
+        f"finished at step {progress.step}{'' if progress.best is None else best}: {folder / 'best.safetensors'}",
+        f"next: python tools/eval.py checkpoint={folder}   |   curves: {folder / 'curves.png'}",
+    ]
+
+
+def describe_device(device: torch.device) -> str:
+    """`cuda:0 (NVIDIA H100)`, `cpu (2 threads)`."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
