@@ -7,8 +7,9 @@ import random
 from typing import Any
 
 import numpy as np
+import torch
 
-from retina.data.transforms import Boxes, Pixels, Transform
+from retina.data.transforms import Boxes, Pixels, Transform, sides
 from retina.errors import ConfigError
 
 
@@ -21,8 +22,11 @@ def adapt(transform: Any, name: str = "transform", *, min_size: float = 1.0, min
         return transform
     if "albumentations" in libraries and hasattr(transform, "set_random_state"):
         return Albumentations(transform, min_size, min_visibility)
+    if "torchvision" in libraries and (made := Torchvision(transform)).is_known:
+        return made
     raise ConfigError(
-        f"{name}: {type(transform).__name__} is no transform - give one of retina.data.transforms or albumentations",
+        f"{name}: {type(transform).__name__} is no transform - give one of retina.data.transforms, albumentations or"
+        " torchvision.transforms.v2",
         code="augment",
         key="augment",
     )
@@ -50,3 +54,37 @@ class Albumentations(Transform):
         self.transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
         result = self.transform(image=image, bboxes=boxes)
         return result["image"], result["bboxes"]
+
+
+class Torchvision(Transform):
+    """A transform of torchvision.transforms.v2, or a composition such as `Compose` or `RandomApply`.
+
+    Its numbers come from torch's global generator, which is seeded for the call and left as it was. Boxes are its
+    `BoundingBoxes`; where it drops some (`SanitizeBoundingBoxes`), their rows, as its labels, go with them."""
+
+    def __init__(self, transform: Any) -> None:
+        from torchvision.transforms import v2
+
+        self.transform = transform
+        self.is_known = isinstance(transform, v2.Transform)
+        self.keeps_sizes = self.scale_free = isinstance(transform, (v2.RandomHorizontalFlip, v2.RandomVerticalFlip))
+
+    def __call__(self, image: Pixels, boxes: Boxes, seed: int) -> tuple[Any, Any]:  # `Pipeline` checks what comes out
+        from torchvision import tv_tensors
+
+        size = image.shape[:2]
+        corners = torch.from_numpy(boxes[:, :4] * sides(size))
+        sample = {
+            "image": tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)),
+            "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size),
+            "labels": torch.from_numpy(boxes[:, 4].copy()),
+        }
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed)
+        try:
+            sample = self.transform(sample)
+        finally:
+            torch.set_rng_state(state)
+        image = sample["image"].permute(1, 2, 0).numpy()
+        corners = sample["boxes"].numpy() / sides(image.shape[:2])
+        return image, np.concatenate([corners, sample["labels"].numpy()[:, None]], axis=1)

@@ -85,10 +85,9 @@ class ColorJitter(Transform):
 
     Brightness, contrast and saturation are factors, uniform in 1 - x .. 1 + x (none below 0): of the pixel, of its
     distance from the image's mean grey, of its distance from its own grey. `hue` turns colours by a uniform -hue .. hue
-    of the full circle around the grey axis, from red towards green, in the plane of YIQ's I and Q. So all are linear
-    except contrast's offset, and since nothing is clipped in between, one 3x4 matrix does all four, as NVIDIA DALI's
-    ColorTwist (P. Haeberli, Matrix Operations for Pixels Processing, 1993). albumentations and torchvision turn hue in
-    HSV, clip after each of the four, and take them in a random order.
+    of the full circle around the grey axis, from red towards green, in the plane of YIQ's I and Q. One 3x4 matrix does
+    all four, as NVIDIA DALI's ColorTwist (P. Haeberli, Matrix Operations for Pixels Processing, 1993), because nothing
+    is clipped in between. albumentations and torchvision turn hue in HSV, clip after each, and take a random order.
 
     The result is within one grey level of the exact one. Raises ValueError if an amount is negative or `hue` above 0.5.
     """
@@ -146,21 +145,14 @@ class ResizeShortSide(Transform):
             raise ValueError(f"sides must be positive, got short_side={short_side}, long_side={long_side}")
 
     def apply(self, image: Pixels, boxes: Boxes, generator: random.Random) -> tuple[Pixels, Boxes]:
-        return resize(image, self.draw_size(image.shape[0], image.shape[1], generator)), boxes
+        return resize(image, self.size_of(image.shape[:2], generator.choice(self.short_side))), boxes
 
-    def draw_size(self, height: int, width: int, generator: random.Random) -> tuple[int, int]:
-        """What an image of this size becomes, as (height, width)."""
-        return self._size(height, width, generator.choice(self.short_side))
-
-    def largest_size(self, height: int, width: int) -> tuple[int, int]:
-        """What an image of this size becomes at most."""
-        return self._size(height, width, max(self.short_side))
-
-    def _size(self, height: int, width: int, short_side: int) -> tuple[int, int]:
-        scale = short_side / min(height, width)
+    def size_of(self, size: tuple[int, ...], short_side: int) -> tuple[int, int]:
+        """(height, width) that an image of this (height, width) becomes."""
+        scale = short_side / min(size)
         if self.long_side is not None:
-            scale = min(scale, self.long_side / max(height, width))
-        return _scaled(height, width, scale)
+            scale = min(scale, self.long_side / max(size))
+        return _scaled(size, scale)
 
 
 class LargeScaleJitter(Transform):
@@ -181,7 +173,7 @@ class LargeScaleJitter(Transform):
 
     def apply(self, image: Pixels, boxes: Boxes, generator: random.Random) -> tuple[Pixels, Boxes]:
         fit = min(self.height / image.shape[0], self.width / image.shape[1])
-        resized = _scaled(image.shape[0], image.shape[1], fit * generator.uniform(*self.scale))
+        resized = _scaled(image.shape[:2], fit * generator.uniform(*self.scale))
         height, width = min(self.height, resized[0]), min(self.width, resized[1])
         top, left = generator.randint(0, resized[0] - height), generator.randint(0, resized[1] - width)
         moved = boxes.copy()
@@ -206,17 +198,13 @@ class Sample(NamedTuple):
 
 
 class Pipeline:
-    """Named transforms, applied in order to an image and its boxes.
+    """Named transforms, applied in order to an image and its boxes: ours, or what `retina.data.adapters` adapts.
 
-    After each transform (and at the end, if that was a flip or `ColorJitter`: they change no box's size) boxes are
-    clipped to the image; one that is then narrower or lower than `min_size` pixels, or has less than `min_visibility`
-    of the area it had before that clip, is dropped with its label and crowd flag.
-    Boxes that come in outside the image are clipped to it, those that come in without area are dropped; none raises.
-    In between, coordinates are float64 fractions of the image: a box that nothing moves comes out within 0.001 px of
-    what it was (images up to 8192 px).
-
-    These are the rules of `albumentations.Compose` with `clip`, `filter_invalid_bboxes` and `check_each_transform`, in
-    a fifth of its time.
+    Coordinates are float64 fractions of the image meanwhile. After each transform that may change a box's size, and at
+    the end, boxes are clipped to the image; one that is then narrower or lower than `min_size` pixels, or has less than
+    `min_visibility` of the area it had before that clip, is dropped with its label and crowd flag. Boxes without area
+    are dropped. So does `albumentations.Compose` with `clip`, `filter_invalid_bboxes` and `check_each_transform`, in
+    five times the time.
 
     Each transform draws from a random stream of its own, keyed by its name in the mapping, so that switching one off
     does not change what the others do. (`Compose.set_random_seed` of albumentations 2.0.8 gives every transform the
@@ -234,17 +222,16 @@ class Pipeline:
             raise ValueError(f"min_visibility must lie in 0..1, got {min_visibility}")
         # a box of exactly min_size must survive what float32 does to its sides
         self.min_size, self.min_visibility = min_size * (1 - 1e-3), min_visibility * (1 - 1e-6)
-        self.transforms = {name: self._adapted(name, transform) for name, transform in transforms.items()}
+        self.transforms: dict[str, Transform] = {}
+        for name, transform in transforms.items():
+            if not isinstance(transform, Transform):
+                from retina.data.adapters import adapt  # only for other libraries' transforms
+
+                transform = adapt(transform, name, min_size=self.min_size, min_visibility=self.min_visibility)
+            self.transforms[name] = transform
         *before, last = self.transforms.values() if self.transforms else [None]
         self._resize = last if isinstance(last, ResizeShortSide) else None
         self._may_reduce = all(transform.scale_free for transform in before if transform)
-
-    def _adapted(self, name: str, transform: Any) -> Transform:
-        if isinstance(transform, Transform):
-            return transform
-        from retina.data.adapters import adapt  # only for other libraries' transforms
-
-        return adapt(transform, name, min_size=self.min_size, min_visibility=self.min_visibility)
 
     def __call__(self, sample: Sample, seed: int) -> Sample:
         """The transformed sample: a pure function of the sample and the seed."""
@@ -257,24 +244,22 @@ class Pipeline:
         image = sample.image
         size: tuple[int, int] = sample.size or (image.shape[0], image.shape[1])
         boxes = np.empty((len(sample.boxes), 5))
-        boxes[:, :4] = _clip(sample.boxes / _sides(size))
+        boxes[:, :4] = _clip(sample.boxes / sides(size))
         boxes[:, 4] = np.arange(len(boxes))
         boxes = boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
         checked = False
         for name, transform in self.transforms.items():
             stream = stable_hash(seed, name)
             if transform is self._resize:
-                size = self._resize.draw_size(*size, random.Random(stream))
+                size = self._resize.size_of(size, random.Random(stream).choice(self._resize.short_side))
             else:
                 shape = image.shape[:2]
                 image, boxes = transform(image, boxes, stream)
                 if image.shape[:2] != shape:
                     size = image.shape[0], image.shape[1]
             checked = not transform.scale_free
-            if checked:
-                boxes = self._kept(boxes, size)
-        if not checked:
-            boxes = self._kept(boxes, size)
+            boxes = self._kept(boxes, size) if checked else boxes
+        boxes = boxes if checked else self._kept(boxes, size)
         if image.dtype != np.uint8 or image.shape[2:] != (3,):
             raise ConfigError(
                 f"augment: {', '.join(self.transforms)}: the image came out as {image.dtype} of shape {image.shape}"
@@ -284,7 +269,7 @@ class Pipeline:
         rows = boxes[:, 4].round().astype(np.int64)
         return sample._replace(
             image=np.ascontiguousarray(image),
-            boxes=(boxes[:, :4] * _sides(size)).astype(np.float32),
+            boxes=(boxes[:, :4] * sides(size)).astype(np.float32),
             labels=sample.labels[rows],
             crowd=sample.crowd[rows],
             size=size,
@@ -293,7 +278,9 @@ class Pipeline:
     def least_size(self, size: tuple[int, int]) -> tuple[int, int] | None:
         """How small, as (height, width), an image of this size may come here: as the resize at the end makes it, if
         nothing before that counts in pixels. None: as it is."""
-        return self._resize.largest_size(*size) if self._resize and self._may_reduce else None
+        if not (self._resize and self._may_reduce):
+            return None
+        return self._resize.size_of(size, max(self._resize.short_side))
 
     def _kept(self, boxes: Float[ndarray, "..."], size: tuple[int, int]) -> Boxes:
         """Boxes clipped to the image, without those that are then too small."""
@@ -328,13 +315,14 @@ def _clip(fractions: Float[ndarray, "M 4"]) -> Float[ndarray, "M 4"]:
     return np.minimum(np.maximum(fractions, 0.0), 1.0)  # np.clip takes as long as the rest of the box arithmetic
 
 
-def _sides(size: tuple[int, int]) -> Float64[ndarray, "4"]:
+def sides(size: tuple[int, int]) -> Float64[ndarray, "4"]:
     height, width = size
     return np.array([width, height, width, height], dtype=np.float64)
 
 
-def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+def _scaled(size: tuple[int, ...], scale: float) -> tuple[int, int]:
+    height, width = (max(1, int(side * scale + 0.5)) for side in size)
+    return height, width
 
 
 def resize(
