@@ -130,86 +130,74 @@ class Images:
     """Whether a record lacks the id that others may refer to: then an unknown id is not one more fault."""
 
 
-def check_categories(file: Path, records: list[Any], faults: list[str]) -> dict[int, str]:
+def check_categories(file: Path, records: list[Any], report: DataReport) -> dict[int, str]:
     """Name of every category id. Ids of faulty records count too, so that one fault does not cause thousands."""
     name_of: dict[int, str] = {}
-    taken: dict[str, int] = {}
-    for position, record in enumerate(records):
-        problem = _missing_keys(record, "categories")
-        if not problem and not _is_id(record["id"]):
-            problem = f"id {brief(record['id'])} is not a whole number - number the categories"
-        if problem:
-            faults.append(f"{file}: categories[{position}]: {problem}")
-            continue
+    id_of: dict[str, int] = {}
+    for record in _with_ids(file, "categories", records, report)[0]:
         category_id, name = record["id"], record["name"]
+        problem = None
         if category_id in name_of:
             problem = f"id is already that of {brief(name_of[category_id])} - give every category its own id"
         elif not isinstance(name, str) or not name.strip():
             problem = f"name {brief(name)} is no text - give every category a name"
-        elif name in taken:
-            problem = f"name {brief(name)} is already that of category {taken[name]} - merge the two, or rename one"
+        elif name in id_of:
+            problem = f"name {brief(name)} is already that of category {id_of[name]} - merge the two, or rename one"
         if problem:
-            faults.append(f"{file}: category {category_id}: {problem}")
+            report.faults.append(f"{file}: category {category_id}: {problem}")
         name_of.setdefault(category_id, str(name))
-        taken.setdefault(str(name), category_id)
+        id_of.setdefault(str(name), category_id)
     return name_of
 
 
-def check_images(
-    file: Path, records: list[Any], faults: list[str], warnings: list[str], *, allow_outside: bool
-) -> Images:
+def check_images(file: Path, records: list[Any], report: DataReport, *, allow_outside: bool) -> Images:
     """The images and their faults. Of records that contradict each other, none is used; of equal ones, the first."""
     images = Images()
     by_id: dict[int, ImageRecord] = {}
-    by_name: dict[str, ImageRecord] = {}
+    by_path: dict[str, ImageRecord] = {}
     by_folded: dict[str, ImageRecord] = {}
-    for position, record in enumerate(records):
-        problem = _missing_keys(record, "images")
-        if not problem and not _is_id(record["id"]):
-            problem = f"id {brief(record['id'])} is not a whole number - number the images"
-        if problem:
-            faults.append(f"{file}: images[{position}]: {problem}")
-            if isinstance(record, dict) and _is_id(record.get("id")):
-                images.left_out[record["id"]] = str(record.get("file_name", "no file_name"))
-            else:
-                images.ids_unclear = True
-            continue
+    sound, others = _with_ids(file, "images", records, report)
+    for record in others:
+        if isinstance(record, dict) and _is_id(record.get("id")):
+            images.left_out[record["id"]] = str(record.get("file_name", "no file_name"))
+        else:
+            images.ids_unclear = True
+    for record in sound:
         image_id, name = record["id"], record["file_name"]
-        problem = _image_problem(record, allow_outside)
-        if problem:
-            faults.append(f"{file}: image {image_id} ({name if isinstance(name, str) else brief(name)}): {problem}")
+        where = f"{file}: image {image_id} ({name if isinstance(name, str) else brief(name)})"
+        if problem := _image_problem(record, allow_outside):
+            report.faults.append(f"{where}: {problem}")
             images.left_out[image_id] = str(name)
             continue
         image = ImageRecord(image_id, name, (int(record["height"]), int(record["width"])))
         path = posixpath.normpath(name) if "./" in name or "//" in name else name
         folded = path.casefold()
-        if twin := by_id.get(image_id):
-            problem = f"id is already that of {twin.name} - give every image its own id"
-        elif twin := by_name.get(path):
+        if twin := by_id.get(image_id) or by_path.get(path):
             problem = f"file_name is already that of image {twin.id} - merge the two records"
-        elif alike := by_folded.get(folded):
-            warnings.append(
-                f"{file}: image {image_id} ({name}): differs from image {alike.id} ({alike.name}) in case only - "
-                "rename one: on some disks they are one file"
-            )
-        if problem and twin:
-            faults.append(f"{file}: image {image_id} ({name}): {problem}")
+            if twin.id == image_id:
+                problem = f"id is already that of {twin.name} - give every image its own id"
+                images.ids_unclear = True
+            report.faults.append(f"{where}: {problem}")
             if (twin.id, twin.name) != (image_id, name):
                 images.left_out |= {image_id: name, twin.id: twin.name}
-            images.ids_unclear |= twin.id == image_id
             continue
-        by_id[image_id] = by_name[path] = by_folded[folded] = image
+        if alike := by_folded.get(folded):
+            report.warnings.append(
+                f"{where}: differs from image {alike.id} ({alike.name}) in case only - rename one: on some disks they "
+                "are one file"
+            )
+        by_id[image_id] = by_path[path] = by_folded[folded] = image
         images.sound.append(image)
     images.sound = [image for image in images.sound if image.id not in images.left_out]
     return images
 
 
-def check_links(file: Path, images: Images, image_root: Path, faults: list[str]) -> bool:
+def check_links(file: Path, images: Images, image_root: Path, report: DataReport) -> bool:
     """Takes out the images that symbolic links lead out of the image folder; whether there are any."""
     outside = links_outside(image_root, [image.name for image in images.sound])
     for row, target in outside.items():
         image = images.sound[row]
-        faults.append(
+        report.faults.append(
             f"{file}: image {image.id} ({image.name}): a symbolic link leads out of the image folder, to "
             f"{brief(target)} - copy the file there, or set allow_outside=true"
         )
@@ -224,8 +212,7 @@ def check_annotations(
     images: Images,
     name_of: Mapping[int, str],
     classes: Sequence[str],
-    faults: list[str],
-    warnings: list[str],
+    report: DataReport,
 ) -> list[int]:
     """Positions of the annotations that are whole, of a sound image, and of a category that is one of `classes`."""
     names = images.left_out | {image.id: image.name for image in images.sound}
@@ -237,18 +224,28 @@ def check_annotations(
         if problem and images.ids_unclear and problem.startswith("image_id "):
             continue
         if problem:
-            faults.append(f"{file}: {describe(record, position, names)}: {problem}")
+            report.faults.append(f"{file}: {describe(record, position, names)}: {problem}")
         elif record["category_id"] not in known:
             outside[record["category_id"]] += 1
         elif record["image_id"] not in images.left_out:
             sound.append(position)
     for category_id, count in outside.items():
         name = name_of[category_id]
-        faults.append(
+        close = difflib.get_close_matches(name, classes, n=1)
+        fix = "remove its annotations, or train with this class"
+        if close:
+            fix = f"rename it to {close[0]!r} if that is meant, or remove its annotations"
+        report.faults.append(
             f"{file}: category {category_id} ({name}): used by {count} annotation{'s' * (count > 1)} but not among the "
-            f"classes {some(classes)} - {_nearest(name, classes)}"
+            f"classes {some(classes)} - {fix}"
         )
-    _warn_of_ids(file, records, warnings)
+    # annotation ids mean nothing here, but other tools drop annotations over them
+    ids = Counter(record["id"] for record in records if isinstance(record, dict) and _is_id(record.get("id")))
+    if twice := [str(annotation_id) for annotation_id, count in ids.items() if count > 1]:
+        report.warnings.append(
+            f"{file}: annotations: id {some(twice)} used more than once - renumber them for other tools; here they are "
+            "not used"
+        )
     return sound
 
 
@@ -297,15 +294,17 @@ def _annotation_problem(record: Any, images: Container[int], categories: Contain
     return None
 
 
-def _warn_of_ids(file: Path, records: list[Any], warnings: list[str]) -> None:
-    """Annotation ids mean nothing here, but other tools drop annotations over them: one warning for the file."""
-    ids = [record["id"] for record in records if isinstance(record, dict) and _is_id(record.get("id"))]
-    if len(set(ids)) < len(ids):
-        twice = [annotation_id for annotation_id, count in Counter(ids).items() if count > 1]
-        warnings.append(
-            f"{file}: annotations: id {some([str(annotation_id) for annotation_id in twice])} used more than once - "
-            "renumber them for other tools; here they are not used"
-        )
+def _with_ids(file: Path, section: str, records: list[Any], report: DataReport) -> tuple[list[Any], list[Any]]:
+    """Records that have all keys and a whole number as id, and the others, which are faults."""
+    sound, others = [], []
+    for position, record in enumerate(records):
+        problem = _missing_keys(record, section)
+        if not problem and not _is_id(record["id"]):
+            problem = f"id {brief(record['id'])} is not a whole number - number the {section}"
+        if problem:
+            report.faults.append(f"{file}: {section}[{position}]: {problem}")
+        (others if problem else sound).append(record)
+    return sound, others
 
 
 def _missing_keys(record: Any, section: str) -> str | None:
@@ -334,16 +333,8 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def _nearest(name: str, classes: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, classes, n=1)
-    if close:
-        return f"rename it to {close[0]!r} if that is meant, or remove its annotations"
-    return "remove its annotations, or train with this class"
-
-
-# Boxes against their images: single ones that are wrong or odd, and whole files in another convention.
-#
-# Vectorised, because annotation files have a million of them. Boxes are COCO's [x, y, width, height] in pixels.
+# Boxes against their images, vectorised, because annotation files have a million of them. Boxes are COCO's
+# [x, y, width, height] in pixels.
 _FARTHEST = 2.0**31
 _ENOUGH = 3
 """Boxes from which on a file may be judged as a whole."""
@@ -395,13 +386,14 @@ def box_problems(xywh: Float64[np.ndarray, "T 4"], sizes: Int64[np.ndarray, "T 2
         reach = np.minimum(xywh[:, :2] + xywh[:, 2:], sizes[:, ::-1]) - np.maximum(xywh[:, :2], 0)
     outside = ((reach < 0) | ((reach == 0) & (xywh[:, 2:] > 0))).any(axis=1)
     side = xywh[:, 2:].min(axis=1)
+    too_far = np.abs(xywh).max(axis=1, initial=0) > _FARTHEST
+    image = "the image of {width}x{height}"
     kinds: list[tuple[Bool[np.ndarray, "T"], str, bool]] = [
-        (np.abs(xywh).max(axis=1, initial=0) > _FARTHEST, "is larger than any image - correct or remove it", True),
-        (outside, "lies outside the image of {width}x{height} - correct it, or the image's width and height", True),
+        (too_far, "is larger than any image - correct or remove it", True),
+        (outside, f"lies outside {image} - correct it, or the image's width and height", True),
         (
             overhang > MAX_OVERHANG,
-            "leaves the image of {width}x{height} by {overhang:g} px - training clips it; correct it, or the image's "
-            "width and height",
+            f"leaves {image} by {{by:g}} px - training clips it; correct it, or the image's width and height",
             False,
         ),
         (side == 0, "has no area - training leaves it out; correct or remove it", False),
@@ -412,9 +404,9 @@ def box_problems(xywh: Float64[np.ndarray, "T 4"], sizes: Int64[np.ndarray, "T 2
     for mask, text, is_fault in kinds:
         for row in np.flatnonzero(mask & ~reported).tolist():
             height, width = sizes[row].tolist()
-            shown = ", ".join(f"{value:.12g}" for value in xywh[row].tolist())
-            words = text.format(width=width, height=height, overhang=overhang[row])
-            problems.append(BoxProblem(row, f"bbox [{shown}] {words}", is_fault))
+            numbers = ", ".join(f"{value:.12g}" for value in xywh[row].tolist())
+            words = text.format(width=width, height=height, by=overhang[row])
+            problems.append(BoxProblem(row, f"bbox [{numbers}] {words}", is_fault))
         reported |= mask
     return iter(sorted(problems))
 

@@ -5,7 +5,6 @@ The only place that knows COCO's conventions (`xywh` boxes, sparse category ids)
 Format: https://cocodataset.org/#format-data and #format-results.
 """
 
-import codecs
 import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,8 +30,8 @@ from retina.data.checks import (
     check_links,
     convention_problem,
     describe,
-    some,
 )
+from retina.data.document import listing, parse_document, read_bytes
 from retina.errors import DataError
 from retina.files import write_whole
 
@@ -86,34 +85,33 @@ def _parse(
     file: Path, image_root: Path, request: Request, report: DataReport, *, skip_faulty: bool
 ) -> CachedAnnotations:
     """Reads and checks the JSON itself, and stores the result of a large file. Warnings go to `report` at once."""
-    faults: list[str] = []
-    warnings = report.warnings
-    known_warnings = len(warnings)
+    found = DataReport(warnings=report.warnings)
+    known_warnings = len(report.warnings)
     data = read_bytes(file)
-    document = parse_document(file, data, warnings)
+    document = parse_document(file, data, report.warnings)
     entry = annotation_cache.entry_of(data, request)
     del data
-    name_of = check_categories(file, document["categories"], faults)
-    unclear = bool(faults)
-    images = check_images(file, document["images"], faults, warnings, allow_outside=request.allow_outside)
-    if not request.allow_outside and check_links(file, images, image_root, faults):
+    name_of = check_categories(file, document["categories"], found)
+    unclear = bool(found.faults)
+    images = check_images(file, document["images"], found, allow_outside=request.allow_outside)
+    if not request.allow_outside and check_links(file, images, image_root, found):
         entry = None  # links may be mended while the file stays as it is
     if unclear:  # nearly every annotation would be at fault for its category
-        raise RecordsError(faults)
+        raise RecordsError(found.faults)
 
     classes = request.classes
     if classes is None:
         classes = [name_of[category_id] for category_id in sorted(name_of)]
     records = document["annotations"]
-    positions = check_annotations(file, records, images, name_of, classes, faults, warnings)
-    objects = _objects(file, records, positions, images, faults, warnings)
-    if faults and not (skip_faulty and images.sound):
-        raise RecordsError(faults)
+    positions = check_annotations(file, records, images, name_of, classes, found)
+    objects = _objects(file, records, positions, images, found)
+    if found.faults and not (skip_faulty and images.sound):
+        raise RecordsError(found.faults)
     annotations = _arranged(file, image_root, classes, name_of, images.sound, objects)
-    reading = CachedAnnotations(annotations, faults, warnings[known_warnings:])
+    reading = CachedAnnotations(annotations, found.faults, report.warnings[known_warnings:])
     complaint = annotation_cache.store(entry, reading, allow_outside=request.allow_outside) if entry else None
-    if complaint and complaint not in warnings:
-        warnings.append(complaint)
+    if complaint and complaint not in report.warnings:
+        report.warnings.append(complaint)
     return reading
 
 
@@ -171,9 +169,7 @@ class _Objects(NamedTuple):
     xywh: Float64[np.ndarray, "T 4"]
 
 
-def _objects(
-    file: Path, records: list[Any], positions: list[int], images: Images, faults: list[str], warnings: list[str]
-) -> _Objects:
+def _objects(file: Path, records: list[Any], positions: list[int], images: Images, report: DataReport) -> _Objects:
     """The annotations at `positions` whose boxes fit. Raises DataError if all boxes are in another convention."""
     row_of = {image.id: row for row, image in enumerate(images.sound)}
     sound = [records[position] for position in positions]
@@ -186,7 +182,7 @@ def _objects(
     kept = np.ones(len(rows), dtype=np.bool_)
     for problem in box_problems(xywh, sizes):
         line = f"{file}: {describe(sound[problem.row], positions[problem.row], names)}: {problem.text}"
-        (faults if problem.is_fault else warnings).append(line)
+        (report.faults if problem.is_fault else report.warnings).append(line)
         kept[problem.row] = not problem.is_fault
     return _Objects([a for a, keep in zip(sound, kept.tolist(), strict=True) if keep], rows[kept], xywh[kept])
 
@@ -248,80 +244,3 @@ def write_results(
 
 def _offsets(counts: Int[np.ndarray, "N"]) -> Int64[np.ndarray, "N+1"]:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-
-_FOREIGN = {
-    b"\x1f\x8b": ("is compressed with gzip", "unpack it with gunzip and give the JSON file"),
-    b"PK\x03\x04": ("is a zip archive", "unpack it and give the JSON file inside"),
-    b"BZh": ("is compressed with bzip2", "unpack it with bunzip2 and give the JSON file"),
-    b"\xfd7zXZ": ("is compressed with xz", "unpack it with unxz and give the JSON file"),
-    b"version https://git-lfs": ("is a pointer of Git LFS", "fetch it with: git lfs pull"),
-    b"<": ("is XML or HTML", "give a COCO JSON file; tools/convert.py reads Pascal VOC and YOLO"),
-}
-"""First bytes of what is given instead of JSON, what that is, and what to do."""
-_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-
-def read_bytes(file: Path) -> bytes:
-    """The content of an annotation file. Raises DataError if it is not there or cannot be read."""
-    try:
-        if file.is_file():
-            return file.read_bytes()
-        state = "is a folder" if file.is_dir() else "is no regular file" if file.exists() else "no such annotation file"
-    except OSError as error:
-        raise DataError(
-            f"{file}: cannot be read ({error.strerror}) - check its permissions and the disk", code="unreadable-file"
-        ) from error
-    raise DataError(f"{file}: {state}{listing(file.parent)} - give the path of a COCO JSON file", code="no-such-file")
-
-
-def parse_document(file: Path, data: bytes, warnings: list[str]) -> dict[str, Any]:
-    """Parse the content of the file and check what holds the records, not the records.
-
-    A byte order mark is read over, with a warning, since other readers refuse it. Raises DataError."""
-    if not data.strip():
-        raise _no_coco(file, f"is empty ({len(data)} bytes)", "export it again, or finish its download")
-    for magic, (what, fix) in _FOREIGN.items():
-        if data.startswith(magic):
-            raise _no_coco(file, f"{what}, not JSON", fix)
-    if data.startswith(_MARKS):
-        warnings.append(f"{file}: starts with a byte order mark (BOM) - save it as UTF-8 without BOM: others refuse it")
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise _no_coco(file, _json_problem(data, error), "export it again, or finish its download") from error
-    if isinstance(document, list):
-        problem = "is a list, as files of detection results are, not an object"
-        raise _no_coco(file, problem, "give the annotation file, with `images`, `annotations` and `categories`")
-    if not isinstance(document, dict):
-        raise _no_coco(file, f"holds a {type(document).__name__}, not an object", "give a COCO annotation file")
-    for section in ("images", "annotations", "categories"):
-        if not isinstance(document.get(section), list):
-            state = "is not a list" if section in document else f"is missing (there is {some(list(document))})"
-            raise _no_coco(file, f"`{section}` {state}", "give a COCO annotation file, or export it again")
-        if not document[section] and section != "annotations":
-            raise _no_coco(file, f"`{section}` is empty", "give a file with at least one record there")
-    return document
-
-
-def listing(folder: Path) -> str:
-    """What a reader who looked in vain may want to see: the content of the nearest folder that exists."""
-    try:
-        while not folder.is_dir() and folder != folder.parent:
-            folder = folder.parent
-        names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())
-    except OSError as error:
-        return f" ({folder}: {error.strerror})"
-    return f", but {folder} holds {some(names)}"
-
-
-def _no_coco(file: Path, problem: str, fix: str) -> DataError:
-    return DataError(f"{file}: {problem} - {fix}", code="not-coco")
-
-
-def _json_problem(data: bytes, error: Exception) -> str:
-    text = data.rstrip(b" \t\r\n\0")
-    at_end = isinstance(error, json.JSONDecodeError) and error.pos >= len(error.doc.rstrip(" \t\r\n\0"))
-    if text[:1] in (b"{", b"[") and (at_end or text[-1:] not in (b"}", b"]")):
-        return f"is cut off after {len(text)} bytes: the JSON does not end"
-    return f"is not JSON ({error})"
