@@ -296,7 +296,8 @@ def _annotation_problem(record: Any, images: Container[int], categories: Contain
 
 def _with_ids(file: Path, section: str, records: list[Any], report: DataReport) -> tuple[list[Any], list[Any]]:
     """Records that have all keys and a whole number as id, and the others, which are faults."""
-    sound, others = [], []
+    sound: list[Any] = []
+    others: list[Any] = []
     for position, record in enumerate(records):
         problem = _missing_keys(record, section)
         if not problem and not _is_id(record["id"]):
