@@ -20,7 +20,8 @@ from PIL import Image, ImageFile
 from faults import refused
 from retina.data.coco import read_coco
 from retina.data.dataset import CocoDetection
-from retina.data.images import _opened, image_size, list_images, read_image, read_reduced
+from retina.data.image_files import opened
+from retina.data.images import image_size, list_images, read_image, read_reduced
 from retina.data.transforms import eval_pipeline
 from retina.errors import DataError
 
@@ -455,7 +456,7 @@ def test_a_file_that_another_process_shortens_does_not_kill_the_reader(tmp_path,
     Image.new("L", (200, 200), 77).save(tmp_path / name)
 
     def read(path: Path) -> int:
-        with _opened(path, 40_000) as image:
+        with opened(path, 40_000) as image:
             image.load()
             os.truncate(path, 0)
             return int(np.asarray(image).min())

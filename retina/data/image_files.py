@@ -1,0 +1,140 @@
+"""Opening image files of strangers: only regular files, of known formats, of few enough pixels. Beside the road.
+
+Every fault on the way to the pixels, whatever library it comes from, is a DataError of one line."""
+
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+# importing a plugin registers its format; what is not imported (EPS runs Ghostscript) is never tried on a file
+from PIL import (
+    BmpImagePlugin,  # noqa: F401
+    GifImagePlugin,  # noqa: F401
+    Image,
+    ImageFile,
+    JpegImagePlugin,  # noqa: F401
+    PngImagePlugin,
+    PpmImagePlugin,  # noqa: F401
+    TiffImagePlugin,  # noqa: F401
+    WebPImagePlugin,  # noqa: F401
+)
+
+from retina.errors import DataError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MAX_PIXELS = 100_000_000
+"""Images of more pixels than this are refused before they are decoded, unless a caller allows more."""
+
+ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image of each EXIF orientation upright (Exif 2.32, tag 0x0112)."""
+SWAPPING = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))
+"""Those that swap width and height."""
+_MAX_EXIF = 1 << 20
+
+
+@contextmanager
+def opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+    """The image with nothing but its header read. Whatever is raised in the block leaves it as a DataError."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have set it; half a picture must never be trained on
+    if Image.MAX_IMAGE_PIXELS is not None:  # some formats ask while they load, and would warn of what is allowed here
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+    try:
+        with _open_regular(path) as file:
+            image = _identify(path, file, max_pixels)
+            _check_pixels(path, image.size, max_pixels)
+            yield image
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:  # formats that Pillow itself checks before we can
+        problem = f"has too many pixels ({error})"
+        raise fault(path, "too-many-pixels", problem, "make it smaller or remove it") from error
+    except MemoryError as error:
+        problem = "needs more memory than there is"
+        raise fault(path, "out-of-memory", problem, "make it smaller, or lower num_workers") from error
+    except Exception as error:  # on a damaged file, decoders raise whatever they stumble over
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{error}" or type(error).__name__
+        problem = f"cannot be decoded ({reason})"
+        raise fault(path, "bad-image", problem, "copy or download it again, or remove it") from error
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """The file opened, if it is one. Opening a pipe would wait for a writer, and opening a device may do anything."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            problem = "is a folder, pipe or device, not a file"
+            raise fault(path, "not-a-file", problem, "replace it by an image, or remove it")
+        return open(path, "rb")
+    except FileNotFoundError as error:
+        problem, fix = "no such image", "correct the file name or the image folder"
+        if os.path.islink(path):
+            problem, fix = f"is a link to {os.readlink(path)}, which is missing", "restore or remove it"
+        raise fault(path, "no-such-image", problem, fix) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        problem = f"cannot be opened ({getattr(error, 'strerror', None) or error})"
+        raise fault(path, "unreadable-image", problem, "correct its name or give read permission") from error
+
+
+def _identify(path: Path, file: BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
+    """`Image.open` for `FORMATS`, without its own limit of pixels, which warns of images up to twice as large.
+
+    Pillow is given no file name, or it would map some files into memory; a mapped file that another process shortens
+    kills the reader.
+    """
+    start = file.read(16)
+    if not start:
+        raise fault(path, "bad-image", "is empty (0 bytes)", "copy or download it again, or remove it")
+    for name in FORMATS:
+        make, accepts = Image.OPEN[name]
+        if accepts is not None and accepts(start) is True:
+            if name == "GIF":  # Pillow fills a whole frame while it reads the header of some
+                _check_pixels(path, struct.unpack("<HH", start[6:10]), max_pixels)
+            file.seek(0)
+            return make(file, "")
+    problem = f"is not an image that can be read here ({', '.join(FORMATS)})"
+    raise fault(path, "bad-image", problem, "replace or convert it, or remove it")
+
+
+def _check_pixels(path: Path, size: tuple[int, ...], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        problem = f"has {width}x{height} pixels, more than max_pixels={max_pixels} allows"
+        raise fault(path, "too-many-pixels", problem, "make it smaller, remove it, or raise that limit")
+
+
+def turn_of(image: ImageFile.ImageFile) -> Image.Transpose | None:
+    """What makes the image upright, from what stands before its pixels (in a PNG, also behind them)."""
+    try:
+        if isinstance(image, PngImagePlugin.PngImageFile) and "exif" not in image.info:
+            image.info |= _late_exif(image.fp)  # type: ignore[arg-type] # it is open
+        # not the PNG's own getexif, which decodes the pixels to see what comes behind them
+        return _TURNS.get(Image.Image.getexif(image).get(ORIENTATION, 1))
+    except Exception:  # EXIF data may be anything, and are worth no image
+        return None
+
+
+def _late_exif(file: BinaryIO) -> dict[str, bytes]:
+    """The eXIf chunk of a PNG whose header has none, as `exif`. (Loading the pixels begins with a seek to them.)"""
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        length = int.from_bytes(head[:4], "big")
+        if head[4:] == b"eXIf":
+            return {"exif": file.read(min(length, _MAX_EXIF))}
+        file.seek(length + 4, os.SEEK_CUR)
+    return {}
+
+
+def fault(path: Path | str, code: str, problem: str, fix: str) -> DataError:
+    return DataError(f"{path}: {' '.join(problem.split())} - {fix}", code=code)
