@@ -126,44 +126,39 @@ def write(config: ConvertConfig, data: Records) -> None:
 
 def unique_names(records: Sequence[Record]) -> list[str]:
     """File names of a split, made distinct by _2, _3, ... also where upper and lower case are the same."""
-    taken: set[str] = set()
-    names = []
+    names: dict[str, str] = {}
     for record in records:
         path, name, count = PurePosixPath(record.file_name), record.file_name, 1
-        while name.casefold() in taken:
+        while name.casefold() in names:
             count += 1
             name = path.with_stem(f"{path.stem}_{count}").as_posix()
-        taken.add(name.casefold())
-        names.append(name)
-    return names
+        names[name.casefold()] = name
+    return list(names.values())
 
 
 def place(image: Path, target: Path, *, copy: bool) -> None:
     """Bring an image to `target` without changing it: hard link, else symbolic link, else (or with `copy`) a copy."""
     assert ".." not in target.parts
-    image = image.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    for link in () if copy else (os.link, os.symlink):
+    for put in (shutil.copyfile,) if copy else (os.link, os.symlink, shutil.copyfile):
         try:
-            return link(image, target)
+            put(image.resolve(), target)
+            return
         except OSError:  # another file system, or one without such links
-            continue
-    shutil.copyfile(image, target)
-    return None
+            if put is shutil.copyfile:
+                raise
 
 
 def to_coco(records: Sequence[Record], names: Sequence[str], classes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """The COCO document of a split. Ids count from 1; categories follow `classes`; whole numbers are written whole."""
-    category_of = {name: k for k, name in enumerate(classes, 1)}
+    categories = [{"id": k, "name": name, "supercategory": "none"} for k, name in enumerate(classes, 1)]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, (record, name) in enumerate(zip(records, names, strict=True), 1):
-        height, width = record.size
-        images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+        images.append({"id": image_id, "file_name": name, "height": record.size[0], "width": record.size[1]})
         for item in record.objects:
             x1, y1, x2, y2 = item.box
             box = [int(v) if v.is_integer() else v for v in (x1, y1, x2 - x1, y2 - y1)]
-            annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category_of[item.name]}
-            annotations.append({**annotation, "bbox": box, "area": box[2] * box[3], "iscrowd": int(item.crowd)})
-    categories = [{"id": k, "name": name, "supercategory": "none"} for k, name in enumerate(classes, 1)]
+            ids = {"id": len(annotations) + 1, "image_id": image_id, "category_id": classes.index(item.name) + 1}
+            annotations.append(ids | {"bbox": box, "area": box[2] * box[3], "iscrowd": int(item.crowd)})
     return {"images": images, "annotations": annotations, "categories": categories}

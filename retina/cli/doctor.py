@@ -72,18 +72,16 @@ def examine_images(data: DataConfig, splits: Mapping[str, "Annotations"], report
 def describe(report: DataReport) -> list[str]:
     """What was read: places, counts, and objects per class."""
     lines = []
-    for split, told in report.splits.items():
-        lines.append(
-            f"{split}: {told['num_images']:,} images ({told['num_images_without_objects']:,} without objects), "
-            f"{told['num_objects']:,} objects, {told['num_crowd_regions']:,} crowd regions - {told['annotations']}"
-        )
-    counts = {split: told["objects_per_class"] for split, told in report.splits.items()}
-    names = list(dict.fromkeys(name for of_class in counts.values() for name in of_class))
-    if names:
+    for split, counts in report.splits.items():
+        empty = f"{counts['num_images_without_objects']:,} without objects"
+        objects = f"{counts['num_objects']:,} objects, {counts['num_crowd_regions']:,} crowd regions"
+        lines.append(f"{split}: {counts['num_images']:,} images ({empty}), {objects} - {counts['annotations']}")
+    tables = {split: counts["objects_per_class"] for split, counts in report.splits.items()}
+    if names := list(dict.fromkeys(name for table in tables.values() for name in table)):
         width = max(len(plain(name)) for name in ["class", *names])
-        lines += ["", f"{'class':<{width}}" + "".join(f"{split:>12}" for split in counts)]
+        lines += ["", f"{'class':<{width}}" + "".join(f"{split:>12}" for split in tables)]
         for name in names:
-            lines.append(f"{plain(name):<{width}}" + "".join(f"{of.get(name, 0):>12,}" for of in counts.values()))
+            lines.append(f"{plain(name):<{width}}" + "".join(f"{table.get(name, 0):>12,}" for table in tables.values()))
         lines.append("")
     return [plain(line) for line in lines]
 
@@ -98,22 +96,15 @@ def verdict(report: DataReport, output: Path) -> str:
 
 def refuse_to_overwrite(output: Path, data: DataConfig) -> None:
     """Raises ConfigError for a place among the data, and for a file that is not an earlier report."""
-    folders = [data.root, data.train.images, data.val.images]
-    for folder in filter(None, folders):
+    for folder in filter(None, (data.root, data.train.images, data.val.images)):
         if output.resolve().is_relative_to(Path(folder).resolve()):
-            raise ConfigError(
-                f"{output} lies in {folder}, the data set's own - choose another place",
-                code="output-in-data",
-                key="output",
-            )
-    if (output.exists() or output.is_symlink()) and not is_report(output):
-        raise ConfigError(
-            f"{output} is there already and is no report - choose another file", code="output-taken", key="output"
-        )
-
-
-def is_report(file: Path) -> bool:
-    try:
-        return "num_faults" in json.loads(file.read_bytes())
-    except (OSError, ValueError, TypeError):
-        return False
+            problem = f"{output} lies in {folder}, the data set's own - choose another place"
+            raise ConfigError(problem, code="output-in-data", key="output")
+    if output.exists() or output.is_symlink():
+        try:
+            is_report = "num_faults" in json.loads(output.read_bytes())
+        except (OSError, ValueError, TypeError):
+            is_report = False
+        if not is_report:
+            problem = f"{output} is there already and is no report - choose another file"
+            raise ConfigError(problem, code="output-taken", key="output")

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float64, Int64, UInt8
 class Annotations:
     """An annotation file as flat arrays, without a Python object per record: forked workers share their pages.
 
-    Images keep the order of the file; the objects of image i are rows `offsets[i]:offsets[i + 1]`, in the file's order.
-    Images without objects are kept, and so are crowd regions.
+    Images keep the order of the file, those without objects too; the objects of image i, crowd regions included, are
+    rows `offsets[i]:offsets[i + 1]`, in the file's order.
     """
 
     file: Path

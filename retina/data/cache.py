@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields
@@ -67,20 +67,31 @@ def cache_folder() -> Path | None:
 
 def find_entry(file: Path, request: Request) -> Path | None:
     """Where the reading of `file` belongs, be it there or not; None if the file is small or cannot be read."""
-    folder = cache_folder()
     try:
-        if folder is None or not file.is_file() or file.stat().st_size < CACHE_FROM_BYTES:
+        if not file.is_file() or file.stat().st_size < CACHE_FROM_BYTES:
             return None
         with file.open("rb") as stream:
-            return folder / _name(digest_in(stream, 0, os.fstat(stream.fileno()).st_size), request)
+            return _entry(digest_in(stream, 0, os.fstat(stream.fileno()).st_size), request)
     except OSError:  # the reader of the file reports it
         return None
 
 
 def entry_of(data: bytes, request: Request) -> Path | None:
     """`find_entry` of a file that holds `data`."""
+    return _entry(digest_of(memoryview(data)), request) if len(data) >= CACHE_FROM_BYTES else None
+
+
+def _entry(source: str, request: Request) -> Path | None:
     folder = cache_folder()
-    return folder / _name(digest_of(memoryview(data)), request) if folder and len(data) >= CACHE_FROM_BYTES else None
+    key = json.dumps([source, request, _rules()])
+    return folder / f"{hashlib.sha256(key.encode('ascii')).hexdigest()}.annotations" if folder else None
+
+
+@cache
+def _rules() -> str:
+    """Digest of the code that reads and checks annotations, so that nobody has to remember to raise a version."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def store(entry: Path, reading: CachedAnnotations, *, allow_outside: bool) -> str | None:
@@ -102,63 +113,32 @@ def store(entry: Path, reading: CachedAnnotations, *, allow_outside: bool) -> st
         entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_columns(entry, Columns({name: getattr(annotations, name) for name in _COLUMNS}, notes))
     except OSError as fault:
-        return (
-            f"{entry.parent}: annotations cannot be kept for the next start ({fault.strerror or fault}) - make room, "
-            "or set the environment variable RETINA_CACHE to another folder, or to nothing"
-        )
-    _remove_unused(entry.parent)
+        problem = f"annotations cannot be kept for the next start ({fault.strerror or fault})"
+        fix = "make room, or set the environment variable RETINA_CACHE to another folder, or to nothing"
+        return f"{entry.parent}: {problem} - {fix}"
+    for file in (*entry.parent.glob("*.annotations"), *entry.parent.glob(".*.tmp")):  # entries, and parts of some
+        with suppress(OSError):  # somebody else's, or gone meanwhile
+            if time.time() - file.stat().st_mtime > _UNUSED_SECONDS:
+                _remove(file)
     return None
 
 
 def load(entry: Path, file: Path, image_root: Path, *, allow_outside: bool) -> CachedAnnotations | None:
     """The reading of `file` as it was kept. None if there is none, or if a link now leads an image out of `image_root`:
-    that is for the reader to tell."""
+    the reader reports that."""
     columns = read_columns(entry)
     if columns is None:
         return None
     with suppress(OSError):  # somebody else's
         os.utime(entry)
     notes = columns.notes
-    annotations = Annotations(
-        file=file,
-        image_root=image_root,
-        classes=tuple(notes["classes"]),
-        category_ids=tuple(notes["category_ids"]),
-        **columns.arrays,
-    )
-    if not allow_outside and not is_free_of_links(image_root, notes["folders"], notes["stamps"]):
-        names = [annotations.file_name(row) for row in range(len(annotations))]
-        if links_outside(image_root, names):
-            return None
+    values: Any = {name: tuple(notes[name]) for name in ("classes", "category_ids")} | {**columns.arrays}
+    annotations = Annotations(file=file, image_root=image_root, **values)
+    unclear = not allow_outside and not is_free_of_links(image_root, notes["folders"], notes["stamps"])
+    if unclear and links_outside(image_root, [annotations.file_name(row) for row in range(len(annotations))]):
+        return None
     faults, warnings = ([f"{file}: {line}" for line in notes[kind]] for kind in ("faults", "warnings"))
     return CachedAnnotations(annotations, faults, warnings)
-
-
-def _name(source: str, request: Request) -> str:
-    key = json.dumps([source, request, _rules()])
-    return hashlib.sha256(key.encode("ascii")).hexdigest() + ".annotations"
-
-
-@cache
-def _rules() -> str:
-    """Digest of the code that reads and checks annotations, so that nobody has to remember to raise a version."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()
-
-
-def _remove_unused(folder: Path) -> None:
-    for file in _all(folder):
-        with suppress(OSError):  # somebody else's, or gone meanwhile
-            if time.time() - file.stat().st_mtime > _UNUSED_SECONDS:
-                _remove(file)
-
-
-def _all(folder: Path) -> Iterator[Path]:
-    """Entries, and what killed processes left of some."""
-    for pattern in ("*.annotations", ".*.tmp"):
-        yield from folder.glob(pattern)
 
 
 # Folders of named arrays (`NAME.npy`) and notes, which are mapped into memory after every byte has been verified.
@@ -195,10 +175,9 @@ def write_columns(folder: Path, columns: Columns) -> None:
             folder.rename(replaced)
         try:
             temporary.rename(folder)
-        except OSError:
+        except OSError:  # another process may have been faster, with the same content
             if not folder.is_dir():
                 raise
-            # another process was faster, with the same content
     finally:
         for rest in (temporary, replaced):
             _remove(rest)
@@ -263,8 +242,5 @@ def _digest(read: Callable[[int, int], bytes | memoryview], size: int) -> str:
     def part(start: int) -> bytes:
         return hashlib.sha256(read(start, min(_CHUNK, size - start))).digest()
 
-    starts = range(0, size, _CHUNK)
-    if len(starts) <= 1:
-        return hashlib.sha256(b"".join(map(part, starts))).hexdigest()
     with ThreadPoolExecutor(_THREADS) as pool:
-        return hashlib.sha256(b"".join(pool.map(part, starts))).hexdigest()
+        return hashlib.sha256(b"".join(pool.map(part, range(0, size, _CHUNK)))).hexdigest()

@@ -7,20 +7,18 @@ Format: https://cocodataset.org/#format-data and #format-results.
 
 import gc
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float64, Int, Int64
+from jaxtyping import Float, Int, Int64
 
 from retina.data import cache as annotation_cache
 from retina.data.annotations import Annotations
 from retina.data.cache import CachedAnnotations, Request
 from retina.data.checks import (
     DataReport,
-    ImageRecord,
     Images,
     RecordsError,
     box_problems,
@@ -45,8 +43,7 @@ def read_coco(
     skip_faulty: bool = False,
     allow_outside: bool = False,
 ) -> Annotations:
-    """Read and check a COCO annotation file. The result of a large one is stored, and loaded the next time: see
-    `retina.data.cache`.
+    """Read and check a COCO annotation file. The result of a large one is stored: see `retina.data.cache`.
 
     Without `classes`, labels follow ascending category id. With `classes` (of a training set or a checkpoint) they
     follow that order and categories are matched by name: a category outside `classes` that some annotation uses is a
@@ -57,11 +54,9 @@ def read_coco(
     With `skip_faulty`, faulty annotations are left out, and faulty images together with their annotations; `report`
     lists them. Warnings go to `report` in any case.
 
-    Raises:
-        DataError: the file is missing, not JSON, not built like an annotation file, or has all its boxes in another
-            convention.
-        RecordsError: single records are wrong; all of them are listed. With `skip_faulty` only for categories, or if
-            no image is left.
+    Raises DataError if the file is missing, not JSON, not built like an annotation file, or has all its boxes in
+    another convention; RecordsError, which lists all faults, if single records are wrong. With `skip_faulty` it is
+    raised only for categories, or if no image is left.
     """
     if classes is not None and len(set(classes)) != len(classes):
         raise ValueError(f"classes are not unique: {list(classes)}")
@@ -75,8 +70,14 @@ def read_coco(
         if reading.faults and not skip_faulty:
             raise RecordsError(reading.faults)
     else:
-        with _collector_off():
+        # Python's garbage collector would go through millions of new records again and again, and find nothing
+        was_on = gc.isenabled()
+        gc.disable()
+        try:
             reading = _parse(file, image_root, request, report, skip_faulty=skip_faulty)
+        finally:
+            if was_on:
+                gc.enable()
     report.faults += reading.faults
     return reading.annotations
 
@@ -102,12 +103,11 @@ def _parse(
     classes = request.classes
     if classes is None:
         classes = [name_of[category_id] for category_id in sorted(name_of)]
-    records = document["annotations"]
-    positions = check_annotations(file, records, images, name_of, classes, found)
-    objects = _objects(file, records, positions, images, found)
+    positions = check_annotations(file, document["annotations"], images, name_of, classes, found)
+    records = [document["annotations"][position] for position in positions]
+    annotations = _arrange(file, image_root, classes, name_of, images, records, positions, found)
     if found.faults and not (skip_faulty and images.sound):
         raise RecordsError(found.faults)
-    annotations = _arranged(file, image_root, classes, name_of, images.sound, objects)
     reading = CachedAnnotations(annotations, found.faults, report.warnings[known_warnings:])
     complaint = annotation_cache.store(entry, reading, allow_outside=request.allow_outside) if entry else None
     if complaint and complaint not in report.warnings:
@@ -115,76 +115,55 @@ def _parse(
     return reading
 
 
-def _arranged(
+def _arrange(
     file: Path,
     image_root: Path,
     classes: Sequence[str],
     name_of: Mapping[int, str],
-    images: Sequence[ImageRecord],
-    objects: "_Objects",
+    images: Images,
+    records: list[dict[str, Any]],
+    positions: list[int],
+    report: DataReport,
 ) -> Annotations:
-    """Sound records as columns, the objects of an image beside each other."""
+    """Sound records as columns, the objects of an image beside each other. Boxes that do not fit go to `report`.
+
+    Raises DataError if all boxes are in another convention."""
+    row_of = {image.id: row for row, image in enumerate(images.sound)}
+    names = {image.id: image.name for image in images.sound}
+    image_sizes = np.array([image.size for image in images.sound], dtype=np.int64).reshape(-1, 2)
+    rows = np.array([row_of[a["image_id"]] for a in records], dtype=np.int64)
+    xywh = np.array([a["bbox"] for a in records], dtype=np.float64).reshape(-1, 4)
+    if convention := convention_problem(xywh, image_sizes[rows]):
+        raise DataError(f"{file}: annotations: {convention}", code="box-convention")
+    kept = np.ones(len(rows), dtype=np.bool_)
+    for problem in box_problems(xywh, image_sizes[rows]):
+        line = f"{file}: {describe(records[problem.row], positions[problem.row], names)}: {problem.text}"
+        (report.faults if problem.is_fault else report.warnings).append(line)
+        kept[problem.row] = not problem.is_fault
+
     id_of = {name: category_id for category_id, name in name_of.items()}
     label_of = {id_of[name]: label for label, name in enumerate(classes) if name in id_of}
-    records, rows, xywh = objects
+    labels = np.array([label_of[a["category_id"]] for a in records], dtype=np.int64)
+    crowd = np.array([bool(a.get("iscrowd")) for a in records], dtype=np.bool_)
     areas = np.array([a.get("area") for a in records], dtype=np.float64)  # None becomes nan
-    encoded = [image.name.encode("utf-8", "surrogatepass") for image in images]
-    order = np.argsort(rows, kind="stable")
-    xywh = xywh[order]
+    encoded = [image.name.encode("utf-8", "surrogatepass") for image in images.sound]
+    order = np.flatnonzero(kept)[np.argsort(rows[kept], kind="stable")]
+    xywh, areas = xywh[order], areas[order]
     return Annotations(
         file=file,
         image_root=image_root,
         classes=tuple(classes),
         category_ids=tuple(id_of.get(name) for name in classes),
-        image_ids=np.array([image.id for image in images], dtype=np.int64),
-        sizes=np.array([image.size for image in images], dtype=np.int64),
-        offsets=_offsets(np.bincount(rows, minlength=len(images))),
+        image_ids=np.array([image.id for image in images.sound], dtype=np.int64),
+        sizes=image_sizes,
+        offsets=_offsets(np.bincount(rows[kept], minlength=len(images.sound))),
         boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
-        labels=np.array([label_of[a["category_id"]] for a in records], dtype=np.int64)[order],
-        crowd=np.array([bool(a.get("iscrowd")) for a in records], dtype=np.bool_)[order],
-        areas=np.where(np.isnan(areas[order]), xywh[:, 2] * xywh[:, 3], areas[order]),
+        labels=labels[order],
+        crowd=crowd[order],
+        areas=np.where(np.isnan(areas), xywh[:, 2] * xywh[:, 3], areas),
         names=np.frombuffer(b"".join(encoded), dtype=np.uint8),
         name_offsets=_offsets(np.array([len(name) for name in encoded])),
     )
-
-
-@contextmanager
-def _collector_off() -> Iterator[None]:
-    """Python's garbage collector would go through millions of new records again and again, and find nothing."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-class _Objects(NamedTuple):
-    """Sound annotations, in the file's order."""
-
-    records: list[dict[str, Any]]
-    rows: Int64[np.ndarray, "T"]
-    """Which image each is of."""
-    xywh: Float64[np.ndarray, "T 4"]
-
-
-def _objects(file: Path, records: list[Any], positions: list[int], images: Images, report: DataReport) -> _Objects:
-    """The annotations at `positions` whose boxes fit. Raises DataError if all boxes are in another convention."""
-    row_of = {image.id: row for row, image in enumerate(images.sound)}
-    sound = [records[position] for position in positions]
-    rows = np.array([row_of[a["image_id"]] for a in sound], dtype=np.int64)
-    xywh = np.array([a["bbox"] for a in sound], dtype=np.float64).reshape(-1, 4)
-    sizes = np.array([image.size for image in images.sound], dtype=np.int64).reshape(-1, 2)[rows]
-    if convention := convention_problem(xywh, sizes):
-        raise DataError(f"{file}: annotations: {convention}", code="box-convention")
-    names = {image.id: image.name for image in images.sound}
-    kept = np.ones(len(rows), dtype=np.bool_)
-    for problem in box_problems(xywh, sizes):
-        line = f"{file}: {describe(sound[problem.row], positions[problem.row], names)}: {problem.text}"
-        (report.faults if problem.is_fault else report.warnings).append(line)
-        kept[problem.row] = not problem.is_fault
-    return _Objects([a for a, keep in zip(sound, kept.tolist(), strict=True) if keep], rows[kept], xywh[kept])
 
 
 def locate_split(root: Path, split: str) -> tuple[Path, Path]:
@@ -197,18 +176,14 @@ def locate_split(root: Path, split: str) -> tuple[Path, Path]:
     folders = [root / f"{split}{year}" for year in ("", "2017")]
     file = next((f for f in files if f.is_file()), None)
     folder = next((f for f in folders if f.is_dir()), None)
-    if file is not None and folder is not None:
+    if file and folder:
         return file, folder
+    problem = f"expected the images in {folders[0]}/ or {folders[1]}/{listing(root)}"
     if file is None:
         where = listing(files[0].parent if files[0].parent.is_dir() else root)
         problem = f"expected {files[0]} or {files[1]} (with images in {split}/ or {split}2017/){where}"
-    else:
-        problem = f"expected the images in {folders[0]}/ or {folders[1]}/{listing(root)}"
-    raise DataError(
-        f"{root}: split {split!r}: {problem} - put them there, or name them: "
-        f"data.{split}.annotations=<file.json> data.{split}.images=<folder>",
-        code="no-such-split",
-    )
+    fix = f"put them there, or name them: data.{split}.annotations=<file.json> data.{split}.images=<folder>"
+    raise DataError(f"{root}: split {split!r}: {problem} - {fix}", code="no-such-split")
 
 
 def write_results(
@@ -226,13 +201,12 @@ def write_results(
     """
     unknown = [k for k in np.unique(labels).tolist() if annotations.category_ids[k] is None]
     if unknown:
-        raise DataError(
-            f"{annotations.file}: class {annotations.classes[unknown[0]]!r}: detected, but the file has no category of "
-            "that name to write it under - add it to the file's `categories`",
-            code="unknown-class",
-        )
-    xy, wh = boxes[:, :2].astype(np.float64), boxes[:, 2:].astype(np.float64) - boxes[:, :2]
-    columns = (annotations.image_ids[indices], labels, np.concatenate([xy, wh], axis=1), scores)
+        problem = "detected, but the file has no category of that name to write it under - add it to `categories`"
+        name = annotations.classes[unknown[0]]
+        raise DataError(f"{annotations.file}: class {name!r}: {problem}", code="unknown-class")
+    xywh = boxes.astype(np.float64)
+    xywh[:, 2:] -= xywh[:, :2]
+    columns = (annotations.image_ids[indices], labels, xywh, scores)
     results = [
         {"image_id": image_id, "category_id": annotations.category_ids[label], "bbox": box, "score": score}
         for image_id, label, box, score in zip(*(column.tolist() for column in columns), strict=True)

@@ -14,14 +14,13 @@ from retina.errors import DataError, RetinaError
 class CocoDetection(Dataset[Sample]):
     """Annotated images, each read and augmented when it is asked for.
 
-    A key is an index into the annotations, which is epoch 0, or (epoch, index), which `BatchLoader` uses. The
-    augmentation's seed is a hash of (seed, epoch, image id), so neither the workers nor a resumption change
-    it. The key carries the epoch because worker processes live through several epochs.
-
         dataset = CocoDetection(read_coco(file, folder), pipeline)
         loader = DataLoader(dataset, batch_size=4, collate_fn=collate)
 
-    Of a key (epoch, index), `Sample.size` may ask for a resize that `collate` makes; of a plain index, all is done.
+    A key is an index into the annotations, which is epoch 0, or (epoch, index), which `BatchLoader` uses because worker
+    processes live through several epochs. The augmentation's seed is a hash of (seed, epoch, image id), so neither the
+    workers nor a resumption change it. Of a key (epoch, index), `Sample.size` may ask for a resize that `collate`
+    makes; of a plain index, all is done.
 
     Raises DataError if an image cannot be read, has more than `max_pixels`, is not of the size that its annotations
     state, or makes the pipeline fail; IndexError for an index outside.
@@ -30,10 +29,8 @@ class CocoDetection(Dataset[Sample]):
     def __init__(
         self, annotations: Annotations, pipeline: Pipeline, *, seed: int = 0, max_pixels: int = MAX_PIXELS
     ) -> None:
-        self.annotations = annotations
-        self.pipeline = pipeline
-        self.seed = seed
-        self.max_pixels = max_pixels
+        self.annotations, self.pipeline = annotations, pipeline
+        self.seed, self.max_pixels = seed, max_pixels
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -49,13 +46,11 @@ class CocoDetection(Dataset[Sample]):
         except RetinaError:  # the settings are at fault, not this image
             raise
         except Exception as error:  # transforms raise whatever they stumble over
-            names = ", ".join(self.pipeline.transforms)
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise DataError(
-                f"{self.annotations.path(index)}: augment ({names}) failed in epoch {epoch} ({reason})"
-                " - remove the image, or correct that transform",
-                code="failed-transform",
-            ) from error
+            problem = f"augment ({', '.join(self.pipeline.transforms)}) failed in epoch {epoch} ({reason})"
+            fix = "remove the image, or correct that transform"
+            file = self.annotations.path(index)
+            raise DataError(f"{file}: {problem} - {fix}", code="failed-transform") from error
 
     def read(self, index: int) -> Sample:
         """The image and its objects as they are on disk, before any transform.
@@ -67,12 +62,10 @@ class CocoDetection(Dataset[Sample]):
         image, (height, width) = read_reduced(known.path(index), self.pipeline.least_size, max_pixels=self.max_pixels)
         stated_height, stated_width = map(int, known.sizes[index])
         if (height, width) != (stated_height, stated_width):
-            raise DataError(
-                f"{known.file}: image id {known.image_ids[index]} ({known.file_name(index)}): stated as"
-                f" {stated_width}x{stated_height}, but the file is {width}x{height} after EXIF rotation"
-                " - correct the image's width, height and boxes",
-                code="image-size",
-            )
+            record = f"{known.file}: image id {known.image_ids[index]} ({known.file_name(index)})"
+            problem = f"stated as {stated_width}x{stated_height}, but the file is {width}x{height} after EXIF rotation"
+            fix = "correct the image's width, height and boxes"
+            raise DataError(f"{record}: {problem} - {fix}", code="image-size")
         rows = slice(known.offsets[index], known.offsets[index + 1])
         return Sample(
             image=image,

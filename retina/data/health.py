@@ -10,16 +10,17 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
-from PIL import Image
 
 from retina.data.checks import DataReport, some
 from retina.data.coco import Annotations
-from retina.data.images import FORMATS, image_size, read_image
+from retina.data.image_files import SWAPPING, opened, turn_of
+from retina.data.images import image_size, read_image
 from retina.data.paths import Folder, is_listed, list_folders, parted
 from retina.errors import DataError
 
@@ -59,21 +60,17 @@ def check_files(annotations: Annotations, *, max_pixels: int) -> Files:
     Each folder is listed once, so that a missing file costs no look-up and a wrong case is found on any file system."""
     names = [annotations.file_name(row) for row in range(len(annotations))]
     folders = list_folders(annotations.image_root, [*names, ""])
-    missing = [row for row, name in enumerate(names) if not is_listed(name, folders)]
-    bad = _missing(annotations, missing, names, folders)
+    present = [row for row, name in enumerate(names) if is_listed(name, folders)]
+    bad = _missing(annotations, sorted(set(range(len(names))) - set(present)), names, folders)
     lengths = np.full(len(names), -1, dtype=np.int64)
-    chunks = _cut(sorted(set(range(len(names))) - set(missing)))
 
-    def read(rows: Sequence[int]) -> list[tuple[int, int, str | None]]:
+    def read(first: int) -> list[tuple[int, int, str | None]]:
+        rows = present[first : first + _CHUNK]
         return [(row, *_check_header(annotations, row, names[row], max_pixels)) for row in rows]
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        for headers in pool.map(read, chunks):
-            for row, length, fault in headers:
-                if fault:
-                    bad[row] = fault
-                else:
-                    lengths[row] = length
+        for row, lengths[row], fault in chain.from_iterable(pool.map(read, range(0, len(present), _CHUNK))):
+            bad |= {row: fault} if fault else {}
     return Files(dict(sorted(bad.items())), lengths)
 
 
@@ -97,10 +94,8 @@ def check_objects(annotations: Annotations) -> list[str]:
     if annotations.num_objects:
         return []
     state = "are crowd regions only" if len(annotations.labels) else "are empty"
-    return [
-        f"{annotations.file}: annotations: {state}: nothing to learn and nothing to score - annotate some images, or "
-        "give another file"
-    ]
+    problem = f"{state}: nothing to learn and nothing to score"
+    return [f"{annotations.file}: annotations: {problem} - annotate some images, or give another file"]
 
 
 def compare_splits(train: Annotations, val: Annotations, report: DataReport, files: Mapping[str, Files]) -> None:
@@ -110,52 +105,41 @@ def compare_splits(train: Annotations, val: Annotations, report: DataReport, fil
     if os.path.realpath(train.file) == os.path.realpath(val.file):
         report.warnings.append(f"{val.file}: is both train and val - scores will say nothing about images never seen")
         return
-    report.warnings += [*_category_warnings(train, val)]
+    report.warnings += _category_warnings(train, val)
     for row, twin in _same_images(train, val, files).items():
-        report.warnings.append(
-            f"{val.file}: image {val.image_ids[row]} ({val.file_name(row)}): has the same bytes as image "
-            f"{train.image_ids[twin]} ({train.file_name(twin)}) of {train.file} - remove it from one of the two: the "
-            "detector is scored on what it has seen"
-        )
+        image = f"image {train.image_ids[twin]} ({train.file_name(twin)}) of {train.file}"
+        fix = "remove it from one of the two: the detector is scored on what it has seen"
+        report.warnings.append(f"{_record(val, row)}: has the same bytes as {image} - {fix}")
 
 
 def _category_warnings(train: Annotations, val: Annotations) -> Iterator[str]:
-    ids = {
-        name: (train_id, val_id)
-        for name, train_id, val_id in zip(train.classes, train.category_ids, val.category_ids, strict=True)
-    }
-    moved = [f"{name} is {id1} and {id2}" for name, (id1, id2) in ids.items() if id2 not in (id1, None)]
-    if moved:
-        yield (
-            f"{val.file}: categories: other ids or another order than in {train.file} ({some(moved)}) - nothing to do "
-            "here, where classes are matched by name; other tools may mix them up"
-        )
+    ids = zip(train.classes, train.category_ids, val.category_ids, strict=True)
+    if moved := [f"{name} is {id1} and {id2}" for name, id1, id2 in ids if id2 not in (id1, None)]:
+        problem = f"other ids or another order than in {train.file} ({some(moved)})"
+        fix = "nothing to do here, where classes are matched by name; other tools may mix them up"
+        yield f"{val.file}: categories: {problem} - {fix}"
     for split, other, lack in ((train, val, "they are never learned"), (val, train, "they have no score")):
-        counts, others = split.class_counts(), other.class_counts()
-        absent = [name for name, n, m in zip(split.classes, counts, others, strict=True) if n == 0 and m > 0]
+        counts = zip(split.classes, split.class_counts(), other.class_counts(), strict=True)
+        absent = [name for name, here, there in counts if here == 0 and there > 0]
         if absent and split.num_objects:
-            yield (
-                f"{split.file}: categories: no object of {some(absent)}, of which {other.file} has some: {lack} - "
-                "divide the images anew, or leave it so"
-            )
+            problem = f"no object of {some(absent)}, of which {other.file} has some: {lack}"
+            yield f"{split.file}: categories: {problem} - divide the images anew, or leave it so"
 
 
 def _same_images(train: Annotations, val: Annotations, files: Mapping[str, Files]) -> dict[int, int]:
     """Rows of `val` and of `train` with equal bytes. Only files of equal length and shape are read."""
+    keys = []
+    for name, split in (("train", train), ("val", val)):
+        keys.append([*zip(files[name].lengths.tolist(), *split.sizes.T.tolist(), strict=True)])
+    common = {key for key in set(keys[0]) & set(keys[1]) if key[0] >= 0}
 
-    def keys(split: Annotations, lengths: Int64[np.ndarray, "N"]) -> list[tuple[int, int, int]]:
-        return [*zip(lengths.tolist(), *split.sizes.T.tolist(), strict=True)]
+    def digests(split: Annotations, keys: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, bytes | None]]:
+        rows = [row for row, key in enumerate(keys) if key in common]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            yield from zip(rows, pool.map(lambda row: _digest(split.path(row)), rows), strict=True)
 
-    train_keys, val_keys = keys(train, files["train"].lengths), keys(val, files["val"].lengths)
-    common = {key for key in set(train_keys) & set(val_keys) if key[0] >= 0}
-    candidates = [(train, row) for row, key in enumerate(train_keys) if key in common]
-    num_train = len(candidates)
-    candidates += [(val, row) for row, key in enumerate(val_keys) if key in common]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        digests = [*pool.map(lambda at: _digest(at[0].path(at[1])), candidates)]
-    seen = {digest: row for digest, (_, row) in zip(digests[:num_train], candidates, strict=False) if digest}
-    pairs = zip(digests[num_train:], candidates[num_train:], strict=True)
-    return {row: seen[digest] for digest, (_, row) in pairs if digest in seen}
+    seen = {digest: row for row, digest in digests(train, keys[0]) if digest}
+    return {row: seen[digest] for row, digest in digests(val, keys[1]) if digest in seen}
 
 
 def _digest(file: Path) -> bytes | None:
@@ -176,28 +160,19 @@ def _check_header(annotations: Annotations, row: int, name: str, max_pixels: int
         return -1, str(error)
     except OSError as error:
         return -1, f"{path}: cannot be read ({error.strerror}) - check its permissions and the disk"
-    stated_height, stated_width = annotations.sizes[row].tolist()
-    if (height, width) == (stated_height, stated_width):
+    stated = tuple(annotations.sizes[row].tolist())
+    if (height, width) == stated:
         return length, None
-    problem = f"stated as {stated_width}x{stated_height}, but the file is {width}x{height}"
+    problem = f"stated as {stated[1]}x{stated[0]}, but the file is {width}x{height}"
     fix = "correct the image's width, height and boxes"
-    if (height, width) == (stated_width, stated_height):
-        if _is_turned(path):
-            problem += ": width and height are swapped, the file is rotated by EXIF"
+    if (width, height) == stated:
+        problem, fix = f"{problem}: width and height are swapped", "swap them"
+        with opened(path, max_pixels) as image:
+            turned = turn_of(image) in SWAPPING
+        if turned:
+            problem += ", the file is rotated by EXIF"
             fix = "state the size as displayed and turn the boxes, or remove the rotation from the file"
-        else:
-            problem += ": width and height are swapped"
-            fix = "swap them"
-    return -1, f"{_record(annotations, row, name)}: {problem} - {fix}"
-
-
-def _is_turned(path: Path) -> bool:
-    """Whether EXIF says that the image is to be displayed with its sides swapped."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return image.getexif().get(0x0112) in (5, 6, 7, 8)
-    except Exception:  # damaged EXIF turns nothing
-        return False
+    return -1, f"{_record(annotations, row)}: {problem} - {fix}"
 
 
 def _missing(
@@ -209,17 +184,15 @@ def _missing(
     root = annotations.image_root
     claimed = set(names)
     places: dict[str, list[str]] = {}
-    for parent in [*folders, *_subfolders(root, folders)]:
-        for name in (folders.get(parent) or list_folders(root, [f"{parent}/"])[parent]).names:
+    for parent, folder in {**folders, **list_folders(root, [f"{name}/" for name in _subfolders(root)])}.items():
+        for name in folder.names:
             places.setdefault(name, []).append(f"{parent}/{name}" if parent else name)
-    spellings: dict[str, dict[str, str]] = {}
+    spellings = {parent: {_folded(name): name for name in folder.names} for parent, folder in folders.items()}
     faults = {}
     for count, row in enumerate(rows):
         name = names[row]
         parent, last = parted(name)
         folder = folders[parent]
-        if parent not in spellings:
-            spellings[parent] = {_folded(other): other for other in folder.names}
         if hint := spellings[parent].get(_folded(last)):
             fix = f"it is written {hint!r} there; write file_name so"
         elif others := [place for place in places.get(last, []) if place != name]:
@@ -229,14 +202,13 @@ def _missing(
         else:
             fix = "add the file, or correct the image folder or file_name"
         where = f"{root / parent}" + (f" ({folder.fault})" if folder.fault else "")
-        faults[row] = f"{_record(annotations, row, name)}: no such image in {where} - {fix}"
+        faults[row] = f"{_record(annotations, row)}: no such image in {where} - {fix}"
     return faults
 
 
-def _subfolders(root: Path, known: Mapping[str, Folder]) -> list[str]:
+def _subfolders(root: Path) -> list[str]:
     try:
-        with os.scandir(root) as entries:
-            return [entry.name for entry in entries if entry.is_dir() and entry.name not in known]
+        return [entry.name for entry in root.iterdir() if entry.is_dir()]
     except OSError:
         return []
 
@@ -248,24 +220,18 @@ def _folded(name: str) -> str:
 
 def _alike(name: str, parent: str, present: Iterable[str], claimed: set[str]) -> str | None:
     """A file of the same folder that looks like it and that no record names. Another number is another image."""
+
+    def numbers(text: str) -> list[str]:
+        return [digits.lstrip("0") for digits in re.findall("[0-9]+", text)]
+
     prefix = f"{parent}/" if parent else ""
     last = name.removeprefix(prefix)
-    wanted = _numbers(last)
-    free = [other for other in present if prefix + other not in claimed and _numbers(other) == wanted]
+    free = [other for other in present if prefix + other not in claimed and numbers(other) == numbers(last)]
     stem = last.rpartition(".")[0]
-    if same_stem := [other for other in free if stem and other.rpartition(".")[0] == stem]:
-        return prefix + same_stem[0]
-    close = difflib.get_close_matches(last, sorted(free)[:_CANDIDATES], n=1, cutoff=0.75)
+    close = [other for other in free if stem and other.rpartition(".")[0] == stem]
+    close = close or difflib.get_close_matches(last, sorted(free)[:_CANDIDATES], n=1, cutoff=0.75)
     return prefix + close[0] if close else None
 
 
-def _numbers(name: str) -> list[str]:
-    return [digits.lstrip("0") for digits in re.findall("[0-9]+", name)]
-
-
-def _record(annotations: Annotations, row: int, name: str) -> str:
-    return f"{annotations.file}: image {annotations.image_ids[row]} ({name})"
-
-
-def _cut(rows: Sequence[int]) -> list[Sequence[int]]:
-    return [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
+def _record(annotations: Annotations, row: int) -> str:
+    return f"{annotations.file}: image {annotations.image_ids[row]} ({annotations.file_name(row)})"

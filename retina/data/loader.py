@@ -39,8 +39,7 @@ class Canvas:
 
     def __post_init__(self) -> None:
         if any(side % self.pad_multiple for canvas in self.canvases or () for side in canvas):
-            problem = f"{self._shown()} (height x width) are not all multiples of {self.pad_multiple} - round them up"
-            raise ConfigError(problem, code="canvas", key="canvases")
+            raise self._fault(f"are not all multiples of {self.pad_multiple} - round them up")
 
     def fit(self, sizes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
         """(height, width) of the smallest canvas that holds images of these sizes, the first of equal ones."""
@@ -50,13 +49,12 @@ class Canvas:
             return -(-height // multiple) * multiple, -(-width // multiple) * multiple
         large_enough = [(h, w) for h, w in self.canvases if h >= height and w >= width]
         if not large_enough:
-            problem = f"none of {self._shown()} (height x width) holds images of {height}x{width}"
-            fix = "add a larger one, or make images smaller"
-            raise ConfigError(f"{problem} - {fix}", code="canvas", key="canvases")
+            raise self._fault(f"hold no images of {height}x{width} - add a larger one, or make images smaller")
         return min(large_enough, key=lambda canvas: canvas[0] * canvas[1])
 
-    def _shown(self) -> str:
-        return ", ".join(f"{height}x{width}" for height, width in self.canvases or ())
+    def _fault(self, problem: str) -> ConfigError:
+        canvases = ", ".join(f"{height}x{width}" for height, width in self.canvases or ())
+        return ConfigError(f"{canvases} (height x width) {problem}", code="canvas", key="canvases")
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,10 @@ class LoaderConfig:
 class BatchLoader(DataLoader[Any]):
     """A DataLoader that tolerates bad images up to a share of them, and raises user-facing errors as they are.
 
-    In training the next readable image (index + 1, + 2, ... mod N) replaces a bad one, so that batches stay full: a
-    pure function of epoch, index and files, for every number of workers and after every resumption. In evaluation a
-    bad image is left out, and a batch without images is not yielded.
-
-    Training keeps the workers from epoch to epoch. In evaluation they end with the iteration, so that they do not hold
-    memory while training goes on. Workers ignore SIGINT, and SIGTERM except from the main process, because that one
-    decides what a signal means; they end by themselves some seconds after the main process is gone.
+    In training the next readable image (index + 1, + 2, ... mod N) replaces a bad one, so that batches stay full and
+    depend on epoch, index and files alone. In evaluation a bad image is left out, and a batch without images is not
+    yielded. Training keeps the workers from epoch to epoch; those of evaluation end with the iteration, so that they
+    hold no memory while training goes on. What ends workers is in `retina.data.workers`.
 
     Raises while it is iterated over: DataError for the image that makes more than floor(max_bad_fraction * N) bad, or
     when all are; RetinaError when a worker dies; and any other RetinaError of the data set or the collate.
@@ -102,7 +97,7 @@ class BatchLoader(DataLoader[Any]):
         training: bool,
     ) -> None:
         self.faults = {}
-        self.max_bad_fraction = config.max_bad_fraction
+        self.config, self.num_images = config, len(dataset)
         # 0.29 * 100 is 28.999...; and if all images could be bad, there would be endless epochs without a batch
         self.max_bad = min(int(config.max_bad_fraction * len(dataset) + 1e-9), len(dataset) - 1)
         workers = {"persistent_workers": training} | worker_options() if config.num_workers > 0 else {}
@@ -158,15 +153,12 @@ class BatchLoader(DataLoader[Any]):
 
     def _too_many_faults(self) -> DataError:
         first = next(iter(self.faults.values()))
-        if self.max_bad_fraction == 0:
+        allowed = self.config.max_bad_fraction
+        if allowed == 0:
             return DataError(first, code="bad-image")
-        num = len(self.dataset)  # type: ignore[arg-type] # it has a length
-        return DataError(
-            f"{self.max_bad_fraction:g}: {len(self.faults)} of {num} images are bad, {self.max_bad} would be allowed -"
-            f" mend or remove them, or raise it; the first: {first}",
-            code="bad-images",
-            key="max_bad_fraction",
-        )
+        problem = f"{len(self.faults)} of {self.num_images} images are bad, {self.max_bad} would be allowed"
+        fix = f"mend or remove them, or raise it; the first: {first}"
+        return DataError(f"{allowed:g}: {problem} - {fix}", code="bad-images", key="max_bad_fraction")
 
 
 def train_loader(
@@ -209,8 +201,8 @@ def eval_loader(
     """This process's share of all images in batches, each image once over all processes, except bad ones.
 
     pipeline: None resizes to 800 x 1333 pixels at most."""
-    rank, world_size = distributed.rank(), distributed.world_size()
-    sampler = EvalSampler(annotations.sizes, batch_size=batch_size, rank=rank, world_size=world_size)
+    share = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    sampler = EvalSampler(annotations.sizes, batch_size=batch_size, **share)
     dataset = CocoDetection(annotations, pipeline or eval_pipeline(), max_pixels=config.max_pixels)
     return BatchLoader(dataset, sampler, canvas, config, training=False)
 
@@ -226,9 +218,7 @@ class _Guarded(Dataset[_Read | RetinaError]):
     """The data set, with its faults as data."""
 
     def __init__(self, dataset: CocoDetection, max_bad: int, *, substitute: bool) -> None:
-        self.dataset = dataset
-        self.max_bad = max_bad
-        self.substitute = substitute
+        self.dataset, self.max_bad, self.substitute = dataset, max_bad, substitute
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -250,14 +240,10 @@ class _Guarded(Dataset[_Read | RetinaError]):
 
 
 def _collate(items: list[_Read | RetinaError], canvas: Canvas) -> _Read | RetinaError:
-    faults: dict[int, str] = {}
-    samples = []
-    for item in items:
-        if isinstance(item, RetinaError):
-            return item
-        faults |= item.faults
-        if item.content is not None:
-            samples.append(item.content)
+    reads = [item for item in items if isinstance(item, _Read)]
+    if len(reads) < len(items):
+        return next(item for item in items if isinstance(item, RetinaError))
+    samples = [read.content for read in reads if read.content is not None]
     try:
         in_worker = get_worker_info() is not None
         batch = collate(samples, canvas, shared=in_worker) if samples else None
@@ -268,13 +254,10 @@ def _collate(items: list[_Read | RetinaError], canvas: Canvas) -> _Read | Retina
     except RetinaError as error:
         return error
     except (MemoryError, RuntimeError) as error:
-        return RetinaError(
-            f"a batch does not fit into (shared) memory ({' '.join(str(error).split())})"
-            " - lower num_workers or the batch size, or enlarge /dev/shm (docker: --shm-size)",
-            code="out-of-memory",
-            key="num_workers",
-        )
-    return _Read(batch, faults)
+        problem = f"a batch does not fit into (shared) memory ({' '.join(str(error).split())})"
+        fix = "lower num_workers or the batch size, or enlarge /dev/shm (docker: --shm-size)"
+        return RetinaError(f"{problem} - {fix}", code="out-of-memory", key="num_workers")
+    return _Read(batch, {index: fault for read in reads for index, fault in read.faults.items()})
 
 
 def collate(samples: Sequence[Sample], canvas: Canvas = Canvas(), *, shared: bool = False) -> Batch:
@@ -291,25 +274,21 @@ def collate(samples: Sequence[Sample], canvas: Canvas = Canvas(), *, shared: boo
     if not samples:
         raise ValueError("a batch needs at least one sample")
     sizes = [sample.size or sample.image.shape[:2] for sample in samples]
-    canvas_height, canvas_width = canvas.fit(sizes)
-    images = _uninitialised((len(samples), canvas_height, canvas_width, 3), shared)
-    count = max(len(sample.boxes) for sample in samples)
-    boxes = np.zeros((len(samples), count, 4), dtype=np.float32)
-    labels = np.zeros((len(samples), count), dtype=np.int64)
-    valid = np.zeros((len(samples), count), dtype=bool)
-    crowd = np.zeros((len(samples), count), dtype=bool)
-    padding = np.full((canvas_width, 3), canvas.pad_value, dtype=np.uint8)
-    for row, (sample, (height, width)) in enumerate(zip(samples, sizes, strict=True)):
+    height, width = canvas.fit(sizes)
+    images = _uninitialised((len(samples), height, width, 3), shared)
+    shape = (len(samples), max(len(sample.boxes) for sample in samples))
+    boxes, labels = np.zeros((*shape, 4), dtype=np.float32), np.zeros(shape, dtype=np.int64)
+    valid, crowd = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+    padding = np.full((width, 3), canvas.pad_value, dtype=np.uint8)
+    for row, (sample, (bottom, right)) in enumerate(zip(samples, sizes, strict=True)):
         target = images[row].numpy()
-        resize(sample.image, (height, width), out=target[:height, :width])
+        resize(sample.image, (bottom, right), out=target[:bottom, :right])
         # by rows: numpy writes one pixel after the other, and would take longer over them than to decode the image
-        target[:height, width:] = padding[width:]
-        target[height:] = padding
-        objects = len(sample.boxes)
-        boxes[row, :objects] = sample.boxes
-        labels[row, :objects] = sample.labels
-        valid[row, :objects] = ~sample.crowd
-        crowd[row, :objects] = sample.crowd
+        target[:bottom, right:] = padding[right:]
+        target[bottom:] = padding
+        objects = slice(len(sample.boxes))
+        boxes[row, objects], labels[row, objects] = sample.boxes, sample.labels
+        valid[row, objects], crowd[row, objects] = ~sample.crowd, sample.crowd
     return Batch(
         images=images.permute(0, 3, 1, 2),
         sizes=torch.tensor(sizes, dtype=torch.int64),

@@ -4,7 +4,7 @@ import os
 import posixpath
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -35,18 +35,19 @@ def name_problem(name: str, *, allow_outside: bool) -> str | None:
         storable = False
     if not storable:
         return "file_name holds characters that no file name can have - correct it"
-    fix = "write it relative to the image folder, with /, or set allow_outside=true"
     if allow_outside:
         return None
     if name.startswith("/"):
-        return f"file_name is an absolute path - {fix}"
-    if re.match("[A-Za-z]:", name):
-        return f"file_name names a drive - {fix}"
-    if "\\" in name:
-        return f"file_name has backslashes - {fix}"
-    if posixpath.normpath(name).split("/")[0] == "..":
-        return f"file_name leads out of the image folder - {fix}"
-    return None
+        problem = "is an absolute path"
+    elif re.match("[A-Za-z]:", name):
+        problem = "names a drive"
+    elif "\\" in name:
+        problem = "has backslashes"
+    elif posixpath.normpath(name).split("/")[0] == "..":
+        problem = "leads out of the image folder"
+    else:
+        return None
+    return f"file_name {problem} - write it relative to the image folder, with /, or set allow_outside=true"
 
 
 def parted(name: str) -> tuple[str, str]:
@@ -64,21 +65,25 @@ def links_outside(root: Path, names: Sequence[str]) -> dict[int, str]:
     """Positions of the names that symbolic links lead out of `root`, and where to. `root` itself may be a link.
 
     Names must be sound by `name_problem`. One listing per folder instead of a look at every file."""
-    inside = os.path.realpath(root).rstrip(os.sep) + os.sep
-    parents = {parted(name)[0] for name in names}
-    targets = {parent: os.path.realpath(os.path.join(root, parent)) for parent in parents}
-    strays = {parent: target for parent, target in targets.items() if not f"{target}{os.sep}".startswith(inside)}
-    folders = {parent: _list(os.path.join(root, parent)) for parent in parents - set(strays)}
-    targets_outside = {}
+    inside = _inside(root)
+    targets = {parent: os.path.realpath(os.path.join(root, parent)) for parent in {parted(name)[0] for name in names}}
+    folders = {p: _list(os.path.join(root, p)) for p, target in targets.items() if inside(target)}
+    outside = {}
     for position, name in enumerate(names):
         parent, last = parted(name)
-        if parent in strays:
-            targets_outside[position] = os.path.join(strays[parent], last)
+        if parent not in folders:
+            outside[position] = os.path.join(targets[parent], last)
         elif last in folders[parent].links or last in ("", ".", ".."):
             target = os.path.realpath(os.path.join(root, name))
-            if not f"{target}{os.sep}".startswith(inside):
-                targets_outside[position] = target
-    return targets_outside
+            if not inside(target):
+                outside[position] = target
+    return outside
+
+
+def _inside(root: Path) -> Callable[[str], bool]:
+    """Whether a resolved path is `root`, or lies in it."""
+    start = os.path.realpath(root).rstrip(os.sep) + os.sep
+    return lambda target: f"{target}{os.sep}".startswith(start)
 
 
 def folders_of(names: Iterable[str]) -> set[str]:
@@ -90,13 +95,9 @@ def folders_of(names: Iterable[str]) -> set[str]:
 def folder_stamps(root: Path, folders: Iterable[str]) -> dict[str, list[int]]:
     """What no longer holds once something was put into a folder, by folder. Those that changed in the last two seconds
     are left out, since clocks of file systems are coarse; so are those that are not there."""
-    stamps = {}
     settled = time.time_ns() - 2_000_000_000
-    for folder in folders:
-        stamp = _stamp(os.path.join(root, folder))
-        if stamp and max(stamp[1:]) < settled:
-            stamps[folder] = stamp
-    return stamps
+    stamps = {folder: _stamp(os.path.join(root, folder)) for folder in folders}
+    return {folder: stamp for folder, stamp in stamps.items() if stamp and max(stamp[1:]) < settled}
 
 
 def is_free_of_links(root: Path, folders: Iterable[str], known: Mapping[str, Sequence[int]]) -> bool:
@@ -104,11 +105,11 @@ def is_free_of_links(root: Path, folders: Iterable[str], known: Mapping[str, Seq
     inside `root` and hold no link. False is no finding yet, because links may stay inside.
 
     Folders that are as they were by their `known` stamps held no link then, and are not listed again."""
-    inside = os.path.realpath(root).rstrip(os.sep) + os.sep
+    inside = _inside(root)
 
     def is_free(folder: str) -> bool:
         path = os.path.join(root, folder)
-        if not f"{os.path.realpath(path)}{os.sep}".startswith(inside):
+        if not inside(os.path.realpath(path)):
             return False
         if folder in known and known[folder] == _stamp(path):
             return True
@@ -129,16 +130,12 @@ def is_listed(name: str, folders: Mapping[str, Folder]) -> bool:
 
 
 def _list(folder: str) -> Folder:
-    names, links = [], []
     try:
         with os.scandir(folder) as entries:
-            for entry in entries:
-                names.append(entry.name)
-                if entry.is_symlink():
-                    links.append(entry.name)
+            links = {entry.name: entry.is_symlink() for entry in entries}
     except (OSError, ValueError) as error:
         return Folder(frozenset(), frozenset(), getattr(error, "strerror", None) or str(error))
-    return Folder(frozenset(names), frozenset(links), None)
+    return Folder(frozenset(links), frozenset(name for name, is_link in links.items() if is_link), None)
 
 
 def _stamp(folder: str) -> list[int] | None:

@@ -1,11 +1,11 @@
 """Which images an epoch shows, and how often, for rare classes: repeat factors, and classes drawn equally often.
 
 Beside the road: without any of this, an epoch shows every image once. Both say how many times an image is to be seen on
-average, which need not be whole. `Repeats.draw` settles that from seed and epoch alone: the images lie end to end on a
-line, each as long as its number, in a random order, and a comb with teeth at distance 1 is laid over it at a random
-place. An image gets as many draws as teeth hit it: its number rounded up or down, right on average, while the total is
-the same in every epoch. (Systematic sampling: Madow, On the Theory of Systematic Sampling, II, Annals of Mathematical
-Statistics 1949.)
+average, which need not be whole; `Repeats.draw` makes whole numbers of that, from seed and epoch alone. The images lie
+end to end on a line, each as long as its number, in a random order, and a comb with teeth at distance 1 is laid over it
+at a random place. An image gets as many draws as teeth hit it: its number rounded up or down, right on average, while
+the total is the same in every epoch. (Systematic sampling: Madow, On the Theory of Systematic Sampling, II, Annals of
+Mathematical Statistics 1949.)
 """
 
 import math

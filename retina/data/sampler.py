@@ -59,17 +59,13 @@ class DetectionBatchSampler(EpochSampler[list[tuple[int, int]]]):
         total_batch: images of an optimizer step, over all processes and micro-batches.
         rank, world_size: which process this is, of how many.
         accumulate: micro-batches per optimizer step.
-        seed: of the order.
         shuffle: otherwise images come in the order of `sizes` or `repeats` (within each orientation).
         repeats: which images an epoch draws, and how often; None is every image once. An image that comes again in an
-            epoch has another number in the place of `epoch`, so that the data set, which augments by key, does not show
-            the same picture again.
+            epoch has another number in the place of `epoch`, by which the data set augments it in another way.
 
-    The last global batch of an epoch is filled up with the epoch's first images, so that every epoch has the same
-    number of steps and shows everything that was drawn.
-
-    Raises ValueError if there are no images or `total_batch` cannot be cut evenly, ConfigError if `repeats` draws other
-    images, or not as many as it says.
+    The last global batch of an epoch is filled up with the epoch's first images. Raises ValueError if there are no
+    images or `total_batch` cannot be cut evenly, ConfigError if `repeats` draws other images, or not as many as it
+    says.
     """
 
     def __init__(
@@ -94,24 +90,18 @@ class DetectionBatchSampler(EpochSampler[list[tuple[int, int]]]):
         if total_batch % parts:
             below = total_batch // parts * parts
             nearest = f"{below} or {below + parts}" if below else f"{parts}"
-            raise ValueError(
-                f"a total batch of {total_batch} images cannot be cut evenly for {world_size} processes x"
-                f" {accumulate} micro-batches: the nearest that can is {nearest}"
+            cut = (
+                f"cut evenly for {world_size} processes x {accumulate} micro-batches: the nearest that can is {nearest}"
             )
-        self.total_batch = total_batch
+            raise ValueError(f"a total batch of {total_batch} images cannot be {cut}")
+        self.total_batch, self.micro_batch = total_batch, total_batch // parts
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
-        self.seed, self.shuffle = seed, shuffle
-        self._repeats = repeats
+        self.seed, self.shuffle, self._repeats = seed, shuffle, repeats
         self.images_per_epoch = len(sizes) if repeats is None else repeats.num_draws
         self.steps_per_epoch = -(-self.images_per_epoch // total_batch)
         self._orientations = np.sign(sizes[:, 1] - sizes[:, 0]) if group_by_aspect else np.zeros(len(sizes), np.int64)
         self._drawn(0)
         self.start(0, 0)
-
-    @property
-    def micro_batch(self) -> int:
-        """Images of one micro-batch of this process."""
-        return self.total_batch // (self.world_size * self.accumulate)
 
     def global_batches(self, epoch: int) -> Int64[ndarray, "steps total_batch"]:
         """The images of every optimizer step of an epoch; it does not depend on processes or accumulation."""
@@ -136,9 +126,8 @@ class DetectionBatchSampler(EpochSampler[list[tuple[int, int]]]):
         return (self.steps_per_epoch - self.step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.epoch
-        images = self.global_batches(epoch)
-        epochs = np.full_like(images, epoch)
+        images = self.global_batches(self.epoch)
+        epochs = np.full_like(images, self.epoch)
         if self._repeats is not None:
             epochs += _times_before(images) * _FURTHER
         keys = np.stack([epochs, images], axis=-1)[self.step :]
@@ -149,9 +138,8 @@ class DetectionBatchSampler(EpochSampler[list[tuple[int, int]]]):
 class EvalSampler(Sampler[list[tuple[int, int]]]):
     """Yields this process's share of all images as lists of (0, index), each image once over all processes.
 
-    Images are sorted by aspect ratio, so that a batch needs little padding, and dealt out in turn: shares differ by one
-    image at most and the last batch may be small; nothing is repeated to make them even. A process may get none.
-    """
+    Images are sorted by aspect ratio, so that a batch needs little padding, and dealt out in turn. Shares differ by one
+    image at most, the last batch may be small, and a process may get none: nothing is repeated to make them even."""
 
     def __init__(self, sizes: Shaped[ndarray, "N 2"], *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         if batch_size < 1:
@@ -203,9 +191,7 @@ def _times_before(images: Int64[ndarray, "*shape"]) -> Int64[ndarray, "*shape"]:
 def _group(order: Int64[ndarray, "D"], groups: Shaped[ndarray, "N"], total_batch: int) -> Int64[ndarray, "D"]:
     """Rearrange so that consecutive runs of `total_batch` are of one group, leftovers of all groups at the end.
 
-    Each group fills a batch of its own as the order goes by, and a batch is placed when it becomes full: the order of
-    batches is as random as that of images.
-    """
+    A batch is placed when it becomes full, so the order of batches is as random as that of images."""
     streams = [np.flatnonzero(groups[order] == group) for group in np.unique(groups)]
     whole = [len(stream) // total_batch * total_batch for stream in streams]
     full = np.concatenate([s[:n].reshape(-1, total_batch) for s, n in zip(streams, whole, strict=True)])

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +46,18 @@ def write_shapes(
     (with the same numpy and pillow), and a larger set begins with the smaller one.
 
     The folder appears in one step, whole; several processes may call this at once. A set made with the same arguments
-    is left as it is.
-
-    Raises:
-        ConfigError: fewer than one image, or a size that is too small or not (short, long).
-        DataError: `root` holds something else, or shapes of other arguments.
+    is left as it is. Raises ConfigError for fewer than one image, or a size that is too small or not (short, long);
+    DataError if `root` holds something else, or shapes of other arguments.
     """
     root = Path(root)
     if num_train < 1 or num_val < 1:
-        raise ConfigError(
-            f"{num_train} and num_val {num_val}: no images - give at least 1 of each", code="shapes", key="num_train"
-        )
+        problem = f"{num_train} and num_val {num_val}: no images - give at least 1 of each"
+        raise ConfigError(problem, code="shapes", key="num_train")
     if len(image_size) != 2 or not 64 <= image_size[0] <= image_size[1]:
-        sides = ", ".join(map(str, image_size))
-        problem = f"[{sides}] are not a short and a long side from 64 up - give [256, 320], say"
+        problem = f"{[*image_size]} are not a short and a long side from 64 up - give [256, 320], say"
         raise ConfigError(problem, code="shapes", key="image_size")
     short, long = image_size
-    sizes = {"num_train": num_train, "num_val": num_val, "image_size": [short, long]}
-    stamp = {"version": _VERSION} | sizes | {"seed": seed}
+    stamp = {"version": _VERSION, "num_train": num_train, "num_val": num_val, "image_size": [short, long], "seed": seed}
     if _is_complete(root, stamp):
         return
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -94,8 +88,8 @@ def _is_complete(root: Path, stamp: dict[str, Any]) -> bool:
         problem = f"holds shapes made with {present}, not {stamp} - choose another folder, or delete this one"
         raise DataError(f"{root}: {problem}", code="other-shapes")
     for split in ("train", "val"):
-        if sum(1 for _ in (root / split).glob("*.jpg")) != stamp[f"num_{split}"]:
-            problem = f"some of {stamp[f'num_{split}']} images are gone - delete {root}"
+        if len([*(root / split).glob("*.jpg")]) != (num := stamp[f"num_{split}"]):
+            problem = f"some of {num} images are gone - delete {root}"
             raise DataError(f"{root / split}: {problem}", code="incomplete-shapes")
     return True
 
@@ -111,16 +105,9 @@ def _write_split(root: Path, split: str, num_images: int, image_size: tuple[int,
         Image.fromarray(image).save(root / split / name, quality=92)
         images.append({"id": index + 1, "file_name": name, "width": image.shape[1], "height": image.shape[0]})
         for label, (x1, y1, x2, y2) in zip(labels, boxes, strict=True):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": index + 1,
-                    "category_id": _CATEGORY_IDS[label],
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                    "iscrowd": 0,
-                }
-            )
+            box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0}
+            ids = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": _CATEGORY_IDS[label]}
+            annotations.append(ids | box)
     categories = [{"id": i, "name": name} for i, name in zip(_CATEGORY_IDS, _CLASSES, strict=True)]
     document = {"images": images, "annotations": annotations, "categories": categories}
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(document), encoding="utf-8")
@@ -193,7 +180,7 @@ def _draw_mask(
     The edges are whole pixels of the image, and may lie outside it.
     """
     size = rng.uniform(14, 0.4 * short)
-    outlines = _OUTLINES[label](rng)
+    outlines = _outlines(_CLASSES[label], rng)
     angle = rng.uniform(-0.5, 0.5)  # like most things in photographs, shapes stand more or less upright
     rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     reach = size * (0.2 if rng.random() < _CROPPED else -0.5)
@@ -236,37 +223,23 @@ def _extent(mask: Bool[np.ndarray, "h w"]) -> tuple[int, int, int, int]:
     return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
 
-# Outlines of every class, in a circle of radius 1 around the origin; the second one is a hole.
-_Outlines = list[Float[np.ndarray, "P 2"]]
+_CLASSES = ("circle", "rectangle", "triangle", "star", "ring")
+_CATEGORY_IDS = (3, 7, 11, 20, 42)  # sparse, as those of real data sets are
+_SHARES = (0.36, 0.28, 0.20, 0.13, 0.03)
+
+
+def _outlines(name: str, rng: Generator) -> list[Float[np.ndarray, "P 2"]]:
+    """The outline of a shape, in a circle of radius 1 around the origin; a second one is a hole."""
+    circle = np.linspace(0, 2 * math.pi, 72, endpoint=False)
+    if name == "rectangle":
+        diagonal = math.atan(rng.uniform(0.45, 1.0))
+        return [_polar(np.array([diagonal, math.pi - diagonal, math.pi + diagonal, -diagonal]))]
+    if name == "triangle":
+        return [_polar(np.arange(3) * (2 * math.pi / 3) + rng.uniform(-0.25, 0.25, size=3))]
+    if name == "star":
+        return [_polar(np.arange(10) * (math.pi / 5), np.where(np.arange(10) % 2, rng.uniform(0.4, 0.5), 1.0))]
+    return [_polar(circle), _polar(circle, rng.uniform(0.5, 0.65))] if name == "ring" else [_polar(circle)]
 
 
 def _polar(angles: Float[np.ndarray, "P"], radii: Float[np.ndarray, "P"] | float = 1.0) -> Float[np.ndarray, "P 2"]:
     return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.reshape(radii, (-1, 1))
-
-
-def _circle(rng: Generator) -> _Outlines:
-    return [_polar(np.linspace(0, 2 * math.pi, 72, endpoint=False))]
-
-
-def _rectangle(rng: Generator) -> _Outlines:
-    diagonal = math.atan(rng.uniform(0.45, 1.0))
-    return [_polar(np.array([diagonal, math.pi - diagonal, math.pi + diagonal, -diagonal]))]
-
-
-def _triangle(rng: Generator) -> _Outlines:
-    return [_polar(np.arange(3) * (2 * math.pi / 3) + rng.uniform(-0.25, 0.25, size=3))]
-
-
-def _star(rng: Generator) -> _Outlines:
-    return [_polar(np.arange(10) * (math.pi / 5), np.where(np.arange(10) % 2, rng.uniform(0.4, 0.5), 1.0))]
-
-
-def _ring(rng: Generator) -> _Outlines:
-    outline = _polar(np.linspace(0, 2 * math.pi, 72, endpoint=False))
-    return [outline, outline * rng.uniform(0.5, 0.65)]
-
-
-_CLASSES = ("circle", "rectangle", "triangle", "star", "ring")
-_CATEGORY_IDS = (3, 7, 11, 20, 42)  # sparse, as those of real data sets are
-_SHARES = (0.36, 0.28, 0.20, 0.13, 0.03)
-_OUTLINES: tuple[Callable[[Generator], _Outlines], ...] = (_circle, _rectangle, _triangle, _star, _ring)

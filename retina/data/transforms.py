@@ -49,9 +49,11 @@ class Transform:
         raise NotImplementedError
 
 
-class _Flip(Transform):
+class HorizontalFlip(Transform):
+    """Left becomes right, with probability `p`."""
+
     keeps_sizes = scale_free = True
-    axis: int
+    axis = 0
 
     def __init__(self, p: int | float = 0.5) -> None:
         self.p = p
@@ -62,13 +64,7 @@ class _Flip(Transform):
         return cv2.flip(image, 1 - self.axis), flipped
 
 
-class HorizontalFlip(_Flip):
-    """Left becomes right, with probability `p`."""
-
-    axis = 0
-
-
-class VerticalFlip(_Flip):
+class VerticalFlip(HorizontalFlip):
     """Top becomes bottom, with probability `p`."""
 
     axis = 1
@@ -100,10 +96,8 @@ class ColorJitter(Transform):
         self.p = p
         self.factors, self.hue = (brightness, contrast, saturation), hue
         if min(*self.factors, hue) < 0 or hue > 0.5:
-            raise ValueError(
-                "brightness, contrast and saturation must not be negative and hue must lie in 0..0.5, got"
-                f" {brightness}, {contrast}, {saturation} and {hue}"
-            )
+            amounts = f"{brightness}, {contrast}, {saturation} and hue {hue}"
+            raise ValueError(f"amounts must not be negative and hue must lie in 0..0.5, got {amounts}")
 
     def draw(self, generator: random.Random) -> tuple[float, float, float, float]:
         """Factors of brightness, contrast and saturation, and the turn of hue."""
@@ -134,9 +128,7 @@ class ResizeShortSide(Transform):
     """Resize with the ratio kept: the short side becomes `short_side`, unless the long one would exceed `long_side`.
 
     scale = min(short_side / min(h, w), long_side / max(h, w)), new sizes rounded to the nearest pixel. Of several
-    `short_side` one is drawn per image. Without `long_side` nothing is capped. The rule of Faster R-CNN (Ren et al.,
-    arXiv 1506.01497) as detectron2 and torchvision have it.
-    """
+    `short_side` one is drawn per image. The rule of Faster R-CNN (Ren et al., arXiv 1506.01497)."""
 
     def __init__(self, short_side: int | Sequence[int], long_side: int | None = None) -> None:
         self.short_side = [int(short_side)] if isinstance(short_side, int) else [int(side) for side in short_side]
@@ -158,10 +150,9 @@ class ResizeShortSide(Transform):
 class LargeScaleJitter(Transform):
     """Resize so that the image fits `height` x `width` times a random factor, then cut out what exceeds the target.
 
-    scale = u * min(height / h, width / w), u uniform in `scale`; the window lies anywhere in the resized image with
-    equal chance. An image that comes out smaller than the target stays smaller: the collate pads. Sources: Ghiasi et
-    al., Simple Copy-Paste, arXiv 2012.07177, section 3; RetinaNet trained with it: Du et al., arXiv 2107.00057.
-    """
+    scale = u * min(height / h, width / w), u uniform in `scale`; the window lies anywhere in it. An image
+    smaller than the target stays so: the collate pads. Sources: Ghiasi et al., Simple Copy-Paste, arXiv 2012.07177,
+    section 3; RetinaNet trained with it: Du et al., arXiv 2107.00057."""
 
     def __init__(self, height: int, width: int, scale: Sequence[float] = (0.1, 2.0)) -> None:
         self.height, self.width = height, width
@@ -177,8 +168,7 @@ class LargeScaleJitter(Transform):
         height, width = min(self.height, resized[0]), min(self.width, resized[1])
         top, left = generator.randint(0, resized[0] - height), generator.randint(0, resized[1] - width)
         moved = boxes.copy()
-        moved[:, [0, 2]] = (boxes[:, [0, 2]] * resized[1] - left) / width
-        moved[:, [1, 3]] = (boxes[:, [1, 3]] * resized[0] - top) / height
+        moved[:, :4] = (boxes[:, :4] * sides(resized) - (left, top, left, top)) / sides((height, width))
         return np.ascontiguousarray(resize(image, resized)[top : top + height, left : left + width]), moved
 
 
@@ -261,11 +251,9 @@ class Pipeline:
             boxes = self._kept(boxes, size) if checked else boxes
         boxes = boxes if checked else self._kept(boxes, size)
         if image.dtype != np.uint8 or image.shape[2:] != (3,):
-            raise ConfigError(
-                f"augment: {', '.join(self.transforms)}: the image came out as {image.dtype} of shape {image.shape}"
-                " - leave out normalisation and conversions, the model does them",
-                code="augment",
-            )
+            problem = f"{', '.join(self.transforms)}: the image came out as {image.dtype} of shape {image.shape}"
+            fix = "leave out normalisation and conversions, the model does them"
+            raise ConfigError(f"{problem} - {fix}", code="augment", key="augment")
         rows = boxes[:, 4].round().astype(np.int64)
         return sample._replace(
             image=np.ascontiguousarray(image),

@@ -1,6 +1,7 @@
 """Worker processes of a loader: how they start, which signals they obey, and what ends them. Beside the road."""
 
 import mmap
+import multiprocessing
 import os
 import signal
 import sys
@@ -45,13 +46,8 @@ def worker_options() -> dict[str, Any]:
 
 def lock_free_fork() -> Any:
     """The multiprocessing context that forks, with a `Flag` where DataLoader asks for an event."""
-    from multiprocessing.context import ForkContext  # not there on Windows
-
-    class LockFreeFork(ForkContext):
-        def Event(self) -> Flag:  # type: ignore[override] # DataLoader only sets it and reads it  # noqa: N802
-            return Flag()
-
-    return LockFreeFork()
+    context = multiprocessing.get_context("fork")
+    return type("LockFreeFork", (type(context),), {"Event": lambda self: Flag()})()
 
 
 @contextmanager
@@ -108,9 +104,7 @@ def end_workers(workers: list[BaseProcess], error: Exception) -> RetinaError | N
         return None
     code = dead[0].exitcode or 0
     how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-    return RetinaError(
-        f"{len(workers)}: loader worker process {dead[0].pid} {how}, most often because memory or /dev/shm is full - "
-        "lower num_workers or the batch size",
-        code="dead-worker",
-        key="num_workers",
+    problem = (
+        f"{len(workers)}: loader worker process {dead[0].pid} {how}, most often because memory or /dev/shm is full"
     )
+    return RetinaError(f"{problem} - lower num_workers or the batch size", code="dead-worker", key="num_workers")

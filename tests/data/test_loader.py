@@ -318,10 +318,10 @@ def test_wrong_settings_of_augmentation_are_not_blamed_on_images(annotations):
 def test_a_canvas_too_small_is_a_fault_of_the_settings(annotations, num_workers):
     dataset = CocoDetection(annotations, eval_pipeline(40, None), seed=0)
     loader = make_loader(dataset, num_workers=num_workers, max_bad_fraction=1.0, canvases=[(64, 80), (80, 64)])
-    with refused("canvas", "canvases: none of 64x80, 80x64", "60x93", kind=ConfigError):
+    with refused("canvas", "canvases: ", "64x80, 80x64", "60x93", kind=ConfigError):
         list(loader)
     loader.section = "data."
-    with refused("canvas", "data.canvases: none of", kind=ConfigError):
+    with refused("canvas", "data.canvases: ", kind=ConfigError):
         list(loader)
 
 

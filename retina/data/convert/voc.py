@@ -43,27 +43,30 @@ def read_voc(
 ) -> Records:
     """The records of a VOC folder; nothing is written.
 
-    Boxes are (xmin, ymin, xmax, ymax) as in the XML. The VOC challenge itself counts pixels from 1, the last included,
-    so there (xmin - 1, ymin - 1, xmax, ymax) is meant: `one_based` subtracts. It is off by default because most
-    annotation tools write plain edges (an object at the border has xmin = 0 or xmax = width).
-
-    `difficult`: VOC's evaluation neither asks for nor punishes such objects, COCO has no such flag. "keep" makes them
-    normal objects, "crowd" sets `iscrowd` (nothing is learned there, and detections there are not counted), "drop"
-    leaves them out.
+    one_based: boxes are (xmin, ymin, xmax, ymax) as in the XML, as most annotation tools write plain edges. The VOC
+        challenge itself counts pixels from 1, the last included, so there (xmin - 1, ymin - 1, xmax, ymax) is meant.
+    difficult: VOC's evaluation neither asks for nor punishes such objects, COCO has no such flag. "keep" makes them
+        normal objects, "crowd" sets `iscrowd` (nothing is learned there, and detections there are not counted), "drop"
+        leaves them out.
+    classes: None takes the names met, sorted.
 
     Splits: train.txt (else trainval.txt without val) and val.txt (else test.txt). With only one list, or none (then all
     XML files), `val_fraction` is drawn for val. An image without XML is in no split unless a list names it (a fault).
 
-    Without `classes` they are the names met, sorted. Raises DataError when the folder is not a VOC folder, ConfigError
-    for another word for `difficult`.
+    Raises DataError when the folder is not a VOC folder, ConfigError for another word for `difficult`.
     """
     check_choice(difficult, DIFFICULT, "difficult")
-    images = _images(source)
+    xmls, folder = source / "Annotations", source / "JPEGImages"
+    for part in (xmls, folder):
+        if not part.is_dir():
+            fix = "give the folder that holds Annotations/ and JPEGImages/"
+            raise DataError(f"{source}: no folder {part.name}/ - {fix}", code="not-voc")
+    images = {file.relative_to(folder).with_suffix("").as_posix(): file for file in list_images(folder)}
     faults: list[RecordError] = []
 
     def read(listed: Listed, faults: list[RecordError]) -> Record:
         name, file, line = listed
-        xml, folder = source / "Annotations" / f"{name}.xml", source / "JPEGImages"
+        xml = xmls / f"{name}.xml"
         if ".." in PurePosixPath(name).parts or name.startswith("/"):
             raise RecordError(file, line, f"image id {quoted(name)} leaves the data set - use ids such as 'sub/0001'")
         if not xml.is_file():
@@ -112,31 +115,21 @@ def parse_xml(data: bytes) -> ElementTree.Element:
     return builder.close()
 
 
-def _images(source: Path) -> dict[str, Path]:
-    """Image files by id (path below JPEGImages without suffix)."""
-    for folder in ("Annotations", "JPEGImages"):
-        if not (source / folder).is_dir():
-            fix = "give the folder that holds Annotations/ and JPEGImages/"
-            raise DataError(f"{source}: no folder {folder}/ - {fix}", code="not-voc")
-    root = source / "JPEGImages"
-    return {file.relative_to(root).with_suffix("").as_posix(): file for file in list_images(root)}
-
-
 def _splits(source: Path, val_fraction: float, seed: int) -> tuple[list[Listed], list[Listed]]:
-    lists = source / "ImageSets" / "Main"
-    given = {split: _read_list(lists / f"{split}.txt") for split in ("train", "trainval", "val", "test")}
-    val = given["val"] or given["test"]
+    lists, root = source / "ImageSets" / "Main", source / "Annotations"
+    listed = {split: _read_list(lists / f"{split}.txt") for split in ("train", "trainval", "val", "test")}
+    val = listed["val"] or listed["test"]
     held_out = {name for name, _, _ in val}
-    train = given["train"] or [listed for listed in given["trainval"] if listed[0] not in held_out]
+    train = listed["train"] or [item for item in listed["trainval"] if item[0] not in held_out]
     if train and val:
         return train, val
     if val:
         problem = "neither train.txt nor trainval.txt has an image"
         raise DataError(f"{lists}: {problem} - add one of them or remove the lists", code="no-train-list")
-    root = source / "Annotations"
-    files = sorted(file for file in root.rglob("*.xml") if not file.name.startswith("."))
-    listed = train or [(file.relative_to(root).with_suffix("").as_posix(), file, 1) for file in files]
-    return divide(listed, val_fraction, seed, key=lambda item: item[0])
+    if not train:
+        files = sorted(file for file in root.rglob("*.xml") if not file.name.startswith("."))
+        train = [(file.relative_to(root).with_suffix("").as_posix(), file, 1) for file in files]
+    return divide(train, val_fraction, seed, key=lambda item: item[0])
 
 
 def _read_list(file: Path) -> list[Listed]:

@@ -28,10 +28,8 @@ from retina.data.images import image_size, list_images
 from retina.errors import DataError
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
-SPLIT_FOLDERS = {
-    "train": ("images/train", "train/images"),
-    "val": ("images/val", "val/images", "images/valid", "valid/images"),
-}
+TRAIN_FOLDERS = ("images/train", "train/images")
+VAL_FOLDERS = ("images/val", "val/images", "images/valid", "valid/images")
 Listed = tuple[Path, str]
 """An image and its path inside the output's split folder."""
 
@@ -53,9 +51,9 @@ def read_yolo(
     if file is not None and ("train" in table or "val" in table):
         (train, folders), (val, more) = (_from_yaml(split, table, file, faults) for split in ("train", "val"))
     else:
-        (train, folders), (val, more) = (_from_folders(source, split) for split in ("train", "val"))
+        (train, folders), (val, more) = (_from_folders(source, places) for places in (TRAIN_FOLDERS, VAL_FOLDERS))
         if not train and not val:
-            train, folders = _list_folder(source / "images"), [source / "images"]
+            train, folders = _from_folders(source, ["images"])
     if not train:
         problem = "no training images - use images/train, or `train:` in data.yaml"
         raise DataError(f"{source}: {problem}", code="no-train-images")
@@ -69,17 +67,15 @@ def read_yolo(
     def read(listed: Listed, faults: list[RecordError]) -> Record:
         return _read_record(*listed, names, faults)
 
-    records = [read_records(split, read, faults) for split in (train, val)]
-    return Records(records[0], records[1], names, tuple(faults))
+    train_records, val_records = (read_records(split, read, faults) for split in (train, val))
+    return Records(train_records, val_records, names, tuple(faults))
 
 
 def label_path(image: Path) -> Path:
     """Where the labels of an image are: its last folder named `images` becomes `labels`, the suffix .txt."""
-    parts = list(image.with_suffix(".txt").parts)
-    places = [i for i, part in enumerate(parts[:-1]) if part == "images"]
-    if places:
-        parts[places[-1]] = "labels"
-    return Path(*parts)
+    file = image.with_suffix(".txt")
+    top = next((folder for folder in file.parents if folder.name == "images"), None)
+    return top.with_name("labels") / file.relative_to(top) if top else file
 
 
 def parse_line(text: str, size: tuple[int, int], classes: Sequence[str]) -> Object:
@@ -187,8 +183,9 @@ def _names(source: Path, table: dict[str, Any], file: Path | None) -> tuple[str,
     return tuple(names)
 
 
-def _from_folders(source: Path, split: str) -> tuple[list[Listed], list[Path]]:
-    folders = [source / name for name in SPLIT_FOLDERS[split] if (source / name).is_dir()][:1]
+def _from_folders(source: Path, places: Sequence[str]) -> tuple[list[Listed], list[Path]]:
+    """Images of the first of the places that is there, and that folder."""
+    folders = [source / place for place in places if (source / place).is_dir()][:1]
     return [listed for folder in folders for listed in _list_folder(folder)], folders
 
 
@@ -196,13 +193,12 @@ def _from_yaml(
     split: str, table: dict[str, Any], file: Path, faults: list[RecordError]
 ) -> tuple[list[Listed], list[Path]]:
     """Images of a split of data.yaml, and the folders that are wholly in it."""
-    value = table.get(split) or []
-    values = value if isinstance(value, list) else [value]
+    values = table.get(split) or []
     home = file.parent
     root = home / str(table.get("path") or "")
     listed: list[Listed] = []
     folders = []
-    for value in map(str, values):
+    for value in map(str, values if isinstance(values, list) else [values]):
         # Exports of Roboflow say `../train/images` for a folder beside data.yaml.
         places = (root / value, home / value, home / value.removeprefix("../"))
         place = next((place for place in places if place.exists()), None)
@@ -219,8 +215,7 @@ def _from_yaml(
 
 def _list_folder(folder: Path) -> list[Listed]:
     """Images of a folder and its sub-folders, by name."""
-    files = list_images(folder) if folder.is_dir() else []
-    return [(file, file.relative_to(folder).as_posix()) for file in files]
+    return [(file, file.relative_to(folder).as_posix()) for file in list_images(folder)]
 
 
 def _list_file(file: Path, roots: Sequence[Path], faults: list[RecordError]) -> list[Listed]:
