@@ -22,14 +22,15 @@ def adapt(transform: Any, name: str = "transform", *, min_size: float = 1.0, min
         return transform
     if "albumentations" in libraries and hasattr(transform, "set_random_state"):
         return Albumentations(transform, min_size, min_visibility)
-    if "torchvision" in libraries and (made := Torchvision(transform)).is_known:
-        return made
-    raise ConfigError(
-        f"{name}: {type(transform).__name__} is no transform - give one of retina.data.transforms, albumentations or"
-        " torchvision.transforms.v2",
-        code="augment",
-        key="augment",
-    )
+    if "torchvision" in libraries:
+        from torchvision.transforms import v2
+
+        if isinstance(transform, v2.Transform):
+            flips = (v2.RandomHorizontalFlip, v2.RandomVerticalFlip)
+            return Torchvision(transform, keeps_sizes=isinstance(transform, flips))
+    fix = "give one of retina.data.transforms, albumentations or torchvision.transforms.v2"
+    problem = f"{name}: {type(transform).__name__} is no transform"
+    raise ConfigError(f"{problem} - {fix}", code="augment", key="augment")
 
 
 class Albumentations(Transform):
@@ -62,12 +63,9 @@ class Torchvision(Transform):
     Its numbers come from torch's global generator, which is seeded for the call and left as it was. Boxes are its
     `BoundingBoxes`; where it drops some (`SanitizeBoundingBoxes`), their rows, as its labels, go with them."""
 
-    def __init__(self, transform: Any) -> None:
-        from torchvision.transforms import v2
-
+    def __init__(self, transform: Any, *, keeps_sizes: bool) -> None:
         self.transform = transform
-        self.is_known = isinstance(transform, v2.Transform)
-        self.keeps_sizes = self.scale_free = isinstance(transform, (v2.RandomHorizontalFlip, v2.RandomVerticalFlip))
+        self.keeps_sizes = self.scale_free = keeps_sizes
 
     def __call__(self, image: Pixels, boxes: Boxes, seed: int) -> tuple[Any, Any]:  # `Pipeline` checks what comes out
         from torchvision import tv_tensors

@@ -163,23 +163,23 @@ def write_columns(folder: Path, columns: Columns) -> None:
 
     Several processes may write the same folder at once."""
     temporary = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=folder.parent))
-    replaced = temporary.with_suffix(".old.tmp")
+    former = temporary.with_suffix(".old.tmp")
     try:
-        described = {name: _write(temporary / f"{name}.npy", array) for name, array in columns.arrays.items()}
-        notes = json.dumps({"columns": described, "notes": columns.notes}).encode("ascii")
+        descriptions = {name: _write(temporary / f"{name}.npy", array) for name, array in columns.arrays.items()}
+        notes = json.dumps({"columns": descriptions, "notes": columns.notes}).encode("ascii")
         write_synced(temporary / "notes.json", hashlib.sha256(notes).hexdigest().encode("ascii") + b"\n" + notes)
         if read_columns(temporary) is None:
             raise OSError(errno.EIO, "it does not hold what was written")
         sync_folder(temporary)
         with suppress(FileNotFoundError):
-            folder.rename(replaced)
+            folder.rename(former)
         try:
             temporary.rename(folder)
         except OSError:  # another process may have been faster, with the same content
             if not folder.is_dir():
                 raise
     finally:
-        for rest in (temporary, replaced):
+        for rest in (temporary, former):
             _remove(rest)
     sync_folder(folder.parent)
 

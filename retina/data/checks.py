@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from retina.data.convert.records import MAX_OVERHANG
 from retina.data.paths import links_outside, name_problem
 from retina.errors import DataError, plain
 from retina.files import write_whole
@@ -66,8 +65,9 @@ def _digest(lines: Sequence[str], limit: int) -> list[str]:
     if len(lines) <= limit:
         return [plain(line) for line in lines]
     kinds: dict[str, list[str]] = {}
-    for line in lines:
-        kinds.setdefault(_kind(line), []).append(line)
+    for line in lines:  # those with the same remedy, except for the names and numbers in it, have one cause
+        kind = re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "", line.rpartition(" - ")[2])
+        kinds.setdefault(kind, []).append(line)
     share = max(1, limit // len(kinds))
     shown = []
     for same in list(kinds.values())[:limit]:
@@ -77,11 +77,6 @@ def _digest(lines: Sequence[str], limit: int) -> list[str]:
     if len(kinds) > limit:
         shown.append(f"and {sum(map(len, list(kinds.values())[limit:])):,} more")
     return shown
-
-
-def _kind(line: str) -> str:
-    """Lines with the same remedy, but for the names and numbers in it, have one cause."""
-    return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "", line.rpartition(" - ")[2])
 
 
 def some(names: Sequence[str]) -> str:
@@ -265,9 +260,8 @@ def _image_problem(record: Mapping[str, Any], allow_outside: bool) -> str | None
     if problem := name_problem(name, allow_outside=allow_outside):
         return problem
     if not all(_is_number(side) and 0 < side < 2**31 and side == int(side) for side in (height, width)):
-        return (
-            f"width {brief(width)} and height {brief(height)} are not whole numbers above 0 - give the image's pixels"
-        )
+        sides = f"width {brief(width)} and height {brief(height)}"
+        return f"{sides} are not whole numbers above 0 - give the image's pixels"
     return None
 
 
@@ -336,12 +330,12 @@ def _is_number(value: Any) -> bool:
 
 # Boxes against their images, vectorised, because annotation files have a million of them. Boxes are COCO's
 # [x, y, width, height] in pixels.
+MAX_OVERHANG = 1.0
+"""Pixels by which a box may leave its image: rounding in annotation tools, clipped."""
 _FARTHEST = 2.0**31
-_ENOUGH = 3
-"""Boxes from which on a file may be judged as a whole."""
+_ENOUGH = 3  # boxes from which on a file may be judged as a whole
 _NEARLY_ALL = 0.99
-_OFTEN = 0.3
-"""Share of boxes leaving their images that true [x, y, width, height] never has."""
+_OFTEN = 0.3  # share of boxes leaving their images that true [x, y, width, height] never has
 
 
 class BoxProblem(NamedTuple):

@@ -86,29 +86,29 @@ def _parse(
     file: Path, image_root: Path, request: Request, report: DataReport, *, skip_faulty: bool
 ) -> CachedAnnotations:
     """Reads and checks the JSON itself, and stores the result of a large file. Warnings go to `report` at once."""
-    found = DataReport(warnings=report.warnings)
+    findings = DataReport(warnings=report.warnings)
     known_warnings = len(report.warnings)
     data = read_bytes(file)
     document = parse_document(file, data, report.warnings)
     entry = annotation_cache.entry_of(data, request)
     del data
-    name_of = check_categories(file, document["categories"], found)
-    unclear = bool(found.faults)
-    images = check_images(file, document["images"], found, allow_outside=request.allow_outside)
-    if not request.allow_outside and check_links(file, images, image_root, found):
+    name_of = check_categories(file, document["categories"], findings)
+    unclear = bool(findings.faults)
+    images = check_images(file, document["images"], findings, allow_outside=request.allow_outside)
+    if not request.allow_outside and check_links(file, images, image_root, findings):
         entry = None  # links may be mended while the file stays as it is
     if unclear:  # nearly every annotation would be at fault for its category
-        raise RecordsError(found.faults)
+        raise RecordsError(findings.faults)
 
     classes = request.classes
     if classes is None:
         classes = [name_of[category_id] for category_id in sorted(name_of)]
-    positions = check_annotations(file, document["annotations"], images, name_of, classes, found)
+    positions = check_annotations(file, document["annotations"], images, name_of, classes, findings)
     records = [document["annotations"][position] for position in positions]
-    annotations = _arrange(file, image_root, classes, name_of, images, records, positions, found)
-    if found.faults and not (skip_faulty and images.sound):
-        raise RecordsError(found.faults)
-    reading = CachedAnnotations(annotations, found.faults, report.warnings[known_warnings:])
+    annotations = _arrange(file, image_root, classes, name_of, images, records, positions, findings)
+    if findings.faults and not (skip_faulty and images.sound):
+        raise RecordsError(findings.faults)
+    reading = CachedAnnotations(annotations, findings.faults, report.warnings[known_warnings:])
     complaint = annotation_cache.store(entry, reading, allow_outside=request.allow_outside) if entry else None
     if complaint and complaint not in report.warnings:
         report.warnings.append(complaint)
@@ -162,7 +162,7 @@ def _arrange(
         crowd=crowd[order],
         areas=np.where(np.isnan(areas), xywh[:, 2] * xywh[:, 3], areas),
         names=np.frombuffer(b"".join(encoded), dtype=np.uint8),
-        name_offsets=_offsets(np.array([len(name) for name in encoded])),
+        name_offsets=_offsets(np.array([len(name) for name in encoded], dtype=np.int64)),
     )
 
 

@@ -58,20 +58,22 @@ class CocoDetection(Dataset[Sample]):
         Of a much larger image than the pipeline makes of it, `image` may be a smaller version (`read_reduced`);
         `original_size` and boxes are those of the file.
         """
-        known = self.annotations
-        image, (height, width) = read_reduced(known.path(index), self.pipeline.least_size, max_pixels=self.max_pixels)
-        stated_height, stated_width = map(int, known.sizes[index])
+        annotations = self.annotations
+        image, (height, width) = read_reduced(
+            annotations.path(index), self.pipeline.least_size, max_pixels=self.max_pixels
+        )
+        stated_height, stated_width = map(int, annotations.sizes[index])
         if (height, width) != (stated_height, stated_width):
-            record = f"{known.file}: image id {known.image_ids[index]} ({known.file_name(index)})"
+            record = f"{annotations.file}: image id {annotations.image_ids[index]} ({annotations.file_name(index)})"
             problem = f"stated as {stated_width}x{stated_height}, but the file is {width}x{height} after EXIF rotation"
             fix = "correct the image's width, height and boxes"
             raise DataError(f"{record}: {problem} - {fix}", code="image-size")
-        rows = slice(known.offsets[index], known.offsets[index + 1])
+        rows = slice(annotations.offsets[index], annotations.offsets[index + 1])
         return Sample(
             image=image,
-            boxes=known.boxes[rows].astype(np.float32),
-            labels=known.labels[rows],
-            crowd=known.crowd[rows],
+            boxes=annotations.boxes[rows].astype(np.float32),
+            labels=annotations.labels[rows],
+            crowd=annotations.crowd[rows],
             index=index,
             original_size=(height, width),
             size=(height, width),

@@ -103,7 +103,9 @@ def compare_splits(train: Annotations, val: Annotations, report: DataReport, fil
 
     `files` are those of "train" and "val"; images are the same if all their bytes are."""
     if os.path.realpath(train.file) == os.path.realpath(val.file):
-        report.warnings.append(f"{val.file}: is both train and val - scores will say nothing about images never seen")
+        report.warnings.append(
+            f"{val.file}: is both train and val - scores will say nothing about images never train_rows"
+        )
         return
     report.warnings += _category_warnings(train, val)
     for row, twin in _same_images(train, val, files).items():
@@ -138,8 +140,8 @@ def _same_images(train: Annotations, val: Annotations, files: Mapping[str, Files
         with ThreadPoolExecutor(_THREADS) as pool:
             yield from zip(rows, pool.map(lambda row: _digest(split.path(row)), rows), strict=True)
 
-    seen = {digest: row for row, digest in digests(train, keys[0]) if digest}
-    return {row: seen[digest] for row, digest in digests(val, keys[1]) if digest in seen}
+    train_rows = {digest: row for row, digest in digests(train, keys[0]) if digest}
+    return {row: train_rows[digest] for row, digest in digests(val, keys[1]) if digest in train_rows}
 
 
 def _digest(file: Path) -> bytes | None:

@@ -122,8 +122,8 @@ def _draw_image(
     image = _draw_background(rng, height, width)
     owner = np.zeros((height * _SUPERSAMPLING, width * _SUPERSAMPLING), dtype=np.int8)  # which shape is seen: 1, 2, ...
     labels: list[int] = []
-    full: list[int] = []  # pixels of every whole shape, and how many of them are seen
-    seen: list[int] = []
+    full: list[int] = []  # pixels of every whole shape, and how many of them are visible
+    visible: list[int] = []
     views = []  # the part of `owner` around every shape, and where that begins
     num_objects = 0 if rng.random() < _EMPTY else int(rng.integers(1, _MAX_OBJECTS + 1))
     for label in rng.choice(len(_CLASSES), size=num_objects, p=_SHARES).tolist():
@@ -132,19 +132,19 @@ def _draw_image(
             y, x = max(top, 0), max(left, 0)
             inside = mask[y - top : max(owner.shape[0] - top, 0), x - left : max(owner.shape[1] - left, 0)]
             under = owner[y : y + inside.shape[0], x : x + inside.shape[1]]
-            hidden = np.bincount(under[inside], minlength=len(seen) + 1)[1:]
+            hidden = np.bincount(under[inside], minlength=len(visible) + 1)[1:]
             area, area_inside = int(np.count_nonzero(mask)), int(np.count_nonzero(inside))
             y1, x1, y2, x2 = _extent(inside)
             if (
                 area_inside >= _MIN_VISIBLE * area
                 and min(y2 - y1, x2 - x1) >= _MIN_SIDE * _SUPERSAMPLING
-                and all(s - h >= _MIN_VISIBLE * f for s, h, f in zip(seen, hidden, full, strict=True))
+                and all(s - h >= _MIN_VISIBLE * f for s, h, f in zip(visible, hidden, full, strict=True))
             ):
-                seen = [s - int(h) for s, h in zip(seen, hidden, strict=True)] + [area_inside]
+                visible = [s - int(h) for s, h in zip(visible, hidden, strict=True)] + [area_inside]
                 full.append(area)
                 views.append((under, y, x))
                 labels.append(label)
-                under[inside] = len(seen)
+                under[inside] = len(visible)
                 _paint(rng, image, inside, y // _SUPERSAMPLING, x // _SUPERSAMPLING)
                 break
     boxes = []

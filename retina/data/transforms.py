@@ -253,7 +253,7 @@ class Pipeline:
         if image.dtype != np.uint8 or image.shape[2:] != (3,):
             problem = f"{', '.join(self.transforms)}: the image came out as {image.dtype} of shape {image.shape}"
             fix = "leave out normalisation and conversions, the model does them"
-            raise ConfigError(f"{problem} - {fix}", code="augment", key="augment")
+            raise ConfigError(f"augment: {problem} - {fix}", code="augment")
         rows = boxes[:, 4].round().astype(np.int64)
         return sample._replace(
             image=np.ascontiguousarray(image),

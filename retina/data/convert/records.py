@@ -5,11 +5,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+from xml.parsers import expat
 
+from retina.data.checks import MAX_OVERHANG
+from retina.data.images import image_size
 from retina.errors import DataError
-
-MAX_OVERHANG = 1.0
-"""Pixels by which a box may leave its image: rounding in annotation tools, clipped. More is a fault."""
 
 Xyxy = tuple[float, float, float, float]
 T = TypeVar("T")
@@ -67,6 +67,19 @@ def read_records(
     return tuple(records)
 
 
+def read_pair(image: Path, labels: Path, parse: Callable[[bytes], T], kind: str) -> tuple[T, tuple[int, int]]:
+    """What `parse` makes of a label file (of nothing, where there is none), and the image's (height, width).
+
+    Raises RecordError when either is unclear; kind: what the label file should have been."""
+    try:
+        return parse(labels.read_bytes() if labels.is_file() else b""), image_size(image)
+    except DataError as error:
+        raise RecordError(labels, 1, str(error)) from error
+    except (expat.ExpatError, ValueError, LookupError) as error:
+        line = getattr(error, "lineno", 1)
+        raise RecordError(labels, line, f"not {kind} ({error}) - export the file again or remove it") from error
+
+
 def make_object(name: str, box: Xyxy, size: tuple[int, int], *, crowd: bool = False) -> Object:
     """An object with its box clipped to the image of `size` (height, width).
 
@@ -108,17 +121,18 @@ def divide(
     def rank(row: int) -> bytes:
         return hashlib.sha256(f"{seed}:{key(items[row])}".encode("utf-8", "surrogatepass")).digest()
 
-    drawn = set(sorted(range(len(items)), key=rank)[:num_val])
-    return [x for i, x in enumerate(items) if i not in drawn], [x for i, x in enumerate(items) if i in drawn]
+    ranked = sorted(range(len(items)), key=rank)
+    train, val = ([items[row] for row in sorted(rows)] for rows in (ranked[num_val:], ranked[:num_val]))
+    return train, val
 
 
 def check_classes(file: Path | str, names: Sequence[str]) -> None:
     """Raises DataError unless there is at least one class name, none empty and none twice."""
     if not names:
         raise DataError(f"{file}: classes: none - name at least one", code="class-names")
-    for i, name in enumerate(names):
-        if not name.strip() or name in names[:i]:
-            problem = f"{name!r} is {'there twice' if name else 'empty'}"
+    for name in names:
+        if not name.strip() or list(names).count(name) > 1:
+            problem = f"{name!r} is {'there twice' if name.strip() else 'empty'}"
             raise DataError(f"{file}: classes: {problem} - use distinct names", code="class-names")
 
 

@@ -19,9 +19,10 @@ from retina.data.convert.records import (
     make_object,
     quoted,
     read_lines,
+    read_pair,
     read_records,
 )
-from retina.data.images import image_size, list_images
+from retina.data.images import list_images
 from retina.errors import DataError, check_choice
 
 LINE = "line"
@@ -141,14 +142,7 @@ def _read_list(file: Path) -> list[Listed]:
 
 def _read_tree(xml: Path, image: Path) -> tuple[ElementTree.Element, tuple[int, int]]:
     """The tree of an XML file, and the image's (height, width). Raises RecordError when either is unclear."""
-    try:
-        height, width = image_size(image)
-        tree = parse_xml(xml.read_bytes())
-    except DataError as error:
-        raise RecordError(xml, 1, str(error)) from error
-    except (expat.ExpatError, ValueError, LookupError) as error:
-        line = getattr(error, "lineno", 1)
-        raise RecordError(xml, line, f"not well-formed XML ({error}) - export the file again or remove it") from error
+    tree, (height, width) = read_pair(image, xml, parse_xml, "well-formed XML")
     if tree.tag != "annotation":
         fix = "a VOC file has <annotation>; export it as Pascal VOC"
         raise RecordError(xml, 1, f"root node is <{tree.tag}> - {fix}")

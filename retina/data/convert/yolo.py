@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from retina.data.checks import MAX_OVERHANG
 from retina.data.convert.records import (
-    MAX_OVERHANG,
     Object,
     Record,
     RecordError,
@@ -22,9 +22,10 @@ from retina.data.convert.records import (
     make_object,
     quoted,
     read_lines,
+    read_pair,
     read_records,
 )
-from retina.data.images import image_size, list_images
+from retina.data.images import list_images
 from retina.errors import DataError
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
@@ -110,15 +111,9 @@ def parse_line(text: str, size: tuple[int, int], classes: Sequence[str]) -> Obje
 
 def _read_record(image: Path, file_name: str, classes: Sequence[str], faults: list[RecordError]) -> Record:
     labels = label_path(image)
-    try:
-        size = image_size(image)
-        text = labels.read_text(encoding="utf-8-sig") if labels.is_file() else ""
-    except DataError as error:
-        raise RecordError(labels, 1, str(error)) from error
-    except ValueError as error:
-        raise RecordError(labels, 1, f"not UTF-8 text ({error}) - export the file again or remove it") from error
+    text, size = read_pair(image, labels, lambda data: data.decode("utf-8-sig"), "UTF-8 text")
     objects = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             objects += [parse_line(line, size, classes)] if line.strip() else []
         except ValueError as error:
