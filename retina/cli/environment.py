@@ -16,8 +16,6 @@ import torchvision
 import retina
 from retina.files import write_whole
 
-ENVIRONMENT = "environment.json"
-
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Plain values. `commit` is that of the checkout the package is imported from, null without one or without git;
@@ -25,31 +23,31 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     root = Path(retina.__file__).parents[1]
     commit = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
     changes = _git(root, "status", "--porcelain", "--untracked-files=no") if commit else None
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    on_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if on_gpu else None,
         "retina": retina.__version__,
         "commit": commit,
-        "modified": changes != "" if changes is not None else None,
-        "device": f"{device.type} {device_name}",
+        "modified": None if changes is None else changes != "",
+        "device": f"{device.type} {torch.cuda.get_device_name(device) if on_gpu else platform.machine()}",
         "host": socket.gethostname(),
         "command": shlex.join(sys.argv),
     }
 
 
 def record_environment(folder: Path, environment: dict[str, Any]) -> None:
-    """Adds a start of the run to `environment.json`, a list with one entry per start. A full disk
-    costs the entry alone, because a run goes on without room too."""
-    file = folder / ENVIRONMENT
-    try:
-        starts = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        starts = []
-    starts = starts if isinstance(starts, list) else []
+    """Adds a start of the run to the list in `environment.json`. A full disk costs the entry alone, because a run goes
+    on without room too."""
+    file = folder / "environment.json"
     with suppress(OSError):
+        try:
+            starts = json.loads(file.read_bytes())
+        except (FileNotFoundError, ValueError):
+            starts = []
+        starts = starts if isinstance(starts, list) else []
         write_whole(file, (json.dumps([*starts, environment], indent=1) + "\n").encode())
 
 

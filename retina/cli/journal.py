@@ -24,7 +24,6 @@ from retina.files import lock, write_synced
 
 STATE, DETECTIONS, FAILED = ".infer", "detections.json", "failed.txt"
 FAILED_TITLE = "# files that tools/infer.py could not finish, and why"
-ADVICE = "choose another folder"
 
 
 class Batch(NamedTuple):
@@ -72,22 +71,18 @@ def open_output(output: Path, pictures: Collection[str]) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
         own = _own_pictures(output)
         if own is None and any(entry.name != STATE for entry in output.iterdir()):
-            raise ConfigError(f"{output} holds other files - {ADVICE}", code="output-taken", key="output")
+            raise _taken(f"{output} holds other files")
         _check_way(output, pictures, own or set())
         state.mkdir(exist_ok=True)
         lock_file = (state / "lock").open("a")
     except OSError as fault:
-        raise ConfigError(
-            f"{output} cannot be written ({fault.strerror}) - {ADVICE}", code="not-written", key="output"
-        ) from None
+        raise _taken(f"{output} cannot be written ({fault.strerror})", code="not-written") from None
     with lock_file:
         try:
             if not lock(lock_file.fileno()):
                 print(f"warning: {output} knows no locks: start no second inference into it", file=sys.stderr)
         except OSError:
-            raise ConfigError(
-                f"{output} is being written by another inference - wait, or {ADVICE}", code="in-use", key="output"
-            ) from None
+            raise _taken(f"{output} is being written by another inference: wait", code="in-use") from None
         for leftover in state.glob("*.tmp"):
             leftover.unlink()
         write_whole(output, f"{STATE}/claims.json", json.dumps(sorted({*pictures, *(own or ())}, key=str)).encode())
@@ -112,32 +107,26 @@ def _read(file: Path) -> Any:
 
 
 def _check_way(output: Path, pictures: Collection[str], own: Collection[str]) -> None:
-    for picture in pictures:
-        if picture not in own and os.path.lexists(output / picture):
-            raise ConfigError(
-                f"{output / picture} is there already and would be overwritten - {ADVICE}",
-                code="output-taken",
-                key="output",
-            )
-    inside = os.path.realpath(output)
+    failed, inside = output / FAILED, os.path.realpath(output)
+    foreign = [output / picture for picture in pictures if picture not in own]
+    if not (failed.is_file() and failed.read_bytes().startswith(FAILED_TITLE.encode())):
+        foreign.append(failed)
+    for file in foreign:
+        if os.path.lexists(file):
+            raise _taken(f"{file} is there already and would be overwritten")
     for folder in {(output / picture).parent for picture in pictures}:
         if not Path(os.path.realpath(folder)).is_relative_to(inside):
-            raise ConfigError(f"{folder} leads out of {output} - {ADVICE}", code="output-outside", key="output")
+            raise _taken(f"{folder} leads out of {output}", code="output-outside")
     if (output / STATE).is_symlink():
-        raise ConfigError(f"{output / STATE} leads out of {output} - {ADVICE}", code="output-outside", key="output")
-    for name in (DETECTIONS, FAILED, STATE):
-        if any(PurePosixPath(picture).parts[0].casefold() == name for picture in pictures):
-            raise ConfigError(
-                f"has a folder {name}, a name that the output needs itself - rename it",
-                code="reserved-name",
-                key="source",
-            )
-    failed = output / FAILED
-    ours = failed.is_file() and failed.read_bytes().startswith(FAILED_TITLE.encode())
-    if os.path.lexists(failed) and not ours:
-        raise ConfigError(
-            f"{failed} is there already and would be overwritten - {ADVICE}", code="output-taken", key="output"
-        )
+        raise _taken(f"{output / STATE} leads out of {output}", code="output-outside")
+    reserved = {PurePosixPath(picture).parts[0].casefold() for picture in pictures} & {DETECTIONS, FAILED, STATE}
+    for name in reserved:
+        problem = f"has a folder {name}, a name that the output needs itself - rename it"
+        raise ConfigError(problem, code="reserved-name", key="source")
+
+
+def _taken(problem: str, code: str = "output-taken") -> ConfigError:
+    return ConfigError(f"{problem} - choose another folder", code=code, key="output")
 
 
 def read_done(output: Path) -> dict[str, Done]:

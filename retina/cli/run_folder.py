@@ -12,6 +12,7 @@ import yaml
 
 from retina.errors import ConfigError
 from retina.files import lock, open_flags, temporary_of, write_whole
+from retina.tracking.trackers import flatten
 
 OWN = (
     *("log.txt", "metrics.jsonl", "best.safetensors", "data_report.json", "checkpoints"),
@@ -130,7 +131,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
     """Every setting that differs, harmless or not, in the order of the files."""
-    old, new = _flatten(before), _flatten(now)
+    old, new = flatten(before), flatten(now)
     absent = "(absent)"
     pairs = [Difference(key, old.get(key, absent), new.get(key, absent)) for key in {**old, **new} if key not in WORDS]
     return [pair for pair in pairs if pair.there != pair.now]
@@ -179,11 +180,3 @@ def _lock(folder: Path, patience: float) -> bool:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
     return locked
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = isinstance(value, Mapping) and value
-        flat |= _flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return flat

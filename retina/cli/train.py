@@ -167,25 +167,22 @@ def score(
     max_pixels: int,
     stopping: "Callable[[], int]",
     model: "nn.Module",
-) -> "Evaluation | None":
-    """The metrics of the model on the validation split, with a picture of some detections; None if it should stop."""
-    from retina.evaluation.evaluate import StoppedError, evaluate
+) -> "Evaluation":
+    """The metrics of the model on the validation split, with a picture of some detections."""
+    from retina.evaluation.evaluate import evaluate
     from retina.evaluation.pictures import evaluation_pictures
     from retina.types import DTYPES
 
-    try:
-        evaluation = evaluate(
-            model,
-            recorder.evaluating(loader, len(annotations)),
-            annotations,
-            postprocess=recipe.postprocess,
-            criterion=recipe.criterion,
-            device=state.device,
-            dtype=DTYPES[state.config.precision],
-            stopping=stopping,
-        )
-    except StoppedError:
-        return None
+    evaluation = evaluate(
+        model,
+        recorder.evaluating(loader, len(annotations)),
+        annotations,
+        postprocess=recipe.postprocess,
+        criterion=recipe.criterion,
+        device=state.device,
+        dtype=DTYPES[state.config.precision],
+        stopping=stopping,
+    )
     if state.config.pictures and recorder.active:
         limits = {"max_images": state.config.pictures, "max_pixels": max_pixels}
         picture = evaluation_pictures(annotations, evaluation.detections, **limits)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,6 +47,11 @@ class TrainState:
         self.progress = Progress()
 
     @property
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the progress, by the names of `save_checkpoint`."""
+        return {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
+
+    @property
     def weights(self) -> nn.Module:
         """The model to evaluate and to use: the moving average if there is one."""
         return self.ema.model if self.ema else self.model
@@ -83,20 +89,17 @@ class Checkpointer:
         fingerprint than in the checkpoint unless `allow_data_change`; on one rank alone."""
         state = self.state
         newest = distributed.on_main(self._newest)  # on a network disk, ranks might see different ones
-        if newest is None:
-            state.progress.annotations = annotations
-        else:
-            state.progress = distributed.on_all(
-                lambda: load_checkpoint(Path(newest), model=state.model, optimizer=state.optimizer, ema=state.ema)
-            )
+        if newest is not None:
+            state.progress = distributed.on_all(lambda: load_checkpoint(Path(newest), **state.parts))
             if state.progress.annotations != annotations:
-                self._accept_change(Path(newest))
-                state.progress.annotations = annotations
-            if state.progress.scaler:
-                state.scaler.load_state_dict(state.progress.scaler)
-        state.meter.load_state(state.progress.meter, state.device)
-        self._saved = (state.progress.step, state.progress.evaluated)
-        return state.progress
+                distributed.on_main(lambda: self._accept_change(newest))
+        progress = state.progress
+        progress.annotations = annotations
+        if progress.scaler:
+            state.scaler.load_state_dict(progress.scaler)
+        state.meter.load_state(progress.meter, state.device)
+        self._saved = (progress.step, progress.evaluated)
+        return progress
 
     def _newest(self) -> str | None:
         if self.folder is None:
@@ -110,14 +113,11 @@ class Checkpointer:
             raise CheckpointError(f"{folder}: no checkpoint is whole - {fix}", code="damaged-checkpoint")
         return str(checkpoint) if checkpoint else None
 
-    def _accept_change(self, checkpoint: Path) -> None:
-        def refuse() -> None:
-            if not self.allow_data_change:
-                fix = "restore them, begin another run, or go on with allow_data_change=true"
-                problem = f"{checkpoint}: was trained on other annotations than those there are now"
-                raise ConfigError(f"{problem} - {fix}", code="data-change")
-
-        distributed.on_main(refuse)
+    def _accept_change(self, checkpoint: str) -> None:
+        if not self.allow_data_change:
+            fix = "restore them, begin another run, or go on with allow_data_change=true"
+            problem = f"{checkpoint}: was trained on other annotations than those there are now"
+            raise ConfigError(f"{problem} - {fix}", code="data-change")
         self.recorder.warn("the annotations are not those the run began with (allow_data_change)")
 
     def save(self) -> None:
@@ -128,9 +128,9 @@ class Checkpointer:
             return
         folder, self._saved = self.folder / "checkpoints", (progress.step, progress.evaluated)
         progress.scaler, progress.meter = state.scaler.state_dict(), state.meter.state()
-        write = partial(save_checkpoint, model=state.model, optimizer=state.optimizer, ema=state.ema)
+        write = partial(save_checkpoint, folder, progress, **state.parts, keep=state.config.keep_checkpoints)
         with state.meter.paused():
-            self._write("checkpoint", lambda: write(folder, progress, keep=state.config.keep_checkpoints))
+            self._write("checkpoint", write)
 
     def save_best(self, metrics: dict[str, float | None]) -> None:
         """The weights to use. Raises CheckpointError, on rank 0 alone, if they are not finite."""

@@ -20,7 +20,7 @@ from retina.errors import plain
 from retina.files import Appender, write_whole
 from retina.tracking.curves import draw_curves
 from retina.tracking.screen import Counted, Pace, Screen
-from retina.tracking.trackers import Tracker
+from retina.tracking.trackers import Tracker, flatten
 from retina.types import Batch
 
 
@@ -74,7 +74,8 @@ class RunLogger:
             return
         record = json.dumps({"step": step, "kind": kind, **_finite(values)}, allow_nan=False) + "\n"
         self._attempt(str(self._metrics.file), lambda: self._metrics.write(record.encode()))
-        numbers = {plain(name): value for name, value in _flatten(values, f"{kind}/")}
+        leaves = flatten(values, "/", f"{kind}/").items()
+        numbers = {plain(n): float(v) for n, v in leaves if isinstance(v, int | float) and not isinstance(v, bool)}
         self._track(lambda tracker: tracker.scalars(step, numbers))
 
     def picture(self, step: int, name: str, image: NDArray[Any]) -> None:
@@ -177,16 +178,6 @@ class RunLogger:
     def _write_log(self, text: str) -> None:
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
         self._attempt(str(self._log.file), lambda: self._log.write(line.encode()))
-
-
-def _flatten(values: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
-    flat: list[tuple[str, float]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat += _flatten(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            flat.append((f"{prefix}{key}", float(value)))
-    return flat
 
 
 def _finite(value: Any) -> Any:

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import count, islice
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from retina.engine.meter import LAG, PendingFlags
 from retina.engine.optim import set_learning_rate
 from retina.engine.step import StepResult, parallel, train_step
 from retina.errors import RetinaError
-from retina.evaluation.evaluate import Evaluation
+from retina.evaluation.evaluate import Evaluation, StoppedError
 from retina.losses.detection import DetectionLoss
 from retina.losses.diagnose import Diagnosis, prior_is_lost, summarize, with_diagnosis
 from retina.types import DTYPES, Batch, Criterion, to_device
@@ -34,7 +35,7 @@ def fit(
     criterion: Criterion,
     loader: Iterable[Batch],
     *,
-    evaluate: Callable[[nn.Module], Evaluation | None] | None = None,
+    evaluate: Callable[[nn.Module], Evaluation] | None = None,
     checkpointer: Checkpointer | None = None,
     recorder: RunLogger | None = None,
     annotations: Annotations | None = None,
@@ -42,7 +43,8 @@ def fit(
 ) -> int:
     """Trains `state.model` until `config.length`, from where the newest valid checkpoint stands.
 
-    evaluate: scores a model on all ranks; None if `stopping` cut it short. Without `checkpointer`, nothing is saved.
+    evaluate: scores a model on all ranks, or raises StoppedError if `stopping` cut it short.
+    checkpointer: without one, nothing is saved.
     annotations: the training data. Messages and pictures name its files and classes.
     stopping: the number of the signal that asks to stop, or 0. If any rank is asked, all finish their step and save.
 
@@ -150,11 +152,9 @@ def _plan(config: TrainConfig, loader: Any, *, evaluates: bool) -> _Plan:
     else:
         per_epoch = max(1, len(loader) // config.accumulate)
     total = to_steps(config.length, steps_per_epoch=per_epoch, total=None, key="length")
-    save_every = to_steps(config.save_every, steps_per_epoch=per_epoch, total=total, key="save_every")
-    eval_every = None
-    if config.eval_every is not None and evaluates:
-        eval_every = to_steps(config.eval_every, steps_per_epoch=per_epoch, total=total, key="eval_every")
-    return _Plan(config, per_epoch, total, save_every, eval_every)
+    every = partial(to_steps, steps_per_epoch=per_epoch, total=total)
+    eval_every = every(config.eval_every, key="eval_every") if config.eval_every is not None and evaluates else None
+    return _Plan(config, per_epoch, total, every(config.save_every, key="save_every"), eval_every)
 
 
 def _endless(loader: Any, step: int, steps_per_epoch: int, accumulate: int) -> Iterator[Batch]:
@@ -177,7 +177,7 @@ def _endless(loader: Any, step: int, steps_per_epoch: int, accumulate: int) -> I
 
 def _evaluate(
     state: TrainState,
-    evaluate: Callable[[nn.Module], Evaluation | None],
+    evaluate: Callable[[nn.Module], Evaluation],
     checkpointer: Checkpointer,
     recorder: RunLogger,
     stopping: Callable[[], int],
@@ -187,8 +187,9 @@ def _evaluate(
     Returns the signal that cut it short, with nothing decided, or 0."""
     progress, started = state.progress, time.perf_counter()
     with state.meter.paused():
-        evaluation = evaluate(state.weights)
-        if evaluation is None:
+        try:
+            evaluation = evaluate(state.weights)
+        except StoppedError:
             return distributed.agree(stop=stopping()).stop
         seconds = time.perf_counter() - started
         value = evaluation.metrics[state.config.best_metric]
@@ -253,12 +254,8 @@ class _Report:
             recorder.picture(step, "train/batch", grid(pictures))
         diagnosis = self._read_diagnosis(self._diagnosis, first=step == 1) if self._diagnosis else {}
         if logs and (means := self.state.meter.read()):
-            values: dict[str, Any] = {
-                "epoch": step / self.plan.steps_per_epoch,
-                "lr": lr,
-                **means,
-                "diagnosis": diagnosis,
-            }
+            epoch = step / self.plan.steps_per_epoch
+            values: dict[str, Any] = {"epoch": epoch, "lr": lr, **means, "diagnosis": diagnosis}
             recorder.scalars(step, "train", values)
             recorder.progress(step, self.plan.total, values)
             for fault in getattr(self.loader, "faults", {}).values():
@@ -303,14 +300,14 @@ def _describe_skipped(update: _Update, annotations: Annotations | None) -> str:
     ranks = list(enumerate(distributed.gather_objects((result.rank_sums.tolist(), indices.tolist()))))
     guilty = [(rank, rows) for rank, (sums, rows) in ranks if not all(map(math.isfinite, sums))]
     guilty = guilty or [(rank, rows) for rank, (_, rows) in ranks]
+    rows = [row for _, rows_of_rank in guilty for row in rows_of_rank]
     images = [
         f"{annotations.image_ids[row]} ({annotations.file_name(row)})" if annotations else f"number {row}"
-        for _, rows in guilty
-        for row in rows
+        for row in rows[:16]
     ]
-    more = f" and {len(images) - 16} more" if len(images) > 16 else ""
+    more = f" and {len(rows) - 16} more" if len(rows) > 16 else ""
     return (
         f"step {step}: update skipped because a number in it is not finite: loss class {result.losses[0]:.4g}, box "
         f"{result.losses[1]:.4g}, gradient norm {result.grad_norm:.4g}, lr {lr:.4g}, "
-        f"rank {', '.join(str(rank) for rank, _ in guilty)}, image {', '.join(images[:16])}{more}"
+        f"rank {', '.join(str(rank) for rank, _ in guilty)}, image {', '.join(images)}{more}"
     )

@@ -63,17 +63,10 @@ class Meter:
             return {}
         classification, box, positives, norm = (value / updates for value in sums)
         seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
-        values = {
-            "loss": classification + box,
-            "loss_classification": classification,
-            "loss_box": box,
-            "positives": positives,
-            "grad_norm": norm,
-            "images_per_second": self._images / seconds,
-            "data_wait": self._waited / seconds,
-        }
+        speed = {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
         self._reset()
-        return values
+        losses = {"loss": classification + box, "loss_classification": classification, "loss_box": box}
+        return losses | {"positives": positives, "grad_norm": norm} | speed
 
 
 T = TypeVar("T")

@@ -40,7 +40,7 @@ class StopRequest:
         signal.set_wakeup_fd(self._previous_fd)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        os.write(self._write, bytes([_END]))  # its end alone would not do: forked loader workers hold it open, too
+        os.write(self._write, bytes([_END]))  # its end alone would not do, because forked loader workers hold it open
         self._listener.join()
         os.close(self._write)
         os.close(self._read)

@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -60,7 +60,24 @@ class TensorBoard:
         self._board.close()
 
 
-class WandB:
+class _Logged:
+    """What W&B and Trackio have in common: a run that takes numbers and images by name."""
+
+    _run: Any
+    _image: Callable[..., Any]
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def pictures(self, step: int, pictures: Pictures) -> None:
+        self._run.log({name: self._image(pixels) for name, pixels in pictures.items()}, step=step)
+
+    def end(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):  # the screen is ours
+            self._run.finish()
+
+
+class WandB(_Logged):
     """Weights & Biases. `trackers/wandb/` of the run holds the records until `wandb sync` sends them.
 
     mode: "online" sends them at once, from the account that `wandb login` has set."""
@@ -83,17 +100,8 @@ class WandB:
             mode=self.mode,
             dir=str(place),
             config=dict(settings),
-            settings=wandb.Settings(silent=True, console="off"),  # the screen is ours
+            settings=wandb.Settings(silent=True, console="off"),
         )
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def pictures(self, step: int, pictures: Pictures) -> None:
-        self._run.log({name: self._image(pixels) for name, pixels in pictures.items()}, step=step)
-
-    def end(self) -> None:
-        self._run.finish()
 
 
 class MLflow:
@@ -122,8 +130,8 @@ class MLflow:
         self._run = _kept_id(folder / "trackers" / "mlflow_id", step, new_run)
         client.update_run(self._run, status="RUNNING")
         if step == 0:
-            flat = [Param(name, str(value)) for name, value in _flatten(settings)]
-            client.log_batch(self._run, params=flat[:100])  # it takes no more at once
+            parameters = [Param(name, str(value)) for name, value in flatten(settings).items()]
+            client.log_batch(self._run, params=parameters[:100])  # it takes no more at once
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
@@ -139,7 +147,7 @@ class MLflow:
         self._client.set_terminated(self._run)
 
 
-class Trackio:
+class Trackio(_Logged):
     """Trackio. Records are where `trackio show` looks for them on this machine.
 
     space_id: a Space of Hugging Face, which is then sent everything."""
@@ -154,7 +162,7 @@ class Trackio:
         import trackio
 
         self._image = trackio.Image
-        with contextlib.redirect_stdout(io.StringIO()):  # the screen is ours
+        with contextlib.redirect_stdout(io.StringIO()):
             self._run = trackio.init(
                 self.project,
                 name=folder.name,
@@ -166,24 +174,11 @@ class Trackio:
                 auto_log_cpu=False,
             )
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def pictures(self, step: int, pictures: Pictures) -> None:
-        self._run.log({name: self._image(pixels) for name, pixels in pictures.items()}, step=step)
-
-    def end(self) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._run.finish()
-
 
 def _require(package: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise ConfigError(
-            f"{package} is not installed - pip install 'retina-detect[trackers]'",
-            code="missing-package",
-            key="trackers",
-        )
+        problem = f"{package} is not installed - pip install 'retina-detect[trackers]'"
+        raise ConfigError(problem, code="missing-package", key="trackers")
 
 
 def _kept_id(file: Path, step: int, make: Callable[[], str]) -> str:
@@ -195,9 +190,10 @@ def _kept_id(file: Path, step: int, make: Callable[[], str]) -> str:
     return number
 
 
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`. Empty sections stay."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, Mapping) and value
+        flat |= flatten(value, separator, f"{prefix}{key}{separator}") if inner else {f"{prefix}{key}": value}
+    return flat
