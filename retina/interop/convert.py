@@ -65,32 +65,30 @@ def convert_detector(
         state = {key: value for key, value in state.items() if key not in counts}
         fixed = [f"left out, because the backbone's statistics are fixed: {', '.join(counts)}"] if counts else []
     anchors = num_anchors(state, file, used)
-    rows = class_rows(foreign, file, state, anchors, classes)
-    _apply(state, used, anchors, rows.kept, file)
-    arguments = model_arguments(state, file, used, num_classes=len(rows.names))
+    rows, ids, why = class_rows(foreign, file, state, anchors, classes)
+    _apply(state, used, anchors, list(rows), file)
+    arguments = model_arguments(state, file, used, num_classes=len(rows))
     with torch.device("meta"), under("conventions"):
         model = retinanet(**arguments)
     _check_cells(foreign, file, used, model)
     own = model.state_dict()
     notes = _compare(foreign, file, state, own, ignore_unknown=ignore_unknown)
+    resize = ("short_side", "long_side", "pad_multiple")
     detection = ("score_threshold", "candidates_per_level", "nms_iou", "max_detections")
     card = DetectorCard(
         model=model.arguments,
-        classes=rows.names,
-        category_ids=rows.ids,
-        preprocessing={
-            **{name: getattr(used, name) for name in ("short_side", "long_side", "pad_multiple")},
-            "pad_value": [round(value) for value in used.mean],
-            "precision": "fp32",
-            "batch_size": 8,
-        },
+        classes=list(rows.values()),
+        category_ids=ids,
+        preprocessing={name: getattr(used, name) for name in resize}
+        | {"pad_value": [round(value) for value in used.mean], "precision": "fp32", "batch_size": 8},
         postprocess={name: getattr(used, name) for name in detection} | {"class_agnostic": False},
     )
     lines = [f"recognised: {foreign.program}, {len(foreign.names)} tensors", *foreign.notes]
     lines.append(f"conventions: {', '.join(f'{name} {value}' for name, value in asdict(used).items())}")
     seen = ("backbone", "norm", "levels", "p6_from", "head_convs", "head_norm")
     lines.append(f"model: {', '.join(f'{name} {arguments[name]}' for name in seen)}")
-    return Imported({key: state[key].contiguous() for key in own}, card, [*lines, *fixed, rows.note, *notes])
+    lines += [*fixed, f"classes: {len(rows)}, {why}", *notes]
+    return Imported({key: state[key].contiguous() for key in own}, card, lines)
 
 
 def convert_backbone(
@@ -113,11 +111,8 @@ def convert_backbone(
         whole = retinanet(num_classes=1, backbone=name, norm=norm, stride_in_1x1=used.stride_in_1x1).state_dict()
     own = {key: value for key, value in whole.items() if key.startswith("backbone.")}
     notes = _compare(foreign, file, state, own, ignore_unknown=ignore_unknown)
-    first = state[FIRST_CONVOLUTION]
-    if used.bgr:
-        first = first.flip(1)
-    scale = torch.tensor(IMAGENET_STD) / torch.tensor(used.std)
-    state[FIRST_CONVOLUTION] = first * scale.view(1, 3, 1, 1)
+    first = state[FIRST_CONVOLUTION].flip(1) if used.bgr else state[FIRST_CONVOLUTION]
+    state[FIRST_CONVOLUTION] = first * (torch.tensor(IMAGENET_STD) / torch.tensor(used.std)).view(1, 3, 1, 1)
     lines = [f"recognised: {foreign.program}, {name}, {len(foreign.names)} tensors", *foreign.notes, *notes]
     if used.bgr or list(used.std) != list(IMAGENET_STD):
         lines.append("first convolution: made to take RGB with ImageNet's std")
@@ -156,9 +151,7 @@ def _apply(state: dict[str, Tensor], conventions: Conventions, anchors: int, kep
             key = f"{layer}.{part}"
             rows = shape_of(state, key, dimensions, file)[0]
             if rows != len(state[f"{layer}.bias"]):
-                raise CheckpointError(
-                    f"{file}: {key} has {rows} rows, which its bias has not - give another file", code="wrong-shape"
-                )
+                raise CheckpointError(f"{file}: {key} has {rows} rows, its bias not - give others", code="wrong-shape")
             value = state[key].unflatten(0, (anchors, -1))[order]
             if layer == CLASS_LAYER:
                 value = value[:, list(kept)]
@@ -175,11 +168,9 @@ def _check_cells(foreign: Foreign, file: Path, conventions: Conventions, model: 
     if conventions.anchors_by_scale:
         split = len(conventions.anchor_ratios), len(conventions.anchor_scales)
         cells = [cell.unflatten(0, split).transpose(0, 1).flatten(0, 1) for cell in cells]
-    same = len(cells) == len(foreign.cell_anchors) and all(
-        cell.shape == stored.shape and torch.allclose(cell, stored.double(), rtol=1e-5, atol=1e-3)
-        for cell, stored in zip(cells, foreign.cell_anchors, strict=True)
-    )
-    if not same:
+    stored = foreign.cell_anchors
+    same_shapes = [cell.shape for cell in cells] == [cell.shape for cell in stored]
+    if not same_shapes or not torch.allclose(torch.cat(cells), torch.cat(stored).double(), rtol=1e-5, atol=1e-3):
         raise ConfigError(
             f"{file}: its anchors are not those of conventions.anchor_sizes, anchor_scales and anchor_ratios - "
             "give these as it was trained with",
@@ -230,19 +221,11 @@ def coco_rows() -> list[str | None]:
     return [None if name in ("__background__", "N/A") else name for name in names]
 
 
-@dataclass(frozen=True)
-class ClassRows:
-    """Which rows of the class layer are kept, for each anchor, and what they stand for."""
-
-    kept: list[int]
-    names: list[str]
-    ids: list[int]
-    note: str
-
-
 def class_rows(
-    foreign: Foreign, file: Path, state: dict[str, Tensor], anchors: int, given: Sequence[str] | None
-) -> ClassRows:
+    foreign: Foreign, file: Path, state: dict[str, Tensor], anchors: int, classes: Sequence[str] | None
+) -> tuple[dict[int, str], list[int], str]:
+    """The rows of the class layer that are kept for each anchor and their names, the category id of each, and where the
+    names come from."""
     (total,) = shape_of(state, f"{CLASS_LAYER}.bias", 1, file)
     count, rest = divmod(total, anchors)
     if rest or not count:
@@ -251,16 +234,13 @@ def class_rows(
         )
     coco = coco_rows()
     names: list[str | None]
-    if given is not None:
-        names = list(given)
+    if classes is not None:
+        names = list(classes)
         if foreign.background_first and len(names) == count - 1:
             names = [None, *names]
         if len(names) != count:
-            raise ConfigError(
-                f"{len(names)} names for {count} classes of {file} - name them all, in its order",
-                code="classes",
-                key="classes",
-            )
+            line = f"{len(names)} names for {count} classes of {file} - name them all, in its order"
+            raise ConfigError(line, code="classes", key="classes")
         why = "as given"
     elif foreign.classes is not None and len(foreign.classes) == count:
         names, why = foreign.classes, "as the file says"
@@ -270,13 +250,10 @@ def class_rows(
         names, why = [name for name in coco if name], "COCO's, because there are 80"
     else:
         names, why = [f"class {k}" for k in range(count)], "numbered: the file does not name them, give classes=[...]"
-    kept = [row for row, name in enumerate(names) if name is not None]
-    kept_names = [name for name in names if name is not None]
-    if len(set(kept_names)) < len(kept_names):
+    rows = {row: name for row, name in enumerate(names) if name is not None}
+    if len(set(rows.values())) < len(rows):
         raise ConfigError(
             f"some of {file} have the same name - give {count} different names", code="classes", key="classes"
         )
-    ids = [foreign.first_id + row for row in kept]
-    if set(kept_names) <= set(coco) and count in (80, len(coco)):
-        ids = [coco.index(name) for name in kept_names]
-    return ClassRows(kept, kept_names, ids, f"classes: {len(kept_names)}, {why}")
+    is_coco = set(rows.values()) <= set(coco) and count in (80, len(coco))
+    return rows, [coco.index(name) if is_coco else foreign.first_id + row for row, name in rows.items()], why

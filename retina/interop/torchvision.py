@@ -95,49 +95,37 @@ def check_export(model: Mapping[str, Any], postprocess: Mapping[str, Any]) -> No
         needed["p6_from"] = "p5"  # LastLevelP6P7 tells by the channels where P6 comes from
     if model.get("head_channels") is not None:
         needed["head_channels"] = channels
-    for name, value in needed.items():
-        if model.get(name, value) != value:
-            raise ConfigError(
-                f"{model[name]} - torchvision's RetinaNet has {value} and nothing else",
-                code="not-in-torchvision",
-                key=f"model.{name}",
-            )
+    faults = {
+        f"model.{name}": (model[name], needed[name]) for name in needed if model.get(name, needed[name]) != needed[name]
+    }
     if str(model.get("backbone", "")).startswith("timm:"):
-        raise ConfigError(
-            f"{model['backbone']} - torchvision's RetinaNet takes its own backbones only",
-            code="not-in-torchvision",
-            key="model.backbone",
-        )
+        faults["model.backbone"] = model["backbone"], "its own backbones"
     if postprocess.get("class_agnostic"):
-        raise ConfigError(
-            "true - torchvision's RetinaNet has false and nothing else",
-            code="not-in-torchvision",
-            key="postprocess.class_agnostic",
-        )
+        faults["postprocess.class_agnostic"] = True, False
+    for key, (value, only) in faults.items():
+        line = f"{value} - torchvision's RetinaNet has {only} and nothing else"
+        raise ConfigError(line, code="not-in-torchvision", key=key)
 
 
 def to_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a detector of ours on levels 3 to 7 under torchvision's names."""
     step = 3 if "head.box.convs.1.weight" in state else 2
-    names = {
-        r"backbone\.(?:stem\.)?(.+)": r"backbone.body.\1",
-        r"fpn\.lateral\.(\d)\.(.+)": r"backbone.fpn.inner_blocks.\1.0.\2",
-        r"fpn\.output\.(\d)\.(.+)": r"backbone.fpn.layer_blocks.\1.0.\2",
-        r"fpn\.extra\.0\.(.+)": r"backbone.fpn.extra_blocks.p6.\1",
-        r"fpn\.extra\.1\.(.+)": r"backbone.fpn.extra_blocks.p7.\1",
-        r"head\.classification\.predict\.(.+)": r"head.classification_head.cls_logits.\1",
-        r"head\.box\.predict\.(.+)": r"head.regression_head.bbox_reg.\1",
-    }
-    renamed = {}
-    for key, value in state.items():
-        if tower := re.fullmatch(r"head\.(classification|box)\.convs\.(\d+)\.(weight|bias)", key):
-            head = "classification_head" if tower[1] == "classification" else "regression_head"
-            layer, part = divmod(int(tower[2]), step)
-            renamed[f"head.{head}.conv.{layer}.{part}.{tower[3]}"] = value
-        else:
-            match, template = next((hit, name) for rule, name in names.items() if (hit := re.fullmatch(rule, key)))
-            renamed[match.expand(template)] = value
-    return renamed
+
+    def tower(match: re.Match[str]) -> str:
+        layer, part = divmod(int(match[2]), step)
+        return f"head.{'regression' if match[1] == 'box' else match[1]}_head.conv.{layer}.{part}.{match[3]}"
+
+    rules: list[Rule] = [
+        (r"backbone\.(?:stem\.)?(.+)", r"backbone.body.\1"),
+        (r"fpn\.lateral\.(\d)\.(.+)", r"backbone.fpn.inner_blocks.\1.0.\2"),
+        (r"fpn\.output\.(\d)\.(.+)", r"backbone.fpn.layer_blocks.\1.0.\2"),
+        (r"fpn\.extra\.0\.(.+)", r"backbone.fpn.extra_blocks.p6.\1"),
+        (r"fpn\.extra\.1\.(.+)", r"backbone.fpn.extra_blocks.p7.\1"),
+        (r"head\.classification\.predict\.(.+)", r"head.classification_head.cls_logits.\1"),
+        (r"head\.box\.predict\.(.+)", r"head.regression_head.bbox_reg.\1"),
+        (r"head\.(classification|box)\.convs\.(\d+)\.(weight|bias)", tower),
+    ]
+    return rename(state, rules).state
 
 
 def describe_export(
@@ -145,18 +133,14 @@ def describe_export(
 ) -> list[str]:
     """What `to_torchvision` gave, and then, after the line `in Python:`, the program that loads it."""
     arguments, anchors, channels = model.arguments, model.anchors, model.arguments["fpn_channels"]
-    sides = [[size * scale for scale in anchors.scales] for size in anchors.sizes]
-    if anchors.rounded:
-        sides = [[float(int(side)) for side in level] for level in sides]
+    whole = math.trunc if anchors.rounded else float
+    sides = [[float(whole(size * scale)) for scale in anchors.scales] for size in anchors.sizes]
     pad_multiple = preprocessing.get("pad_multiple", 32)
     multiple = pad_multiple if arguments["canvas_strides"] else math.lcm(pad_multiple, max(model.strides))
     notes = [f"torchvision: label k is class k of {arguments['num_classes']}, there is no background"]
-    if multiple != pad_multiple:
-        notes.append(
-            f"torchvision: images are padded to multiples of {multiple}, not {pad_multiple}: elsewhere it would place "
-            "anchors otherwise"
-        )
-    group = arguments["norm"] == "group"
+    if multiple != pad_multiple:  # elsewhere it would place anchors otherwise
+        notes.append(f"torchvision: images are padded to multiples of {multiple}, not {pad_multiple}, for its anchors")
+    norm = "torch.nn.GroupNorm, 32" if arguments["norm"] == "group" else "FrozenBatchNorm2d"
     inputs = list(model.backbone.channels[-3:])
     extra = inputs[-1] if arguments["p6_from"] == "c5" else channels
     head_norm = f", norm_layer=partial(torch.nn.GroupNorm, {math.gcd(32, channels)})" if arguments["head_norm"] else ""
@@ -184,7 +168,7 @@ def describe_export(
         "from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead",
         "from torchvision.ops import FrozenBatchNorm2d",
         "from torchvision.ops.feature_pyramid_network import LastLevelP6P7",
-        f"norm = partial({'torch.nn.GroupNorm, 32' if group else 'FrozenBatchNorm2d'}, eps={arguments['norm_eps']})",
+        f"norm = partial({norm}, eps={arguments['norm_eps']})",
         f"body = get_model({arguments['backbone']!r}, weights=None, norm_layer=norm)",
         "maps = {'layer2': '0', 'layer3': '1', 'layer4': '2'}",
         f"backbone = BackboneWithFPN(body, maps, {inputs}, {channels}, LastLevelP6P7({extra}, {channels}))",

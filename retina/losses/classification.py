@@ -72,8 +72,8 @@ class Focal:
 
 
 class _QualityLoss:
-    """A loss in which positives have a quality: `of_positives` at their labels, and `negative_weight` times the focal
-    loss p^gamma BCE(p, 0) everywhere else."""
+    """A loss in which positives have a quality: `of_positives` at their labels, and everywhere else the focal loss
+    p^gamma BCE(p, 0), times alpha if there is one."""
 
     gamma: float
     needs_target_scores: ClassVar[bool] = True
@@ -81,17 +81,13 @@ class _QualityLoss:
     def of_positives(self, logits: Float[Tensor, "B A"], assigned: Assignment) -> Float[Tensor, "B A"]:
         raise NotImplementedError
 
-    @property
-    def negative_weight(self) -> float:
-        return 1.0
-
     def class_weights(self, ones: Float[Tensor, "K"]) -> tuple[Float[Tensor, "K"], Float[Tensor, "K"]]:
-        return ones, self.negative_weight * ones
+        return ones, getattr(self, "alpha", 1.0) * ones
 
     def __call__(self, predictions: Predictions, labels: Labels, assigned: Assignment) -> Scalar:
         loss = self.of_positives(logits_of_labels(predictions, labels, assigned), assigned)
         of_negatives = Focal(alpha=0.0, gamma=self.gamma)(predictions, labels, assigned)
-        return torch.where(assigned.positive, loss, 0).sum() + self.negative_weight * of_negatives
+        return torch.where(assigned.positive, loss, 0).sum() + getattr(self, "alpha", 1.0) * of_negatives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +125,6 @@ class Varifocal(_QualityLoss):
 
     def __post_init__(self) -> None:
         check_focal(self.alpha, self.gamma)
-
-    @property
-    def negative_weight(self) -> float:
-        return self.alpha
 
     def of_positives(self, logits: Float[Tensor, "B A"], assigned: Assignment) -> Float[Tensor, "B A"]:
         return varifocal_loss(logits, _target_scores(assigned), alpha=self.alpha, gamma=self.gamma)

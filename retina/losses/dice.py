@@ -7,6 +7,8 @@ A beta above 1 flattens the loss of masks that are found already (D near 1) besi
 focusing does with pixels. `smooth` counts as so many pixels found, which keeps a mask without any pixel finite: its
 loss goes to 0 with the predicted area.
 
+float32 inside for narrower dtypes. All raise ValueError for shapes that do not fit and values out of range.
+
 Sources: Milletari, Navab and Ahmadi, V-Net, 3DV 2016, section 3 (there with squares in the denominator); Wang and
 Chung, Focal Dice Loss and Image Dilation for Brain Tumor Segmentation, DLMIA 2018 (beta).
 """
@@ -43,8 +45,6 @@ def sigmoid_dice_loss(
         targets: of the same shape: in [0, 1], bool, or integers 0 and 1.
         ignore_index: pixels whose integer target has this value count for nothing.
         reduction: "none" for one value per image, "sum", or "mean" over them.
-
-    float32 inside for narrower dtypes. Raises ValueError for shapes that do not fit and values out of range.
     """
     check_dice(beta, smooth)
     if targets.shape != logits.shape or logits.dim() < 2:
@@ -73,8 +73,6 @@ def softmax_dice_loss(
         targets: class indices (N, d1, ...) or (N, 1, d1, ...), or one-hot (N, C, d1, ...).
         ignore_index: pixels whose target has this value count for nothing.
         reduction: "none" for (N, C), "sum", or "mean" over all of them, also of classes that an image does not show.
-
-    float32 inside for narrower dtypes. Raises ValueError for shapes that do not fit and values out of range.
     """
     check_dice(beta, smooth)
     if logits.dim() < 3:

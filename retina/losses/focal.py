@@ -3,7 +3,13 @@
 `class_focal_loss` is the fast sum of the first in a detector: one pass over the logits gives loss and gradient, in the
 forms of `retina.ops.kernels` (`focal_cpu` has the formulas).
 
-Source of all here: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, equations 1 to 5.
+float32 inside for narrower dtypes. Values and gradients are finite for logits of any size and any gamma >= 0, although
+the slope of (1 - p_t)^gamma is infinite at p_t = 1 for gamma below 1. Class indices build no one-hot tensor.
+
+All raise ValueError for shapes that do not fit, values out of range, and an alpha or weight of the wrong length. The
+values of targets are looked at on a CPU only; see `retina.losses.common` for what happens elsewhere.
+
+Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, equations 1 to 5 and footnote 1 (many classes).
 """
 
 from collections.abc import Sequence
@@ -42,23 +48,16 @@ def sigmoid_focal_loss(
 ) -> Tensor:
     """alpha_t (1 - p_t)^gamma CE, with p_t the probability of the truth, for every logit by itself.
 
+    A soft target y has CE = -y log p - (1 - y) log(1 - p), 1 - p_t = y (1 - p) + (1 - y) p and alpha_t likewise.
+
     Args:
         logits: of any shape with targets of the same shape, or (N, C, d1, d2, ...) with class indices.
         targets: of the logits' shape: floating-point in [0, 1] (multi-hot, or soft), bool, or integers 0 and 1. Or
-            class indices (N, d1, ...) or (N, 1, d1, ...): the logit of that class is a positive, the other C - 1 are
-            negatives; no one-hot tensor is built.
-        alpha: weight of positives, 1 - alpha being that of negatives; one number, or one per class; None for weight 1
-            on both.
+            class indices (N, d1, ...) or (N, 1, d1, ...): that class is a positive, the other C - 1 are negatives.
+        alpha: weight of positives, 1 - alpha that of negatives; one number, or one per class; None: weight 1 on both.
         gamma: focusing exponent >= 0; 0 is the (balanced) binary cross entropy.
         ignore_index: integer targets of this value count for nothing.
         reduction: "none", "sum", or "mean" over the logits that count (weighted or not), 0 if none does.
-
-    A soft target y has CE = -y log p - (1 - y) log(1 - p), 1 - p_t = y (1 - p) + (1 - y) p and alpha_t likewise.
-    float32 inside for narrower dtypes. Value and gradient are finite for logits of any size and for 0 < gamma < 1,
-    where the slope of (1 - p_t)^gamma is infinite at p_t = 1.
-
-    Raises ValueError for shapes that do not fit, values out of range, and alpha of the wrong length. Targets are looked
-    at on a CPU only; see `retina.losses.common` for what happens elsewhere.
     """
     alpha = check_focal(alpha, gamma)
     logits = at_least_float32(logits)
@@ -122,18 +121,11 @@ def softmax_focal_loss(
         weight: of each class, >= 0.
         gamma: focusing exponent >= 0; 0 is the weighted cross entropy (with indices and no reduction, to the last bit).
         ignore_index: a position whose target has this value counts for nothing.
-        reduction: "none", "sum", or "mean", which as in `F.cross_entropy` with class indices divides by the sum of the
-            weights w_y of the positions that count, not by their number; 0 if none counts. Labels are divided by the
-            same, so that one-hot and index are one loss. (`F.cross_entropy` divides those by the number of positions.)
+        reduction: "none", "sum", or "mean", which divides by the sum of the weights w_y of the positions that count, as
+            `F.cross_entropy` does with class indices (but not with labels); 0 if none counts.
 
-    float32 inside for narrower dtypes. Value and gradient are finite for logits of any size and any gamma >= 0. Indices
-    build no one-hot tensor.
-
-    Raises ValueError for shapes that do not fit, values out of range, and a weight of the wrong length. Targets are
-    looked at on a CPU only; see `retina.losses.common` for what happens elsewhere.
-
-    Sources: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, equation 5 and footnote 1 (many classes);
-    Mahajan et al., Exploring the Limits of Weakly Supervised Pretraining, ECCV 2018 (1 / k for each of k labels).
+    Source of 1 / k for each of k labels: Mahajan et al., Exploring the Limits of Weakly Supervised Pretraining, ECCV
+    2018.
     """
     check_focal(None, gamma)
     axis = class_axis(logits)
@@ -158,8 +150,7 @@ def softmax_focal_loss(
 
 
 class SoftmaxFocalLoss(LossModule):
-    """`softmax_focal_loss`, w_y (1 - p_y)^gamma (-log p_y): one of C classes, also per pixel or voxel,
-    or several labels.
+    """`softmax_focal_loss`, w_y (1 - p_y)^gamma (-log p_y): one of C classes, also per pixel, or several labels.
 
     `gamma=0` is the cross entropy, with a `weight` the balanced one; on log-probabilities it is nn.NLLLoss.
     """
@@ -227,11 +218,8 @@ def class_focal_loss(
 
     Equals `sigmoid_focal_loss` on the multi-hot targets, which are never built. One pass over the logits, in chunks or
     (with one alpha for all classes) in a Triton kernel, gives the loss and the gradient, which is stored where the
-    logits' gradient needs a tensor anyway. A compiler is given the plain formula, which it fuses by itself. float32
-    inside for narrower dtypes; the sum is float32, or float64 for float64 logits. Shapes never depend on the data. Once
-    differentiable.
-
-    Raises ValueError for values out of range, and for an alpha per class that is not as long as there are classes.
+    logits' gradient needs a tensor anyway. A compiler is given the plain formula, which it fuses by itself. The sum is
+    float32, or float64 for float64 logits. Shapes never depend on the data. Once differentiable.
     """
     alpha = check_focal(alpha, gamma)
     num_classes = logits.shape[-1]

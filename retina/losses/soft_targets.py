@@ -1,7 +1,9 @@
 """The focal loss's successors in detectors: targets that say how well a box fits, weights by gradient density, and
 boxes as distributions. Elementwise, from logits, with p = sigmoid(logit) and BCE(p, y) the binary cross entropy.
 
-The functions do not check what the targets' values are, because a detector computes them itself; the modules do.
+float32 inside for narrower dtypes; finite with finite gradient for logits of any size and any gamma >= 0. All raise
+ValueError for shapes that do not fit and settings out of range. The functions do not check what the targets' values
+are, because a detector computes them itself; the modules do.
 """
 
 import torch
@@ -17,11 +19,8 @@ def quality_focal_loss(
 ) -> Float[Tensor, "..."]:
     """|y - p|^gamma BCE(p, y): the focal loss for a target y anywhere in [0, 1], such as the IoU of the predicted box.
 
-    On targets 0 and 1 it is the focal loss without alpha; gamma 0 is the binary cross entropy. float32 inside for
-    narrower dtypes; finite with finite gradient for logits of any size and any gamma >= 0 (for gamma < 1 the slope is
-    infinite where p meets a soft target, and 0 is taken there).
-
-    Raises ValueError for targets of another shape and settings out of range.
+    On targets 0 and 1 it is the focal loss without alpha; gamma 0 is the binary cross entropy. For gamma < 1 the slope
+    is infinite where p meets a soft target; 0 is taken there.
     Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 2 (there beta is our gamma).
     """
     check_range("gamma", gamma)
@@ -50,12 +49,7 @@ def varifocal_loss(
 ) -> Float[Tensor, "..."]:
     """q BCE(p, q) where the target q > 0, alpha p^gamma BCE(p, 0) where it is 0.
 
-    Only negatives are weighted down, and positives count by their quality. The weight carries gradient, as published.
-    Precision and finiteness as in `quality_focal_loss`.
-
-    Args:
-        alpha: weight of negatives, at least 0.
-
+    Only negatives are weighted down, also by alpha >= 0; positives count by their quality. The weight carries gradient.
     Source: Zhang et al., VarifocalNet, CVPR 2021, equation 2.
     """
     _check_varifocal(alpha, gamma)
@@ -93,7 +87,6 @@ def ghm_loss(
     one bin share the weight of one, however many they are, and the sum of this is the published loss: it is a mean
     already (N cancels), to be divided by nothing. No average over past batches; densities carry no gradient.
     (mmdetection multiplies by the number of bins that are not empty, not by all.)
-    Precision as in `quality_focal_loss`.
     Source: Li, Liu and Wang, Gradient Harmonized Single-stage Detector, AAAI 2019, section GHM-C Loss.
     """
     check_range("num_bins", num_bins, 1)
@@ -133,7 +126,6 @@ def distribution_focal_loss(
         logits: of the distances 0, 1, ..., R - 1, at least two.
         distances: in bins, clamped to [0, R - 1].
 
-    Precision as in `quality_focal_loss`.
     Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 6.
     """
     last = logits.shape[-1] - 1 if logits.dim() else 0
@@ -154,8 +146,7 @@ def distribution_focal_loss(
 
 
 class DistributionFocalLoss(LossModule):
-    """`distribution_focal_loss`, the cross entropy of the two bins beside y in the ratio that makes y their mean, of
-    logits (..., R) over R bins and targets (...) in bins."""
+    """`distribution_focal_loss`, of logits (..., R) over R bins and targets (...) in bins."""
 
     function = staticmethod(distribution_focal_loss)
 
