@@ -48,9 +48,8 @@ class ImportConfig:
 def main(config: ImportConfig) -> int:
     output = Path(config.output)
     if (output.exists() or output.is_symlink()) and not config.overwrite:
-        raise ConfigError(
-            f"{output} is there already - give another name, or overwrite=true", code="output-taken", key="output"
-        )
+        line = f"{output} is there already - give another name, or overwrite=true"
+        raise ConfigError(line, code="output-taken", key="output")
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = export(config, output) if config.to == "torchvision" else bring_in(config, output)
     for line in [*lines, f"written: {output}"]:
@@ -75,9 +74,8 @@ def bring_in(config: ImportConfig, output: Path) -> list[str]:
     options: dict[str, Any] = {"conventions": config.conventions, "ignore_unknown": config.ignore_unknown}
     if not foreign.is_detector:
         if classes is not None:
-            raise ConfigError(
-                f"mean nothing to {file}, a plain backbone - leave them out", code="contradiction", key="classes"
-            )
+            line = f"mean nothing to {file}, a plain backbone - leave them out"
+            raise ConfigError(line, code="contradiction", key="classes")
         state, model, lines = convert_backbone(foreign, file, **options)
         write_whole(output, serialize(state))
         return [*lines, f"train with it: python tools/train.py {overrides(model | {'weights': str(output)})}"]
@@ -114,9 +112,8 @@ def read_classes(given: list[str] | str | None) -> list[str] | None:
             text = ""
         given = [line.strip() for line in text.splitlines() if line.strip()]
     if given is not None and not (given and all(map(str.strip, given))):
-        raise ConfigError(
-            "no list of names - give [cat,dog], or a text file with one per line", code="wrong-type", key="classes"
-        )
+        line = "no list of names - give [cat,dog], or a text file with one per line"
+        raise ConfigError(line, code="wrong-type", key="classes")
     return given
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_V2_Weights
 
-from retina.errors import CheckpointError, ConfigError, under
+from retina.errors import ConfigError, under
 from retina.interop.foreign import (
     BOX_LAYER,
     CLASS_LAYER,
@@ -100,9 +100,8 @@ def convert_backbone(
     Raises as `convert_detector`, also for conventions that no backbone has."""
     for name, value in (conventions or {}).items():
         if value is not None and name not in _OF_BACKBONES:
-            raise ConfigError(
-                f"means nothing to {file}, a plain backbone - leave it out", code="no-use", key=f"conventions.{name}"
-            )
+            line = f"means nothing to {file}, a plain backbone - leave it out"
+            raise ConfigError(line, code="no-use", key=f"conventions.{name}")
     used = changed_conventions(_usual(foreign), conventions or {})
     state = _floats(foreign.state)
     name = backbone_name(state, file)
@@ -151,7 +150,7 @@ def _apply(state: dict[str, Tensor], conventions: Conventions, anchors: int, kep
             key = f"{layer}.{part}"
             rows = shape_of(state, key, dimensions, file)[0]
             if rows != len(state[f"{layer}.bias"]):
-                raise CheckpointError(f"{file}: {key} has {rows} rows, its bias not - give others", code="wrong-shape")
+                raise refusal(file, f"{key} has {rows} rows, its bias has not - give another file", code="wrong-shape")
             value = state[key].unflatten(0, (anchors, -1))[order]
             if layer == CLASS_LAYER:
                 value = value[:, list(kept)]
@@ -171,11 +170,8 @@ def _check_cells(foreign: Foreign, file: Path, conventions: Conventions, model: 
     stored = foreign.cell_anchors
     same_shapes = [cell.shape for cell in cells] == [cell.shape for cell in stored]
     if not same_shapes or not torch.allclose(torch.cat(cells), torch.cat(stored).double(), rtol=1e-5, atol=1e-3):
-        raise ConfigError(
-            f"{file}: its anchors are not those of conventions.anchor_sizes, anchor_scales and anchor_ratios - "
-            "give these as it was trained with",
-            code="anchors",
-        )
+        problem = f"{file} holds other anchors - give the sizes, scales and ratios that it was trained with"
+        raise ConfigError(problem, code="anchors", key="conventions.anchor_sizes")
 
 
 def _compare(
@@ -187,26 +183,16 @@ def _compare(
     unknown = [*foreign.unknown, *(foreign.names.get(key, key) for key in state if key not in own)]
     if missing:
         strange = f", and {len(unknown)} mean nothing here: {some(unknown)}" if unknown else ""
-        raise refusal(
-            f"{file}: lacks {len(missing)} tensors, here {some(missing)}{strange} - give the whole state dict of a "
-            "model",
-            {"lacking": missing, "unknown here": unknown},
-            code="missing-tensor",
-        )
+        problem = f"lacks {len(missing)} tensors, here {some(missing)}{strange} - give the whole state dict of a model"
+        raise refusal(file, problem, code="missing-tensor", lacking=missing, unknown=unknown)
     for key, value in own.items():
         if value.shape != state[key].shape:
-            raise CheckpointError(
-                f"{file}: {foreign.names.get(key, key)} is {list(state[key].shape)}, not {list(value.shape)} as in the "
-                "model its other tensors make - give another file",
-                code="wrong-shape",
-            )
+            shapes = f"is {list(state[key].shape)}, not {list(value.shape)} as in the model its other tensors make"
+            raise refusal(file, f"{foreign.names.get(key, key)} {shapes} - give another file", code="wrong-shape")
     if unknown and not ignore_unknown:
-        raise refusal(
-            f"{file}: {len(unknown)} tensors mean nothing here, so it may be another model: {some(unknown)} - "
-            "ignore_unknown=true leaves them out and lists them",
-            {"unknown here": unknown},
-            code="unknown-tensor",
-        )
+        problem = f"{len(unknown)} tensors mean nothing here, so it may be another model: {some(unknown)}"
+        fix = "ignore_unknown=true leaves them out and lists them"
+        raise refusal(file, f"{problem} - {fix}", code="unknown-tensor", unknown=unknown)
     lines = [f"left out, unknown here: {', '.join(unknown)}"] if unknown else []
     for reason in dict.fromkeys(foreign.unused.values()):
         keys = [key for key, why in foreign.unused.items() if why == reason]
@@ -229,9 +215,8 @@ def class_rows(
     (total,) = shape_of(state, f"{CLASS_LAYER}.bias", 1, file)
     count, rest = divmod(total, anchors)
     if rest or not count:
-        raise CheckpointError(
-            f"{file}: {total} class logits per cell for {anchors} anchors - give another file", code="wrong-shape"
-        )
+        problem = f"{total} class logits per cell for {anchors} anchors - give another file"
+        raise refusal(file, problem, code="wrong-shape")
     coco = coco_rows()
     names: list[str | None]
     if classes is not None:

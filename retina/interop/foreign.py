@@ -215,9 +215,9 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def refusal(line: str, lists: Mapping[str, Sequence[str]], *, code: str) -> CheckpointError:
-    """The fault of this line, with the whole of the lists that `some` cuts short as notes (PEP 678)."""
-    fault = CheckpointError(line, code=code)
+def refusal(file: Path, problem: str, *, code: str, **lists: Sequence[str]) -> CheckpointError:
+    """The fault of a file, with the whole of the lists that `some` cuts short as notes (PEP 678)."""
+    fault = CheckpointError(f"{file}: {problem}", code=code)
     for title, names in lists.items():
         if len(names) > _SHOWN:
             fault.add_note(f"{title}: {', '.join(names)}")
@@ -242,14 +242,10 @@ _RESNETS = {
 def shape_of(state: dict[str, Tensor], key: str, dimensions: int, file: Path) -> tuple[int, ...]:
     """Raises CheckpointError for a tensor that is missing or has another number of dimensions, or none of a size."""
     if key not in state:
-        raise CheckpointError(
-            f"{file}: lacks what would be {key} here - give the whole state dict of a model", code="missing-tensor"
-        )
+        raise refusal(file, f"lacks what is {key} here - give the whole state dict of a model", code="missing-tensor")
     shape = tuple(state[key].shape)
     if len(shape) != dimensions or 0 in shape:
-        raise CheckpointError(
-            f"{file}: {key} is {list(shape)}, which has no place in a RetinaNet - give another file", code="wrong-shape"
-        )
+        raise refusal(file, f"{key} of shape {list(shape)} fits no RetinaNet - give another file", code="wrong-shape")
     return shape
 
 
@@ -258,11 +254,9 @@ def backbone_name(state: dict[str, Tensor], file: Path) -> str:
     blocks = {match[1] for key in state if (match := re.match(r"backbone\.layer3\.(\d+)\.", key))}
     shapes = len(blocks), "backbone.layer1.0.conv3.weight" in state, first[0], first[1]
     if shapes not in _RESNETS:
-        raise CheckpointError(
-            f"{file}: its backbone, of {len(blocks)} blocks in stage 3 and {first[0]}x{first[1]} channels in the first "
-            f"3x3 convolution, is not known - choose one with {', '.join(_RESNETS.values())}",
-            code="unknown-backbone",
-        )
+        found = f"{len(blocks)} blocks in stage 3 and {first[0]}x{first[1]} channels in the first 3x3 convolution"
+        choices = ", ".join(_RESNETS.values())
+        raise refusal(file, f"a backbone of {found} is not known - give one with {choices}", code="unknown-backbone")
     return _RESNETS[shapes]
 
 
@@ -280,9 +274,10 @@ def num_anchors(state: dict[str, Tensor], file: Path, conventions: Conventions) 
     scales, ratios = len(conventions.anchor_scales), len(conventions.anchor_ratios)
     if rows != 4 * scales * ratios:
         raise ConfigError(
-            f"{file}: predicts {rows / 4:g} boxes per cell, where {scales} scales and {ratios} ratios make "
-            f"{scales * ratios} - give conventions.anchor_scales and conventions.anchor_ratios as it was trained with",
+            f"{file} predicts {rows / 4:g} boxes per cell, where {scales} scales and {ratios} ratios make "
+            f"{scales * ratios} - give the scales and ratios that it was trained with",
             code="anchors",
+            key="conventions.anchor_scales",
         )
     return scales * ratios
 

@@ -20,8 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from retina.errors import CheckpointError
-from retina.interop.foreign import Conventions, Foreign, Source, rename, resnet_rules, tower_rules
+from retina.interop.foreign import Conventions, Foreign, Source, refusal, rename, resnet_rules, tower_rules
 
 NAMES = {"backbone.conv1.weight", "bbox_head.retina_cls.weight"}
 """Tensors by which a file is recognised."""
@@ -120,9 +119,7 @@ def style(source: Source, strides: tuple[float, ...] = (8, 16, 32, 64, 128)) -> 
         conventions = _read_settings(settings)
         _refuse_others(settings, strides)
     except ValueError as fault:
-        raise CheckpointError(
-            f"{source.file}: its settings say {fault} - give another file", code="unsupported"
-        ) from None
+        raise refusal(source.file, f"its settings say {fault} - give another file", code="unsupported") from None
     read = "caffe" if conventions.stride_in_1x1 else "pytorch"
     notes = [f"{read} style, {'BGR' if conventions.bgr else 'RGB'}: by the settings beside it", *settings.notes]
     if settings.absent:

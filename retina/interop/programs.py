@@ -29,8 +29,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retina.errors import CheckpointError
-from retina.interop.foreign import IMAGENET_STD, Conventions, Foreign, Rule, Source, numbered, rename, resnet_rules
+from retina.interop.foreign import (
+    IMAGENET_STD,
+    Conventions,
+    Foreign,
+    Rule,
+    Source,
+    numbered,
+    refusal,
+    rename,
+    resnet_rules,
+)
 
 DETECTRON2 = {"backbone.bottom_up.stem.conv1.weight", "head.cls_score.weight"}
 YHENON = {"conv1.weight", "classificationModel.output.weight"}
@@ -99,11 +108,8 @@ def _drop_zero_biases(foreign: Foreign, file: Path) -> None:
             continue
         published = foreign.names.pop(key)
         if foreign.state.pop(key).any():
-            raise CheckpointError(
-                f"{file}: {published}: a convolution before GroupNorm with a bias, which ours has not - give a "
-                "detector whose head has no norm",
-                code="unsupported",
-            )
+            problem = f"{published}: a convolution before GroupNorm with a bias, which ours has not"
+            raise refusal(file, f"{problem} - give a detector whose head has no norm", code="unsupported")
         foreign.unused[published] = "a bias of 0 before a norm"
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retina.errors import CheckpointError
 from retina.interop import mmdetection, programs, torchvision
 from retina.interop.foreign import Foreign, Source, refusal, some
 from retina.interop.restricted_pickle import load_arrays
@@ -46,28 +45,23 @@ def read_foreign(file: Path) -> Foreign:
             _check_numbers(foreign, file)
             return replace(foreign, unused=foreign.unused | dict.fromkeys(source.no_arrays, "no arrays"))
     if "head.classification.predict.weight" in keys:
-        raise CheckpointError(f"{file}: is of this program already - use it as it is", code="not-foreign")
+        raise refusal(file, "is of this program already - use it as it is", code="not-foreign")
     raise refusal(
-        f"{file}: not recognised by its tensors ({some(list(keys)) or 'none at all'}) - give a RetinaNet of "
-        "torchvision, detectron2, mmdetection or yhenon, or an ImageNet ResNet of torchvision, timm or detectron2",
-        {"tensors": list(keys)},
+        file,
+        f"not recognised by its tensors ({some(list(keys)) or 'none at all'}) - give a RetinaNet of torchvision, "
+        "detectron2, mmdetection or yhenon, or an ImageNet ResNet of torchvision, timm or detectron2",
         code="not-recognised",
+        tensors=list(keys),
     )
 
 
 def _check_numbers(foreign: Foreign, file: Path) -> None:
     for key, value in foreign.state.items():
-        counts = key.endswith(".num_batches_tracked")
-        if not (value.is_floating_point() or counts):
-            raise CheckpointError(
-                f"{file}: {foreign.names[key]} is {str(value.dtype).removeprefix('torch.')}, which no weights are - "
-                "give another file",
-                code="wrong-type",
-            )
+        name, dtype = foreign.names.get(key, key), str(value.dtype).removeprefix("torch.")
+        if not (value.is_floating_point() or key.endswith(".num_batches_tracked")):
+            raise refusal(file, f"{name} is {dtype}, which no weights are - give another file", code="wrong-type")
         if not value.float().isfinite().all():
-            raise CheckpointError(
-                f"{file}: {foreign.names[key]} is not finite - give weights of a run that went well", code="not-finite"
-            )
+            raise refusal(file, f"{name} is not finite - give weights of a run that went well", code="not-finite")
 
 
 def read_source(file: Path) -> Source:
@@ -91,25 +85,21 @@ def _read_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[st
     """As detectron2 reads them (detectron2/checkpoint/detection_checkpoint.py): weights under `model`, in files
     of Caffe2 under `blobs` or by themselves."""
     if not file.is_file():
-        raise CheckpointError(f"{file}: no such file - give an existing .pkl file", code="missing-file")
+        raise refusal(file, "no such file - give an existing .pkl file", code="missing-file")
     try:
         data = load_arrays(file.read_bytes())
     except pickle.UnpicklingError as fault:
-        raise CheckpointError(
-            f"{file}: no pickle of numpy arrays alone ({fault}) - give another file", code="unsafe-pickle"
-        ) from None
+        problem = f"no pickle of numpy arrays alone ({fault}) - give another file"
+        raise refusal(file, problem, code="unsafe-pickle") from None
     except OSError as fault:
-        raise CheckpointError(
-            f"{file}: cannot be read ({fault.strerror}) - fetch it again", code="unreadable"
-        ) from None
+        raise refusal(file, f"cannot be read ({fault.strerror}) - fetch it again", code="unreadable") from None
     data = data if isinstance(data, dict) else {}
     inner = next((data[key] for key in ("model", "blobs") if isinstance(data.get(key), dict)), data)
-    arrays = {key: value for key, value in inner.items() if isinstance(value, np.ndarray)}
-    if not arrays:
-        raise CheckpointError(f"{file}: holds no arrays by name - give another file", code="no-tensors")
+    state = {key: torch.from_numpy(value) for key, value in inner.items() if isinstance(value, np.ndarray)}
+    if not state:
+        raise refusal(file, "holds no arrays by name - give another file", code="no-tensors")
     other = {key: value for key, value in data.items() if not isinstance(value, (dict, np.ndarray))}
-    state = {key: torch.from_numpy(value) for key, value in arrays.items()}
-    return state, other, [key for key in inner if key not in arrays]
+    return state, other, [key for key in inner if key not in state]
 
 
 class _Inert:

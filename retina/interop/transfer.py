@@ -14,9 +14,9 @@ from jaxtyping import Float
 from safetensors.torch import load
 from torch import Tensor
 
-from retina.errors import CheckpointError, ConfigError
+from retina.errors import ConfigError
 from retina.interop.convert import convert_detector
-from retina.interop.foreign import CLASS_LAYER, some
+from retina.interop.foreign import CLASS_LAYER, refusal, some
 from retina.interop.read import FOREIGN_SUFFIXES, read_foreign
 from retina.interop.torchvision import PREFIX, fetch_published
 from retina.model.weights import first_non_finite, read_file
@@ -51,11 +51,8 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str], remap: Mapping[str
         if our not in ours:
             continue
         if (first := matched.setdefault(ours.index(our), index)) != index:
-            raise ConfigError(
-                f"{theirs[first]} and {name} would both be {our} - rename one of them at most",
-                code="same-name",
-                key="remap",
-            )
+            line = f"{theirs[first]} and {name} would both be {our} - rename one of them at most"
+            raise ConfigError(line, code="same-name", key="remap")
     return matched
 
 
@@ -183,9 +180,7 @@ def init_from(
         raise ConfigError(f"{remap!r} pairs no names - give {{theirs: ours}}", code="wrong-type", key="remap")
     start = _read_start(str(source))
     if key := first_non_finite(start.state):
-        raise CheckpointError(
-            f"{start.file}: {key} is not finite - give other weights for init_from", code="not-finite"
-        )
+        raise refusal(start.file, f"{key} is not finite - give other weights for init_from", code="not-finite")
     own, settings = model.state_dict(), getattr(model, "arguments", {})
     matched = match_classes(start.classes, classes, remap or {})
     start = replace(start, state=renumber(start.state, own))
@@ -193,9 +188,8 @@ def init_from(
     found = {key: take(key, value, start, matched, elsewhere, num_classes=num_classes) for key, value in own.items()}
     taken = {key: value for key, value in found.items() if isinstance(value, Tensor)}
     if not taken:
-        raise CheckpointError(
-            f"{start.file}: holds nothing that fits this model - give other weights for init_from", code="nothing-fits"
-        )
+        problem = "holds nothing that fits this model - give other weights for init_from"
+        raise refusal(start.file, problem, code="nothing-fits")
     model.load_state_dict(taken, strict=False)
     lines = [*start.notes, f"init_from: {len(taken)} of {len(own)} tensors are those of {start.file}"]
     there = {classes[our]: start.classes[their] for our, their in matched.items()}
@@ -216,10 +210,8 @@ def _read_start(source: str) -> Start:
     if file.suffix in FOREIGN_SUFFIXES:
         foreign = read_foreign(file)
         if not foreign.is_detector:
-            raise CheckpointError(
-                f"{file}: {foreign.program}, which detects nothing - import it, for model.weights",
-                code="not-a-detector",
-            )
+            problem = f"{foreign.program}, which detects nothing - import it, for model.weights"
+            raise refusal(file, problem, code="not-a-detector")
         converted = convert_detector(foreign, file)
         return Start(file, converted.state, converted.card.classes, converted.card.model, converted.notes)
     if file.is_dir():
