@@ -22,7 +22,7 @@ def class_axis(logits: Tensor) -> int:
 
 
 def element_targets(logits: Tensor, targets: Tensor, ignore_index: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """Targets of the logits' shape as numbers in [0, 1] of the logits' dtype, and which of them count (None: all).
+    """Targets of the logits' shape as numbers in [0, 1], in float32 at least, and which of them count (None: all).
 
     Floating-point targets may be soft. Integers are 0, 1 or `ignore_index`, which is given back as 0.
 
@@ -40,7 +40,7 @@ def element_targets(logits: Tensor, targets: Tensor, ignore_index: int | None = 
         allowed = f"0, 1 or ignore_index {ignore_index}"
     wrong = ~((targets >= 0) & (targets <= 1))
     refuse(wrong, targets, f"targets of the logits' shape must be {allowed}")
-    return targets.to(logits.dtype).masked_fill(wrong, torch.nan), counted
+    return targets.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(wrong, torch.nan), counted
 
 
 def class_indices(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

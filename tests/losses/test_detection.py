@@ -15,6 +15,8 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import box_iou, generalized_box_iou_loss
 
+from retina.cli.build import build
+from retina.cli.compose import compose
 from retina.detections import postprocess
 from retina.losses.boxes import giou, smooth_l1
 from retina.losses.classification import GHM, OHEM, Focal, QualityFocal, Varifocal
@@ -473,17 +475,25 @@ def test_the_counter_sees_what_it_forbids():
 @pytest.mark.slow
 def test_compiles_into_one_graph():
     """In a process of its own: here, every function is wrapped in type checks that a compiler cannot trace."""
-    subprocess.run([sys.executable, __file__], check=True, timeout=200)
+    subprocess.run([sys.executable, __file__, "paper", "atss", "tal and all branches"], check=True, timeout=200)
 
 
-def compile_and_compare() -> None:
-    for name in ("paper", "atss", "tal and all branches"):
-        predictions, criterion = predictions_for(RECIPES[name], 2), RECIPES[name]
+def test_the_default_criterion_compiles_into_one_graph():
+    """That of `configs/train.yaml`, likewise in a process of its own."""
+    subprocess.run([sys.executable, __file__, "default"], check=True, timeout=200)
+
+
+def compile_and_compare(*names: str) -> None:
+    default = build(compose("train", [])["loss"], "loss")
+    for name in names:
+        criterion = default if name == "default" else RECIPES[name]
+        predictions = predictions_for(criterion, 2)
         targets = make_targets(random_objects(3), random_objects(4, 1))
         expected = criterion(predictions, targets)
         total = expected.classification + expected.box
         expected_grads = torch.autograd.grad(total, leaves(predictions), retain_graph=True)
-        compiled = torch.compile(criterion.__call__, fullgraph=True, backend="aot_eager")
+        backend = "eager" if name == "default" else "aot_eager"  # the quick test needs no graph of the gradient
+        compiled = torch.compile(criterion.__call__, fullgraph=True, backend=backend)
         losses = compiled(predictions, targets)
         torch.testing.assert_close(list(losses), list(expected))
         grads = torch.autograd.grad(losses.classification + losses.box, leaves(predictions))
@@ -597,4 +607,4 @@ def test_alphas_are_as_many_as_classes():
 
 
 if __name__ == "__main__":
-    compile_and_compare()
+    compile_and_compare(*sys.argv[1:])
