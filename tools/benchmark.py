@@ -44,13 +44,10 @@ def main(typed: list[str] | None = None) -> int:
     print(table(rows))
     described = machine(bench.device)
     print("\n" + ", ".join(f"{key} {value}" for key, value in described.items()))
+    command = " ".join(["python tools/benchmark.py", *(typed or sys.argv[1:])])
+    table_rows = [asdict(row) | {"verdict": row.verdict} for row in rows]
+    result = {"command": command, "machine": described, "rounds": options.rounds, "rows": table_rows}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "command": " ".join(["python tools/benchmark.py", *(typed or sys.argv[1:])]),
-        "machine": described,
-        "rounds": options.rounds,
-        "rows": [asdict(row) | {"verdict": row.verdict} for row in rows],
-    }
     options.output.write_text(json.dumps(result, indent=2) + "\n")
     return 1 if any(row.verdict == "missed" for row in rows) else 0
 

@@ -102,14 +102,14 @@ def absolute(measure: str, value: float, unit: str = "", *, lower_is_better: boo
     return Row(measure=measure, ours=value, unit=unit, ratio=value, lower_is_better=lower_is_better, **bars)
 
 
-def speedup(measure: str, times: Mapping[str, Times], *, must: float | None, goal: float | None) -> Row:
+def speedup(measure: str, times: Mapping[str, Times], *, must: float | None = None, goal: float | None = None) -> Row:
     """How many times faster `ours` is than `reference`."""
     row = cost(measure, times, must=must, goal=goal)
     ratio, ratio_of_minima = 1 / row.ratio, times["reference"].minimum / times["ours"].minimum
     return replace(row, ratio=ratio, ratio_of_minima=ratio_of_minima, lower_is_better=False)
 
 
-def cost(measure: str, times: Mapping[str, Times], *, must: float | None, goal: float | None) -> Row:
+def cost(measure: str, times: Mapping[str, Times], *, must: float | None = None, goal: float | None = None) -> Row:
     """What `ours` costs in units of `reference`."""
     ours, reference = times["ours"], times["reference"]
     return Row(

@@ -8,12 +8,13 @@ is asserted with a small one.
 import gc
 import os
 import time
-from collections.abc import Sequence
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import IO
+from unittest.mock import patch
 
 import numpy as np
 
@@ -28,66 +29,62 @@ CHUNK = 100_000
 FOLDER = 1000
 """Images of a sub-folder."""
 WORKERS = 4
+NAME = "%04d/%012d.jpg"
+IMAGE = '{"id":%d,"file_name":"' + NAME + '","height":%d,"width":%d}'
+OBJECT = '{"id":%d,"image_id":%d,"category_id":%d,"bbox":[%.2f,%.2f,%.2f,%.2f],"area":%.4f,"iscrowd":0}'
 
 
 def run(bench: Bench) -> list[Row]:
-    before = os.environ.get("RETINA_CACHE")
-    try:
-        with TemporaryDirectory() as folder:
-            return _run(bench, Path(folder))
-    finally:
-        os.environ.pop("RETINA_CACHE")
-        if before is not None:
-            os.environ["RETINA_CACHE"] = before
+    with TemporaryDirectory() as name, patch.dict(os.environ, RETINA_CACHE=""):  # set to nothing: parse
+        folder = Path(name)
+        annotations = write_annotations(folder / "small", 2000, 15_000)
+        parsed = read_coco(annotations.file, annotations.image_root)
+        assert parsed.fingerprint() == annotations.fingerprint()
+        if not bench.quick:
+            annotations = write_annotations(folder / "large", 2_000_000, 15_000_000)
+        os.environ["RETINA_CACHE"] = str(folder / "cache")
+        return time_cache(annotations, bench.rounds)
 
 
-def _run(bench: Bench, folder: Path) -> list[Row]:
-    os.environ["RETINA_CACHE"] = ""  # parse
-    known = _made(folder / "small", 2000, 15_000)
-    assert read_coco(known.file, known.image_root).fingerprint() == known.fingerprint()
-    if not bench.quick:
-        known = _made(folder / "large", 2_000_000, 15_000_000)
-
-    os.environ["RETINA_CACHE"] = str(folder / "cache")
-    file, image_root, fingerprint = known.file, known.image_root, known.fingerprint()
+def time_cache(annotations: Annotations, rounds: int) -> list[Row]:
+    file, image_root, fingerprint = annotations.file, annotations.image_root, annotations.fingerprint()
     entry = find_entry(file, Request(classes=None, allow_outside=False))
     assert entry is not None
-    assert store(entry, CachedAnnotations(known, [], []), allow_outside=False) is None
-    del known
+    assert store(entry, CachedAnnotations(annotations, [], []), allow_outside=False) is None
+    del annotations
 
-    seconds, processor_seconds = [], []
-    for _ in range(bench.rounds):
+    wall, processor = [], []
+    for _ in range(rounds):
         gc.collect()
         started, processor_started = time.perf_counter(), time.process_time()
-        annotations = read_coco(file, image_root)
-        seconds.append(time.perf_counter() - started)
-        processor_seconds.append(time.process_time() - processor_started)
-    assert annotations.fingerprint() == fingerprint
-    size = f"{len(annotations):,} images, {annotations.num_objects:,} boxes"
-    share = _extra_memory(annotations, entry)
+        loaded = read_coco(file, image_root)
+        wall.append(time.perf_counter() - started)
+        processor.append(time.process_time() - processor_started)
+    assert loaded.fingerprint() == fingerprint
+    size = f"{len(loaded):,} images, {loaded.num_objects:,} boxes"
+    share = extra_memory(loaded, entry)
     load = "annotations: load from the cache"
-    wall, processor = median(seconds), median(processor_seconds)
     return [
-        absolute(f"{load}, {size} (wall time)", wall, "s", must=10, goal=2, ratio_of_minima=min(seconds)),
-        absolute(f"{load}, processor time of all its threads", processor, "s", ratio_of_minima=min(processor_seconds)),
+        absolute(f"{load}, {size} (wall time)", median(wall), "s", must=10, goal=2, ratio_of_minima=min(wall)),
+        absolute(f"{load}, processor time of all its threads", median(processor), "s", ratio_of_minima=min(processor)),
         absolute("annotations: memory per extra worker, as a share of theirs", share, must=0.05, goal=0.005),
     ]
 
 
-def _extra_memory(annotations: Annotations, entry: Path) -> float:
+def extra_memory(annotations: Annotations, entry: Path) -> float:
     """What each of 4 forked workers adds to the memory of all by looking at every image and object, in units of the
     memory of the annotations. Pages that processes share are counted once."""
     context = get_context("fork")
     barrier = context.Barrier(WORKERS + 1, timeout=600)
-    workers = [context.Process(target=_look_at_all, args=(annotations, barrier), daemon=True) for _ in range(WORKERS)]
+    workers = [context.Process(target=look_at_all, args=(annotations, barrier), daemon=True) for _ in range(WORKERS)]
     for worker in workers:
         worker.start()
     pids = [os.getpid(), *(worker.pid for worker in workers)]
     barrier.wait()  # all are there
-    before = sum(_own_memory(pid, entry) for pid in pids)
+    before = sum(private_memory(pid, entry) for pid in pids)
     barrier.wait()  # and look
     barrier.wait()  # have looked
-    after = sum(_own_memory(pid, entry) for pid in pids)
+    after = sum(private_memory(pid, entry) for pid in pids)
     barrier.wait()
     for worker in workers:
         worker.join()
@@ -95,7 +92,7 @@ def _extra_memory(annotations: Annotations, entry: Path) -> float:
     return (after - before) / WORKERS / sum(array.nbytes for array in arrays)
 
 
-def _look_at_all(annotations: Annotations, barrier: Barrier) -> None:
+def look_at_all(annotations: Annotations, barrier: Barrier) -> None:
     barrier.wait()
     barrier.wait()
     for index in range(len(annotations)):
@@ -108,59 +105,47 @@ def _look_at_all(annotations: Annotations, barrier: Barrier) -> None:
     barrier.wait()
 
 
-def _own_memory(pid: int | None, entry: Path) -> int:
+def private_memory(pid: int | None, entry: Path) -> int:
     """Bytes of a process's anonymous memory and of the entry mapped into it, what it shares by shares (Linux).
 
     Libraries are left out: other programs that come and go share them."""
     total, counts = 0, False
-    with open(f"/proc/{pid}/smaps") as file:
-        for line in file:
-            first, *words = line.split()
-            if "-" in first:
-                path = words[4] if len(words) > 4 else ""
-                counts = path.startswith(f"{entry}/") or not path.startswith("/")
-            elif first == "Pss:" and counts:
-                total += int(words[0]) * 1024
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        first, *words = line.split()
+        if "-" in first:
+            path = words[4] if len(words) > 4 else ""
+            counts = path.startswith(f"{entry}/") or not path.startswith("/")
+        elif first == "Pss:" and counts:
+            total += int(words[0]) * 1024
     return total
 
 
-def _made(folder: Path, num_images: int, num_boxes: int) -> Annotations:
+def write_annotations(folder: Path, num_images: int, num_boxes: int) -> Annotations:
     """A JSON large enough for the cache, the image files (hard links to empty ones), and what the JSON says."""
     generator = np.random.default_rng(0)
-    ids = np.arange(num_images)
+    ids, numbers = np.arange(num_images), np.arange(num_boxes)
     sizes = np.stack([generator.integers(400, 900, num_images), generator.integers(400, 1400, num_images)], axis=1)
     rows = np.sort(generator.integers(0, num_images, num_boxes))
     labels = generator.integers(0, NUM_CLASSES, num_boxes)
-    # hundredths of a pixel
-    sides = generator.integers(100, 40_000, (num_boxes, 2), dtype=np.int32)
-    corners = (generator.random((num_boxes, 2), dtype=np.float32) * (sizes[rows, ::-1] * 100 - sides)).astype(np.int32)
-    areas = sides.astype(np.int64).prod(axis=1)
+    # in hundredths of a pixel, and no further: the nearest float64 is the same here and in the JSON
+    sides = generator.integers(100, 40_000, (num_boxes, 2))
+    corners = (generator.random((num_boxes, 2)) * (sizes[rows, ::-1] * 100 - sides)).astype(np.int64) / 100
+    areas, lengths = sides.prod(axis=1) / 10_000, sides / 100
 
-    names = np.concatenate(
-        [_digits(ids // FOLDER, 4, b"0"), _text(b"/", num_images), _digits(ids, 12, b"0"), _text(b".jpg", num_images)],
-        axis=1,
-    )
-    file = folder / "instances_train.json"
-    image_root = folder / "train"
-    _write_files(image_root, num_images)
-    with file.open("wb") as stream:
-        stream.write(b" " * (CACHE_FROM_BYTES if num_boxes < CHUNK else 0) + b'{"images":[')
-        for first in range(0, num_images, CHUNK):
-            some = slice(first, min(first + CHUNK, num_images))
-            parts: list[bytes | np.ndarray] = [b'{"id":', _digits(ids[some], 7), b',"file_name":"', names[some]]
-            parts += [b'","height":', _digits(sizes[some, 0], 4), b',"width":', _digits(sizes[some, 1], 4), b"}"]
-            stream.write(_records(parts)[0 if first else 2 :])
-        stream.write(b'],"annotations":[')
-        for first in range(0, num_boxes, CHUNK):
-            some = slice(first, min(first + CHUNK, num_boxes))
-            parts = [b'{"id":', _digits(np.arange(some.start, some.stop), 8), b',"image_id":', _digits(rows[some], 7)]
-            parts += [b',"category_id":', _digits(labels[some] + 1, 2), b',"bbox":[', _decimal(corners[some, 0], 2)]
-            parts += [b",", _decimal(corners[some, 1], 2), b",", _decimal(sides[some, 0], 2)]
-            parts += [b",", _decimal(sides[some, 1], 2), b'],"area":', _decimal(areas[some], 4), b',"iscrowd":0}']
-            stream.write(_records(parts)[0 if first else 2 :])
+    file, image_root = folder / "instances_train.json", folder / "train"
+    names = [NAME % (index // FOLDER, index) for index in range(num_images)]
+    for first in range(0, num_images, FOLDER):
+        (image_root / names[first]).parent.mkdir(parents=True)
+        (image_root / names[first]).touch()
+        for name in names[first + 1 : first + FOLDER]:
+            os.link(image_root / names[first], f"{image_root}/{name}")
+    with file.open("w") as stream:
+        stream.write(" " * (CACHE_FROM_BYTES if num_boxes < CHUNK else 0) + '{"images":[')
+        write_records(stream, IMAGE, ids, ids // FOLDER, ids, sizes)
+        stream.write('],"annotations":[')
+        write_records(stream, OBJECT, numbers, rows, labels + 1, corners, lengths, areas)
         categories = [f'{{"id":{k + 1},"name":"class {k}"}}' for k in range(NUM_CLASSES)]
-        stream.write(b'],"categories":[' + ",".join(categories).encode() + b"]}")
-    corner = corners / 100
+        stream.write(f'],"categories":[{",".join(categories)}]}}')
     return Annotations(
         file=file,
         image_root=image_root,
@@ -169,43 +154,17 @@ def _made(folder: Path, num_images: int, num_boxes: int) -> Annotations:
         image_ids=ids,
         sizes=sizes,
         offsets=np.searchsorted(rows, np.arange(num_images + 1)),
-        boxes=np.concatenate([corner, corner + sides / 100], axis=1),
+        boxes=np.concatenate([corners, corners + lengths], axis=1),
         labels=labels,
         crowd=np.zeros(num_boxes, dtype=np.bool_),
-        areas=areas / 10_000,
-        names=names.reshape(-1),
-        name_offsets=np.arange(num_images + 1) * names.shape[1],
+        areas=areas,
+        names=np.frombuffer("".join(names).encode(), np.uint8),
+        name_offsets=np.arange(num_images + 1) * len(names[0]),
     )
 
 
-def _write_files(root: Path, num_images: int) -> None:
-    for first in range(0, num_images, FOLDER):
-        folder = root / f"{first // FOLDER:04}"
-        folder.mkdir(parents=True)
-        (folder / f"{first:012}.jpg").touch()
-        for index in range(first + 1, min(first + FOLDER, num_images)):
-            os.link(folder / f"{first:012}.jpg", f"{folder}/{index:012}.jpg")
-
-
-def _records(parts: Sequence[bytes | np.ndarray]) -> bytes:
-    """Records of equal length, a row of every part each, a comma and a new line before each."""
-    num = next(len(part) for part in parts if isinstance(part, np.ndarray))
-    columns = [_text(part, num) if isinstance(part, bytes) else part for part in [b",\n", *parts]]
-    return np.concatenate(columns, axis=1).tobytes()
-
-
-def _text(text: bytes, num: int) -> np.ndarray:
-    return np.broadcast_to(np.frombuffer(text, np.uint8), (num, len(text)))
-
-
-def _digits(values: np.ndarray, width: int, fill: bytes = b" ") -> np.ndarray:
-    """Whole numbers in decimal, one row of ASCII each."""
-    powers = 10 ** np.arange(width - 1, -1, -1)
-    blank = (values[:, None] < powers) & (powers > 1)
-    return np.where(blank, ord(fill), values[:, None] // powers % 10 + ord("0")).astype(np.uint8)
-
-
-def _decimal(values: np.ndarray, places: int) -> np.ndarray:
-    """Numbers in units of the last of their decimal places."""
-    whole, rest = np.divmod(values, 10**places)
-    return np.concatenate([_digits(whole, 6), _text(b".", len(values)), _digits(rest, places, b"0")], axis=1)
+def write_records(stream: IO[str], template: str, *columns: np.ndarray) -> None:
+    """A record for each row of the columns, with a comma between two."""
+    for first in range(0, len(columns[0]), CHUNK):
+        table = np.column_stack([column[first : first + CHUNK] for column in columns])
+        stream.write((",\n" if first else "") + ",\n".join(template % tuple(row) for row in table.tolist()))

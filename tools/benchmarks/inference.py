@@ -5,6 +5,7 @@ import time
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ POSTPROCESS = {"score_threshold": 0.05, "candidates_per_level": 1000, "nms_iou":
 
 
 def run(bench: Bench) -> list[Row]:
-    model, reference = pair()
+    model, reference = pair(device=bench.device)
     if bench.device.type == "cuda":
         return _on_cuda(bench, model)
     images, height, width = (1, 128, 128) if bench.quick else (2, 512, 512)
@@ -33,12 +34,12 @@ def run(bench: Bench) -> list[Row]:
 
     ways = {name: partial(detector.predict, list(batch.images)) for name, detector in detectors.items()}
     times = bench.time({**ways, "torchvision": theirs})
-    rows = []
-    for precision, must, goal in (("fp32", 1.05, 1.15), ("bf16", 1.8, 2.2)):
-        sides = {"ours": times[precision], "reference": times["torchvision"]}
-        measure = f"inference {precision} vs torchvision fp32, {images} x {height} x {width}"
-        rows.append(speedup(measure, sides, must=must, goal=goal))
-    return rows
+    shape = f"{images} x {height} x {width}"
+    sides = {name: {"ours": times[name], "reference": times["torchvision"]} for name in detectors}
+    return [
+        speedup(f"inference fp32 vs torchvision fp32, {shape}", sides["fp32"], must=1.05, goal=1.15),
+        speedup(f"inference bf16 vs torchvision fp32, {shape}", sides["bf16"], must=1.8, goal=2.2),
+    ]
 
 
 def _on_cuda(bench: Bench, model: RetinaNet) -> list[Row]:
@@ -71,21 +72,16 @@ def _seconds(detector: Detector, batch: Batch, rounds: int) -> float:
 
 def _detector(model: RetinaNet, height: int, width: int, precision: str, device: torch.device) -> Detector:
     """For images of that size, which it need not resize."""
-    preprocessing = {
+    preprocessing: dict[str, Any] = {
         "short_side": min(height, width),
         "long_side": max(height, width),
         "pad_multiple": 32,
-        "pad_value": list(model.pad_value),
-        "precision": precision,
-        "batch_size": 16,
     }
-    classes = [str(k) for k in range(model.arguments["num_classes"])]
+    preprocessing |= {"pad_value": list(model.pad_value), "precision": precision, "batch_size": 16}
+    labels = range(model.arguments["num_classes"])
+    classes, ids = [str(label) for label in labels], list(labels)
     card = DetectorCard(
-        model=model.arguments,
-        classes=classes,
-        category_ids=list(range(len(classes))),
-        preprocessing=preprocessing,
-        postprocess=POSTPROCESS,
+        model=model.arguments, classes=classes, category_ids=ids, preprocessing=preprocessing, postprocess=POSTPROCESS
     )
     return Detector(model, card, device=device, file=Path("random weights"))
 
@@ -98,8 +94,8 @@ def _without_gradients(model: nn.Module, images: list[Tensor]) -> list[dict[str,
 @torch.no_grad()
 def _assert_logits_near(coarse: Detector, fine: Detector, images: Tensor) -> None:
     with torch.autocast(images.device.type, coarse.dtype):
-        found = torch.cat(coarse.model(images).logits, dim=1).float()
+        logits = torch.cat(coarse.model(images).logits, dim=1).float()
     expected = torch.cat(fine.model(images).logits, dim=1)
-    error = (found - expected).abs()
+    error = (logits - expected).abs()
     assert error.mean() < 0.02 * expected.std(), f"logits are off by {error.mean():.3g} in the mean"
     assert error.max() < 0.2 * expected.std(), f"a logit is off by {error.max():.3g}"

@@ -4,12 +4,13 @@ import ctypes
 import gc
 import multiprocessing
 import sys
+from dataclasses import replace
 
 import torch
 
 from benchmarks.step import check_losses, make_batch, our_step, torchvision_step
 from benchmarks.torchvision_model import pair
-from retina.lab.clock import Bench, Row, peak_memory
+from retina.lab.clock import Bench, Row, absolute, peak_memory
 
 
 def run(bench: Bench) -> list[Row]:
@@ -17,27 +18,15 @@ def run(bench: Bench) -> list[Row]:
     context = multiprocessing.get_context("spawn")  # a fork would share, and so hide, what the first has allocated
     with context.Pool(1, maxtasksperchild=1) as pool:
         ours, theirs = (pool.apply(step_peak, (who, side, str(bench.device))) for who in ("ours", "reference"))
-    return [
-        Row(
-            measure=f"peak memory of a step, 2 x {side} x {side} fp32",
-            ours=ours / 2**20,
-            reference=theirs / 2**20,
-            unit="MiB",
-            ratio=ours / theirs,
-            must=0.95,
-            goal=0.87,
-            lower_is_better=True,
-        )
-    ]
+    row = absolute(f"peak memory of a step, 2 x {side} x {side} fp32", ours / 2**20, "MiB", must=0.95, goal=0.87)
+    return [replace(row, reference=theirs / 2**20, ratio=ours / theirs)]
 
 
 def step_peak(who: str, side: int, device: str) -> int:
     """Bytes, of the third step."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    ours, theirs = pair()
-    ours.to(device).to(memory_format=torch.channels_last)
-    theirs.to(device)
+    ours, theirs = pair(device=torch.device(device))
     batch = make_batch(2, side, side, torch.device(device))
     check_losses(ours, theirs, batch)
     step = our_step(ours, batch, torch.float32) if who == "ours" else torchvision_step(theirs, batch, amp=False)

@@ -14,7 +14,7 @@ def run(bench: Bench) -> list[Row]:
     """With biases at -3, where every second (anchor, class) pair passes the threshold, and with as few passing as in a
     trained detector."""
     batch, height, width, num_classes = (2, 160, 224, 5) if bench.quick else (4, 800, 1088, 80)
-    our_model, their_model = pair(num_classes)
+    our_model, their_model = pair(num_classes, device=bench.device)
     shapes = [(-(-height // stride), -(-width // stride)) for stride in our_model.strides]
     anchors = tuple(our_model.anchors(shapes, our_model.strides, bench.device))
     sizes = torch.tensor([[height, width]] * batch, device=bench.device)

@@ -6,11 +6,11 @@ meet by gloo on one machine: where they outnumber its cores, wall time says noth
 
 import json
 import os
-import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -18,22 +18,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch.distributed.run import main as torchrun
 
-from benchmarks.step import make_batch
+from benchmarks.step import make_batch, small_model
 from retina import distributed
 from retina.engine.optim import build_optimizer
 from retina.engine.step import parallel, train_step
-from retina.lab.clock import Bench, Row
+from retina.lab.clock import Bench, Row, absolute
 from retina.losses.detection import DetectionLoss
-from retina.model.retinanet import RetinaNet, retinanet
 from retina.types import Batch, Targets
 
 TOTAL = 4
 """Images of a step whose losses are compared, over all processes."""
 OWN = 2
 """Images of each process in a step that is timed."""
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def run(bench: Bench) -> list[Row]:
@@ -41,90 +38,65 @@ def run(bench: Bench) -> list[Row]:
     counts = [1, 2] if bench.quick else [1, 2, 4]
     if cuda:
         counts = [count for count in counts if count <= torch.cuda.device_count()]
-    with _torchrun_only(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path)):
-        results = {count: _launch(count, bench) for count in counts}
+    results = {count: launch(count, bench) for count in counts}
     alone = results[1]
     rows = []
     for count in counts[1:]:
-        result = results[count]
-        losses, wanted = torch.tensor(result["losses"]), torch.tensor(alone["losses"])
-        torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-5)
-        row = partial(_row, f"scaling, {count} {'GPUs' if cuda else 'processes (gloo)'}")
+        many = results[count]
+        torch.testing.assert_close(*(torch.tensor(r["losses"]) for r in (many, alone)), rtol=1e-5, atol=1e-5)
+        row = partial(compare, f"scaling, {count} {'GPUs' if cuda else 'processes (gloo)'}")
         if cuda or count <= (os.cpu_count() or 1):
-            efficiency = alone["wall"] / result["wall"]
-            rows.append(row("efficiency (wall time of a step: one / many)", result["wall"], alone["wall"], efficiency))
+            measure = "efficiency (wall time of a step: one / many)"
+            rows.append(replace(row(measure, many["wall"], alone["wall"]), ratio=alone["wall"] / many["wall"]))
         if not cuda:
-            cost = result["processor"] / alone["processor"]
-            rows.append(row("processor time per step: many / one", result["processor"], alone["processor"], cost))
-        name = f"all-reduce of the gradients ({result['megabytes']:.0f} MB) / a step of one process (wall time)"
-        rows.append(row(name, result["all_reduce"], alone["wall"], result["all_reduce"] / alone["wall"]))
+            rows.append(row("processor time per step: many / one", many["processor"], alone["processor"]))
+        measure = f"all-reduce of the gradients ({many['megabytes']:.0f} MB) / a step of one process (wall time)"
+        rows.append(row(measure, many["all_reduce"], alone["wall"]))
     return rows
 
 
-@contextmanager
-def _torchrun_only(**variables: str) -> Iterator[None]:
-    """Environment variables for the processes that are started meanwhile; torchrun's signal handlers go with them."""
-    before = {name: os.environ.get(name) for name in variables}
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for name, value in before.items():
-            os.environ.pop(name)
-            os.environ.update({name: value} if value is not None else {})
+def compare(who: str, measure: str, many: float, alone: float) -> Row:
+    row = absolute(f"{who}: {measure}", many * 1000, "ms", lower_is_better="efficiency" not in measure)
+    return replace(row, reference=alone * 1000, ratio=many / alone)
 
 
-def _row(who: str, what: str, ours: float, alone: float, ratio: float) -> Row:
-    return Row(
-        measure=f"{who}: {what}",
-        ours=ours * 1000,
-        reference=alone * 1000,
-        unit="ms",
-        ratio=ratio,
-        must=None,
-        goal=None,
-        lower_is_better="efficiency" not in what,
-    )
-
-
-def _launch(count: int, bench: Bench) -> dict[str, Any]:
-    """What rank 0 of `count` processes reports, started as torchrun does."""
+def launch(count: int, bench: Bench) -> dict[str, Any]:
+    """What rank 0 of `count` processes reports, started by torchrun."""
     with TemporaryDirectory() as folder:
         output = Path(folder, "result.json")
         side, rounds = (64, 2) if bench.quick else (256, bench.rounds)
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
         work = ["benchmarks.scaling", bench.device.type, str(side), str(rounds), str(output)]
-        torchrun(["--standalone", f"--nproc_per_node={count}", "-m", *work])
+        variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run([sys.executable, "-m", *torchrun, "-m", *work], env=variables, check=True)
         result: dict[str, Any] = json.loads(output.read_text())
         return result
 
 
-def _work(device_type: str, side: int, rounds: int, output: Path) -> None:
+def work(device_type: str, side: int, rounds: int, output: Path) -> None:
     """One of the processes."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     device = distributed.choose_device(device_type)
     with distributed.process_group(device):
-        result = {"losses": _losses(device), **_times(device, side, rounds)}
+        result = {"losses": losses(device), **times(device, side, rounds)}
         if distributed.is_main():
             output.write_text(json.dumps(result))
 
 
-def _losses(device: torch.device) -> list[list[float]]:
+def losses(device: torch.device) -> list[list[float]]:
     """Of three updates on the same images, however many processes share them."""
-    share = TOTAL // distributed.world_size()
-    step = _stepper(
-        _part(_drawn(TOTAL, 64, device), slice(distributed.rank() * share, (distributed.rank() + 1) * share))
-    )
+    images, sizes, targets, indices, original_sizes = draw(TOTAL, 64, device)
+    share = slice(distributed.rank(), TOTAL, distributed.world_size())
+    own = Targets(*(field[share] for field in targets))
+    step = stepper(Batch(images[share], sizes[share], own, indices[share], original_sizes[share]))
     return [step().tolist() for _ in range(3)]
 
 
-def _times(device: torch.device, side: int, rounds: int) -> dict[str, float]:
+def times(device: torch.device, side: int, rounds: int) -> dict[str, float]:
     """Medians in seconds: a step by the clock and by the processor, and an all-reduce of as much as the gradients."""
-    step = _stepper(_drawn(OWN, side, device))
-    size = sum(parameter.numel() for parameter in _model(device).parameters())
+    step = stepper(draw(OWN, side, device))
+    size = sum(parameter.numel() for parameter in small_model(device, norm="group").parameters())
     gradients = torch.zeros(size, device=device)
 
     def timed(work: Callable[[], object]) -> tuple[float, float]:
@@ -145,41 +117,19 @@ def _times(device: torch.device, side: int, rounds: int) -> dict[str, float]:
     return {"wall": wall, "processor": processor, "all_reduce": all_reduce, "megabytes": size * 4 / 1e6}
 
 
-def _stepper(batch: Batch) -> Callable[[], torch.Tensor]:
+def stepper(batch: Batch) -> Callable[[], torch.Tensor]:
     """An update of a new model, the same in every process; returns the losses of all processes together."""
-    device = batch.images.device
-    model = _model(device)
-    optimizer = build_optimizer(partial(torch.optim.SGD, lr=0.01, momentum=0.9), model)
-    net = parallel(model, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
-    criterion = DetectionLoss()
-
-    def step() -> torch.Tensor:
-        return train_step(
-            net, criterion, [batch], optimizer=optimizer, scaler=scaler, dtype=torch.float32, clip_norm=None
-        ).losses
-
-    return step
-
-
-def _model(device: torch.device) -> RetinaNet:
     torch.manual_seed(0)
-    model = retinanet(num_classes=5, backbone="resnet18", norm="group", fpn_channels=64, head_convs=2)
-    model.to(memory_format=torch.channels_last)
-    return model.to(device).train()
+    model = small_model(batch.images.device, norm="group")
+    optimizer = build_optimizer(partial(torch.optim.SGD, lr=0.01, momentum=0.9), model)
+    net, criterion = parallel(model, batch.images.device), DetectionLoss()
+    return lambda: train_step(net, criterion, [batch], optimizer=optimizer).losses
 
 
-def _drawn(images: int, side: int, device: torch.device) -> Batch:
+def draw(images: int, side: int, device: torch.device) -> Batch:
     torch.manual_seed(1)
     return make_batch(images, side, side, device, num_classes=5)
 
 
-def _part(batch: Batch, rows: slice) -> Batch:
-    images, sizes, targets, indices, original_sizes = batch
-    return Batch(
-        images[rows], sizes[rows], Targets(*(field[rows] for field in targets)), indices[rows], original_sizes[rows]
-    )
-
-
 if __name__ == "__main__":
-    _work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

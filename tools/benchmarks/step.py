@@ -1,6 +1,6 @@
 """The whole training step, against nothing but its convolutions and against torchvision's RetinaNet."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from benchmarks.torchvision_model import pair, target_dicts, unit_images
 from retina.engine.optim import build_optimizer
 from retina.engine.step import train_step
-from retina.lab.clock import Bench, Row, Times, absolute, cost, speedup
+from retina.lab.clock import Bench, Row, absolute, cost, speedup
 from retina.losses.detection import DetectionLoss
-from retina.model.retinanet import RetinaNet
-from retina.types import DTYPES, Batch, Predictions, Targets
+from retina.model.retinanet import RetinaNet, retinanet
+from retina.types import DTYPES, Batch, Targets
 
 OBJECTS = 8
 """Per image; COCO has 7.3 on average."""
@@ -24,46 +24,35 @@ def run(bench: Bench) -> list[Row]:
     images, height, width = (16, 800, 1088) if cuda else (2, 512, 512)
     if bench.quick:
         images, height, width = 2, 128, 128
-    ours, theirs = pair()
-    ours.to(bench.device).to(memory_format=torch.channels_last)
-    theirs.to(bench.device)
+    ours, theirs = pair(device=bench.device)
     batch = make_batch(images, height, width, bench.device)
     check_losses(ours, theirs, batch)
 
-    reference = torchvision_step(theirs, batch, amp=cuda)
     precisions = ["bf16"] if bench.quick else ["fp32", "bf16"]  # a part of the work is enough to see that it runs
-    ways: dict[str, Callable[[], object]] = {"torchvision": reference}
+    ways = {"torchvision": torchvision_step(theirs, batch, amp=cuda)}
     for name in precisions:
-        ways[f"step {name}"] = our_step(ours, batch, DTYPES[name])
-        ways[f"floor {name}"] = convolutions(ours, batch, DTYPES[name])
+        ways |= {name: our_step(ours, batch, DTYPES[name]), f"floor {name}": convolutions(ours, batch, DTYPES[name])}
     times = bench.time(ways)
 
+    floor = {"must": 1.20, "goal": 1.05} if cuda else {"must": 1.06, "goal": 1.02}
     shape = f"{images} x {height} x {width}"
-    rows = [floor_row(times, name, shape, cuda) for name in precisions]
+    rows = []
+    for name in precisions:
+        sides = {"ours": times[name], "reference": times[f"floor {name}"]}
+        rows.append(cost(f"step {name} / its convolutions, {shape}", sides, **floor))
     if not (cuda or bench.quick):  # the size that is trained at, where the optimizer weighs less
         large = make_batch(2, 800, 1088, bench.device)
-        ways = {
-            "step bf16": our_step(ours, large, DTYPES["bf16"]),
-            "floor bf16": convolutions(ours, large, DTYPES["bf16"]),
-        }
-        rows.append(floor_row(bench.time(ways, warmup=1), "bf16", "2 x 800 x 1088", cuda))
-    bars: dict[str, tuple[float, float]] = {"fp32": (1.0, 1.06), "bf16": (1.5, 2.5) if cuda else (1.8, 2.1)}
+        ways = {"ours": our_step(ours, large, torch.bfloat16), "reference": convolutions(ours, large, torch.bfloat16)}
+        rows.append(cost("step bf16 / its convolutions, 2 x 800 x 1088", bench.time(ways, warmup=1), **floor))
+    bars = {"fp32": (1.0, 1.06), "bf16": (1.5, 2.5) if cuda else (1.8, 2.1)}
     for name in precisions:
-        sides = {"ours": times[f"step {name}"], "reference": times["torchvision"]}
-        label = "under AMP" if cuda else "fp32"
-        must, goal = bars[name]
-        rows.append(speedup(f"step {name} vs torchvision {label}, {shape}", sides, must=must, goal=goal))
+        sides = {"ours": times[name], "reference": times["torchvision"]}
+        measure = f"step {name} vs torchvision {'under AMP' if cuda else 'fp32'}, {shape}"
+        rows.append(speedup(measure, sides, must=bars[name][0], goal=bars[name][1]))
     if cuda:
-        seconds = times["step bf16"].median
-        speed = images / seconds
+        speed = images / times["bf16"].median
         rows.append(absolute("training bf16", speed, "images/s", must=130, goal=270, lower_is_better=False))
     return rows
-
-
-def floor_row(times: Mapping[str, Times], name: str, shape: str, cuda: bool) -> Row:
-    sides = {"ours": times[f"step {name}"], "reference": times[f"floor {name}"]}
-    must, goal = (1.20, 1.05) if cuda else (1.06, 1.02)
-    return cost(f"step {name} / its convolutions, {shape}", sides, must=must, goal=goal)
 
 
 def make_batch(images: int, height: int, width: int, device: torch.device, num_classes: int = 80) -> Batch:
@@ -82,17 +71,18 @@ def make_batch(images: int, height: int, width: int, device: torch.device, num_c
     return Batch(pixels, sizes, targets, torch.arange(images, device=device), sizes)
 
 
+def small_model(device: torch.device, *, norm: str) -> RetinaNet:
+    """The same for the same seed of torch."""
+    model = retinanet(num_classes=5, backbone="resnet18", norm=norm, fpn_channels=64, head_convs=2)
+    return model.to(device).to(memory_format=torch.channels_last).train()
+
+
 def our_step(model: RetinaNet, batch: Batch, dtype: torch.dtype) -> Callable[[], object]:
     """With the optimizer as training builds it."""
     sgd = partial(torch.optim.SGD, lr=1e-6, momentum=0.9, weight_decay=1e-4)
     optimizer = build_optimizer(sgd, model)
-    scaler = torch.amp.GradScaler(batch.images.device.type, enabled=False)
     criterion = DetectionLoss()
-
-    def step() -> object:
-        return train_step(model, criterion, [batch], optimizer=optimizer, scaler=scaler, dtype=dtype, clip_norm=None)
-
-    return step
+    return lambda: train_step(model, criterion, [batch], optimizer=optimizer, dtype=dtype)
 
 
 def convolutions(model: RetinaNet, batch: Batch, dtype: torch.dtype) -> Callable[[], object]:
@@ -114,7 +104,8 @@ def convolutions(model: RetinaNet, batch: Batch, dtype: torch.dtype) -> Callable
 
 def torchvision_step(model: nn.Module, batch: Batch, *, amp: bool) -> Callable[[], object]:
     """As torchvision's reference script trains: SGD with its defaults, optionally mixed precision with loss scaling."""
-    optimizer = torch.optim.SGD(trained(model), lr=1e-6, momentum=0.9, weight_decay=1e-4)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-6, momentum=0.9, weight_decay=1e-4)
     scaler = torch.amp.GradScaler(batch.images.device.type, enabled=amp)
 
     def step() -> None:
@@ -129,24 +120,14 @@ def torchvision_step(model: nn.Module, batch: Batch, *, amp: bool) -> Callable[[
     return step
 
 
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
 @torch.no_grad()
 def check_losses(ours: RetinaNet, theirs: nn.Module, batch: Batch) -> None:
     """Both losses of every image within 1e-4 of torchvision's, which divides each image by its own positives."""
-    predictions = ours(batch.images)
     expected = theirs(unit_images(batch.images), target_dicts(batch.targets))
-    found = torch.zeros(2, device=batch.images.device)
-    for i in range(len(batch.images)):
-        one = slice(i, i + 1)
-        levels = Predictions(
-            tuple(level[one] for level in predictions.logits),
-            tuple(level[one] for level in predictions.deltas),
-            predictions.anchors,
-        )
-        losses = DetectionLoss()(levels, Targets(*(field[one] for field in batch.targets)))
-        found += torch.stack(losses[:2]) / losses.num_positives / len(batch.images)
-    wanted = torch.stack([expected["classification"], expected["bbox_regression"]])
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
+    means = torch.zeros(2, device=batch.images.device)
+    for image in range(len(batch.images)):
+        row = slice(image, image + 1)
+        losses = DetectionLoss()(ours(batch.images[row]), Targets(*(field[row] for field in batch.targets)))
+        means += torch.stack(losses[:2]) / losses.num_positives / len(batch.images)
+    reference = torch.stack([expected["classification"], expected["bbox_regression"]])
+    torch.testing.assert_close(means, reference, rtol=1e-4, atol=0)

@@ -1,7 +1,7 @@
 """What a training step makes the host wait for, and how many operations it dispatches, counted and not timed."""
 
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,40 +9,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.step import make_batch, our_step, torchvision_step
 from benchmarks.torchvision_model import pair
-from retina.lab.clock import Bench, Row
+from retina.lab.clock import Bench, Row, absolute
 from retina.ops.kernels import focal_cpu
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_", "is_nonzero", "equal.default")
-"""Operations whose result the host must have before it can go on."""
+"""Operations whose result the host must have before it can go on; so it is with indexing by a mask."""
+INDEXING = ("index.", "index_put", "_index_put", "_unsafe_index")
+MASKS = (torch.bool, torch.uint8)
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is dispatched; `waiting` has those whose shape or value the host needs."""
+    """Counts what is dispatched; `waiting` counts what has a shape or value that the host needs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
-        self.waiting: Counter[str] = Counter()
+        self.total = self.waiting = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         self.total += 1
         name = str(func).removeprefix("aten.")
-        if name.startswith(WAITING) or self._indexes_by_mask(name, args):
-            self.waiting[name] += 1
+        by_mask = name.startswith(INDEXING) and any(i is not None and i.dtype in MASKS for i in args[1])
+        self.waiting += name.startswith(WAITING) or by_mask
         return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _indexes_by_mask(name: str, args: tuple[Any, ...]) -> bool:
-        if not name.startswith(("index.", "index_put", "_index_put", "_unsafe_index")):
-            return False
-        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
 
 
 def run(bench: Bench) -> list[Row]:
     height, width = (128, 128) if bench.quick else (256, 256)
-    ours, theirs = pair()
-    ours.to(bench.device).to(memory_format=torch.channels_last)
-    theirs.to(bench.device)
+    ours, theirs = pair(device=bench.device)
     batches = [make_batch(images, height, width, bench.device) for images in (2, 4)]
     chunk = focal_cpu._CHUNK
     focal_cpu._CHUNK = 2**40  # as on a GPU; a CPU computes the loss in chunks, the more the more images
@@ -53,24 +46,19 @@ def run(bench: Bench) -> list[Row]:
         }
     finally:
         focal_cpu._CHUNK = chunk
-    values: dict[str, list[float]] = {}
-    for side, (two, four) in counted.items():
-        values[side] = [
-            float(two.waiting.total()),
-            (four.waiting.total() - two.waiting.total()) / 2,
-            (four.total - two.total) / 2,
-            float(two.total),
-        ]
-    names = (
-        "operations that wait for the device, per step of two images",
-        "operations that wait for the device, per further image",
-        "operations dispatched, per further image",
-        "operations dispatched, per step of two images",
+    measures = (
+        ("operations that wait for the device, per step of two images", None, 0.0),
+        ("operations that wait for the device, per further image", 0.0, 0.0),
+        ("operations dispatched, per further image", 0.0, 0.0),
+        ("operations dispatched, per step of two images", None, None),
     )
-    bars = ((None, 0.0), (0.0, 0.0), (0.0, 0.0), (None, None))
+    values = [
+        (two.waiting, (four.waiting - two.waiting) / 2, (four.total - two.total) / 2, two.total)
+        for two, four in (counted["ours"], counted["reference"])
+    ]
     return [
-        Row(measure=name, ours=one, reference=other, unit="", ratio=one, must=must, goal=goal, lower_is_better=True)
-        for name, one, other, (must, goal) in zip(names, values["ours"], values["reference"], bars, strict=True)
+        replace(absolute(name, float(ours), must=must, goal=goal), reference=float(reference))
+        for (name, must, goal), ours, reference in zip(measures, *values, strict=True)
     ]
 
 

@@ -15,28 +15,20 @@ from retina.model.retinanet import RetinaNet, retinanet
 from retina.types import Detections, Targets
 
 
-def pair(num_classes: int = 80, *, norm: str = "frozen") -> tuple[RetinaNet, TorchvisionRetinaNet]:
-    """RetinaNet R50-FPN twice with the same random weights, in training mode, on the CPU in contiguous memory: ours and
-    torchvision's.
+def pair(num_classes: int = 80, *, device: torch.device) -> tuple[RetinaNet, TorchvisionRetinaNet]:
+    """RetinaNet R50-FPN twice with the same random weights, in training mode: ours, in channels-last memory, and
+    torchvision's. The norms, the stem and the first stage are frozen.
 
-    The statistics of the norms are no identity and the classification bias is -3, so that there are detections. With
-    `frozen` norm the stem and first stage are frozen too, as both train it; with `batch` nothing is.
+    The statistics of the norms are no identity and the classification bias is -3, so that there are detections.
 
     Theirs is changed in two points, so that both do the same work on a canvas: images and boxes are not resized (they
     are normalised and batched as ever), and anchors follow the declared strides, where theirs guesses image size //
     grid size, which is off on the coarse levels of 800x1088."""
-    ours = retinanet(
-        num_classes=num_classes,
-        norm=norm,
-        frozen_stages=2 if norm == "frozen" else 0,
-        p6_from="p5",
-        anchors_rounded=True,
-    )
+    ours = retinanet(num_classes=num_classes, norm="frozen", frozen_stages=2, p6_from="p5", anchors_rounded=True)
     _give_signal(ours)
-    body = resnet50(weights=None, norm_layer=FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d)
-    backbone = _resnet_fpn_extractor(
-        body, 3 if norm == "frozen" else 5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256)
-    )
+    body = resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
+    p6p7 = LastLevelP6P7(256, 256)
+    backbone = _resnet_fpn_extractor(body, 3, returned_layers=[2, 3, 4], extra_blocks=p6p7)
     sizes = tuple((size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))) for size in (32, 64, 128, 256, 512))
     anchors = _DeclaredStrides(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     theirs = TorchvisionRetinaNet(backbone, num_classes, anchor_generator=anchors, detections_per_img=100)
@@ -44,7 +36,7 @@ def pair(num_classes: int = 80, *, norm: str = "frozen") -> tuple[RetinaNet, Tor
     theirs.load_state_dict(to_torchvision(ours.state_dict()))
     trained = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)]
     assert trained[0] == trained[1], f"one trains {trained[0]} numbers, the other {trained[1]}"
-    return ours.train(), theirs.train()
+    return ours.train().to(device).to(memory_format=torch.channels_last), theirs.train().to(device)
 
 
 def unit_images(images: Tensor) -> list[Tensor]:
@@ -65,15 +57,15 @@ def assert_same_detections(
 ) -> None:
     """Raises AssertionError unless every detection has its one counterpart, which may stand at another place."""
     assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        assert len(one.scores) == len(other["scores"]) > 0
-        distance = (one.boxes[:, None] - other["boxes"]).abs().amax(dim=-1)
-        distance = distance + 1e3 * (one.scores[:, None] - other["scores"]).abs()
-        distance[one.labels[:, None] != other["labels"]] = torch.inf
+    for (boxes, scores, labels), expected in zip(ours, theirs, strict=True):
+        assert len(scores) == len(expected["scores"]) > 0
+        distance = (boxes[:, None] - expected["boxes"]).abs().amax(dim=-1)
+        distance = distance + 1e3 * (scores[:, None] - expected["scores"]).abs()
+        distance[labels[:, None] != expected["labels"]] = torch.inf
         partner = distance.argmin(dim=1)
         assert len(partner.unique()) == len(partner), "two detections have the same counterpart"
-        torch.testing.assert_close(one.boxes, other["boxes"][partner], rtol=0, atol=pixels)
-        torch.testing.assert_close(one.scores, other["scores"][partner], rtol=0, atol=score)
+        torch.testing.assert_close(boxes, expected["boxes"][partner], rtol=0, atol=pixels)
+        torch.testing.assert_close(scores, expected["scores"][partner], rtol=0, atol=score)
 
 
 class _DeclaredStrides(AnchorGenerator):
@@ -89,7 +81,7 @@ class _DeclaredStrides(AnchorGenerator):
 def _give_signal(model: RetinaNet) -> None:
     """Statistics as training leaves them (no identity, signals of size 1 in every stage), logits that spread."""
     for name, module in model.backbone.named_modules():
-        if isinstance(module, (FrozenBatchNorm2d, nn.BatchNorm2d)):
+        if isinstance(module, FrozenBatchNorm2d):
             numbers = module.state_dict()
             numbers["running_var"].uniform_(0.5, 2.0)
             numbers["running_mean"].normal_(std=0.1)
