@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from retina.engine.config import check_type, unknown_key
-from retina.errors import ConfigError, under
+from retina.errors import ConfigError, check_choice, under
 from retina.plugins import find, prefixes
 
 ALLOWED_TARGETS = {
@@ -34,7 +34,8 @@ def build(section: Any, key: str, *, plugins: Sequence[str] = (), **extra: Any) 
     what ALLOWED_TARGETS has for the first part of `key` and outside the packages in `plugins`, and, all at once, for
     arguments it does not take or lacks."""
     if not isinstance(section, Mapping) or not isinstance(section.get("_target_"), str):
-        raise ConfigError(f"{key}: {section!r:.80} makes nothing - give {key}._target_=, the dotted name of a class")
+        problem = f"{section!r:.80} makes nothing - give {key}._target_=, the dotted name of a class"
+        raise ConfigError(problem, code="no-target", key=key)
     values = dict(section)
     allowed = (*ALLOWED_TARGETS[key.partition(".")[0]], *prefixes(plugins))
     factory = find(values.pop("_target_"), allowed, key=f"{key}._target_")
@@ -53,14 +54,11 @@ TRACKERS = {"tensorboard": "TensorBoard", "wandb": "WandB", "mlflow": "MLflow", 
 def build_trackers(chosen: Any, plugins: Sequence[str] = ()) -> list[Any]:
     """The objects behind `trackers`: a list of names, or of sections with `_target_`. Raises ConfigError."""
     if not isinstance(chosen, list):
-        raise ConfigError(
-            f"{chosen!r:.80} is no list - give [], [tensorboard] or others", code="wrong-type", key="trackers"
-        )
+        problem = f"{chosen!r:.80} is no list - give [], [tensorboard] or others"
+        raise ConfigError(problem, code="wrong-type", key="trackers")
     for name in chosen:
-        if isinstance(name, str) and name not in TRACKERS:
-            raise ConfigError(
-                f"{name}: no such tracker - choose {', '.join(TRACKERS)}", code="unknown-key", key="trackers"
-            )
+        if isinstance(name, str):
+            check_choice(name, TRACKERS, "trackers")
     sections = [{"_target_": f"retina.tracking.trackers.{TRACKERS[c]}"} if isinstance(c, str) else c for c in chosen]
     return [build(section, f"trackers.{i}", plugins=plugins) for i, section in enumerate(sections)]
 
@@ -74,21 +72,22 @@ def call(factory: Callable[..., T], key: str, **arguments: Any) -> T:
             return factory(**arguments)
     except (TypeError, ValueError) as fault:  # pydantic's ValidationError is a ValueError of several lines
         reason = " ".join(line.strip() for line in str(fault).splitlines() if "errors.pydantic" not in line)
-        raise ConfigError(f"{key}: {reason} - correct these values") from None
+        raise ConfigError(f"{reason} - correct these values", code="wrong-value", key=key) from None
 
 
 def check_arguments(factory: Callable[..., Any], arguments: Iterable[str], key: str, *, partial: bool = False) -> None:
     """Raises ConfigError listing all arguments that `factory` does not take and, unless `partial`, those it lacks."""
     parameters = inspect.signature(factory).parameters.values()
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    faults = []
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        faults += [unknown_key(f"{key}.{a}", [f"{key}.{n}" for n in named]) for a in arguments if a not in named]
-    if not partial:
-        lacking = [name for name, p in named.items() if p.default is p.empty and name not in arguments]
-        faults += [f"{key}.{name}: missing - give {key}.{name}=..." for name in lacking]
+    known = [f"{key}.{name}" for name in named]
+    unknown = [f"{key}.{name}" for name in arguments if name not in named]
+    lacking = [f"{key}.{n}" for n, p in named.items() if p.default is p.empty and n not in arguments and not partial]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        unknown = []
+    faults = [unknown_key(name, known) for name in unknown]
+    faults += [f"{name}: missing - give {name}=..." for name in lacking]
     if faults:
-        raise ConfigError("; ".join(faults))
+        raise ConfigError("; ".join(faults), code="unknown-key" if unknown else "missing-setting")
 
 
 def _check_types(factory: Callable[..., Any], arguments: Mapping[str, Any], key: str) -> None:

@@ -1,4 +1,4 @@
-"""What a run is made of, but for data and model: made and checked before either is touched."""
+"""What a run is made of, except data and model: made and checked before either is touched."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -44,29 +44,23 @@ def make_recipe(settings: Settings) -> Recipe:
             check_arguments(factory, [key for key in section if key != "_target_"], f"model.{part}", partial=True)
     refuse_frozen_noise(settings)
     if settings["remap"] and not settings["init_from"]:
-        raise ConfigError("remap: renames classes of init_from - give init_from=..., or leave remap out")
+        problem = "renames classes of init_from - give init_from=..., or leave remap out"
+        raise ConfigError(problem, code="contradiction", key="remap")
     made = partial(build, plugins=settings["plugins"])
     criterion = made(settings["loss"], "loss")
     if isinstance(criterion, DetectionLoss):
-        branches = {
-            "quality": bool(settings["model"].get("head_quality")),
-            "bins": settings["model"].get("box_bins") is not None,
-        }
-        call(criterion.check_head, "loss", **branches)
+        quality, bins = settings["model"].get("head_quality"), settings["model"].get("box_bins")
+        call(criterion.check_head, "loss", quality=bool(quality), bins=bins is not None)
     call(check_postprocess, "postprocess", options=without_target(settings["postprocess"]))
+    transforms = {name: made(section, f"augment.{name}") for name, section in settings["augment"].items()}
+    sampling = data.sampling
     return Recipe(
         criterion=criterion,
         postprocess=made(settings["postprocess"], "postprocess"),
         schedule=made(settings["schedule"], "schedule"),
         optimizer=made(settings["optimizer"], "optimizer"),
-        pipeline=Pipeline(
-            {name: made(section, f"augment.{name}") for name, section in settings["augment"].items()},
-            min_size=data.min_size,
-            min_visibility=data.min_visibility,
-        ),
-        sampler=made({**data.sampling, "_partial_": True}, "data.sampling")
-        if isinstance(data.sampling, dict)
-        else None,
+        pipeline=Pipeline(transforms, min_size=data.min_size, min_visibility=data.min_visibility),
+        sampler=made({**sampling, "_partial_": True}, "data.sampling") if isinstance(sampling, dict) else None,
     )
 
 
@@ -77,10 +71,7 @@ def without_target(section: Settings) -> Settings:
 def refuse_frozen_noise(settings: Settings) -> None:
     """Raises ConfigError for settings that would freeze randomly initialised layers."""
     model = settings["model"]
-    if not (model.get("weights") or settings["init_from"]) and (
-        model.get("frozen_stages") or model.get("norm") == "frozen"
-    ):
-        key = "frozen_stages" if model.get("frozen_stages") else "norm"
-        raise ConfigError(
-            f"model.{key}: {model[key]} without model.weights freezes random layers - give null, or weights"
-        )
+    key = "frozen_stages" if model.get("frozen_stages") else "norm" if model.get("norm") == "frozen" else ""
+    if key and not (model.get("weights") or settings["init_from"]):
+        problem = f"{model[key]} without model.weights freezes random layers - give null, or weights"
+        raise ConfigError(problem, code="contradiction", key=f"model.{key}")

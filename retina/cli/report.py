@@ -1,21 +1,18 @@
 """The first and the last lines of a run: what will be trained, on what, and how; what came of it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from retina import distributed
 from retina.data.annotations import Annotations
+from retina.data.sampler import DetectionBatchSampler
+from retina.engine.checkpointer import TrainState
 from retina.engine.config import to_steps
-
-if TYPE_CHECKING:
-    from retina.data.sampler import DetectionBatchSampler
-    from retina.engine.checkpointer import TrainState
 
 
 def describe_run(
-    folder: Path, state: "TrainState", train: Annotations, val: Annotations, sampler: "DetectionBatchSampler"
+    folder: Path, state: TrainState, train: Annotations, val: Annotations, sampler: DetectionBatchSampler
 ) -> list[str]:
     """One line each for folder, device, data, classes, model, batch and learning rate."""
     config, world = state.config, distributed.world_size()
@@ -41,7 +38,7 @@ def describe_run(
     ]
 
 
-def too_low_rate(state: "TrainState", sampler: "DetectionBatchSampler") -> str:
+def too_low_rate(state: TrainState, sampler: DetectionBatchSampler) -> str:
     """A warning if the schedule never reaches the learning rate, as with a warm-up longer than the run; else empty."""
     steps = _num_steps(state, sampler)
     some = range(0, steps, max(1, steps // 1000))
@@ -50,11 +47,11 @@ def too_low_rate(state: "TrainState", sampler: "DetectionBatchSampler") -> str:
     return f"the learning rate never gets beyond {peak:.0%} of that - {fix}" if peak < 0.99 else ""
 
 
-def _num_steps(state: "TrainState", sampler: "DetectionBatchSampler") -> int:
+def _num_steps(state: TrainState, sampler: DetectionBatchSampler) -> int:
     return to_steps(state.config.length, steps_per_epoch=sampler.steps_per_epoch, total=None, key="length")
 
 
-def describe_end(folder: Path, state: "TrainState", stopped: int) -> list[str]:
+def describe_end(folder: Path, state: TrainState, stopped: int) -> list[str]:
     """What came of the run, and what to do next."""
     progress = state.progress
     if stopped:

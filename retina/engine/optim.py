@@ -137,22 +137,21 @@ def step_where(optimizer: Optimizer, finite: Tensor, divisor: Tensor) -> None:
     """Makes the update by the gradients divided by `divisor` if `finite` is True (both scalars on the device).
 
     A fused optimizer divides on its way and is told on the device whether to update, so nothing waits for the answer.
-    Others wait, and so does the first update, for it creates the optimizer's state: a skipped one would leave a fused
+    Others wait. So does the first update, because it creates the optimizer's state: a skipped one would leave a fused
     SGD with momentum that was never set. Fused kernels take for granted that gradients lie in memory as their
     parameters do, which autograd sees to."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
     if not (optimizer.state and fused) and not bool(finite):
         return
+    if not fused:
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], divisor)
+        optimizer.step()
+        return
     flagged: Any = optimizer  # torch's own GradScaler hands them over by these attributes too
-    if fused:
-        flagged.grad_scale, flagged.found_inf = divisor, (~finite).float()
-    else:
-        torch._foreach_div_(
-            [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], divisor
-        )
+    flagged.grad_scale, flagged.found_inf = divisor, (~finite).float()
     optimizer.step()
-    if fused:
-        del flagged.grad_scale, flagged.found_inf
+    del flagged.grad_scale, flagged.found_inf
 
 
 class ExponentialMovingAverage:

@@ -38,16 +38,17 @@ class Board:
         parts = [part for tag, value in values.items() for part in scalar(tag, value).value]
         self._write(Event(step=step, summary=Summary(value=parts)))
 
-    def picture(self, step: int, tag: str, pixels: NDArray[Any]) -> None:
-        """`pixels` is uint8 [H W 3]. Stored as JPEG, because a photograph as PNG takes many times as long, half of
-        that for TensorBoard's checksum of so many more bytes."""
-        content = BytesIO()
-        Image.fromarray(pixels).save(content, "JPEG", quality=90)
-        height, width = pixels.shape[:2]
-        picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content.getvalue())
-        self._write(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=picture)])))
+    def pictures(self, step: int, pictures: Mapping[str, NDArray[Any]]) -> None:
+        """Each is uint8 [H W 3]. Stored as JPEG, because a photograph as PNG takes many times as long, half of that
+        for TensorBoard's checksum of so many more bytes."""
+        for tag, pixels in pictures.items():
+            content = BytesIO()
+            Image.fromarray(pixels).save(content, "JPEG", quality=90)
+            height, width = pixels.shape[:2]
+            picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content.getvalue())
+            self._write(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=picture)])))
 
-    def close(self) -> None:
+    def end(self) -> None:
         self.file.close()
 
     def _write(self, event: Event) -> None:

@@ -53,11 +53,10 @@ class TensorBoard:
         self._board.scalars(step, values)
 
     def pictures(self, step: int, pictures: Pictures) -> None:
-        for name, pixels in pictures.items():
-            self._board.picture(step, name, pixels)
+        self._board.pictures(step, pictures)
 
     def end(self) -> None:
-        self._board.close()
+        self._board.end()
 
 
 class _Logged:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from faults import refused
 from ranks import in_processes
 from retina.cli.data import DataConfig, SplitConfig, check_data, load_checked, load_split, named_splits
 from retina.data import cache as annotation_cache
@@ -155,10 +156,10 @@ def test_which_splits_there_are(root: Path) -> None:
 
 
 def test_where_nothing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.root: missing"):
+    with refused("missing-setting", "data.root: ", kind=ConfigError):
         load_split(DataConfig(name="x"), "train")
     config = DataConfig(name="x", train=SplitConfig(annotations="a.json", images=str(tmp_path / "none")))
-    with pytest.raises(DataError, match="none: no such folder of images"):
+    with refused("no-images", tmp_path / "none", kind=DataError):
         load_split(config, "train")
 
 

@@ -75,9 +75,9 @@ def test_weights_that_are_no_numbers_are_never_saved(checkpointer: Checkpointer,
     save(checkpointer, 1)
     with torch.no_grad():
         checkpointer.state.model.bias[3] = float("nan")
-    with pytest.raises(CheckpointError, match="bias"):
+    with refused("not-finite", "bias", kind=CheckpointError):
         save(checkpointer, 2)
-    with pytest.raises(CheckpointError, match="bias"):
+    with refused("not-finite", "bias", kind=CheckpointError):
         checkpointer.save_best({})
     assert newest_valid(tmp_path / "checkpoints")[0] == tmp_path / "checkpoints" / "step_00000001"
     assert not (tmp_path / BEST).exists()

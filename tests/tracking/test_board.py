@@ -18,8 +18,8 @@ def shown(folder: Path) -> EventAccumulator:
 def test_tensorboard_reads_numbers_and_pictures(tmp_path: Path) -> None:
     board = Board(tmp_path / "deep" / "board", 0)
     board.scalars(3, {"train/loss": 0.5})
-    board.picture(3, "val/pictures", np.full((4, 6, 3), 200, np.uint8))
-    board.close()
+    board.pictures(3, {"val/pictures": np.full((4, 6, 3), 200, np.uint8)})
+    board.end()
     (scalar,) = shown(tmp_path / "deep" / "board").Scalars("train/loss")
     assert (scalar.step, scalar.value) == (3, 0.5)
     (picture,) = shown(tmp_path / "deep" / "board").Images("val/pictures")
@@ -31,10 +31,10 @@ def test_what_came_after_the_step_a_run_goes_on_from_is_hidden(tmp_path: Path) -
     first = Board(tmp_path, 0)
     for step in (1, 2, 3):
         first.scalars(step, {"loss": float(step)})
-    first.close()
+    first.end()
     second = Board(tmp_path, 2)
     second.scalars(3, {"loss": 9.0})
-    second.close()
+    second.end()
     assert [(e.step, e.value) for e in shown(tmp_path).Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 9.0)]
 
 
@@ -45,5 +45,5 @@ def test_a_folder_that_cannot_be_made_is_an_os_error_and_the_record_follows(tmp_
         board.scalars(1, {"loss": 1.0})
     (tmp_path / "board").unlink()
     board.scalars(2, {"loss": 2.0})
-    board.close()
+    board.end()
     assert [event.step for event in shown(tmp_path / "board").Scalars("loss")] == [1, 2]

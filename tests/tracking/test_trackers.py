@@ -159,7 +159,7 @@ def test_trackers_are_names_or_sections() -> None:
     section = {"_target_": "retina.tracking.trackers.TensorBoard"}
     assert [type(t).__name__ for t in build_trackers(["tensorboard", section])] == ["TensorBoard", "TensorBoard"]
     assert build_trackers([]) == []
-    with refused("unknown-key", "trackers", "tensorbord", "tensorboard"):
+    with refused("unknown-value", "trackers", "tensorbord", "tensorboard"):
         build_trackers(["tensorbord"])
     with refused("wrong-type", "trackers", "tensorboard"):
         build_trackers("tensorboard")
