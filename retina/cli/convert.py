@@ -21,7 +21,7 @@ from retina.data.checks import DataReport, RecordsError
 from retina.data.convert.records import Record, Records, check_classes, read_lines
 from retina.data.convert.voc import DIFFICULT, read_voc
 from retina.data.convert.yolo import read_yolo
-from retina.errors import ConfigError, DataError, check_choice
+from retina.errors import ConfigError, DataError, check, check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,7 @@ class ConvertConfig:
         check_choice(self.format, ("voc", "yolo"), "format")
         check_choice(self.on_error, ("stop", "skip"), "on_error")
         check_choice(self.difficult, DIFFICULT, "difficult")
-        if not 0 < self.val_fraction < 1:
-            raise ConfigError(
-                f"{self.val_fraction} - give more than 0 and less than 1", code="range", key="val_fraction"
-            )
+        check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "give more than 0 and less than 1")
         if self.format == "yolo" and (self.one_based or self.difficult != "keep"):
             key = "one_based" if self.one_based else "difficult"
             raise ConfigError("is for format=voc - leave it out", code="contradiction", key=key)

@@ -337,7 +337,7 @@ def build_train_loader(
         raise ConfigError(f"{fault}", code="batch-size", key="train.batch_size") from None
     reading = _loader_config(config, pin_memory)
     loader = train_loader(annotations, pipeline, seed=train.seed, canvas=canvas, config=reading, sampler=sampler)
-    loader.section = "data."
+    loader.section = "data"
     return loader, sampler
 
 
@@ -350,7 +350,7 @@ def build_eval_loader(
 
     pipeline, reading = eval_pipeline(config.short_side, config.long_side), _loader_config(config, pin_memory)
     loader = eval_loader(annotations, pipeline, batch_size=batch_size, canvas=canvas, config=reading)
-    loader.section = "data."
+    loader.section = "data"
     return loader
 
 

@@ -143,8 +143,8 @@ def load(entry: Path, file: Path, image_root: Path, *, allow_outside: bool) -> C
 
 # Folders of named arrays (`NAME.npy`) and notes, which are mapped into memory after every byte has been verified.
 #
-# The first line of notes.json is the digest of the second; the second is JSON with the type, shape and digest of every
-# array. Nothing in the folder can be executed: numpy refuses pickles here.
+# The first line of notes.json is the digest of the second; the second is JSON with the digest of every array's file.
+# Nothing in the folder can be executed: numpy refuses pickles here.
 _CHUNK = 4 << 20
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -165,8 +165,8 @@ def write_columns(folder: Path, columns: Columns) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=folder.parent))
     former = temporary.with_suffix(".old.tmp")
     try:
-        descriptions = {name: _write(temporary / f"{name}.npy", array) for name, array in columns.arrays.items()}
-        notes = json.dumps({"columns": descriptions, "notes": columns.notes}).encode("ascii")
+        digests = {name: _write(temporary / f"{name}.npy", array) for name, array in columns.arrays.items()}
+        notes = json.dumps({"columns": digests, "notes": columns.notes}).encode("ascii")
         write_synced(temporary / "notes.json", hashlib.sha256(notes).hexdigest().encode("ascii") + b"\n" + notes)
         if read_columns(temporary) is None:
             raise OSError(errno.EIO, "it does not hold what was written")
@@ -191,32 +191,28 @@ def read_columns(folder: Path) -> Columns | None:
         if hashlib.sha256(notes).hexdigest().encode("ascii") != digest:
             return None
         content = json.loads(notes)
-        arrays = {name: _read(folder / f"{name}.npy", about) for name, about in content["columns"].items()}
-    except Exception:  # of a damaged header, numpy raises whatever it stumbles over
+        arrays = {name: _read(folder / f"{name}.npy", digest) for name, digest in content["columns"].items()}
+    except Exception:  # of other files, numpy and json raise whatever they stumble over
         return None
     return Columns(arrays, content["notes"])
 
 
-def _write(file: Path, array: np.ndarray) -> dict[str, Any]:
-    """Writes one array and says what it must be when it is read. Raises OSError, ValueError for Python objects."""
-    array = np.ascontiguousarray(array).reshape(array.shape)
-    with file.open("wb") as stream:
-        np.save(stream, array, allow_pickle=False)
+def _write(file: Path, array: np.ndarray) -> str:
+    """Writes one array and returns the file's digest. Raises OSError, ValueError for Python objects."""
+    with file.open("w+b") as stream:
+        np.save(stream, np.ascontiguousarray(array).reshape(array.shape), allow_pickle=False)
         stream.flush()
+        digest = digest_in(stream, 0, stream.tell())
         os.fsync(stream.fileno())
-    digest = digest_of(array.reshape(-1).view(np.uint8).data)
-    return {"type": array.dtype.str, "shape": list(array.shape), "digest": digest}
+    return digest
 
 
-def _read(file: Path, about: Mapping[str, Any]) -> np.ndarray:
+def _read(file: Path, digest: str) -> np.ndarray:
     """The mapped array. Raises ValueError if it is not the one that was written, OSError."""
-    array = np.load(file, mmap_mode="c", allow_pickle=False)
-    if not array.flags.c_contiguous or [array.dtype.str, list(array.shape)] != [about["type"], about["shape"]]:
-        raise ValueError("another array")
     with file.open("rb") as stream:  # not through the mapping, where a bad sector would end the process
-        if digest_in(stream, array.offset, array.nbytes) != about["digest"]:
+        if digest_in(stream, 0, os.fstat(stream.fileno()).st_size) != digest:
             raise ValueError("damaged")
-    return array.view(np.ndarray)
+    return np.load(file, mmap_mode="c", allow_pickle=False).view(np.ndarray)
 
 
 def _remove(path: Path) -> None:

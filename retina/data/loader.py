@@ -20,7 +20,7 @@ from retina.data.images import MAX_PIXELS
 from retina.data.sampler import DetectionBatchSampler, EvalSampler
 from retina.data.transforms import Pipeline, Sample, default_pipeline, eval_pipeline, resize
 from retina.data.workers import end_workers, worker_options, workers_started
-from retina.errors import ConfigError, DataError, RetinaError
+from retina.errors import ConfigError, DataError, RetinaError, under
 from retina.types import Batch, Targets
 
 
@@ -85,7 +85,7 @@ class BatchLoader(DataLoader[Any]):
     faults: dict[int, str]
     """What is wrong with which image, by index, of all batches yielded so far."""
     section = ""
-    """Prefix of the argument that a fault names, where arguments are settings of a section ("data.")."""
+    """The section of the settings that faults name, where arguments are settings ("data")."""
 
     def __init__(
         self,
@@ -139,17 +139,15 @@ class BatchLoader(DataLoader[Any]):
     @contextmanager
     def _watched(self, iterator: Callable[[], Any]) -> Iterator[None]:
         """Ends the workers of DataLoader's iterator when anything is raised; a dead worker is one line."""
-        try:
-            yield
-        except Exception as error:
-            death = end_workers(getattr(iterator(), "_workers", []), error)
-            self._iterator = None
-            fault = death or error
-            if isinstance(fault, RetinaError) and fault.key:
-                fault.key = self.section + fault.key
-            if death:
-                raise death from error
-            raise
+        with under(self.section):
+            try:
+                yield
+            except Exception as error:
+                death = end_workers(getattr(iterator(), "_workers", []), error)
+                self._iterator = None
+                if death:
+                    raise death from error
+                raise
 
     def _too_many_faults(self) -> DataError:
         first = next(iter(self.faults.values()))

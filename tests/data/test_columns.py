@@ -63,19 +63,14 @@ def test_columns_are_mapped_aligned_and_private(tmp_path: Path) -> None:
     assert_equal(read_columns(tmp_path / "a"), some_columns())
 
 
-def test_any_flipped_bit_and_any_cut_is_noticed_or_harmless(tmp_path: Path) -> None:
+def test_any_flipped_bit_and_any_cut_is_noticed(tmp_path: Path) -> None:
     few = Columns({"boxes": np.array([[0.1, 7.5]]), "crowd": np.array([True, False, True])}, {"classes": ["cat"]})
     write_columns(tmp_path / "a", few)
     for file in sorted((tmp_path / "a").iterdir()):
         sound = file.read_bytes()
-        start = 128 if file.suffix == ".npy" else 0  # of the numbers; numpy pads its header to 128 bytes
         for place in range(len(sound)):
             file.write_bytes(sound[:place] + bytes([sound[place] ^ 1 << place % 8]) + sound[place + 1 :])
-            columns = read_columns(tmp_path / "a")
-            if place >= start:
-                assert columns is None, (file, place)
-            elif columns is not None:  # in the padding
-                assert_equal(columns, few)
+            assert read_columns(tmp_path / "a") is None, (file, place)
         for length in range(len(sound)):
             file.write_bytes(sound[:length])
             assert read_columns(tmp_path / "a") is None, (file, length)
@@ -104,8 +99,8 @@ def test_python_objects_are_neither_written_nor_read(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
     write_columns(tmp_path / "a", Columns({"objects": np.zeros(1)}, {}))
     np.save(tmp_path / "a" / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
-    about = {"type": "|O", "shape": [1], "digest": "0"}
-    notes = json.dumps({"columns": {"objects": about}, "notes": {}}).encode()
+    digest = digest_of(memoryview((tmp_path / "a" / "objects.npy").read_bytes()))
+    notes = json.dumps({"columns": {"objects": digest}, "notes": {}}).encode()
     (tmp_path / "a" / "notes.json").write_bytes(hashlib.sha256(notes).hexdigest().encode() + b"\n" + notes)
     assert read_columns(tmp_path / "a") is None
 

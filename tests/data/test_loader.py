@@ -320,7 +320,7 @@ def test_a_canvas_too_small_is_a_fault_of_the_settings(annotations, num_workers)
     loader = make_loader(dataset, num_workers=num_workers, max_bad_fraction=1.0, canvases=[(64, 80), (80, 64)])
     with refused("canvas", "canvases: ", "64x80, 80x64", "60x93", kind=ConfigError):
         list(loader)
-    loader.section = "data."
+    loader.section = "data"
     with refused("canvas", "data.canvases: ", kind=ConfigError):
         list(loader)
 
