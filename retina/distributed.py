@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -62,11 +62,9 @@ def choose_device(name: str = "auto") -> torch.device:
             name = "cpu"  # no collectives on MPS
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise ValueError(f"device {name!r} does not exist - use auto, cpu, cuda, cuda:N or mps")
-    device = torch.device(name)
-    if name != "cpu" and name != "cuda" and launched_world_size() > 1:
+    if name not in ("cpu", "cuda") and launched_world_size() > 1:
         raise ValueError(f"device {name!r} cannot be shared by several processes - use cuda, one for each")
-    if name == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
     missing = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
     if missing or (device.type == "mps" and not torch.backends.mps.is_available()):
         raise ValueError(f"device {name!r} is not available here - use device=cpu or device=auto")
@@ -104,16 +102,13 @@ def _waiting_for_others(patience: float = 3.0) -> Iterator[None]:
     """Within the block SIGINT and SIGTERM end the process at once: it waits in C++ code, where Python's handlers do not
     run. After `patience` seconds, a line on stderr says whom it waits for."""
     here, world = int(os.environ["RANK"]), launched_world_size()
-    others = (
-        ", ".join(str(other) for other in range(world) if other != here) if world <= 9 else f"all {world - 1} others"
-    )
+    others = ", ".join(str(rank) for rank in range(world) if rank != here) if world <= 9 else f"{world - 1} others"
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     line = f"rank {here}: waiting for rank {others} at {place} (WORLD_SIZE={world})\n"
-    timer = threading.Timer(patience, lambda: sys.stderr.write(line))
+    timer = threading.Timer(patience, sys.stderr.write, [line])
     timer.daemon = True
-    handlers: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     timer.start()
     try:
         yield
@@ -133,7 +128,8 @@ def naming_lost_process(where: Callable[[], str]) -> Iterator[None]:
             raise
         reason = " ".join(str(fault).split())[:120]
         who = f"rank {os.environ.get('RANK', 0)}: {where()}"
-        raise RetinaError(f"{who}: another process is gone ({reason}) - give the same command again") from fault
+        problem = f"{who}: another process is gone ({reason}) - give the same command again"
+        raise RetinaError(problem, code="lost-process") from fault
 
 
 def _end_with_launcher() -> None:
@@ -145,29 +141,14 @@ def _end_with_launcher() -> None:
         try:
             socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=20).close()
         except OSError as fault:
-            raise RetinaError(
-                f"rank {os.environ['RANK']}: start: torchrun is gone ({fault.strerror or fault}) - start it again"
-            ) from None
+            problem = f"rank {os.environ['RANK']}: start: torchrun is gone ({fault.strerror or fault}) - start it again"
+            raise RetinaError(problem, code="lost-launcher") from None
 
 
 def on_main(task: Callable[[], T]) -> T:
     """What `task` returns on rank 0, on every rank. When it raises, the others exit with code 2 and leave the word to
-    it.
-
-    Small results only, as with `broadcast_object`."""
-    fault: Exception | None = None
-    outcome: list[T] = []
-    if is_main():
-        try:
-            outcome.append(task())
-        except Exception as caught:
-            fault = caught
-    outcome = broadcast_object(outcome)
-    if fault is not None:
-        raise fault
-    if not outcome:
-        sys.exit(2)
-    return outcome[0]
+    it. Small results only, as with `broadcast_object`."""
+    return broadcast_object(on_all(lambda: [task()] if is_main() else []))[0]
 
 
 def on_all(task: Callable[[], T]) -> T:
@@ -194,21 +175,13 @@ class Verdict(NamedTuple):
     error: bool
 
 
-_FIELDS = {"interrupted": 0, "terminated": 20, "error": 40}
-"""Each is a counter of 20 bits in one integer, so that a sum over up to a million ranks is all the talk there is."""
-
-
 def agree(*, stop: int = 0, error: bool = False) -> Verdict:
-    """Makes known to all ranks, by one integer all-reduce, whether any was told to `stop` or met a fault.
+    """Makes known to all ranks, by one all-reduce of three numbers, whether any was told to `stop` or met a fault.
 
     Every rank must call it. `stop` is SIGINT, SIGTERM or 0."""
-    flags = {"interrupted": stop == signal.SIGINT, "terminated": stop == signal.SIGTERM, "error": error}
-    word = sum(1 << shift for name, shift in _FIELDS.items() if flags[name])
-    if world_size() > 1:
-        word = int(all_reduce_sum(torch.tensor(word, dtype=torch.int64)))
-    told = {name for name, shift in _FIELDS.items() if word >> shift & 0xFFFFF}
-    number = signal.SIGTERM if "terminated" in told else signal.SIGINT if "interrupted" in told else 0
-    return Verdict(int(number), "error" in told)
+    counts = torch.tensor([stop == signal.SIGTERM, stop == signal.SIGINT, error], dtype=torch.int64)
+    terminated, interrupted, faults = all_reduce_sum(counts).tolist()
+    return Verdict(int(signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0), faults > 0)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

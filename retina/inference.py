@@ -153,11 +153,7 @@ class Detector:
         return [to_original(Detections(*row), size, original) for row, size, original in rows]
 
 
-def load(
-    checkpoint: str | Path, *, device: str = "auto", precision: str | None = None, plugins: Sequence[str] = ()
-) -> Detector:
-    """A trained detector from a run folder or a `.safetensors` file: `Detector.load`."""
-    return Detector.load(checkpoint, device=device, precision=precision, plugins=plugins)
+load = Detector.load
 
 
 def find_weights(checkpoint: Path) -> Path:

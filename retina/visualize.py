@@ -56,24 +56,29 @@ def draw_boxes(
 
     # Best first for placing labels (they get the free places), best last for drawing (they lie on top).
     order = np.argsort(-scores, kind="stable") if scores is not None else np.arange(len(boxes))
-    rectangles: list[Rectangle] = []
-    tags: list[Rectangle] = []
-    texts: list[str] = []
+    dashed = np.zeros(len(boxes), bool) if crowd is None else crowd
+    items: list[tuple[Rectangle, Colour, bool]] = []
+    tags: list[tuple[Rectangle, Colour, str]] = []
     for row in order:
-        rectangles.append(_inside(boxes[row] * scale, picture.size))
-        name = plain(classes[int(labels[row])]) + (" (crowd)" if crowd is not None and crowd[row] else "")
-        texts.append(name if scores is None else f"{name} {scores[row]:.2f}")
-        tags.append(_place(rectangles[-1], _tag_size(texts[-1], font), picture.size, thickness, tags))
-    colours = [CROWD_COLOUR if crowd is not None and crowd[row] else class_colour(int(labels[row])) for row in order]
-    for row, rectangle, colour in reversed(list(zip(order, rectangles, colours, strict=True))):
-        if crowd is not None and crowd[row]:
+        label = int(labels[row])
+        rectangle, colour = (
+            _inside(boxes[row] * scale, picture.size),
+            CROWD_COLOUR if dashed[row] else class_colour(label),
+        )
+        name = plain(classes[label]) + (" (crowd)" if dashed[row] else "")
+        text = name if scores is None else f"{name} {scores[row]:.2f}"
+        size = math.ceil(font.getlength(text) + font.size * 0.5), math.ceil(font.size * 1.3)
+        items.append((rectangle, colour, bool(dashed[row])))
+        tags.append((_place(rectangle, size, picture.size, thickness, [tag for tag, _, _ in tags]), colour, text))
+    for rectangle, colour, is_crowd in reversed(items):
+        if is_crowd:
             _dashed(draw, rectangle, colour, thickness)
         else:
             # A dark edge keeps bright colours visible on bright ground.
             x1, y1, x2, y2 = rectangle
             draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=BACKGROUND, width=thickness + 2)
             draw.rectangle(rectangle, outline=colour, width=thickness)
-    for tag, text, colour in reversed(list(zip(tags, texts, colours, strict=True))):
+    for tag, colour, text in reversed(tags):
         draw.rectangle(tag, fill=colour)
         middle = ((tag[0] + tag[2]) / 2, (tag[1] + tag[3]) / 2)
         draw.text(middle, text, fill=_contrast(colour), font=font, anchor="mm")
@@ -148,15 +153,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
-def _tag_size(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
-    return math.ceil(font.getlength(text) + font.size * 0.5), math.ceil(font.size * 1.3)
-
-
 def _inside(box: Float[np.ndarray, "4"], size: tuple[int, int]) -> Rectangle:
     """Clip whole edges into the picture, so that a box that leaves it shows as one that ends at its border."""
-    width, height = size
-    x1, x2 = (min(max(round(value), 0), width - 1) for value in box[0::2].tolist())
-    y1, y2 = (min(max(round(value), 0), height - 1) for value in box[1::2].tolist())
+    x1, y1, x2, y2 = np.clip(np.round(box), 0, np.array(size * 2) - 1).astype(int).tolist()
     return x1, y1, max(x2, x1), max(y2, y1)
 
 
@@ -168,20 +167,16 @@ def _place(
     x1, y1, x2, y2 = box
     left, right = x1, x2 - width + 1
     above, below, top, bottom = y1 - height - 1, y2 + 1, y1 + thickness, y2 - height - thickness
-    best: tuple[int, Rectangle] | None = None
+    places: list[Rectangle] = []
     for x, y in ((left, above), (left, below), (right, above), (right, below), (left, top), (left, bottom)):
-        x = min(max(x, 0), max(size[0] - 1 - width, 0))
-        if not 0 <= y <= size[1] - 1 - height and best is not None:
-            continue
-        y = min(max(y, 0), max(size[1] - 1 - height, 0))
-        place = (x, y, x + width, y + height)
-        hidden = sum(_overlap(place, label) for label in taken)
-        if best is None or hidden < best[0]:
-            best = (hidden, place)
-        if best[0] == 0:
-            break
-    assert best is not None
-    return best[1]
+        if not places or 0 <= y <= size[1] - 1 - height:  # the first is moved into the picture
+            x, y = min(max(x, 0), max(size[0] - 1 - width, 0)), min(max(y, 0), max(size[1] - 1 - height, 0))
+            places.append((x, y, x + width, y + height))
+
+    def hidden(place: Rectangle) -> int:
+        return sum(_overlap(place, label) for label in taken)
+
+    return next((place for place in places if not hidden(place)), None) or min(places, key=hidden)
 
 
 def _overlap(a: Rectangle, b: Rectangle) -> int:
