@@ -117,7 +117,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 def drop_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
     """What is left after removing null, also in inner sections, and sections of nothing else."""
     inner = {key: drop_nulls(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-    return {key: value for key, value in inner.items() if value is not None and value != {}}
+    return {key: value for key, value in inner.items() if value not in (None, {})}
 
 
 def prepare_data(config: DataConfig, plugins: Sequence[str] = ()) -> None:

@@ -67,7 +67,7 @@ def open_run(folder: Path, config: Mapping[str, Any], *, overwrite: bool, patien
 
     A run that failed before its first checkpoint holds nothing to lose, and other settings may take its place.
     `overwrite` removes what an earlier run wrote, never anything else. `patience` is the seconds that a process of the
-    same run has to end, for one that was told to stop saves first.
+    same run has to end, because one that was asked to stop saves first.
 
     Raises ConfigError when the folder cannot be written, another process trains there (naming it), or it holds
     something that is no run at all or another run: the line names the first setting that differs, and the notes

@@ -90,27 +90,35 @@ def fit(
                 ending = ending or (SystemExit(2) if failed else None)
                 report.skipped_updates(everything=True)
                 continue
-            lr = set_learning_rate(state.optimizer, state.schedule(step, **plan.span))
-            result = train_step(
-                model,
-                report.criterion(step),
-                micro_batches,
-                optimizer=state.optimizer,
-                scaler=state.scaler,
-                dtype=DTYPES[config.precision],
-                clip_norm=config.clip_norm,
-                averages=state.ema.floating if state.ema else (),
-            )
-            progress.step += 1
-            if state.ema is not None:
-                state.ema.update(step)
-            report.update(lr, micro_batches, result)
+            _make_update(state, plan, model, report, micro_batches)
     if ending:
         raise ending
     if not stop and plan.eval_every is None:
         checkpointer.save_best({})
     checkpointer.check()
     return stop
+
+
+def _make_update(
+    state: TrainState, plan: "_Plan", model: nn.Module, report: "_Report", micro_batches: list[Batch]
+) -> None:
+    step, config = state.progress.step, state.config
+    factor = state.schedule(step, total=plan.total, steps_per_epoch=plan.steps_per_epoch)
+    lr = set_learning_rate(state.optimizer, factor)
+    result = train_step(
+        model,
+        report.criterion(step),
+        micro_batches,
+        optimizer=state.optimizer,
+        scaler=state.scaler,
+        dtype=DTYPES[config.precision],
+        clip_norm=config.clip_norm,
+        averages=state.ema.floating if state.ema else (),
+    )
+    state.progress.step += 1
+    if state.ema is not None:
+        state.ema.update(step)
+    report.update(lr, micro_batches, result)
 
 
 class _Plan(NamedTuple):
@@ -121,11 +129,6 @@ class _Plan(NamedTuple):
     total: int
     save_every: int
     eval_every: int | None
-
-    @property
-    def span(self) -> dict[str, int]:
-        """What a schedule is told beside the step."""
-        return {"total": self.total, "steps_per_epoch": self.steps_per_epoch}
 
     def logs(self, step: int) -> bool:
         """Whether the update that leads to `step` is logged."""

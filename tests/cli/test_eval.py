@@ -264,7 +264,7 @@ def test_which_data_is_scored(load: Callable[[str], ModuleType], given: Any, exp
         "max_pixels": 1,
         "val": {"annotations": "val.json", "images": "val_images"},
     }
-    data = load("split").data_of(trained, given, PREPROCESSING)
+    data = load("data").data_of(trained, given, PREPROCESSING)
     found = {key: getattr(data, key) for key in expected}
     if "val" in expected:
         found["val"] = (data.val.annotations, data.val.images)
@@ -273,7 +273,7 @@ def test_which_data_is_scored(load: Callable[[str], ModuleType], given: Any, exp
 
 def test_unknown_keys_of_a_run(load: Callable[[str], ModuleType]) -> None:
     with pytest.raises(ConfigError, match=r"data\.rot: no such key - did you mean data\.root\?"):
-        load("split").data_of({}, {"name": "x", "rot": 3}, {})
+        load("data").data_of({}, {"name": "x", "rot": 3}, {})
 
 
 def test_mistakes_are_one_line(tool: Tool, run: Path, other_data: Path, capsys: Capture) -> None:
