@@ -41,10 +41,7 @@ class Detector:
         Raises ConfigError for an unknown precision in `card.preprocessing`, KeyError for a missing setting."""
         precision = card.preprocessing["precision"]
         check_choice(precision, DTYPES, "precision")
-        self.card = card
-        self.device = device
-        self.file = file
-        self.dtype = DTYPES[precision]
+        self.card, self.device, self.file, self.dtype = card, device, file, DTYPES[precision]
         self.model = model.to(device).to(memory_format=torch.channels_last).eval()
         merge_norms(self.model)
         for layer in self.model.modules():
@@ -55,12 +52,7 @@ class Detector:
 
     @classmethod
     def load(
-        cls,
-        checkpoint: str | Path,
-        *,
-        device: str = "auto",
-        precision: str | None = None,
-        plugins: Sequence[str] = (),
+        cls, checkpoint: str | Path, *, device: str = "auto", precision: str | None = None, plugins: Sequence[str] = ()
     ) -> "Detector":
         """From a run folder (its `best.safetensors`) or a `.safetensors` file, which needs nothing beside it.
 
@@ -128,15 +120,8 @@ class Detector:
         else:
             array = as_array(image)
             size = array.shape[0], array.shape[1]
-        return Sample(
-            image=array,
-            boxes=np.zeros((0, 4), np.float32),
-            labels=np.zeros(0, np.int64),
-            crowd=np.zeros(0, bool),
-            index=0,
-            original_size=size,
-            size=size,
-        )
+        boxes, labels, crowd = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool)
+        return Sample(array, boxes, labels, crowd, index=0, original_size=size, size=size)
 
     @torch.no_grad()
     def detect(self, batch: Batch, options: Mapping[str, Any]) -> list[Detections]:

@@ -61,10 +61,8 @@ def draw_boxes(
     tags: list[tuple[Rectangle, Colour, str]] = []
     for row in order:
         label = int(labels[row])
-        rectangle, colour = (
-            _inside(boxes[row] * scale, picture.size),
-            CROWD_COLOUR if dashed[row] else class_colour(label),
-        )
+        rectangle = _inside(boxes[row] * scale, picture.size)
+        colour = CROWD_COLOUR if dashed[row] else class_colour(label)
         name = plain(classes[label]) + (" (crowd)" if dashed[row] else "")
         text = name if scores is None else f"{name} {scores[row]:.2f}"
         size = math.ceil(font.getlength(text) + font.size * 0.5), math.ceil(font.size * 1.3)
@@ -186,14 +184,12 @@ def _overlap(a: Rectangle, b: Rectangle) -> int:
 
 def _dashed(draw: ImageDraw.ImageDraw, rectangle: Rectangle, colour: Colour, thickness: int) -> None:
     x1, y1, x2, y2 = rectangle
-    dash, step = 4 * thickness, 7 * thickness
+    dash, step, inner = 4 * thickness, 7 * thickness, thickness - 1
     draw.rectangle(rectangle, outline=BACKGROUND, width=thickness)
-    for x in range(x1, x2, step):
-        for y in (y1, y2 - thickness + 1):
-            draw.rectangle((x, y, min(x + dash, x2), max(y, y + thickness - 1)), fill=colour)
-    for y in range(y1, y2, step):
-        for x in (x1, x2 - thickness + 1):
-            draw.rectangle((x, y, max(x, x + thickness - 1), min(y + dash, y2)), fill=colour)
+    horizontal = [(x, y, min(x + dash, x2), max(y, y + inner)) for x in range(x1, x2, step) for y in (y1, y2 - inner)]
+    vertical = [(x, y, max(x, x + inner), min(y + dash, y2)) for y in range(y1, y2, step) for x in (x1, x2 - inner)]
+    for piece in horizontal + vertical:
+        draw.rectangle(piece, fill=colour)
 
 
 def _contrast(colour: Colour) -> Colour:

@@ -11,15 +11,8 @@ from typing import NamedTuple
 from retina.data.images import list_images
 from retina.errors import ConfigError, DataError
 
-FORMATS = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".png": "PNG",
-    ".bmp": "BMP",
-    ".webp": "WEBP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-}
+FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"}
+FORMATS |= {".tif": "TIFF", ".tiff": "TIFF"}
 """What pictures are written as. Not as GIF, which has too few colours."""
 
 
@@ -49,33 +42,32 @@ def find_images(source: str, output: Path) -> tuple[Path, list[Path]]:
         root = Path(os.path.commonpath([file.parent for file in files])) if files else path
     inside = _real(output)
     if files and _real(root).is_relative_to(inside):
-        raise ConfigError(
-            f"{output} holds the source {source} - choose another folder", code="output-in-data", key="output"
-        )
+        problem = f"{output} holds the source {source} - choose another folder"
+        raise ConfigError(problem, code="output-in-data", key="output")
     folders = {folder: _real(folder) for folder in {file.parent for file in files}}
     targets = [_real(file) if file.is_symlink() else folders[file.parent] for file in files]
     files = [file for file, target in zip(files, targets, strict=True) if not target.is_relative_to(inside)]
     if not files:
-        raise DataError(
-            f"{source}: no images there - give a folder, an image or a glob such as 'photos/*.jpg'", code="no-images"
-        )
+        problem = f"{source}: no images there - give a folder, an image or a glob such as 'photos/*.jpg'"
+        raise DataError(problem, code="no-images")
     return root, files
 
 
 def expand(pattern: str) -> list[Path]:
     """The files that a glob finds, each once."""
     parts = Path(pattern).parts
-    literal = (Path(*parts[: i + 1]).exists() for i in range(len(parts)))  # a folder may be called `[2024] trip`
-    fixed = next((i for i, it_is in enumerate(literal) if glob.has_magic(parts[i]) and not it_is), len(parts))
+    fixed = 0  # parts before the first with a wildcard; a folder may be called `[2024] trip`
+    while fixed < len(parts) and (not glob.has_magic(parts[fixed]) or Path(*parts[: fixed + 1]).exists()):
+        fixed += 1
     base = Path(*parts[:fixed])
     if fixed == len(parts):
         return []
     try:
         # unlike glob.glob, `**` here does not walk through symbolic links, which may go round in circles
-        found = [path for path in base.glob(os.sep.join(parts[fixed:])) if path.is_file()]
+        files = [path for path in base.glob(os.sep.join(parts[fixed:])) if path.is_file()]
     except ValueError as fault:
         raise ConfigError(f"{pattern}: {fault} - correct the pattern", code="bad-pattern", key="source") from None
-    shown = [path for path in found if not any(part[0] == "." != part for part in path.relative_to(base).parts)]
+    shown = [path for path in files if not any(part[0] == "." != part for part in path.relative_to(base).parts)]
     folders = {folder: _real(folder) for folder in {path.parent for path in shown}}  # without any `..`
     return sorted({folders[path.parent] / path.name for path in shown})
 
@@ -89,7 +81,7 @@ def name_sources(root: Path, files: Iterable[Path]) -> list[Source]:
     taken = {_folded(str(parent)) for name, _ in named for parent in PurePosixPath(name).parents}
     sources = []
     for name, file in named:
-        picture = next(one for one in _candidates(PurePosixPath(name)) if _folded(one) not in taken)
+        picture = next(path for path in _candidates(PurePosixPath(name)) if _folded(path) not in taken)
         taken.add(_folded(picture))
         sources.append(Source(file, name, picture))
     return sources

@@ -1,4 +1,4 @@
-"""Pictures of detections beside the ground truth, of images spread evenly over a data set."""
+"""Pictures of detections beside the ground truth, of images spread evenly over a data set. Beside the road."""
 
 import os
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def evaluation_pictures(
     """One picture of up to `max_images` images, each beside its detections with score >= threshold.
 
     The same images in every evaluation of a data set, so that the pictures of a run can be compared. An image that
-    cannot be read is left out, for the loader tells of it; without any, the picture is one grey pixel."""
+    cannot be read is left out, because the loader reports it; without any, the picture is one grey pixel."""
     pairs = _pairs(annotations, detections, max_images, score_threshold, max_pixels)
     pictures = [picture for _, picture in pairs] or [np.full((1, 1, 3), 128, np.uint8)]
     whole = Image.fromarray(grid(pictures))
@@ -62,25 +62,16 @@ def write_evaluation_pictures(
 def _pairs(
     annotations: Annotations, detections: DetectionArrays, max_images: int, score_threshold: float, max_pixels: int
 ) -> Iterator[tuple[int, UInt8[np.ndarray, "_ _ 3"]]]:
+    """Indices of the images, spread evenly, and their pictures."""
     for index in np.unique(np.linspace(0, len(annotations) - 1, max_images).round().astype(int)).tolist():
         try:
             image = read_image(annotations.path(index), max_pixels=max_pixels)
         except DataError:
             continue
         objects = slice(annotations.offsets[index], annotations.offsets[index + 1])
-        rows = np.flatnonzero(detections.indices == index)
-        found = Detections(
-            torch.from_numpy(detections.boxes[rows]).float(),
-            torch.from_numpy(detections.scores[rows]).float(),
-            torch.from_numpy(detections.labels[rows]),
-        )
-        picture = side_by_side(
-            image,
-            annotations.boxes[objects],
-            annotations.labels[objects],
-            found,
-            annotations.classes,
-            crowd=annotations.crowd[objects],
-            score_threshold=score_threshold,
-        )
-        yield index, picture
+        truth = (annotations.boxes[objects], annotations.labels[objects])
+        rows = detections.indices == index
+        boxes, scores, labels = (torch.from_numpy(field[rows]) for field in detections[1:])
+        predicted = Detections(boxes.float(), scores.float(), labels)
+        classes, crowd = annotations.classes, annotations.crowd[objects]
+        yield index, side_by_side(image, *truth, predicted, classes, crowd=crowd, score_threshold=score_threshold)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from faults import refused
 from retina.data.checks import RecordsError
 from retina.data.coco import Annotations, read_coco
 from retina.errors import DataError
@@ -97,28 +98,28 @@ def test_unknown_images_and_categories_are_counted(tmp_path: Path, annotations: 
 @pytest.mark.parametrize("key", sorted(GOOD))
 def test_a_missing_key_is_named(tmp_path: Path, annotations: Annotations, key: str) -> None:
     file = written(tmp_path, [{name: value for name, value in GOOD.items() if name != key}])
-    with pytest.raises(DataError, match=f"result 0: has no key '{key}'"):
+    with refused("records", file, "result 0: ", repr(key), kind=RecordsError):
         read_results(file, annotations)
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "code", "record"),
     [
-        ("{not json", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
-        ('{"images": []}', "dict instead of a list"),
-        ("[4]", "result 0: is 4 instead"),
+        ("{not json", "not-json", ""),
+        ("[" * 100_000, "not-json", ""),
+        ('{"images": []}', "wrong-type", ""),
+        ("[4]", "records", "result 0: "),
     ],
 )
 def test_a_file_that_holds_no_results_is_refused(
-    tmp_path: Path, annotations: Annotations, content: str, words: str
+    tmp_path: Path, annotations: Annotations, content: str, code: str, record: str
 ) -> None:
-    with pytest.raises(DataError, match=words):
+    with refused(code, "dt.json", record, kind=DataError):
         read_results(written(tmp_path, content), annotations)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path, annotations: Annotations) -> None:
-    with pytest.raises(DataError, match=r"absent.json: cannot be read"):
+    with refused("no-file", "absent.json", kind=DataError):
         read_results(tmp_path / "absent.json", annotations)
 
 
