@@ -21,7 +21,7 @@ from retina.data.checks import DataReport, RecordsError
 from retina.data.convert.records import Record, Records, check_classes, read_lines
 from retina.data.convert.voc import DIFFICULT, read_voc
 from retina.data.convert.yolo import read_yolo
-from retina.errors import ConfigError, DataError, check, check_choice
+from retina.errors import ConfigError, DataError, check, check_choice, plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ def write(config: ConvertConfig, data: Records) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
     for split, records in splits.items():
         print(f"{split}: {len(records)} images, {sum(len(record.objects) for record in records)} objects")
-    print(f"{len(data.classes)} classes: {', '.join(data.classes)}")
+    print(plain(f"{len(data.classes)} classes: {', '.join(data.classes)}"))
     print(f"written: {config.output}")
 
 
