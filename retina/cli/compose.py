@@ -30,7 +30,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from retina.cli.words import as_typed, read_mapping, text_keys, unconverted, unknown, unreadable
@@ -45,14 +45,14 @@ CONFIGS = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[2] / "config
 Settings = dict[str, Any]
 T = TypeVar("T")
 
-QUIET = {
-    "hydra/job_logging": "none",
-    "hydra/hydra_logging": "none",
-    "hydra.output_subdir": "null",
-    "hydra.run.dir": ".",
-    "hydra.sweep.subdir": ".",
-}
-"""Hydra's own settings unless others are given: the programs write the logs and the folders."""
+QUIET = (
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+    "hydra.output_subdir=null",
+    "hydra.run.dir=.",
+    "hydra.sweep.subdir=.",
+)
+"""Hydra's own settings, before the words of the user, which win: the programs write the logs and the folders."""
 
 BROKEN_PIPE = 128 + 13
 """Exit code when the reader of stdout has gone, as in `... | head`: that of a program that SIGPIPE ends."""
@@ -218,7 +218,7 @@ def _run_one(engine: Hydra, program: Program, name: str, words: list[str], added
             outcome.append(fault)
 
     with one_line(name, words):
-        engine.run(name, job, [*quiet(words), *words, "hydra.mode=RUN"])
+        engine.run(name, job, [*QUIET, *words, "hydra.mode=RUN"])
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return int(outcome[0].code)
@@ -244,12 +244,6 @@ def app(config_dir: str | None = None, config_path: str | None = None) -> Iterat
         current.hydra = outer
 
 
-def quiet(words: Sequence[str]) -> list[str]:
-    """The overrides that keep Hydra quiet, without those that the words give themselves."""
-    given = {word.partition("=")[0].lstrip("+~") for word in words}
-    return [f"{key}={value}" for key, value in QUIET.items() if key not in given]
-
-
 def compose(config_name: str, overrides: Sequence[str]) -> Settings:
     """Resolved settings as plain dicts. Raises ConfigError naming the key at fault and the nearest that exists."""
     words = [as_typed(word) for word in overrides]
@@ -260,9 +254,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> Settings:
 def settings_of(config: DictConfig, config_name: str) -> Settings:
     """The job's own settings, resolved. Raises ConfigError for missing ones and for unknown keys at the top."""
     try:
-        if "hydra" in config:
-            with open_dict(config):
-                config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         missing = sorted(OmegaConf.missing_keys(config))
         values = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as fault:

@@ -20,7 +20,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
-from retina.cli.compose import Program, Settings, app, one_line, quiet, report, settings_of
+from retina.cli.compose import QUIET, Program, Settings, app, one_line, report, settings_of
 from retina.cli.words import as_typed, unquoted
 from retina.errors import ConfigError, RetinaError, plain
 
@@ -75,8 +75,13 @@ def run_sweep(engine: Hydra, program: Program, config_name: str, words: list[str
             if not override.is_sweep_override():
                 fixed[override.get_key_element()] = word
         settings = hydra.compose(config_name, list(fixed.values()))
-        hydra_words = [*quiet(words), *_sweep_words(words, settings), "hydra.mode=MULTIRUN"]
-        config = engine.compose_config(config_name, [*hydra_words, *words], RunMode.MULTIRUN)
+        hydra_words = [*QUIET]
+        if "name" in settings:  # the sweep's own folder, beside those of its jobs
+            folder = f"{settings.runs}/{settings.name}__sweep"
+            hydra_words.append(as_typed(f"hydra.sweep.dir={folder}", ["hydra.sweep.dir"]))
+        if "hydra/sweeper=optuna" in words:  # which otherwise looks for the smallest metric
+            hydra_words.append("hydra.sweeper.direction=maximize")
+        config = engine.compose_config(config_name, [*hydra_words, *words, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
     callbacks = Callbacks(config)
     context = HydraContext(config_loader=engine.config_loader, callbacks=callbacks)
     callbacks.on_multirun_start(config=config, config_name=config_name)
@@ -117,17 +122,6 @@ def run_sweep(engine: Hydra, program: Program, config_name: str, words: list[str
 def _is_basic(section: DictConfig) -> bool:
     """Whether a sweeper or launcher is Hydra's own."""
     return str(section._target_).startswith("hydra._internal.core_plugins.basic_")
-
-
-def _sweep_words(words: Sequence[str], settings: DictConfig) -> list[str]:
-    """The sweep's own folder, beside those of its jobs; Optuna's direction, which is otherwise the smallest metric."""
-    given = {word.partition("=")[0].lstrip("+") for word in words}
-    chosen = []
-    if "name" in settings and "hydra.sweep.dir" not in given:
-        chosen.append(as_typed(f"hydra.sweep.dir={settings.runs}/{settings.name}__sweep", ["hydra.sweep.dir"]))
-    if "hydra/sweeper=optuna" in words and "hydra.sweeper.direction" not in given:
-        chosen.append("hydra.sweeper.direction=maximize")
-    return chosen
 
 
 def _compose_job(
@@ -217,7 +211,7 @@ def launch(program: Program, jobs: Sequence[Sequence[str]], hydra_words: Sequenc
 
     With Hydra's own launcher every outcome comes when the job has ended, with others when all have. A signal ends the
     job, which saves, and this process. Raises ConfigError before the first job for one that cannot be composed."""
-    hydra_words = [*quiet(hydra_words), "hydra.sweep.dir=.", *hydra_words, "hydra.mode=MULTIRUN"]
+    hydra_words = [*QUIET, "hydra.sweep.dir=.", *hydra_words, "hydra.mode=MULTIRUN"]
     with app() as engine:
         with one_line(program.config_name, hydra_words):
             config = engine.compose_config(program.config_name, hydra_words, RunMode.MULTIRUN)

@@ -57,17 +57,10 @@ class Gain:
     data into halves, whichever is larger."""
 
     @property
-    def counts(self) -> bool:
-        """Whether it is more than noise, and worth anything."""
-        return abs(self.mean) > self.noise and abs(self.mean) >= LEAST_GAIN
-
-    @property
-    def rises(self) -> bool:
-        return self.counts and self.mean > 0
-
-    @property
-    def falls(self) -> bool:
-        return self.counts and self.mean < 0
+    def sign(self) -> int:
+        """1 where it rises and -1 where it falls; 0 where the difference is noise, or worth nothing."""
+        counts = abs(self.mean) > self.noise and abs(self.mean) >= LEAST_GAIN
+        return (1 if self.mean > 0 else -1) if counts else 0
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f} ± {self.noise:.3f}"
@@ -132,7 +125,7 @@ class Trial(NamedTuple):
 
     def numbers(self) -> dict[str, Any]:
         gains = {"best_iou": self.iou, "recall_at_threshold": self.recall}
-        described = {name: {"gain": g.mean, "noise": g.noise, "counts": g.counts} for name, g in gains.items()}
+        described = {name: {"gain": g.mean, "noise": g.noise, "counts": g.sign != 0} for name, g in gains.items()}
         return {"levels": self.levels, "anchors": self.anchors, **described}
 
 
@@ -143,11 +136,7 @@ class Decision(NamedTuple):
 
 
 def try_levels(
-    objects: Objects,
-    now: Pyramid,
-    starts: Iterable[Pyramid],
-    threshold: float,
-    generator: torch.Generator,
+    objects: Objects, now: Pyramid, starts: Iterable[Pyramid], threshold: float, generator: torch.Generator
 ) -> list[Trial]:
     """A fit from each start, compared with `now`. Empty where there are too few images to tell noise."""
     cuts = halves(objects, _TIMES, generator)
@@ -167,7 +156,7 @@ def decide(objects: Objects, trials: Sequence[Trial], levels: list[int], thresho
     """The first trial is that of the levels as they are; another has one level more below, or one less.
 
     One more level must lift the recall by 0.03; one less must cost neither best IoU nor recall. Then the anchors change
-    if one of the two rises and none falls, counting what `Gain.counts`; or if a level is saved and none falls."""
+    if one of the two rises and none falls, by `Gain.sign`; or if a level is saved and none falls."""
     if not trials:
         return Decision(levels, False, f"no change: fewer than {LEAST_IMAGES} images with objects say nothing of noise")
     same, *others = trials
@@ -175,17 +164,14 @@ def decide(objects: Objects, trials: Sequence[Trial], levels: list[int], thresho
     for other in others:
         iou = gain(objects, other.scores, same.scores)
         recall = gain(objects, *((trial.scores >= threshold).float() for trial in (other, same)))
-        if len(other.levels) > len(levels):
-            pays = recall.rises and recall.mean >= LEAST_GAIN_OF_LEVEL
-        else:
-            pays = not (iou.falls or recall.falls)
-        if pays:
+        more = len(other.levels) > len(levels)
+        if recall.sign > 0 and recall.mean >= LEAST_GAIN_OF_LEVEL if more else min(iou.sign, recall.sign) >= 0:
             chosen = other
             break
     iou, recall = chosen.iou, chosen.recall
     reasons = (
-        (iou.falls or recall.falls, False, "what one gains the other loses"),
-        (iou.rises or recall.rises, True, "more than noise"),
+        (min(iou.sign, recall.sign) < 0, False, "what one gains the other loses"),
+        (max(iou.sign, recall.sign) > 0, True, "more than noise"),
         (len(chosen.levels) < len(levels), True, "one level less costs nothing"),
         (iou.mean > iou.noise or recall.mean > recall.noise, False, f"a gain below {LEAST_GAIN:g} is worth no change"),
         (True, False, "the gain is within noise"),

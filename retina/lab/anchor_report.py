@@ -1,6 +1,6 @@
 """What the anchors lab shows: text, a picture and a config group."""
 
-import math
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -100,57 +100,48 @@ def draw(objects: Objects, pyramids: Mapping[str, Pyramid], coverages: Mapping[s
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.7 * (len(pyramids) + 1), 5.6), layout="constrained")
-    axes = figure.subplots(1, len(pyramids) + 1, width_ratios=(*(1 for _ in pyramids), 1.15))
-    shown = torch.randperm(len(objects.boxes), generator=torch.Generator().manual_seed(0))[:_MOST_DOTS]
-    for one, (name, pyramid) in zip(axes, pyramids.items(), strict=False):
+    *panels, last = figure.subplots(1, len(pyramids) + 1, width_ratios=(*(1 for _ in pyramids), 1.15))
+    rows = torch.randperm(len(objects.boxes), generator=torch.Generator().manual_seed(0))[:_MOST_DOTS]
+    sides = objects.sides()[rows]
+    shapes = {name: pyramid.shapes() for name, pyramid in pyramids.items()}
+    numbers = torch.cat([sides, *(of_pyramid.flatten(0, 1) for of_pyramid in shapes.values())])
+    for panel, (name, pyramid) in zip(panels, pyramids.items(), strict=True):
         best = coverages[name].best()
-        _scatter(one, objects.of(shown), best[shown], pyramid)
-        one.set_title(f"{name}: mean best IoU {best.mean():.3f}")
-    sides = [one.get_xlim() + one.get_ylim() for one in axes[:-1]]
-    low, high = min(map(min, sides)), max(map(max, sides))
-    for one in axes[:-1]:
-        _pixels(one, "x", low, high)
-        _pixels(one, "y", low, high)
-        one.set(xlabel="width in pixels", ylabel="height in pixels")
-    figure.colorbar(axes[-2].collections[0], ax=axes[-2], label="best IoU of an object")
-    _by_size(axes[-1], objects, coverages)
+        colours = {"cmap": "RdYlGn", "vmin": 0.2, "vmax": 0.9, "alpha": 0.7}
+        dots = panel.scatter(*sides.T, c=best[rows], s=7, linewidths=0, **colours)
+        for level, anchors, marker in zip(pyramid.levels, shapes[name], itertools.cycle("osD^vPX"), strict=False):
+            panel.plot(*anchors.T, marker, mfc="none", mec="black", ms=7, mew=1.3, label=f"anchors of P{level}")
+        panel.set(xlabel="width in pixels", ylabel="height in pixels", aspect="equal")
+        panel.set_title(f"{name}: mean best IoU {best.mean():.3f}")
+        _octaves(panel, "xy", float(numbers.min()) / 1.2, float(numbers.max()) * 1.2)
+        panel.legend(loc="upper left", fontsize="small")
+    figure.colorbar(dots, ax=panels[-1], label="best IoU of an object")
+    _draw_by_size(last, objects, coverages)
     return figure
 
 
-def _scatter(axes: "Axes", objects: Objects, best: torch.Tensor, pyramid: Pyramid) -> None:
-    width, height = objects.sides().unbind(-1)
-    axes.scatter(width, height, c=best, s=7, cmap="RdYlGn", vmin=0.2, vmax=0.9, alpha=0.7, linewidths=0)
-    around = pyramid.around_origin()
-    for number, (level, anchors) in enumerate(zip(pyramid.levels, around[..., 2:] - around[..., :2], strict=True)):
-        marker = "osD^vPX"[number % 7]
-        axes.plot(*anchors.T, marker, mfc="none", mec="black", ms=7, mew=1.3, label=f"anchors of P{level}")
-    axes.set(xscale="log", yscale="log", aspect="equal")
+def _octaves(axes: "Axes", names: str, low: float, high: float) -> None:
+    """Powers of two along these axes, as strides and sizes are."""
+    for name in names:
+        getattr(axes, f"set_{name}scale")("log", base=2)
+        getattr(axes, f"set_{name}lim")(low, high)
+        getattr(axes, f"{name}axis").set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", fontsize="small")
 
 
-def _pixels(axes: "Axes", axis: str, low: float, high: float) -> None:
-    """Powers of two along an axis, as strides and sizes are."""
-    ticks = [2**k for k in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
-    axes.set(**{f"{axis}scale": "log", f"{axis}lim": (low, high), f"{axis}ticks": ticks})
-    axes.set(**{f"{axis}ticklabels": [f"{tick:g}" for tick in ticks]})
-    axes.minorticks_off()
-
-
-def _by_size(axes: "Axes", objects: Objects, coverages: Mapping[str, Coverage]) -> None:
+def _draw_by_size(axes: "Axes", objects: Objects, coverages: Mapping[str, Coverage]) -> None:
     """Half octaves of size: objects as bars; mean best IoU and recall as lines."""
     place = (2 * objects.size().log2()).floor().long()
     first, last = int(place.min()), int(place.max())
     edges = 2 ** (np.arange(first, last + 2) / 2)
     counts = np.bincount(place - first, minlength=last - first + 1)
     axes.stairs(counts / counts.max(), edges, fill=True, color="0.88", label="objects (share of the fullest bar)")
-    middles, some = np.sqrt(edges[:-1] * edges[1:]), counts >= min(_FEWEST, counts.max())
+    middles, enough = np.sqrt(edges[:-1] * edges[1:]), counts >= min(_FEWEST, counts.max())
     for colour, (name, coverage) in zip(("tab:orange", "tab:blue"), coverages.items(), strict=False):
         best = coverage.best().numpy()
         for style, what, values in (("o-", "mean best IoU", best), ("s--", "recall at 0.5", best >= 0.5)):
-            mean = np.bincount(place - first, values, minlength=len(counts))[some] / counts[some]
-            axes.plot(middles[some], mean, style, color=colour, ms=4, label=f"{name}: {what}")
-    _pixels(axes, "x", edges[0], edges[-1])
+            mean = np.bincount(place - first, values, minlength=len(counts))[enough] / counts[enough]
+            axes.plot(middles[enough], mean, style, color=colour, ms=4, label=f"{name}: {what}")
+    _octaves(axes, "x", edges[0], edges[-1])
     axes.set(ylim=(0, 1.04), xlabel="size in pixels (square root of the area)", title="by size")
-    axes.grid(alpha=0.3)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, fontsize="small")

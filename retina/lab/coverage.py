@@ -47,6 +47,11 @@ class Pyramid:
         """The anchors of cell (0, 0) of each level."""
         return torch.stack(tuple(self.anchors([(1, 1)] * len(self.strides), self.strides, "cpu")))
 
+    def shapes(self) -> Float[Tensor, "L n 2"]:
+        """Width and height of the anchors of a cell on each level."""
+        around = self.around_origin()
+        return around[..., 2:] - around[..., :2]
+
 
 class Objects(NamedTuple):
     """The objects of a data set at the size that a detector sees them; crowd regions are none."""
@@ -138,10 +143,8 @@ def iou_of_shapes(
 
 def best_iou(objects: Objects, pyramid: Pyramid) -> Float[Tensor, "N L"]:
     """With any anchor of each level."""
-    around = pyramid.around_origin()
-    anchors = around[..., 2:] - around[..., :2]
     chunks = zip(objects.sides().split(_CHUNK), distances(objects, pyramid).split(_CHUNK), strict=True)
-    return torch.cat([iou_of_shapes(*chunk, anchors).amax(dim=1).T for chunk in chunks])
+    return torch.cat([iou_of_shapes(*chunk, pyramid.shapes()).amax(dim=1).T for chunk in chunks])
 
 
 def cover(
@@ -200,10 +203,10 @@ def summarize(
     positives = coverage.positives.sum(dim=0).tolist()
     octaves = {f"{2**k}-{2 ** (k + 1)}": (size >= 2**k) & (size < 2 ** (k + 1)) for k in range(15)}
     quantiles = (0.05, 0.25, 0.5, 0.75, 0.95)
-    found = np.quantile(best.numpy(), quantiles).tolist()
+    quantiles_of_best = np.quantile(best.numpy(), quantiles).tolist()
     return {
         **describe(best, coverage, threshold, torch.ones_like(coverage.matched)),
-        "quantiles_of_best_iou": {f"{q:g}": value for q, value in zip(quantiles, found, strict=True)},
+        "quantiles_of_best_iou": {f"{q:g}": value for q, value in zip(quantiles, quantiles_of_best, strict=True)},
         "by_size": groups({name: (size >= low) & (size < high) for name, (low, high) in SIZES.items()}),
         "by_octave": groups(octaves),
         "by_level": groups({f"P{name}": level == i for i, name in enumerate(levels)}),

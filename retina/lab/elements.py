@@ -124,11 +124,7 @@ class Elements:
 
 
 def describe(
-    elements: Elements,
-    classes: Sequence[str],
-    levels: Sequence[str],
-    gammas: Sequence[float],
-    alphas: Sequence[float],
+    elements: Elements, classes: Sequence[str], levels: Sequence[str], gammas: Sequence[float], alphas: Sequence[float]
 ) -> dict[str, Any]:
     """All numbers, as they go into the file."""
     anchors = max(elements.positive_anchors, 1)

@@ -23,19 +23,21 @@ MOST_PANELS = 8
 def check_format(output: Path, key: str) -> None:
     """Raises ConfigError for a file that is neither PNG nor SVG, or is there and no figure of the lab."""
     if output.suffix not in FORMATS:
-        raise ConfigError(f"{key}: {output} is of no known format - end it in {' or '.join(FORMATS)}")
+        problem = f"{output} is of no known format - end it in {' or '.join(FORMATS)}"
+        raise ConfigError(problem, code="bad-name", key=key)
     if (output.exists() or output.is_symlink()) and not (output.is_file() and _MARK.encode() in output.read_bytes()):
-        raise ConfigError(f"{key}: {output} is there already and is no figure of the lab - choose another file")
+        problem = f"{output} is there already and is no figure of the lab - choose another file"
+        raise ConfigError(problem, code="output-taken", key=key)
 
 
 def check_folder(folder: Path, key: str) -> None:
     """Raises ConfigError for a folder that cannot be made or written into. Leaves nothing behind."""
     try:
-        there = next(place for place in (folder, *folder.parents) if place.exists())
-        with tempfile.TemporaryDirectory(dir=there):
+        with tempfile.TemporaryDirectory(dir=next(place for place in (folder, *folder.parents) if place.exists())):
             return
     except OSError as fault:
-        raise ConfigError(f"{key}: {folder} cannot be written ({fault.strerror}) - choose another folder") from None
+        problem = f"{folder} cannot be written ({fault.strerror}) - choose another folder"
+        raise ConfigError(problem, code="not-written", key=key) from None
 
 
 def save(figure: "Figure", output: Path) -> None:

@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from retina.cli.compose import CONFIGS, Settings, compose, values_of
 from retina.cli.run_folder import WORDS, compare, read_settings
 from retina.engine.config import from_mapping
 from retina.errors import ConfigError
+from retina.tracking.trackers import flatten
 
 STUDIES = CONFIGS / "studies"
 EVERY_RUN = ("train.save_every=0.25", "train.keep_checkpoints=1", "train.pictures=0")
@@ -185,15 +186,7 @@ def _words_of_experiment(name: str | None) -> list[str]:
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
     choices = [choice for choice in values.pop("defaults", []) if isinstance(choice, dict)]
     groups = [f"{key.removeprefix('override /')}={value}" for choice in choices for key, value in choice.items()]
-    return [*groups, *(f"{key}={json.dumps(value)}" for key, value in _leaves(values))]
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return [*groups, *(f"{key}={json.dumps(value)}" for key, value in flatten(values).items())]
 
 
 def known_data() -> dict[str, list[str]]:

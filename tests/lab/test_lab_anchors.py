@@ -275,11 +275,10 @@ def test_noise_is_that_of_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mean", "noise", "rises", "falls"),
-    [(0.02, 0.01, True, False), (0.02, 0.03, False, False), (0.005, 0.001, False, False), (-0.02, 0.01, False, True)],
+    ("mean", "noise", "sign"), [(0.02, 0.01, 1), (0.02, 0.03, 0), (0.005, 0.001, 0), (-0.02, 0.01, -1)]
 )
-def test_what_counts(mean: float, noise: float, rises: bool, falls: bool) -> None:
-    assert (Gain(mean, noise).rises, Gain(mean, noise).falls) == (rises, falls)
+def test_what_counts(mean: float, noise: float, sign: int) -> None:
+    assert Gain(mean, noise).sign == sign
 
 
 def trial_of(levels: list[int], scores: Tensor, objects: Objects, before: Tensor) -> Trial:
