@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,13 +85,13 @@ class Program:
         return frozenset(text_keys(self.schema) if self.schema else ())
 
     def run(self, settings: Settings) -> Result:
-        value = self.task(typed(self.schema, settings) if self.schema else settings)
+        value = self.task(from_mapping(self.schema, settings) if self.schema else settings)
         return value if isinstance(value, Result) else Result(value or 0)
 
     def refuse_wrong(self, settings: Settings) -> None:
         """Raises ConfigError for settings that `run` would refuse, whatever the data."""
         if self.schema:
-            typed(self.schema, settings)
+            from_mapping(self.schema, settings)
         self.check(settings)
 
     def __call__(self, argv: Sequence[str] | None = None) -> NoReturn:
@@ -289,14 +289,6 @@ def values_of(word: str) -> list[str]:
         if not override.is_sweep_override():
             return [word]
         return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-
-
-def typed(cls: type[T], settings: Mapping[str, Any]) -> T:
-    """The settings of a whole command as a dataclass. Raises ConfigError for a wrong type."""
-    try:
-        return from_mapping(cls, settings, "")
-    except ConfigError as fault:
-        raise ConfigError(str(fault).removeprefix("."), code=fault.code) from None
 
 
 def report(fault: Exception) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from retina.cli import train
-from retina.cli.compose import Settings, entry, typed
+from retina.cli.compose import Settings, entry
 from retina.cli.data import DataConfig, load_split
 from retina.cli.run_folder import HARMLESS, compare, holds_work, read_settings
 from retina.cli.sweep import launch
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> NoReturn:
 
     @entry("lab_ablate")
     def task(settings: Settings) -> None:
-        config = typed(AblateConfig, settings)
+        config = from_mapping(AblateConfig, settings)
         for key in map(key_of, train_words):
             if key in NOT_FOR_ALL:
                 raise ConfigError(NOT_FOR_ALL[key], code="not-allowed", key=key)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from retina.cli.build import build, call
-from retina.cli.compose import Settings, entry, typed
+from retina.cli.compose import Settings, entry
 from retina.cli.data import SPLITS, DataConfig, load_split, prepare_data, progress
 from retina.cli.train import shapes_by_default
 from retina.engine.config import TrainConfig, from_mapping
@@ -57,7 +57,7 @@ class AnchorsConfig:
 def main(argv: Sequence[str]) -> NoReturn:
     @entry("lab_anchors", default=shapes_by_default)
     def anchors(settings: Settings) -> None:
-        config = typed(AnchorsConfig, {field.name: settings[field.name] for field in fields(AnchorsConfig)})
+        config = from_mapping(AnchorsConfig, {field.name: settings[field.name] for field in fields(AnchorsConfig)})
         data = from_mapping(DataConfig, settings["data"], "data")
         check_places(config, data)
         run(settings, config, data, plain(f"python tools/lab.py anchors {shlex.join(argv)}"))

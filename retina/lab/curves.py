@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import retina
-from retina.cli.compose import Settings, entry, typed
+from retina.cli.compose import Settings, entry
+from retina.engine.config import from_mapping
 from retina.errors import ConfigError
 from retina.lab.figures import check_format, save
 
@@ -140,7 +141,7 @@ class CurvesConfig:
 
 @entry("lab_curves")
 def main(settings: Settings) -> None:
-    config = typed(CurvesConfig, settings)
+    config = from_mapping(CurvesConfig, settings)
     output = Path(config.output)
 
     from matplotlib.figure import Figure  # slow to import, and a wrong setting should not wait for it

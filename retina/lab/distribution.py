@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retina.cli.build import build, call
-from retina.cli.compose import Settings, entry, typed
+from retina.cli.compose import Settings, entry
 from retina.cli.data import SPLITS, data_of, open_split, progress
 from retina.cli.run_folder import read_settings
+from retina.engine.config import from_mapping
 from retina.errors import ConfigError, check_choice
 from retina.files import write_whole
 from retina.lab.figures import draw_cumulative, draw_cumulative_by, draw_hardest, save
@@ -83,7 +84,7 @@ def check_numbers(key: str, values: Sequence[float], most: float, allowed: str) 
 @entry("lab_distribution")
 def main(settings: Settings) -> int:
     """The exit code."""
-    config = typed(DistributionConfig, settings)
+    config = from_mapping(DistributionConfig, settings)
     checkpoint, output = Path(config.checkpoint), Path(config.output)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     trained = read_settings(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}

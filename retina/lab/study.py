@@ -42,7 +42,7 @@ class Row:
     def __post_init__(self) -> None:
         if not 0 < self.image_scale < float("inf"):
             problem = f"{self.image_scale} is not allowed - give a factor above 0"
-            raise ConfigError(problem, code="out-of-range", key=f"{self.label}: image_scale")
+            raise ConfigError(problem, code="out-of-range", key="image_scale")
 
 
 @dataclass(frozen=True, kw_only=True)

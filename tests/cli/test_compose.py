@@ -20,7 +20,7 @@ import torch
 import retina.losses.boxes
 import retina.losses.detection
 from retina.cli.build import build, call
-from retina.cli.compose import CONFIGS, compose, entry, typed
+from retina.cli.compose import CONFIGS, compose, entry
 from retina.cli.data import DataConfig
 from retina.data.checks import RecordsError
 from retina.distributed import choose_device
@@ -101,7 +101,7 @@ def test_wrong_types_in_sections(cls: type, section: str, word: str, fault: str)
 
 
 def test_typed_names_the_key_of_a_whole_command() -> None:
-    fault = fault_of(typed, TrainConfig, {"batch_size": "x"})
+    fault = fault_of(from_mapping, TrainConfig, {"batch_size": "x"})
     assert fault == "batch_size: 'x' is of the wrong type - give int"
 
 
