@@ -112,7 +112,7 @@ for name in names:
     importlib.import_module(name)
 from retina.cli.run_folder import open_run
 opened = open_run(Path("run"), {"name": "run"}, overwrite=False)
-print(len(names) > 80, opened.locked, *opened.told())
+print(len(names) > 80, *opened.notes)
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.stdout.startswith("True False warning: this file system has no locks"), run.stderr
+    assert run.stdout.startswith("True warning: this file system has no locks"), run.stderr

@@ -239,8 +239,6 @@ KNOWN = (
     "retina/_lazy.py: importlib.import_module",
     # asks git for the commit
     "retina/cli/environment.py: imports subprocess",
-    # starts tools/train.py with words that were typed
-    "retina/lab/jobs.py: imports subprocess",
 )
 
 
