@@ -102,9 +102,10 @@ def _waiting_for_others(patience: float = 3.0) -> Iterator[None]:
     """Within the block SIGINT and SIGTERM end the process at once: it waits in C++ code, where Python's handlers do not
     run. After `patience` seconds, a line on stderr says whom it waits for."""
     here, world = int(os.environ["RANK"]), launched_world_size()
-    others = ", ".join(str(rank) for rank in range(world) if rank != here) if world <= 9 else f"{world - 1} others"
+    others = "rank " + ", ".join(str(other) for other in range(world) if other != here)
+    others = others if world <= 9 else f"{world - 1} other ranks"
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    line = f"rank {here}: waiting for rank {others} at {place} (WORLD_SIZE={world})\n"
+    line = f"rank {here}: waiting for {others} at {place} (WORLD_SIZE={world})\n"
     timer = threading.Timer(patience, sys.stderr.write, [line])
     timer.daemon = True
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()

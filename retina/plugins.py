@@ -31,13 +31,11 @@ def find(target: str, allowed: Iterable[str], *, key: str = "") -> Callable[...,
     The name is checked before anything is imported, and the object afterwards, because a module also holds what it
     imported itself. Raises ConfigError, with `key` for its argument."""
     allowed = tuple(allowed)
-    own = target.partition(".")[0]
-    refusal = ConfigError(
-        f"{target} is not allowed - choose something under {', '.join(allowed) or 'a package of your own'}, which"
-        f" plugins=[{own}] would name",
-        code="not-allowed",
-        key=key,
+    package = target.partition(".")[0]
+    fix = (
+        f"choose something under {', '.join(allowed) or 'a package of your own'}, which plugins=[{package}] would name"
     )
+    refusal = ConfigError(f"{target} is not allowed - {fix}", code="not-allowed", key=key)
     if not target.startswith(allowed) or not _is_dotted(target):
         raise refusal
     module, _, name = target.rpartition(".")
@@ -52,7 +50,7 @@ def find(target: str, allowed: Iterable[str], *, key: str = "") -> Callable[...,
         elif owner is not None and (near := difflib.get_close_matches(name, dir(owner), n=1)):
             problem = f"{target} does not exist - did you mean {module}.{near[0]}?"
         else:
-            problem = f"{target} does not exist - check its spelling, and that {own} is installed"
+            problem = f"{target} does not exist - check its spelling, and that {package} is installed"
         raise ConfigError(problem, code="unknown-target", key=key) from None
     if not _is_own(thing, allowed):
         raise refusal
@@ -71,8 +69,6 @@ def _is_own(thing: Any, allowed: tuple[str, ...]) -> bool:
     home, name = f"{thing.__module__}.", thing.__qualname__
     if not home.startswith(allowed) or name.startswith("_"):
         return False
-    if inspect.isfunction(thing) and home.startswith(CLASSES_ONLY):
-        return False
-    if inspect.isclass(thing) and issubclass(thing, type):  # makes classes, not objects
+    if home.startswith(CLASSES_ONLY) if inspect.isfunction(thing) else issubclass(thing, type):  # a maker of classes
         return False
     return getattr(sys.modules.get(home[:-1]), name, None) is thing

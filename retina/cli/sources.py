@@ -75,8 +75,8 @@ def expand(pattern: str) -> list[Path]:
 def name_sources(root: Path, files: Iterable[Path]) -> list[Source]:
     """The images in the order of their names, which are relative to `root`.
 
-    A picture is called like its image, with `.jpg` behind a name that is none of a format to write. Where that is
-    taken, by another picture or a folder and be it in other capitals, `~2`, `~3`, ... comes before the suffix."""
+    A picture has the name of its image, with `.jpg` after it if its own suffix is not in FORMATS. If another picture or
+    a folder has that name already, in whatever capitals, `~2`, `~3`, ... comes before the suffix."""
     named = sorted((file.relative_to(root).as_posix(), file) for file in files)
     taken = {_folded(str(parent)) for name, _ in named for parent in PurePosixPath(name).parents}
     sources = []

@@ -71,8 +71,8 @@ def overlapping_pairs(
         count = counts[low:high]
         rows = np.repeat(np.arange(low, high), count)
         columns = np.arange(len(rows)) + np.repeat(first[low:high] - (np.cumsum(count) - count), count)
-        found, truth = detections.boxes[rows], objects.boxes[columns]
-        sides = np.minimum(found[:, 2:], truth[:, 2:]) - np.maximum(found[:, :2], truth[:, :2])
+        predicted, truth = detections.boxes[rows], objects.boxes[columns]
+        sides = np.minimum(predicted[:, 2:], truth[:, 2:]) - np.maximum(predicted[:, :2], truth[:, :2])
         touching = np.flatnonzero((sides > 0).all(axis=1))
         rows, columns = rows[touching], columns[touching]
         intersection = sides[touching, 0] * sides[touching, 1]

@@ -59,10 +59,10 @@ def draw(
     near = generator.random(len(images)) < 0.4
     nearest = images * objects + generator.integers(0, objects, len(images))
     noise = generator.normal(0, 1, (len(images), 4)) * np.where(near, 4, 60)[:, None]
-    found = np.maximum(boxes[nearest] + noise, [-np.inf, -np.inf, 1, 1]).round(2)
+    predicted = np.maximum(boxes[nearest] + noise, [-np.inf, -np.inf, 1, 1]).round(2)
     classes = np.where(near, labels[nearest], generator.integers(1, num_classes + 1, len(images)))
     scores = np.round(generator.random(len(images)) * np.where(near, 1, 0.6), 4)
-    columns = ((images + 1).tolist(), classes.tolist(), found.tolist(), scores.tolist())
+    columns = ((images + 1).tolist(), classes.tolist(), predicted.tolist(), scores.tolist())
     keys = ("image_id", "category_id", "bbox", "score")
     return document, [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
 

@@ -88,8 +88,8 @@ def losses(device: torch.device) -> list[list[float]]:
     """Of three updates on the same images, however many processes share them."""
     images, sizes, targets, indices, original_sizes = draw(TOTAL, 64, device)
     share = slice(distributed.rank(), TOTAL, distributed.world_size())
-    own = Targets(*(field[share] for field in targets))
-    step = stepper(Batch(images[share], sizes[share], own, indices[share], original_sizes[share]))
+    objects = Targets(*(field[share] for field in targets))
+    step = stepper(Batch(images[share], sizes[share], objects, indices[share], original_sizes[share]))
     return [step().tolist() for _ in range(3)]
 
 
