@@ -6,18 +6,20 @@ meet by gloo on one machine: where they outnumber its cores, wall time says noth
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch.distributed.run import main as torchrun
 
 from benchmarks.step import make_batch, small_model
 from retina import distributed
@@ -65,10 +67,13 @@ def launch(count: int, bench: Bench) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         output = Path(folder, "result.json")
         side, rounds = (64, 2) if bench.quick else (256, bench.rounds)
-        torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        work = ["benchmarks.scaling", bench.device.type, str(side), str(rounds), str(output)]
-        variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        subprocess.run([sys.executable, "-m", *torchrun, "-m", *work], env=variables, check=True)
+        words = ["--standalone", f"--nproc_per_node={count}", "-m", "benchmarks.scaling"]
+        words += [bench.device.type, str(side), str(rounds), str(output)]
+        with patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path)):
+            process = get_context("spawn").Process(target=torchrun, args=(words,))  # its signal handlers go with it
+            process.start()
+            process.join()
+        assert process.exitcode == 0
         result: dict[str, Any] = json.loads(output.read_text())
         return result
 
