@@ -79,12 +79,12 @@ def bring_in(config: ImportConfig, output: Path) -> list[str]:
         state, model, lines = convert_backbone(foreign, file, **options)
         write_whole(output, serialize(state))
         return [*lines, f"train with it: python tools/train.py {overrides(model | {'weights': str(output)})}"]
-    found = convert_detector(foreign, file, classes=classes, **options)
-    call(check_postprocess, "conventions", options=found.card.postprocess)
-    save_detector(output, found.state, found.card)
+    imported = convert_detector(foreign, file, classes=classes, **options)
+    call(check_postprocess, "conventions", options=imported.card.postprocess)
+    save_detector(output, imported.state, imported.card)
     tune = "python tools/train.py experiment=paper data=coco data.root=DIR"
-    tune = f"{tune} init_from={output} {overrides(unusual(found.card.model))}"
-    return [*found.notes, f"detect: python tools/infer.py checkpoint={output} source=photos/", f"fine-tune: {tune}"]
+    tune = f"{tune} init_from={output} {overrides(unusual(imported.card.model))}"
+    return [*imported.notes, f"detect: python tools/infer.py checkpoint={output} source=photos/", f"fine-tune: {tune}"]
 
 
 def export(config: ImportConfig, output: Path) -> list[str]:
@@ -103,18 +103,18 @@ def export(config: ImportConfig, output: Path) -> list[str]:
     return describe_export(model, card.preprocessing, card.postprocess, output)
 
 
-def read_classes(given: list[str] | str | None) -> list[str] | None:
+def read_classes(classes: list[str] | str | None) -> list[str] | None:
     """Names from the command line, or from a text file with one per line."""
-    if isinstance(given, str):
+    if isinstance(classes, str):
         try:
-            text = Path(given).read_text(encoding="utf-8")
+            text = Path(classes).read_text(encoding="utf-8")
         except UnicodeDecodeError:
             text = ""
-        given = [line.strip() for line in text.splitlines() if line.strip()]
-    if given is not None and not (given and all(map(str.strip, given))):
+        classes = [line.strip() for line in text.splitlines() if line.strip()]
+    if classes is not None and not (classes and all(map(str.strip, classes))):
         line = "no list of names - give [cat,dog], or a text file with one per line"
         raise ConfigError(line, code="wrong-type", key="classes")
-    return given
+    return classes
 
 
 def unusual(model: dict[str, Any]) -> dict[str, Any]:

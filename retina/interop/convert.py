@@ -59,11 +59,11 @@ def convert_detector(
     Raises CheckpointError for tensors that are missing, unknown or of other shapes, ConfigError for conventions and
     classes that do not fit."""
     used = changed_conventions(_usual(foreign), conventions or {})
-    state, fixed = _floats(foreign.state), []
+    state, norm_notes = _floats(foreign.state), []
     if used.norm_fixed:  # only a norm that may be trained counts its batches
         counts = [key for key in state if key.startswith("backbone.") and key.endswith(".num_batches_tracked")]
         state = {key: value for key, value in state.items() if key not in counts}
-        fixed = [f"left out, because the backbone's statistics are fixed: {', '.join(counts)}"] if counts else []
+        norm_notes = [f"left out, because the backbone's statistics are fixed: {', '.join(counts)}"] if counts else []
     anchors = num_anchors(state, file, used)
     rows, ids, why = class_rows(foreign, file, state, anchors, classes)
     _apply(state, used, anchors, list(rows), file)
@@ -71,8 +71,8 @@ def convert_detector(
     with torch.device("meta"), under("conventions"):
         model = retinanet(**arguments)
     _check_cells(foreign, file, used, model)
-    own = model.state_dict()
-    notes = _compare(foreign, file, state, own, ignore_unknown=ignore_unknown)
+    expected = model.state_dict()
+    notes = _compare(foreign, file, state, expected, ignore_unknown=ignore_unknown)
     resize = ("short_side", "long_side", "pad_multiple")
     detection = ("score_threshold", "candidates_per_level", "nms_iou", "max_detections")
     card = DetectorCard(
@@ -87,8 +87,8 @@ def convert_detector(
     lines.append(f"conventions: {', '.join(f'{name} {value}' for name, value in asdict(used).items())}")
     seen = ("backbone", "norm", "levels", "p6_from", "head_convs", "head_norm")
     lines.append(f"model: {', '.join(f'{name} {arguments[name]}' for name in seen)}")
-    lines += [*fixed, f"classes: {len(rows)}, {why}", *notes]
-    return Imported({key: state[key].contiguous() for key in own}, card, lines)
+    lines += [*norm_notes, f"classes: {len(rows)}, {why}", *notes]
+    return Imported({key: state[key].contiguous() for key in expected}, card, lines)
 
 
 def convert_backbone(
@@ -108,8 +108,8 @@ def convert_backbone(
     norm = backbone_norm(state)
     with torch.device("meta"):
         whole = retinanet(num_classes=1, backbone=name, norm=norm, stride_in_1x1=used.stride_in_1x1).state_dict()
-    own = {key: value for key, value in whole.items() if key.startswith("backbone.")}
-    notes = _compare(foreign, file, state, own, ignore_unknown=ignore_unknown)
+    expected = {key: value for key, value in whole.items() if key.startswith("backbone.")}
+    notes = _compare(foreign, file, state, expected, ignore_unknown=ignore_unknown)
     first = state[FIRST_CONVOLUTION].flip(1) if used.bgr else state[FIRST_CONVOLUTION]
     state[FIRST_CONVOLUTION] = first * (torch.tensor(IMAGENET_STD) / torch.tensor(used.std)).view(1, 3, 1, 1)
     lines = [f"recognised: {foreign.program}, {name}, {len(foreign.names)} tensors", *foreign.notes, *notes]
@@ -119,8 +119,8 @@ def convert_backbone(
     settings |= {"norm_eps": used.norm_eps} | ({"norm": norm} if norm == "group" else {})
     defaults = {"mean": list(IMAGENET_MEAN), "stride_in_1x1": False, "norm_eps": 1e-5}
     settings = {name: value for name, value in settings.items() if value != defaults.get(name)}
-    bare = {key.removeprefix("backbone.").removeprefix("stem."): value for key, value in state.items() if key in own}
-    return {key: value.contiguous() for key, value in bare.items()}, settings, lines
+    tensors = {key: value.contiguous() for key, value in state.items() if key in expected}
+    return {key.removeprefix("backbone.").removeprefix("stem."): v for key, v in tensors.items()}, settings, lines
 
 
 _OF_BACKBONES = ("bgr", "mean", "std", "stride_in_1x1", "norm_eps")
@@ -175,17 +175,17 @@ def _check_cells(foreign: Foreign, file: Path, conventions: Conventions, model: 
 
 
 def _compare(
-    foreign: Foreign, file: Path, state: dict[str, Tensor], own: dict[str, Tensor], *, ignore_unknown: bool
+    foreign: Foreign, file: Path, state: dict[str, Tensor], expected: dict[str, Tensor], *, ignore_unknown: bool
 ) -> list[str]:
     """Lines about the tensors that are not taken over. Raises CheckpointError for missing ones and other shapes, and
     for those that mean nothing here."""
-    missing = [key for key in own if key not in state]
-    unknown = [*foreign.unknown, *(foreign.names.get(key, key) for key in state if key not in own)]
+    missing = [key for key in expected if key not in state]
+    unknown = [*foreign.unknown, *(foreign.names.get(key, key) for key in state if key not in expected)]
     if missing:
         strange = f", and {len(unknown)} mean nothing here: {some(unknown)}" if unknown else ""
         problem = f"lacks {len(missing)} tensors, here {some(missing)}{strange} - give the whole state dict of a model"
         raise refusal(file, problem, code="missing-tensor", lacking=missing, unknown=unknown)
-    for key, value in own.items():
+    for key, value in expected.items():
         if value.shape != state[key].shape:
             shapes = f"is {list(state[key].shape)}, not {list(value.shape)} as in the model its other tensors make"
             raise refusal(file, f"{foreign.names.get(key, key)} {shapes} - give another file", code="wrong-shape")

@@ -254,9 +254,9 @@ def backbone_name(state: dict[str, Tensor], file: Path) -> str:
     blocks = {match[1] for key in state if (match := re.match(r"backbone\.layer3\.(\d+)\.", key))}
     shapes = len(blocks), "backbone.layer1.0.conv3.weight" in state, first[0], first[1]
     if shapes not in _RESNETS:
-        found = f"{len(blocks)} blocks in stage 3 and {first[0]}x{first[1]} channels in the first 3x3 convolution"
+        shown = f"{len(blocks)} blocks in stage 3 and {first[0]}x{first[1]} channels in the first 3x3 convolution"
         choices = ", ".join(_RESNETS.values())
-        raise refusal(file, f"a backbone of {found} is not known - give one with {choices}", code="unknown-backbone")
+        raise refusal(file, f"a backbone of {shown} is not known - give one with {choices}", code="unknown-backbone")
     return _RESNETS[shapes]
 
 

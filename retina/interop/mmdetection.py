@@ -79,8 +79,8 @@ class _Settings:
             self.absent.append(shown)
             return default
         if any(value != values[-1] for value in values):
-            given = ", ".join(dict.fromkeys(map(str, values[:-1])))
-            self.notes.append(f"{shown}: the settings beside it say {given} and then {values[-1]}, which is taken")
+            before = ", ".join(dict.fromkeys(map(str, values[:-1])))
+            self.notes.append(f"{shown}: the settings beside it say {before} and then {values[-1]}, which is taken")
         return values[-1]
 
     def _sections(self, name: str) -> list[str]:

@@ -167,14 +167,14 @@ def _arrays(value: Any, seen: dict[int, Any], depth: int = 0) -> Any:
     if depth > 20:
         raise pickle.UnpicklingError("too many values within each other")
     if isinstance(value, _Array):
-        made: Any = value.array()
+        result: Any = value.array()
     elif isinstance(value, dict):
-        made = {key: _arrays(item, seen, depth + 1) for key, item in value.items()}
+        result = {key: _arrays(item, seen, depth + 1) for key, item in value.items()}
     elif isinstance(value, (list, tuple)):
-        made = type(value)(_arrays(item, seen, depth + 1) for item in value)
+        result = type(value)(_arrays(item, seen, depth + 1) for item in value)
     elif value is None or isinstance(value, (str, bytes, bytearray, int, float)):
         return value
     else:
         raise pickle.UnpicklingError(f"holds a {type(value).__name__.strip('_')}, which is no array")
-    seen[id(value)] = made
-    return made
+    seen[id(value)] = result
+    return result

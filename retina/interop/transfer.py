@@ -35,55 +35,54 @@ class Start:
     notes: list[str] = field(default_factory=list)
 
 
-def match_classes(theirs: Sequence[str], ours: Sequence[str], remap: Mapping[str, str]) -> dict[int, int]:
-    """Our class to theirs, as indices, for classes of the same name once `remap` has renamed some of theirs.
+def match_classes(source: Sequence[str], classes: Sequence[str], remap: Mapping[str, str]) -> dict[int, int]:
+    """The index of each class of the data to that in the source, for classes of the same name once `remap` has renamed
+    some of the source's.
 
-    Raises ConfigError for names in `remap` that are not in the lists, and when several of theirs become one of ours."""
-    for their, our in remap.items():
-        for name, known, where in ((their, theirs, "the weights"), (our, ours, "the data")):
+    Raises ConfigError for names in `remap` that are not in the lists, and when several classes become one."""
+    for pair in remap.items():
+        for name, known, where in zip(pair, (source, classes), ("the weights", "the data"), strict=True):
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known[:8])}"
                 raise ConfigError(f"{name!r} is no class of {where} - {hint}", code="unknown-class", key="remap")
     matched: dict[int, int] = {}
-    for index, name in enumerate(theirs):
-        our = remap.get(name, name)
-        if our not in ours:
+    for index, name in enumerate(source):
+        new_name = remap.get(name, name)
+        if new_name not in classes:
             continue
-        if (first := matched.setdefault(ours.index(our), index)) != index:
-            line = f"{theirs[first]} and {name} would both be {our} - rename one of them at most"
+        if (first := matched.setdefault(classes.index(new_name), index)) != index:
+            line = f"{source[first]} and {name} would both be {new_name} - rename one of them at most"
             raise ConfigError(line, code="same-name", key="remap")
     return matched
 
 
 def merge_rows(
-    own: Float[Tensor, "_ ..."],
-    other: Float[Tensor, "_ ..."],
+    tensor: Float[Tensor, "_ ..."],
+    source: Float[Tensor, "_ ..."],
     matched: Mapping[int, int],
-    *,
-    num_own: int,
-    num_other: int,
+    num_classes: tuple[int, int],
 ) -> Float[Tensor, "_ ..."] | None:
-    """A copy of `own`, a weight or bias with rows [anchors x classes], with the rows of matched classes from `other`;
-    None where the two have other numbers of anchors or inputs."""
-    ours, theirs = own.unflatten(0, (-1, num_own)).clone(), other.unflatten(0, (-1, num_other))
-    if len(ours) != len(theirs) or ours.shape[2:] != theirs.shape[2:]:
+    """A copy of a weight or bias with rows [anchors x classes], with the rows of matched classes from the source's;
+    None where the two have other numbers of anchors or inputs. `num_classes`: of the tensor and of the source."""
+    rows, source_rows = tensor.unflatten(0, (-1, num_classes[0])).clone(), source.unflatten(0, (-1, num_classes[1]))
+    if len(rows) != len(source_rows) or rows.shape[2:] != source_rows.shape[2:]:
         return None
-    ours[:, list(matched)] = theirs[:, list(matched.values())].to(ours)
-    return ours.flatten(0, 1)
+    rows[:, list(matched)] = source_rows[:, list(matched.values())].to(rows)
+    return rows.flatten(0, 1)
 
 
-def renumber(theirs: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Their tensors with the head's convolutions numbered as in `own`, where one of the two has norms between them."""
-    step, other = (3 if "head.box.convs.1.weight" in state else 2 for state in (own, theirs))
+def renumber(source: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The source's tensors with the head's convolutions numbered as in the model, where only one of them has norms."""
+    step, source_step = (3 if "head.box.convs.1.weight" in state else 2 for state in (model, source))
 
     def name(key: str) -> str:
         if not (match := re.fullmatch(r"(head\.\w+\.convs)\.(\d+)\.(\w+)", key)):
             return key
-        layer, part = divmod(int(match[2]), other)
+        layer, part = divmod(int(match[2]), source_step)
         return f"{match[1]}.{step * layer + part}.{match[3]}"  # a norm's number is a ReLU's where there are none
 
-    return {name(key): value for key, value in theirs.items()}
+    return {name(key): value for key, value in source.items()}
 
 
 _LAYERS = {  # settings that make tensors of the same name, and maybe shape, parts of another layer
@@ -103,48 +102,45 @@ def _layer(name: str, value: Any) -> Any:
     return value[0] if name == "levels" else value
 
 
-def other_layers(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
-    """Patterns of tensors that belong to other layers under the settings of the weights than under ours, and why."""
+def other_layers(source: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, str]:
+    """Patterns of tensors that belong to other layers under the source's settings than under the model's, and why."""
     return {
-        pattern: f"model.{name} is {theirs[name]} there"
+        pattern: f"model.{name} is {source[name]} there"
         for name, pattern in _LAYERS.items()
-        if name in theirs and name in ours and _layer(name, theirs[name]) != _layer(name, ours[name])
+        if name in source and name in settings and _layer(name, source[name]) != _layer(name, settings[name])
     }
 
 
 def take(
-    key: str, own: Tensor, start: "Start", matched: Mapping[int, int], elsewhere: Mapping[str, str], *, num_classes: int
+    key: str, tensor: Tensor, start: Start, matched: Mapping[int, int], reasons: Mapping[str, str], num_classes: int
 ) -> Tensor | str:
     """What takes the place of a tensor of the model, or why nothing does.
 
-    matched: classes of the model in the start, as from `match_classes`. elsewhere: as from `other_layers`.
-    num_classes: of the model."""
-    other = start.state.get(key)
-    if other is None:
+    matched: as from `match_classes`. reasons: as from `other_layers`. num_classes: of the model."""
+    source, num_source = start.state.get(key), len(start.classes)
+    if source is None:
         return "not in the file"
-    if reason := next((why for pattern, why in elsewhere.items() if re.fullmatch(pattern, key)), None):
+    if reason := next((why for pattern, why in reasons.items() if re.fullmatch(pattern, key)), None):
         return reason
-    same_classes = num_classes == len(start.classes) and all(matched.get(k) == k for k in range(num_classes))
+    same_classes = num_classes == num_source and all(matched.get(k) == k for k in range(num_classes))
     if same_classes or not key.startswith(CLASS_LAYER):
-        return other if other.shape == own.shape else f"{list(other.shape)} there, {list(own.shape)} here"
+        return source if source.shape == tensor.shape else f"{list(source.shape)} there, {list(tensor.shape)} here"
     if not matched:
         return "other classes" if start.classes else "the file names no classes"
-    merged = merge_rows(own, other, matched, num_own=num_classes, num_other=len(start.classes))
-    return (
-        f"{list(other.shape)} there for {len(start.classes)} classes, {list(own.shape)} here"
-        if merged is None
-        else merged
-    )
+    merged = merge_rows(tensor, source, matched, (num_classes, num_source))
+    if merged is None:
+        return f"{list(source.shape)} there for {num_source} classes, {list(tensor.shape)} here"
+    return merged
 
 
 _OF_TRAINING = ("num_classes", "weights", "frozen_stages", "prior")
 """Settings that change nothing about what given weights compute."""
 
 
-def other_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+def other_settings(source: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """One line, as overrides, if weights were made under settings that change what they compute."""
-    other = {name: theirs[name] for name in theirs if name in ours and theirs[name] != ours[name]}
-    if _layer("norm", theirs.get("norm")) == _layer("norm", ours.get("norm")):
+    other = {name: source[name] for name in source if name in settings and source[name] != settings[name]}
+    if _layer("norm", source.get("norm")) == _layer("norm", settings.get("norm")):
         other.pop("norm", None)
     words = overrides({name: value for name, value in other.items() if name not in _OF_TRAINING})
     line = f"init_from: the weights were trained with other settings, to go on with those give {words}"
@@ -181,26 +177,26 @@ def init_from(
     start = _read_start(str(source))
     if key := first_non_finite(start.state):
         raise refusal(start.file, f"{key} is not finite - give other weights for init_from", code="not-finite")
-    own, settings = model.state_dict(), getattr(model, "arguments", {})
+    state, settings = model.state_dict(), getattr(model, "arguments", {})
     matched = match_classes(start.classes, classes, remap or {})
-    start = replace(start, state=renumber(start.state, own))
-    elsewhere, num_classes = other_layers(start.model, settings), len(classes)
-    found = {key: take(key, value, start, matched, elsewhere, num_classes=num_classes) for key, value in own.items()}
-    taken = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+    start = replace(start, state=renumber(start.state, state))
+    reasons = other_layers(start.model, settings)
+    results = {key: take(key, value, start, matched, reasons, len(classes)) for key, value in state.items()}
+    taken = {key: result for key, result in results.items() if isinstance(result, Tensor)}
     if not taken:
         problem = "holds nothing that fits this model - give other weights for init_from"
         raise refusal(start.file, problem, code="nothing-fits")
     model.load_state_dict(taken, strict=False)
-    lines = [*start.notes, f"init_from: {len(taken)} of {len(own)} tensors are those of {start.file}"]
-    there = {classes[our]: start.classes[their] for our, their in matched.items()}
-    if start.classes != [there.get(name) for name in classes] and any(key.startswith(CLASS_LAYER) for key in taken):
-        kept = [our if our == their else f"{our} ({their} there)" for our, their in there.items()]
-        lines.append(f"classes: {len(kept)} keep what they have learned: {some(kept)}")
-        if others := [name for name in classes if name not in there]:
+    lines = [*start.notes, f"init_from: {len(taken)} of {len(state)} tensors are those of {start.file}"]
+    names = {classes[index]: start.classes[source_index] for index, source_index in matched.items()}
+    if start.classes != [names.get(name) for name in classes] and any(key.startswith(CLASS_LAYER) for key in taken):
+        same = [name if name == old_name else f"{name} ({old_name} there)" for name, old_name in names.items()]
+        lines.append(f"classes: {len(same)} keep what they have learned: {some(same)}")
+        if others := [name for name in classes if name not in names]:
             lines.append(f"classes: {len(others)} start anew with the prior bias: {some(others)}")
-    if anew := [f"{key} ({reason})" for key, reason in found.items() if isinstance(reason, str)]:
-        lines.append(f"model: {len(anew)} tensors start anew: {some(anew)}")
-    if unused := [key for key in start.state if key not in own]:
+    if missing := [f"{key} ({reason})" for key, reason in results.items() if isinstance(reason, str)]:
+        lines.append(f"model: {len(missing)} tensors start anew: {some(missing)}")
+    if unused := [key for key in start.state if key not in state]:
         lines.append(f"init_from: {len(unused)} tensors of the file have no use here: {some(unused)}")
     return lines + other_settings(start.model, settings)
 

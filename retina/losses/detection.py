@@ -24,12 +24,11 @@ from retina.types import Assignment, Losses, Predictions, Targets
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionLoss:
-    """RetinaNet's criterion. Returns sums: dividing by the positives of the whole optimizer step is the caller's part.
+    """RetinaNet's criterion. Returns sums, which the caller divides by the positives of the whole optimizer step.
 
-    Anchors of all levels are matched together per image (see `retina.ops.matching.match_boxes`), since an object's best
-    anchor is its best over all levels. An anchor that is not positive for an object, and has at least `positive_iou` of
-    its own area inside one crowd region (half of it with other assigners than `MaxIoU`), is ignored, because what
-    is there is unknown (COCO scores crowds by the same ratio).
+    Anchors of all levels are matched together per image (`retina.ops.matching.match_boxes`), because an object's best
+    anchor is its best over all levels. An anchor that is not positive and has at least `positive_iou` of its own area
+    inside one crowd region (half of it with other assigners than `MaxIoU`) is ignored, as COCO scores crowds.
 
     What the head predicts of its boxes' fit (`quality`) and as distributions (`bins`) is trained at the positives, and
     added to the box loss. An assigner that gives target scores itself (`TaskAligned`) thereby weighs the box and
