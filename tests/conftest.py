@@ -31,6 +31,7 @@ ROOMS += ("model", "ops", "types", "visualize")
 install_import_hook([f"retina.{room}" for room in ROOMS], "beartype.beartype")
 torch.set_num_threads(1)  # tests run side by side
 
+from programs import Program  # noqa: E402
 from tiny import write_tiny_data, write_tiny_run  # noqa: E402  # after the hook
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +82,7 @@ def tool(load: Callable[[str], ModuleType]) -> Callable[..., int]:
 
 @pytest.fixture(scope="session")
 def start() -> Callable[..., subprocess.Popen[str]]:
-    """`start(*arguments, cwd=..., **environment)`: Python in a process of its own."""
+    """`start(*arguments, cwd=..., **environment)`: a new Python, where it matters what it imports; else `Program`."""
 
     def popen(*arguments: object, cwd: Path, **environment: object) -> subprocess.Popen[str]:
         settings = {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, "NO_ALBUMENTATIONS_UPDATE": 1, **environment}
@@ -109,7 +110,7 @@ def trained_run(tiny_data: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def two_processes(start: Callable[..., subprocess.Popen[str]], trained_run: Path, tiny_data: Path) -> Path:
+def two_processes(trained_run: Path, tiny_data: Path) -> Path:
     """A folder with `eval/` and `infer/` as two processes together wrote them, with the environment torchrun sets.
 
     One of the six images in `photos/` is broken. `out.txt` and `err.txt` hold what rank 0 said."""
@@ -135,7 +136,7 @@ for name, code, *words in [
         two.bind(("127.0.0.1", 0))
         ports = {"PORT_eval": one.getsockname()[1], "PORT_infer": two.getsockname()[1]}
     group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", **ports}
-    processes = [start("-c", script, cwd=folder, RANK=rank, LOCAL_RANK=rank, **group) for rank in range(2)]
+    processes = [Program("-c", script, cwd=folder, RANK=rank, LOCAL_RANK=rank, **group) for rank in range(2)]
     try:
         outputs = [process.communicate(timeout=200) for process in processes]
     finally:

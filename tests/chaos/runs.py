@@ -82,9 +82,23 @@ def command(runs: str, *, ranks: int = 1, program: Path = TRAIN, **changes: Any)
     return [sys.executable, *torchrun, str(program), "experiment=shapes", *(f"{k}={v}" for k, v in settings.items())]
 
 
+def start(words: list[str], folder: Path, log: Path, environment: dict[str, str]) -> Any:
+    """A new Python, in a session of its own. A test may put a fork in its place."""
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            words,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=os.environ | environment,
+            start_new_session=True,
+        )
+
+
 class Life:
     """A program in a session of its own. What it says goes to a file; whatever it starts, however it is orphaned, is
-    found by a mark in the environment. Leaving the `with` block kills all of it."""
+    found by its session or by a mark in the environment. Leaving the `with` block kills all of it."""
 
     def __init__(self, words: Sequence[str], *, folder: Path, **environment: object) -> None:
         self.mark = f"{MARK}={secrets.token_hex(8)}"
@@ -92,16 +106,7 @@ class Life:
         settings |= environment | dict([self.mark.split("=")])
         self.log = folder / f"{self.mark.split('=')[1]}.log"
         self.born = time.time()
-        with self.log.open("wb") as out:
-            self.process = subprocess.Popen(
-                list(words),
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {key: str(value) for key, value in settings.items()},
-                start_new_session=True,
-            )
+        self.process = start(list(words), folder, self.log, {key: str(value) for key, value in settings.items()})
 
     def __enter__(self) -> Self:
         return self
@@ -123,7 +128,8 @@ class Life:
     def members(self) -> list[int]:
         """Every living process of this life."""
         self.process.poll()  # a zombie of ours would otherwise stay
-        return [int(name) for name in os.listdir("/proc") if name.isdigit() and self.mark in environment_of(int(name))]
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        return [pid for pid in pids if self.mark in environment_of(pid) or session_of(pid) == self.process.pid]
 
     def rank(self, number: int) -> int | None:
         """The process of one rank under torchrun, None before it is started."""
@@ -148,6 +154,15 @@ def environment_of(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:  # ended, or not ours
         return []
+
+
+def session_of(pid: int) -> int | None:
+    """The session of a living process; zombies have none."""
+    try:
+        state, _, _, session = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[:4]
+    except OSError:  # ended
+        return None
+    return None if state == "Z" else int(session)
 
 
 def send(pid: int, number: int) -> None:

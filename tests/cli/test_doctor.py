@@ -120,10 +120,10 @@ def test_mistakes_are_one_line(tool: Tool, data: Path, capsys: Capture, words: l
     assert "Traceback" not in out + err
 
 
-def test_as_a_program(start: Callable[..., subprocess.Popen[str]], data: Path) -> None:
+def test_as_a_program(data: Path) -> None:
     (data / "val" / "000001.jpg").unlink()
     tool = Path(__file__).parents[2] / "tools" / "doctor.py"
-    process = start(tool, "data=coco", f"data.root={data}", cwd=data.parent)
+    process = Program(tool, "data=coco", f"data.root={data}", cwd=data.parent)
     out, err = process.communicate(timeout=100)
     assert (process.returncode, err) == (2, "")
     assert "image 2 (000001.jpg): no such image in " in out

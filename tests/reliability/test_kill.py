@@ -4,15 +4,26 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import Program
 
 from chaos.kill import kill_nine
 from chaos.processes import loader_workers, ranks_change
+from chaos import runs
 from chaos.runs import write_data
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="processes are found by Linux's /proc"),
     pytest.mark.timeout(900),  # many starts of a program, on a machine that may be busy
 ]
+
+
+@pytest.fixture(autouse=True)
+def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick tests fork their programs; the slow ones and `make chaos` start them as a user does."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(
+            runs, "start", lambda words, folder, log, env: Program(*words[1:], cwd=folder, output=log, **env)
+        )
 
 
 @pytest.mark.parametrize(("kills", "length"), [(2, 12), pytest.param(4, 16, marks=pytest.mark.slow)])

@@ -5,7 +5,9 @@ from pathlib import Path
 from signal import SIGINT, SIGTERM, Signals
 
 import pytest
+from programs import Program
 
+from chaos import runs
 from chaos.runs import write_data
 from chaos.signals import Trial, second_interrupt, signals_stop
 
@@ -13,6 +15,15 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="processes are found by Linux's /proc"),
     pytest.mark.timeout(900),  # many starts of a program, on a machine that may be busy
 ]
+
+
+@pytest.fixture(autouse=True)
+def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick tests fork their programs; the slow ones and `make chaos` start them as a user does."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(
+            runs, "start", lambda words, folder, log, env: Program(*words[1:], cwd=folder, output=log, **env)
+        )
 
 
 @pytest.mark.parametrize(
