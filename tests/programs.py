@@ -46,6 +46,8 @@ class Program:
         self._files = [str(output)] * 2 if output else [f"{folder}/{name}" for name in ("out", "err")]
         if folder:
             weakref.finalize(self, shutil.rmtree, folder)
+        for file in self._files:
+            Path(file).touch()  # there is something to read at once
         settings = os.environ | {key: str(value) for key, value in environment.items()}
         self._process = SERVER.Process(target=_run, args=([*map(str, words)], str(cwd), settings, self._files))
         self._process.start()

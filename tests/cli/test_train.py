@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import Program
 from safetensors.torch import load_file
 
+from programs import Program
 from retina.data.shapes import write_shapes
 from retina.model.weights import read_card, save_detector
 

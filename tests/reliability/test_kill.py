@@ -4,12 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import Program
 
+from chaos import runs
 from chaos.kill import kill_nine
 from chaos.processes import loader_workers, ranks_change
-from chaos import runs
 from chaos.runs import write_data
+from programs import Program
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="processes are found by Linux's /proc"),

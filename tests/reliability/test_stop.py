@@ -5,11 +5,11 @@ from pathlib import Path
 from signal import SIGINT, SIGTERM, Signals
 
 import pytest
-from programs import Program
 
 from chaos import runs
 from chaos.runs import write_data
 from chaos.signals import Trial, second_interrupt, signals_stop
+from programs import Program
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="processes are found by Linux's /proc"),
