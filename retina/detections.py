@@ -67,19 +67,14 @@ def count_non_finite(predictions: Predictions) -> Int64[Tensor, ""]:
     """How many anchors, over all images, have a logit, delta or quality that is NaN or infinite. Stays on the device.
 
     A distribution that is not finite shows in the deltas of its mean."""
-    device = predictions.logits[0].device
-    quality = predictions.quality or ()
-    tensors = *predictions.logits, *predictions.deltas, *quality
-    if device.type == "cpu" and all(bool(x.sum().isfinite()) for x in tensors):
+    logits, deltas, quality = predictions.logits, predictions.deltas, predictions.quality or ()
+    if logits[0].device.type == "cpu" and all(bool(x.sum().isfinite()) for x in (*logits, *deltas, *quality)):
         return torch.zeros((), dtype=torch.int64)  # a sum is finite only if all its terms are; and it is the cheaper
-    wide = torch.float32 if device.type == "mps" else torch.float64  # finite float32 numbers add up to a finite sum
-    finite = [
-        (logits.sum(dim=-1, dtype=wide) + deltas.sum(dim=-1, dtype=wide)).isfinite()
-        for logits, deltas in zip(predictions.logits, predictions.deltas, strict=True)
-    ]
-    for level, logit in zip(finite, quality, strict=False):  # or without any quality
-        level &= logit.isfinite()
-    return torch.stack([(~one).sum() for one in finite]).sum()
+    # Finite float32 numbers add up to a finite float64 sum.
+    wide = torch.float32 if logits[0].device.type == "mps" else torch.float64
+    sums = [x.sum(dim=-1, dtype=wide) + y.sum(dim=-1, dtype=wide) for x, y in zip(logits, deltas, strict=True)]
+    sums = [level + fit for level, fit in zip(sums, quality, strict=True)] if quality else sums
+    return torch.stack([(~level.isfinite()).sum() for level in sums]).sum()
 
 
 def refuse_non_finite(count: int, where: object) -> None:

@@ -157,9 +157,8 @@ def retinanet(
         the paper of generalized focal loss. None: deltas.
     anchor_sizes: one per level in pixels. None: four strides, which is 32..512 on P3..P7.
     anchors_rounded: whole-pixel anchors as torchvision makes them, for its weights.
-    canvas_strides: on each axis, anchors are canvas // cells pixels apart. There torchvision puts them, and
-        has trained its published weights: on 800 rows, 13 cells of stride 64 are 61 pixels apart.
-        Source: pytorch/vision, torchvision/models/detection/anchor_utils.py.
+    canvas_strides: anchors are canvas // cells pixels apart on each axis, as torchvision places them and has trained
+        its published weights: on 800 rows, 13 cells of stride 64 are 61 pixels apart (its detection/anchor_utils.py).
     anchor_offset: of the anchors' centres, in strides: 0.5 for centres of cells.
     mean, std: per RGB channel on the scale 0..255; the defaults are those of ImageNet.
     plugins: packages from which `backbone`, `neck` and `head` may be taken, as `{"_target_": "mylab.backbones.Tiny",
@@ -198,36 +197,22 @@ def retinanet(
         if weights:
             load_backbone(body, read_weights(Path(weights)), name=str(backbone["_target_"]), weights=weights)
     common: dict[str, Any] = {"in_channels": tuple(body.channels), "channels": fpn_channels, "levels": tuple(levels)}
-    fpn: Any
-    if isinstance(neck, str):
-        fpn = NECKS[neck](**common, p6_from=p6_from, p7_relu=p7_relu)
-    else:
-        fpn = make_part(neck, "neck", plugins, **common)
+    fpn: Any = (
+        NECKS[neck](**common, p6_from=p6_from, p7_relu=p7_relu)
+        if isinstance(neck, str)
+        else make_part(neck, "neck", plugins, **common)
+    )
     sizes = [4 * stride for stride in fpn.strides] if anchor_sizes is None else anchor_sizes
-    _check(
-        len(sizes) == len(fpn.strides), "anchor_sizes", sizes, f"give one size for each of {len(fpn.strides)} levels"
-    )
-    anchors = AnchorGenerator(
-        sizes=tuple(float(s) for s in sizes),
-        scales=tuple(float(s) for s in anchor_scales),
-        ratios=tuple(float(r) for r in anchor_ratios),
-        rounded=anchors_rounded,
-        offset=anchor_offset,
-    )
-    shape = {"in_channels": fpn_channels, "num_classes": num_classes, "num_anchors": anchors.num_per_cell}
-    tower: Any
+    per_level = f"give one size for each of {len(fpn.strides)} levels"
+    _check(len(sizes) == len(fpn.strides), "anchor_sizes", sizes, per_level)
+    sizes, scales, ratios = (tuple(map(float, values)) for values in (sizes, anchor_scales, anchor_ratios))
+    anchors = AnchorGenerator(sizes, scales, ratios, rounded=anchors_rounded, offset=anchor_offset)
+    common = {"in_channels": fpn_channels, "num_classes": num_classes, "num_anchors": anchors.num_per_cell}
     if head is None:
-        tower = Head(
-            **shape,
-            channels=head_channels,
-            num_convs=head_convs,
-            norm=head_norm,
-            prior=prior,
-            quality=head_quality,
-            bins=box_bins,
-        )
+        common |= {"channels": head_channels, "num_convs": head_convs, "norm": head_norm, "prior": prior}
+        tower: Any = Head(**common, quality=head_quality, bins=box_bins)
     else:
-        tower = make_part(head, "head", plugins, **shape)
+        tower = make_part(head, "head", plugins, **common)
     mean, std = [float(m) for m in mean], [float(s) for s in std]  # whole numbers would make integer tensors
     arguments |= {"norm": norm, "frozen_stages": frozen_stages, "weights": None}
     return RetinaNet(backbone=body, fpn=fpn, head=tower, anchors=anchors, mean=mean, std=std, arguments=arguments)

@@ -88,12 +88,9 @@ def _create(name: str, **options: Any) -> Any:
         return timm.create_model(name, features_only=True, **options)
     except Exception as fault:  # networks and broken connections raise errors of many types
         if options.get("pretrained"):
-            raise CheckpointError(
-                f"DEFAULT of timm:{name} could not be fetched ({first_line(fault)}) - give weights=FILE with the "
-                "network's state dict (.safetensors or .pth), or null to train from scratch",
-                code="download",
-                key="weights",
-            ) from None
+            problem = f"DEFAULT of timm:{name} could not be fetched ({first_line(fault)}) - give weights=FILE with the "
+            problem += "network's state dict (.safetensors or .pth), or null to train from scratch"
+            raise CheckpointError(problem, code="download", key="weights") from None
         raise _unsuitable(f"timm:{name} cannot give feature maps ({first_line(fault)})") from None
 
 

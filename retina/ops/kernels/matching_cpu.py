@@ -160,10 +160,7 @@ def _pairs(grids: _Grids, boxes: Float[ndarray, "N 4"], need: Float[ndarray, "N 
 
 
 def _best_objects(
-    anchor: Float[ndarray, "N 4"],
-    image: Int64[ndarray, "N"],
-    boxes: Float[Tensor, "B M 4"],
-    valid: Bool[Tensor, "B M"],
+    anchor: Float[ndarray, "N 4"], image: Int64[ndarray, "N"], boxes: Float[Tensor, "B M 4"], valid: Bool[Tensor, "B M"]
 ) -> Int64[ndarray, "N"]:
     """The object of highest IoU, the first among equals, of all in the anchor's image."""
     best = [np.zeros(0, dtype=np.int64)]
@@ -175,11 +172,7 @@ def _best_objects(
 
 
 def _inside_crowds(
-    grids: _Grids,
-    num_anchors: int,
-    boxes: Float[ndarray, "B M 4"],
-    crowd: Bool[ndarray, "B M"],
-    covered: float,
+    grids: _Grids, num_anchors: int, boxes: Float[ndarray, "B M 4"], crowd: Bool[ndarray, "B M"], covered: float
 ) -> Int64[ndarray, "N"]:
     """Places in [B A] of the anchors with at least this share of their area in one crowd region."""
     image, number = crowd.nonzero()
