@@ -25,7 +25,7 @@ def main(
         batches.set_epoch(epoch)
         for batch in batches:
             batch = retina.to_device(batch, device)
-            losses = criterion(model(batch.images), batch.targets)
+            losses = criterion(model(batch.images, batch.sizes), batch.targets)
             loss = (losses.classification + losses.box) / losses.num_positives.clamp(min=1)
             loss.backward()
             optimizer.step()

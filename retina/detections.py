@@ -4,7 +4,7 @@ import math
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torchvision.ops import nms
 
@@ -26,7 +26,8 @@ def postprocess(
 ) -> list[Detections]:
     """Detections of every image, best score first, in pixels of the images the model saw.
 
-    A candidate is an (anchor, class) pair with score sigmoid(logit) > `score_threshold`. The best
+    A candidate is an (anchor, class) pair with score sigmoid(logit) > `score_threshold`, whose anchor stands on a cell
+    that the image covers: one beyond exists or not as the other images of the batch need it. The best
     `candidates_per_level` of each level are decoded and clipped to the image's content `sizes` (height, width), not to
     the padded canvas. With `predictions.quality`, scores are then multiplied by sigmoid(quality) of their anchor, and
     may fall below the threshold. Of the candidates of one class that overlap by more than `nms_iou`, the best stays;
@@ -50,8 +51,9 @@ def postprocess(
     if candidates_per_level < 1 or max_detections < 1:
         raise ValueError(f"need at least 1 candidate and detection, got {candidates_per_level} and {max_detections}")
 
-    boxes, scores, labels, image = _candidates(predictions, score_threshold, candidates_per_level)
-    boxes = clip_boxes(boxes, sizes.to(boxes.device)[image])
+    sizes = sizes.to(predictions.logits[0].device)
+    boxes, scores, labels, image = _candidates(predictions, sizes, score_threshold, candidates_per_level)
+    boxes = clip_boxes(boxes, sizes[image])
     sound = (boxes[:, 2:] >= boxes[:, :2]).all(dim=1)  # False for NaN
     if predictions.quality is not None:
         sound &= scores >= 0
@@ -117,14 +119,15 @@ def grouped_nms(
 
 
 def _candidates(
-    predictions: Predictions, threshold: float, limit: int
+    predictions: Predictions, sizes: Int64[Tensor, "B 2"], threshold: float, limit: int
 ) -> tuple[Float[Tensor, "N 4"], Float[Tensor, "N"], Int64[Tensor, "N"], Int64[Tensor, "N"]]:
     """Decoded boxes, scores, labels and image of the best pairs of every level, by level, image and then best first
     (before quality).
 
     Shapes that depend on the data make a GPU wait: there are two here, whatever the number of images and levels."""
     num_images, num_classes = len(predictions.logits[0]), predictions.logits[0].shape[-1]
-    lowest = [_lowest_logit(logits, threshold, limit) for logits in predictions.logits]
+    inside = [_on_covered_cells(anchors, sizes) for anchors in predictions.anchors]
+    lowest = [_lowest_logit(*level, threshold, limit) for level in zip(predictions.logits, inside, strict=True)]
     promising = torch.cat([(best >= low).flatten() for best, low in lowest]).nonzero().squeeze(1)
     ends = torch.tensor([0, *(best.numel() for best, _ in lowest)]).cumsum(0)
     bounds = torch.searchsorted(promising, ends.to(promising.device)).tolist()
@@ -149,12 +152,21 @@ def _candidates(
     return boxes, scores, label[best], group % num_images
 
 
+def _on_covered_cells(anchors: Float[Tensor, "A_l 4"], sizes: Int64[Tensor, "B 2"]) -> Bool[Tensor, "B A_l"]:
+    """Whether an image covers the cell of an anchor, at least with the upper left corner of the cell."""
+    # Anchors are centred alike in each cell. So the pixels from the first centre are those from cell (0, 0), rounded
+    # because strides are whole.
+    centres = 0.5 * (anchors[:, :2] + anchors[:, 2:])
+    return ((centres - centres[:1]).round() < sizes[:, None].flip(-1)).all(dim=-1)
+
+
 def _lowest_logit(
-    logits: Float[Tensor, "B A_l K"], threshold: float, limit: int
+    logits: Float[Tensor, "B A_l K"], inside: Bool[Tensor, "B A_l"], threshold: float, limit: int
 ) -> tuple[Float[Tensor, "B A_l"], Float[Tensor, "B 1"]]:
     """The highest logit of every anchor, found with one pass over the logits and no sigmoid, and for each image the
-    one below which nothing can be a candidate."""
-    best = logits.amax(dim=-1).float()  # float32 before comparing: bfloat16 would round the threshold
+    one below which nothing can be a candidate. Anchors that are not `inside` have -inf."""
+    # float32 before comparing: bfloat16 would round the threshold
+    best = logits.amax(dim=-1).float().masked_fill(~inside, -math.inf)
     # A hair below the threshold, since log and sigmoid round; the scores decide.
     lowest = math.log(threshold / (1 - threshold)) - 1e-3 if threshold > 0 else torch.finfo(best.dtype).min
     low = best.new_full((len(best), 1), lowest)

@@ -92,8 +92,7 @@ class Detector:
             sizes may differ. A single image gives a list of one. Boxes of a file are in pixels of the image after its
             EXIF rotation; the rotation of a PIL image is not applied.
         score_threshold: None takes the detector's own (0.05 unless it was trained with another).
-        batch_size: images per forward, and in memory. They share one canvas, and the numbers of an image change a
-            little with the padding around it.
+        batch_size: images per forward, and in memory. Detections do not depend on it, except by rounding.
         max_pixels: files with more are refused before they are decoded.
 
         Raises DataError for a file that cannot be read or when predicted numbers are not finite, TypeError for anything
@@ -128,7 +127,7 @@ class Detector:
         """Detections of each image of a batch, as `predict` returns them. `options` are those of `postprocess`."""
         on_device = to_device(batch, self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            predictions = self.model(on_device.images)
+            predictions = self.model(on_device.images, on_device.sizes)
         refuse_non_finite(int(count_non_finite(predictions)), self.file)
         detections = postprocess(predictions, on_device.sizes, **options)
         counts = [len(image.scores) for image in detections]

@@ -32,14 +32,18 @@ def nothing(num_images: int = 1, num_classes: int = 3) -> Predictions:
 def slow_reference(
     predictions: Predictions, sizes: Tensor, threshold: float, limit: int, nms_iou: float, count: int, agnostic: bool
 ) -> list[Detections]:
-    """torchvision's steps, image by image and level by level."""
+    """torchvision's steps, image by image and level by level, with the anchors of the cells that an image covers."""
     detections = []
     for b, (height, width) in enumerate(sizes.tolist()):
         boxes, scores, labels = [], [], []
         quality = predictions.quality or [None] * len(predictions.logits)
-        for logits, deltas, anchors, fits in zip(*predictions[:3], quality, strict=True):
+        grids = zip(predictions.anchors.shapes, predictions.anchors.strides, strict=True)
+        for logits, deltas, anchors, fits, ((_, columns), stride) in zip(*predictions[:3], quality, grids, strict=True):
             flat = logits[b].flatten().sigmoid()
             candidates = (flat > threshold).nonzero().squeeze(1)
+            cell = candidates // (9 * logits.shape[-1])
+            covered = (cell // columns * stride < height) & (cell % columns * stride < width)
+            candidates = candidates[covered]
             candidates = candidates[flat[candidates].argsort(descending=True, stable=True)[:limit]]
             anchor = candidates // logits.shape[-1]
             box = decode(deltas[b, anchor], anchors[anchor])

@@ -64,7 +64,7 @@ def train_step(
         waits = isinstance(model, DistributedDataParallel) and i + 1 < len(micro_batches)
         with model.no_sync() if waits else nullcontext():  # type: ignore[operator]
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                losses = criterion(model(batch.images), batch.targets)
+                losses = criterion(model(batch.images, batch.sizes), batch.targets)
             scaler.scale((losses.classification + losses.box) / scale).backward()
         sums += torch.stack(losses).detach() + 0 * batch.targets.boxes.sum()  # 0 * inf is NaN: all ranks will know
     rank_sums = sums.clone()

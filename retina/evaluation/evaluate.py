@@ -44,7 +44,8 @@ def evaluate(
 ) -> Evaluation:
     """Detections of this rank's images, gathered from all ranks and scored against `annotations`.
 
-    model: any module that maps images to `Predictions`. It is left in the mode, training or evaluation, it came in.
+    model: any module that maps `Batch.images` and `Batch.sizes` to `Predictions`.
+        It is left in the mode, training or evaluation, it came in.
     loader: any iterable of batches. An image that it leaves out counts as one without detections.
     postprocess: with other thresholds: `functools.partial(retina.postprocess, score_threshold=0.01)`.
     device: None takes that of the model's first parameter.
@@ -67,7 +68,7 @@ def evaluate(
                 break
             on_device = to_device(batch, device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                predictions = model(on_device.images)
+                predictions = model(on_device.images, on_device.sizes)
                 if criterion is not None:
                     losses += torch.stack(criterion(predictions, on_device.targets))
             non_finite += count_non_finite(predictions)

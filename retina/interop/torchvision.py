@@ -137,7 +137,10 @@ def describe_export(
     sides = [[float(whole(size * scale)) for scale in anchors.scales] for size in anchors.sizes]
     pad_multiple = preprocessing.get("pad_multiple", 32)
     multiple = pad_multiple if arguments["canvas_strides"] else math.lcm(pad_multiple, max(model.strides))
-    notes = [f"torchvision: label k is class k of {arguments['num_classes']}, there is no background"]
+    notes = [
+        f"torchvision: label k is class k of {arguments['num_classes']}, there is no background",
+        "torchvision: it finds the same in images that fill their canvas; its layers see the padding around others too",
+    ]
     if multiple != pad_multiple:  # elsewhere it would place anchors otherwise
         notes.append(f"torchvision: images are padded to multiples of {multiple}, not {pad_multiple}, for its anchors")
     norm = "torch.nn.GroupNorm, 32" if arguments["norm"] == "group" else "FrozenBatchNorm2d"

@@ -125,7 +125,7 @@ def collect(config: DistributionConfig, trained: Mapping[str, Any], output: Path
         for batch in progress(loader, "looking", len(loader)):
             on_device = to_device(batch, device)
             with torch.autocast(device.type, detector.dtype, enabled=detector.dtype != torch.float32):
-                predictions = detector.model(on_device.images)
+                predictions = detector.model(on_device.images, on_device.sizes)
                 arguments = {"assigner": assigner, "predictions": predictions, "targets": on_device.targets}
                 elements.add(predictions, *call(assign, "loss.assigner", **arguments))
     skipped = sorted(loader.faults.values())

@@ -17,10 +17,12 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from retina.errors import CheckpointError, ConfigError, check_choice
+from retina.model.content import Content, GroupNorm
+from retina.ops.norm import normalize_content
 
 RESNETS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"),
@@ -59,7 +61,7 @@ class ResNet(nn.Module):
         layers: dict[str, Any] = {
             "batch": FoldedBatchNorm2d,
             "frozen": FoldedFrozenBatchNorm2d,
-            "group": partial(nn.GroupNorm, 32),
+            "group": partial(GroupNorm, 32),
         }
         net = torchvision.models.get_model(name, weights=None, norm_layer=partial(layers[norm], eps=norm_eps))
         if stride_in_1x1:
@@ -79,11 +81,19 @@ class ResNet(nn.Module):
     def stages(self) -> tuple[nn.Module, ...]:
         return tuple(self.children())
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, ...]:
-        features = [self.stem(images)]
+    def forward(self, images: Float[Tensor, "B 3 H W"], content: Content | None = None) -> tuple[Tensor, ...]:
+        """The maps, zero beyond the `content`."""
+        content = content or Content(None, (images.shape[2], images.shape[3]))
+        stem: Any = self.stem
+        x = content.keep(_normalize(stem.bn1, stem.conv1(content.keep(images, 1)), content, 2), 2)
+        x = content.keep(stem.maxpool(stem.relu(x)), 4)
+        features, stride = [], 4
         for stage in self.stages[1:]:
-            features.append(stage(features[-1]))
-        return tuple(features[1:])
+            *blocks, last = stage.children()
+            for block in (*blocks, last):
+                x, stride = _run_block(block, x, content, stride, is_last=block is last)
+            features.append(x)
+        return tuple(features)
 
     def load_imagenet(self, name: str, weights: str) -> None:
         """Loads classification weights: a torchvision weights name (`DEFAULT`, `IMAGENET1K_V1`, ...) or a local file.
@@ -99,6 +109,34 @@ class ResNet(nn.Module):
             state = read_weights(file)  # torchvision's own loader would unpickle any file in the cache
         renamed = {f"stem.{key}" if key.startswith(("conv1.", "bn1.")) else key: state[key] for key in state}
         load_backbone(self, renamed, name=name, weights=weights)
+
+
+def _run_block(block: Any, x: Tensor, content: Content, stride: int, *, is_last: bool) -> tuple[Tensor, int]:
+    """The output of a residual block of torchvision for a map of this stride, and the output's stride.
+
+    A map is made zero beyond the content where a convolution will look at its neighbours: before a 3x3 one, and at the
+    end of a stage. This comes before the ReLU, which needs its own result for the gradient."""
+    layers = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+    if isinstance(block, Bottleneck):
+        layers.append((block.conv3, block.bn3))
+    out = x
+    for conv, norm in layers:
+        if conv is not block.conv1:
+            out = block.relu(content.keep(out, stride) if conv.kernel_size != (1, 1) else out)
+        stride *= conv.stride[0]
+        out = _normalize(norm, conv(out), content, stride)
+    if block.downsample is not None:
+        conv, norm = block.downsample
+        x = _normalize(norm, conv(x), content, stride)
+    out += x
+    if is_last or isinstance(block, BasicBlock):
+        out = content.keep(out, stride)
+    return block.relu(out), stride
+
+
+def _normalize(norm: nn.Module, x: Tensor, content: Content, stride: int) -> Tensor:
+    with_mask = isinstance(norm, (FoldedBatchNorm2d, GroupNorm))
+    return norm(x, content.mask(stride)) if with_mask else norm(x)
 
 
 def load_backbone(module: nn.Module, state: dict[str, Tensor], *, name: str, weights: str) -> None:
@@ -215,8 +253,22 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
     """In training a BatchNorm2d; in evaluation the identity, because the convolution before it applies the learned
     statistics."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.training else x
+    def forward(self, x: Tensor, mask: Float[Tensor, "B 1 H W"] | None = None) -> Tensor:
+        """With a mask, the statistics are those of the cells where it is 1."""
+        if not self.training:
+            return x
+        if mask is None:
+            return super().forward(x)
+        out, mean, var = normalize_content(x, mask, self.weight, self.bias, groups=None, eps=self.eps)
+        count = mask.sum()
+        unbiased = var[0] * (count / (count - 1).clamp(min=1))
+        with torch.no_grad():
+            for statistic, value in ((self.running_mean, mean[0]), (self.running_var, unbiased)):
+                assert statistic is not None
+                statistic.lerp_(value.to(statistic), self.momentum or 0.0)
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+        return out
 
 
 FoldedNorm = FoldedFrozenBatchNorm2d | FoldedBatchNorm2d

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from retina.errors import ConfigError, check_choice
+from retina.model.content import Content
 
 
 class FPN(nn.Module):
@@ -46,21 +47,27 @@ class FPN(nn.Module):
             self.extra.append(nn.Conv2d(c, channels, 3, stride=2, padding=1))
         self.apply(_initialize)
 
-    def forward(self, features: tuple[Float[Tensor, "B _ _ _"], ...]) -> tuple[Float[Tensor, "B C _ _"], ...]:
-        """`features` are the backbone's maps; returns the levels, finest first."""
-        pyramid = self.merge(features[-len(self.lateral) :])
-        for i, conv in enumerate(self.extra):
+    def forward(
+        self, features: tuple[Float[Tensor, "B _ _ _"], ...], content: Content | None = None
+    ) -> tuple[Float[Tensor, "B C _ _"], ...]:
+        """`features` are the backbone's maps, zero beyond the `content`; returns the levels, finest first, likewise."""
+        content = content or Content(None, (0, 0))
+        pyramid = self.merge(features[-len(self.lateral) :], content)
+        for i, (conv, stride) in enumerate(zip(self.extra, self.strides[len(pyramid) :], strict=True)):
             below = features[-1] if i == 0 and self.p6_from == "c5" else pyramid[-1]
-            pyramid.append(conv(F.relu(below) if i and self.p7_relu else below))
+            pyramid.append(content.keep(conv(F.relu(below) if i and self.p7_relu else below), stride))
         return tuple(pyramid)
 
-    def merge(self, inputs: tuple[Float[Tensor, "B _ _ _"], ...]) -> list[Float[Tensor, "B C _ _"]]:
+    def merge(self, inputs: tuple[Float[Tensor, "B _ _ _"], ...], content: Content) -> list[Float[Tensor, "B C _ _"]]:
         """The levels up to P5, finest first, one per map."""
-        merged = [self.lateral[-1](inputs[-1])]
-        for lateral, feature in zip(self.lateral[-2::-1], inputs[-2::-1], strict=True):
+        strides = self.strides[: len(inputs)]
+        merged = [content.keep(self.lateral[-1](inputs[-1]), strides[-1])]
+        for lateral, feature, stride in zip(self.lateral[-2::-1], inputs[-2::-1], strides[-2::-1], strict=True):
             above = F.interpolate(merged[-1], size=feature.shape[-2:], mode="nearest")
-            merged.append(lateral(feature).add_(above))  # in place: the backward pass does not need the output
-        return [conv(x) for conv, x in zip(self.output, reversed(merged), strict=True)]
+            # in place: the backward pass does not need the output
+            merged.append(content.keep(lateral(feature).add_(above), stride))
+        levels = zip(self.output, reversed(merged), strides, strict=True)
+        return [content.keep(conv(x), stride) for conv, x, stride in levels]
 
 
 class PAFPN(FPN):
@@ -80,12 +87,12 @@ class PAFPN(FPN):
         self.down.apply(_initialize)
         self.down_output.apply(_initialize)
 
-    def merge(self, inputs: tuple[Float[Tensor, "B _ _ _"], ...]) -> list[Float[Tensor, "B C _ _"]]:
-        first, *others = super().merge(inputs)
+    def merge(self, inputs: tuple[Float[Tensor, "B _ _ _"], ...], content: Content) -> list[Float[Tensor, "B C _ _"]]:
+        first, *others = super().merge(inputs, content)
         pyramid, below = [first], first
-        for level, down, output in zip(others, self.down, self.down_output, strict=True):
-            below = down(below).add_(level)
-            pyramid.append(output(below))
+        for level, down, output, stride in zip(others, self.down, self.down_output, self.strides[1:], strict=False):
+            below = content.keep(down(below).add_(level), stride)
+            pyramid.append(content.keep(output(below), stride))
         return pyramid
 
 

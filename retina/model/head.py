@@ -1,6 +1,7 @@
 """Classification and box towers, shared over pyramid levels (Lin et al., arXiv 1708.02002, section 4)."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from retina.errors import ConfigError, check_choice
+from retina.model.content import GroupNorm
 from retina.ops.boxes import even_distribution
+
+Masks = Sequence[Float[Tensor, "B 1 _ _"] | None]
 
 
 class Tower(nn.Module):
@@ -33,9 +37,10 @@ class Tower(nn.Module):
         for i in range(num_convs):
             layers.append(nn.Conv2d(channels if i else in_channels, channels, 3, padding=1, bias=norm is None))
             if norm:
-                layers.append(nn.GroupNorm(math.gcd(32, channels), channels))
+                layers.append(GroupNorm(math.gcd(32, channels), channels))
             layers.append(nn.ReLU(inplace=True))
         self.convs = nn.Sequential(*layers)
+        self.before_relu = GroupNorm if norm else nn.Conv2d
         last_channels = channels if num_convs else in_channels
         self.predict = nn.Conv2d(last_channels, num_anchors * num_outputs, 3, padding=1)
         self.num_outputs = num_outputs
@@ -43,14 +48,17 @@ class Tower(nn.Module):
         self.quality = nn.Conv2d(last_channels, num_anchors, 3, padding=1).apply(_initialize) if quality else None
 
     def forward(
-        self, features: tuple[Float[Tensor, "B C _ _"], ...]
+        self, features: tuple[Float[Tensor, "B C _ _"], ...], masks: Masks
     ) -> tuple[tuple[Float[Tensor, "B A_l _"], ...], tuple[Float[Tensor, "B A_l"], ...]]:
         """The numbers and the quality logits of every level; the second tuple is empty without `quality`.
 
         Anchors are in the order [H W cell-anchor], so that in channels_last memory the results are views."""
         numbers, quality = [], []
-        for feature in features:
-            hidden = self.convs(feature)
+        for hidden, mask in zip(features, masks, strict=True):
+            for layer in self.convs:
+                hidden = layer(hidden, mask) if isinstance(layer, GroupNorm) else layer(hidden)
+                if mask is not None and isinstance(layer, self.before_relu):
+                    hidden = hidden.mul_(mask.to(hidden.dtype))
             numbers.append(_by_anchor(self.predict(hidden), self.num_outputs))
             if self.quality is not None:
                 quality.append(_by_anchor(self.quality(hidden), 1).squeeze(-1))
@@ -118,8 +126,11 @@ class Head(nn.Module):
             self.box.predict.bias.copy_(even_distribution(0.5 * sides.repeat(1, 2), self.bins).flatten())
 
     def forward(
-        self, features: tuple[Float[Tensor, "B C _ _"], ...]
+        self, features: tuple[Float[Tensor, "B C _ _"], ...], masks: Masks | None = None
     ) -> tuple[tuple[Float[Tensor, "B A_l K"], ...], tuple[Float[Tensor, "B A_l _"], ...], tuple[Tensor, ...]]:
-        """Class logits, box numbers (4 or 4 R), and quality logits (empty without the branch), each per level."""
-        logits, _ = self.classification(features)
-        return logits, *self.box(features)
+        """Class logits, box numbers (4 or 4 R), and quality logits (empty without the branch), each per level.
+
+        masks: of each level, 1 in the cells that images cover, beyond which `features` are zero; None: in all."""
+        masks = masks or (None,) * len(features)
+        logits, _ = self.classification(features, masks)
+        return logits, *self.box(features, masks)

@@ -9,6 +9,10 @@ What each must be like:
 - a head is made with `in_channels`, `num_classes` and `num_anchors` of a cell, takes the levels and returns three
   tuples, as `retina.model.head.Head` does: class logits [B A_l K] of every level, deltas [B A_l 4], and quality logits
   [B A_l] or nothing.
+
+So that nothing depends on the padding of a batch, each may take a second argument: a backbone and a neck the
+`retina.model.content.Content` of the images, to return maps that are zero beyond it; a head the mask [B 1 H W] of each
+level, or None. What the maps of a part with one argument hold beyond the content is set to zero behind it.
 """
 
 import inspect

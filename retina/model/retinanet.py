@@ -1,16 +1,18 @@
 """The detector: backbone, pyramid, head and anchors; and the builder that derives every size from a few numbers."""
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from retina.errors import ConfigError, check_choice
 from retina.model.backbone import ResNet, load_backbone, read_weights
+from retina.model.content import Content
 from retina.model.fpn import NECKS
 from retina.model.head import Head
 from retina.model.parts import check_backbone, make_part
@@ -76,24 +78,32 @@ class RetinaNet(nn.Module):
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self._levels = torch.compile(RetinaNet._compute_levels, dynamic=False, **options)
 
-    def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> Predictions:
-        """Raises ValueError for images of another type or shape, because their predictions would be silently wrong."""
+    def forward(self, images: UInt8[Tensor, "B 3 H W"], sizes: Int64[Tensor, "B 2"] | None = None) -> Predictions:
+        """sizes: (height, width) of the content of each image, at the top left; None: the whole canvas. With them, what
+            is predicted within the content does not depend on the padding or the other images, except by rounding.
+
+        Raises ValueError for images of another type or shape, because their predictions would be silently wrong."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
                 f"images must be uint8 [B 3 H W], RGB from 0 to 255, got {images.dtype} {list(images.shape)} - the "
                 "model applies mean and std itself"
             )
-        logits, deltas, quality, bins, shapes = self._levels(self, images)
+        logits, deltas, quality, bins, shapes = self._levels(self, images, sizes)
         strides: Sequence[int | tuple[int, int]] = self.strides
         if self.arguments.get("canvas_strides"):
             strides = [(images.shape[2] // height, images.shape[3] // width) for height, width in shapes]
         anchors = self.anchors(shapes, strides, images.device)
         return Predictions(logits, deltas, anchors, quality or None, bins or None)
 
-    def _compute_levels(self, images: UInt8[Tensor, "B 3 H W"]) -> tuple[tuple[Any, ...], ...]:
+    def _compute_levels(
+        self, images: UInt8[Tensor, "B 3 H W"], sizes: Int64[Tensor, "B 2"] | None
+    ) -> tuple[tuple[Any, ...], ...]:
         """Logits, deltas, quality and bins of every level (quality and bins empty without them), and its shape."""
-        pyramid = self.fpn(self.backbone(self.normalize(images)))
-        logits, deltas, quality = self.head(pyramid)
+        content = Content(sizes, (images.shape[2], images.shape[3]))
+        masks = tuple(content.mask(stride) for stride in self.strides)
+        features = _run(self.backbone, content.keep(self.normalize(images), 1), content)
+        pyramid = _run(self.fpn, features, content)
+        logits, deltas, quality = self.head(pyramid, masks) if _takes_two(self.head) else self.head(pyramid)
         bins: tuple[Tensor, ...] = ()
         if self.bins is not None:
             bins = tuple(level.unflatten(-1, (4, self.bins)) for level in deltas)
@@ -105,6 +115,19 @@ class RetinaNet(nn.Module):
 
     def normalize(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         return (images - self.mean).div_(self.std)
+
+
+def _run(part: Any, x: Any, content: Content) -> tuple[Tensor, ...]:
+    """The maps of a backbone or neck, zero beyond the content, also of one that does not know what that is."""
+    if _takes_two(part):
+        return tuple(part(x, content))
+    masks = (content.mask(stride) for stride in part.strides)
+    return tuple(y if mask is None else y * mask.to(y.dtype) for y, mask in zip(part(x), masks, strict=True))
+
+
+def _takes_two(part: nn.Module) -> bool:
+    """Whether the part of a detector also takes the content of its maps."""
+    return len(inspect.signature(part.forward).parameters) > 1
 
 
 def retinanet(

@@ -33,7 +33,7 @@ class Oracle(nn.Module):
         self.annotations = annotations
         self.next: list[int] = []
 
-    def forward(self, images: Tensor) -> Predictions:
+    def forward(self, images: Tensor, sizes: Tensor) -> Predictions:
         rows = [slice(*self.annotations.offsets[i : i + 2]) for i in self.next]
         boxes = [torch.from_numpy(self.annotations.boxes[row]).float() * 2 for row in rows]
         labels = [torch.from_numpy(self.annotations.labels[row]) for row in rows]
@@ -127,8 +127,8 @@ def test_the_model_keeps_its_mode(annotations: Annotations, fails: bool) -> None
 
 def test_nothing_found_is_zero(annotations: Annotations) -> None:
     class Blind(Oracle):
-        def forward(self, images: Tensor) -> Predictions:
-            predictions = super().forward(images)
+        def forward(self, images: Tensor, sizes: Tensor) -> Predictions:
+            predictions = super().forward(images, sizes)
             return predictions._replace(logits=(predictions.logits[0] - 40,))
 
     for batches in ([], loader(annotations)):
@@ -149,8 +149,8 @@ def test_images_left_out_by_the_loader_are_missed(annotations: Annotations) -> N
 
 def test_numbers_that_are_not_finite_are_refused(annotations: Annotations) -> None:
     class Diverged(Oracle):
-        def forward(self, images: Tensor) -> Predictions:
-            predictions = super().forward(images)
+        def forward(self, images: Tensor, sizes: Tensor) -> Predictions:
+            predictions = super().forward(images, sizes)
             predictions.logits[0][0, 0, 0] = float("nan")
             predictions.deltas[0][-1, -1, 0] = float("inf")
             return predictions
@@ -221,8 +221,8 @@ def test_both_end_when_the_loader_of_one_fails(annotations: Annotations, tmp_pat
 
 def test_both_end_when_numbers_of_one_are_not_finite(annotations: Annotations, tmp_path: Path) -> None:
     class Diverged(Oracle):
-        def forward(self, images: Tensor) -> Predictions:
-            predictions = super().forward(images)
+        def forward(self, images: Tensor, sizes: Tensor) -> Predictions:
+            predictions = super().forward(images, sizes)
             predictions.logits[0][:, :1, 0] = float("nan") if dist.get_rank() == 1 else 0.0
             return predictions
 

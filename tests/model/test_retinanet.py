@@ -221,6 +221,7 @@ def compile_and_compare(kind: str) -> None:
     compiled = copy.deepcopy(plain)
     compiled.compile(backend="eager" if kind == "batch" else "aot_eager")
     assert list(compiled.state_dict()) == list(plain.state_dict())
+    sizes = torch.tensor([[50, 60], [64, 33]])
     canvases = [torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8) for size in ((64, 96), (96, 64))]
 
     def use(model: RetinaNet) -> list[list[Tensor]]:
@@ -229,14 +230,14 @@ def compile_and_compare(kind: str) -> None:
         for images in canvases:
             model.train()
             model.zero_grad()
-            predictions = model(images)
+            predictions = model(images, sizes)
             outputs = [*predictions.logits, *predictions.deltas]
             outputs += [*(predictions.quality or ()), *(predictions.bins or ())]
             torch.stack([output.square().mean() for output in outputs]).sum().backward()
             grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
             model.eval()
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                evaluated = model(images)
+                evaluated = model(images, sizes)
             found.append([*outputs, *grads, *evaluated.logits, *evaluated.deltas])
         return found
 

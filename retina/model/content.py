@@ -1,0 +1,46 @@
+"""Where the images of a batch lie on their common canvas, so that what is computed of one depends on it alone."""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from retina.ops.norm import normalize_content
+
+
+class Content:
+    """The cells that images cover on the maps of a network, from the top left corner of each.
+
+    A map of stride s has ceil(H / s) x ceil(W / s) cells of a canvas H x W, and an image h x w covers ceil(h / s) x
+    ceil(w / s) of them: as many as its map would have on a canvas of its own. So if a map is zero in all others, a
+    convolution that pads with zeros sees the same around the image on every canvas."""
+
+    def __init__(self, sizes: Int64[Tensor, "B 2"] | None, canvas: tuple[int, int]) -> None:
+        """sizes: (height, width) of the images; None: each fills the canvas, and nothing here does anything."""
+        self.sizes, self.canvas = sizes, canvas
+        self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def mask(self, stride: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "B 1 _ _"] | None:
+        """1 in the cells that an image covers on a map of this stride, else 0; None if all images fill the canvas."""
+        if self.sizes is None:
+            return None
+        if (stride, dtype) not in self._masks:
+            rows, columns = (
+                torch.arange(0, side, stride, device=self.sizes.device) < size[:, None]
+                for side, size in zip(self.canvas, self.sizes.unbind(1), strict=True)
+            )
+            self._masks[stride, dtype] = (rows[:, None, :, None] & columns[:, None, None, :]).to(dtype)
+        return self._masks[stride, dtype]
+
+    def keep(self, x: Float[Tensor, "B C _ _"], stride: int) -> Float[Tensor, "B C _ _"]:
+        """`x` itself, with zeros written into the cells that no image covers."""
+        mask = self.mask(stride, x.dtype)
+        return x if mask is None else x.mul_(mask)
+
+
+class GroupNorm(nn.GroupNorm):
+    """A GroupNorm whose statistics are those of the cells where the mask is 1."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None:
+            return super().forward(x)
+        return normalize_content(x, mask, self.weight, self.bias, groups=self.num_groups, eps=self.eps)[0]

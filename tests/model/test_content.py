@@ -1,0 +1,161 @@
+"""What is predicted of an image depends on that image alone."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from retina.detections import postprocess
+from retina.model.content import Content
+from retina.model.retinanet import RetinaNet, retinanet
+from retina.types import Detections, Predictions
+
+TINY = {"num_classes": 3, "backbone": "resnet18", "fpn_channels": 32, "head_convs": 2}
+NORMS = {
+    "default": {"norm": "frozen", "head_norm": "group"},
+    "group": {"norm": "group", "head_norm": "group", "neck": "pafpn", "p6_from": "p5", "head_quality": True},
+    "none": {"norm": "frozen", "levels": (2, 3, 4, 5, 6), "anchor_offset": 0.5, "box_bins": 6},
+    "bottlenecks": {"norm": "group", "backbone": "resnet50", "levels": (3, 4), "head_convs": 1},
+}
+SIZES = [(90, 130), (128, 128), (33, 200), (64, 64), (100, 31), (1, 129)]
+
+
+def signalling(**settings: Any) -> RetinaNet:
+    """A detector whose numbers differ from place to place."""
+    torch.manual_seed(0)
+    model = retinanet(**TINY | settings).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("head.") and parameter.ndim == 4:
+                torch.nn.init.kaiming_normal_(parameter)
+            elif parameter.ndim == 1 and not name.startswith("head.classification.predict"):
+                parameter.add_(torch.randn_like(parameter).mul_(0.1))
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(std=0.1)
+        model.head.classification.predict.bias.fill_(-2.0)
+    return model
+
+
+def image(number: int) -> Tensor:
+    generator = torch.Generator().manual_seed(number)
+    low = torch.rand(1, 3, 5, 5, generator=generator)
+    smooth = torch.nn.functional.interpolate(low, size=SIZES[number], mode="bicubic").clamp(0, 1)
+    noise = 0.2 * torch.rand(smooth.shape, generator=generator)
+    return ((smooth + noise).clamp(0, 1) * 255).byte()[0]
+
+
+def together(numbers: list[int], multiple: int = 128, pad: int = 117) -> tuple[Tensor, Tensor]:
+    """A batch of these images on a common canvas, and their sizes."""
+    sizes = torch.tensor([SIZES[number] for number in numbers])
+    height, width = (-(-int(side) // multiple) * multiple for side in sizes.amax(dim=0))
+    canvas = torch.full((len(numbers), 3, height, width), pad, dtype=torch.uint8)
+    for row, number in enumerate(numbers):
+        canvas[row, :, : sizes[row, 0], : sizes[row, 1]] = image(number)
+    return canvas, sizes
+
+
+def covered(model: RetinaNet, predictions: Predictions, row: int, size: tuple[int, ...]) -> list[Tensor]:
+    """What is predicted in the cells of each level that an image covers."""
+    outputs = [predictions.logits, predictions.deltas]
+    outputs += [levels for levels in (predictions.quality, predictions.bins) if levels is not None]
+    found = []
+    for level, stride in enumerate(model.strides):
+        height, width = predictions.anchors.shapes[level]  # type: ignore[attr-defined]
+        for output in outputs:
+            cells = output[level][row].unflatten(0, (height, width, -1))
+            found.append(cells[: -(-size[0] // stride), : -(-size[1] // stride)].flatten())
+    return found
+
+
+COMPANIES = [[0, 1], [2, 0], [3, 4, 0, 2], [0, 0, 5], [1, 2, 3, 0, 4]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NORMS)
+def test_detections_of_an_image_alone_and_in_company_agree(name: str) -> None:
+    model = signalling(**NORMS[name]).eval()
+
+    def of_first(numbers: list[int], **canvas: int) -> tuple[Detections, Tensor]:
+        images, sizes = together(numbers, **canvas)
+        predictions, row = model(images, sizes), numbers.index(0)
+        found = postprocess(predictions, sizes, score_threshold=0.2)[row]
+        return found, torch.cat(covered(model, predictions, row, SIZES[0]))
+
+    alone, numbers_alone = of_first([0])
+    assert len(alone.scores) > 20
+    assert numbers_alone.std() > 0.1
+    for company, canvas in [*((company, {}) for company in COMPANIES), ([0], {"multiple": 32, "pad": 0})]:
+        found, numbers = of_first(company, **canvas)
+        torch.testing.assert_close(numbers, numbers_alone, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found.labels, alone.labels)
+        torch.testing.assert_close(found.scores, alone.scores, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.boxes, alone.boxes, rtol=1e-3, atol=1e-2)
+
+
+def test_without_sizes_the_padding_takes_part() -> None:
+    """So the test above tests something."""
+    model = signalling(**NORMS["default"]).eval()
+    images, _ = together([0])
+    wider, _ = together([0], multiple=384)
+    with torch.no_grad():
+        alone, company = model(images), model(wider)
+    one, other = (torch.cat(covered(model, found, 0, SIZES[0])) for found in (alone, company))
+    assert (one - other).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("head_norm", [None, "group"])
+def test_images_that_fill_the_canvas_are_as_without_sizes(head_norm: str | None) -> None:
+    model = signalling(norm="batch", head_norm=head_norm).double().train()
+    twin = copy.deepcopy(model)
+    images = torch.stack([image(1), image(1).flip(-1)])
+    outputs = []
+    for net, sizes in ((model, None), (twin, torch.tensor([[128, 128]] * 2))):
+        found = net(images, sizes)
+        torch.cat([x.flatten() for x in (*found.logits, *found.deltas)]).square().mean().backward()
+        outputs.append([*found.logits, *found.deltas, *(p.grad for p in net.parameters())])
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+    for (key, one), other in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9, msg=key)
+
+
+def test_trained_batch_norm_learns_from_content_alone() -> None:
+    """The same two images on a tight and a wide canvas: the same outputs, gradients and running statistics."""
+    tight, wide = (signalling(norm="batch", head_norm="group", levels=(3, 4)).double().train() for _ in range(2))
+    results = []
+    for model, multiple in ((tight, 32), (wide, 256)):
+        images, sizes = together([0, 4], multiple)
+        found = model(images, sizes)
+        cells = torch.cat([torch.cat(covered(model, found, row, SIZES[n])) for row, n in enumerate((0, 4))])
+        cells.square().mean().backward()
+        statistics = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+        results.append([cells, *(p.grad for p in model.parameters() if p.grad is not None), *statistics])
+    assert len(results[0]) == len(results[1]) >= 100
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_anchors_beyond_the_content_are_no_candidates() -> None:
+    model = signalling(norm="frozen", levels=(3,)).eval()
+    with torch.no_grad():
+        model.head.classification.predict.bias.fill_(2.0)
+        predictions = model(*together([3, 2]))
+    sizes = torch.tensor([SIZES[3], SIZES[2]])
+    found = postprocess(predictions, sizes, nms_iou=1.0, max_detections=10**6, candidates_per_level=10**6)
+    counts = [model.anchors.num_per_cell * 3 * (-(-h // 8)) * (-(-w // 8)) for h, w in sizes.tolist()]
+    assert [len(one.scores) for one in found] == counts
+
+
+def test_masks_are_ceilings() -> None:
+    content = Content(torch.tensor([[90, 130], [1, 129]]), (128, 256))
+    for stride in (1, 2, 4, 8, 16, 32, 64, 128):
+        mask = content.mask(stride)
+        assert mask is not None
+        assert mask.shape == (2, 1, -(-128 // stride), -(-256 // stride))
+        for row, (height, width) in enumerate([(90, 130), (1, 129)]):
+            assert mask[row].sum() == -(-height // stride) * -(-width // stride)
+            assert mask[row, 0, : -(-height // stride), : -(-width // stride)].eq(1).all()
+    assert Content(None, (128, 256)).mask(8) is None
