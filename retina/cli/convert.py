@@ -60,6 +60,8 @@ def main(config: ConvertConfig) -> None:
         raise error
     for line in DataReport(faults).lines():
         print(f"left out: {line}", file=sys.stderr)
+    for line in records.warnings:
+        print(plain(f"warning: {line}"), file=sys.stderr)
     write(config, records)
 
 
@@ -92,7 +94,7 @@ def class_names(config: ConvertConfig) -> list[str] | None:
 
 def write(config: ConvertConfig, data: Records) -> None:
     """The data set in COCO's layout: made in a temporary folder beside the output, which is then renamed."""
-    splits = {"train": data.train, "val": data.val}
+    splits = {"train": data.train, "val": data.val} | ({"test": data.test} if data.test else {})
     check_classes(config.source, data.classes)
     for split, records in splits.items():
         if not records:

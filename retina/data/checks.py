@@ -79,6 +79,16 @@ def _digest(lines: Sequence[str], limit: int) -> list[str]:
     return shown
 
 
+def alike_names(classes: Sequence[str]) -> list[str]:
+    """One line for class names that differ in case or white space only, as "problem - fix"."""
+    spellings: dict[str, list[str]] = {}
+    for name in classes:
+        spellings.setdefault("".join(name.split()).casefold(), []).append(brief(name))
+    alike = [" and ".join(names) for names in spellings.values() if len(names) > 1]
+    problem = f"{some(alike)} differ in case or blanks only, and are classes of their own"
+    return [f"{problem} - if one is meant, give it one name and category"] if alike else []
+
+
 def some(names: Sequence[str]) -> str:
     """The first few names, for a message."""
     first = ", ".join(name if len(name) <= 80 else brief(name) for name in names[:8])
@@ -404,6 +414,14 @@ def box_problems(xywh: Float64[np.ndarray, "T 4"], sizes: Int64[np.ndarray, "T 2
             problems.append(BoxProblem(row, f"bbox [{numbers}] {words}", is_fault))
         reported |= mask
     return iter(sorted(problems))
+
+
+def around_rotated(xywh: Float64[np.ndarray, "T 4"], degrees: Float64[np.ndarray, "T"]) -> Float64[np.ndarray, "T 4"]:
+    """The upright boxes around boxes that are turned about their centres, as CVAT exports them: unturned."""
+    cos, sin = np.abs(np.cos(np.deg2rad(degrees))), np.abs(np.sin(np.deg2rad(degrees)))
+    width, height = xywh[:, 2], xywh[:, 3]
+    sides = np.stack([width * cos + height * sin, width * sin + height * cos], axis=1)
+    return np.round(np.concatenate([xywh[:, :2] + (xywh[:, 2:] - sides) / 2, sides], axis=1), 6)
 
 
 def _overhang(xywh: Float64[np.ndarray, "T 4"], sizes: Int64[np.ndarray, "T 2"]) -> Float64[np.ndarray, "T"]:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 from xml.parsers import expat
 
-from retina.data.checks import MAX_OVERHANG
+import numpy as np
+
+from retina.data.checks import MAX_OVERHANG, alike_names, around_rotated
 from retina.data.images import image_size
 from retina.errors import DataError
 
@@ -29,6 +31,8 @@ class Object(NamedTuple):
     name: str
     box: Xyxy
     crowd: bool = False
+    is_clipped: bool = False
+    """Whether it left the image by more than rounding does."""
 
 
 class Record(NamedTuple):
@@ -43,15 +47,19 @@ class Record(NamedTuple):
 
 
 class Records(NamedTuple):
-    """A data set as read: the sound records of each split, and every fault.
+    """A data set as read: the sound records of each split, every fault, and what is odd.
 
-    A faulty object is missing from its record; an image whose annotations cannot be known is missing altogether.
+    A faulty object is missing from its record; an image is missing altogether if its annotations cannot be known, or
+    if all its objects are faulty: it is no negative.
     """
 
     train: tuple[Record, ...]
     val: tuple[Record, ...]
     classes: tuple[str, ...]
     faults: tuple[RecordError, ...]
+    warnings: tuple[str, ...] = ()
+    test: tuple[Record, ...] = ()
+    """Empty where the source has no third split."""
 
 
 def read_records(
@@ -60,31 +68,60 @@ def read_records(
     """`read` of each image. It lists faulty objects itself, and raises RecordError for an image that cannot be used."""
     records = []
     for item in split:
+        known_faults = len(faults)
         try:
-            records.append(read(item, faults))
+            record = read(item, faults)
         except RecordError as fault:
             faults.append(fault)
+            continue
+        if record.objects or len(faults) == known_faults:
+            records.append(record)
     return tuple(records)
 
 
-def read_pair(image: Path, labels: Path, parse: Callable[[bytes], T], kind: str) -> tuple[T, tuple[int, int]]:
-    """What `parse` makes of a label file (of nothing, where there is none), and the image's (height, width).
+def warnings_of(source: Path, records: Sequence[Record], classes: Sequence[str]) -> list[str]:
+    """Warnings of what is read but may not be meant: clipped and repeated boxes, class names that look alike."""
+    objects = [(row, item) for row, record in enumerate(records) for item in record.objects]
+    lines = []
+    if clipped := sum(item.is_clipped for _, item in objects):
+        lines.append(f"{source}: {clipped} boxes leave their images: clipped - see that sizes and units are right")
+    if repeated := len(objects) - len({(row, item.name, item.box) for row, item in objects}):
+        lines.append(f"{source}: {repeated} objects repeat another one of their image - remove them at the source")
+    return lines + [f"{source}: classes: {line}" for line in alike_names(classes)]
 
-    Raises RecordError when either is unclear; kind: what the label file should have been."""
+
+def parse_labels(file: Path, parse: Callable[[bytes], T], kind: str) -> T:
+    """What `parse` makes of a label file, or of nothing, where there is none. Raises RecordError.
+
+    kind: what the file should have been."""
     try:
-        return parse(labels.read_bytes() if labels.is_file() else b""), image_size(image)
-    except DataError as error:
-        raise RecordError(labels, 1, str(error)) from error
+        return parse(file.read_bytes() if file.is_file() else b"")
     except (expat.ExpatError, ValueError, LookupError) as error:
         line = getattr(error, "lineno", 1)
-        raise RecordError(labels, line, f"not {kind} ({error}) - export the file again or remove it") from error
+        raise RecordError(file, line, f"not {kind} ({error}) - export the file again or remove it") from error
+
+
+def size_of(image: Path, labels: Path) -> tuple[int, int]:
+    """(height, width) of an image. Raises RecordError, which names the label file, for one that cannot be read."""
+    try:
+        return image_size(image)
+    except DataError as error:
+        raise RecordError(labels, 1, str(error)) from error
+
+
+def around(box: Xyxy, degrees: float) -> Xyxy:
+    """The upright box around one that is turned about its centre."""
+    x1, y1, x2, y2 = box
+    xywh = around_rotated(np.array([[x1, y1, x2 - x1, y2 - y1]]), np.array([degrees]))
+    x, y, width, height = xywh[0].tolist()
+    return x, y, x + width, y + height
 
 
 def make_object(name: str, box: Xyxy, size: tuple[int, int], *, crowd: bool = False) -> Object:
     """An object with its box clipped to the image of `size` (height, width).
 
-    Raises ValueError, as "problem - fix", for a number that is not finite, for no positive width and height (before or
-    after clipping), and for an overhang of more than `MAX_OVERHANG` pixels.
+    Raises ValueError, as "problem - fix", for a number that is not finite, and for no positive width and height,
+    before or after clipping.
     """
     x1, y1, x2, y2 = box
     height, width = size
@@ -94,12 +131,10 @@ def make_object(name: str, box: Xyxy, size: tuple[int, int], *, crowd: bool = Fa
         problem = "is not finite"
     elif x2 <= x1 or y2 <= y1:
         problem = f"has no area (width {x2 - x1:g}, height {y2 - y1:g})"
-    elif overhang > MAX_OVERHANG:
-        problem = f"leaves the image of {width}x{height} by {overhang:g} px"
     elif clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
         problem = f"lies outside the image of {width}x{height}"
     else:
-        return Object(name, clipped, crowd)
+        return Object(name, clipped, crowd, overhang > MAX_OVERHANG)
     numbers = ", ".join(f"{value:g}" for value in box)
     raise ValueError(f"box [{numbers}] {problem} (class {quoted(name)}) - correct or remove the object")
 

@@ -1,4 +1,5 @@
-"""Reads YOLO data sets in the layouts of Ultralytics: images/, labels/ and data.yaml or classes.txt.
+"""Reads YOLO data sets: images/, labels/ and data.yaml or classes.txt (Ultralytics), or *.data, *.names and lists of
+images with labels beside them (darknet, CVAT's YOLO 1.1).
 
 A label file has one object per line, coordinates as fractions of the image: `class cx cy w h`, or `class x1 y1 x2 y2 x3
 y3 ...` for a polygon, of which the bounding box is taken.
@@ -6,12 +7,11 @@ y3 ...` for a polygon, of which the bounding box is taken.
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
-from retina.data.checks import MAX_OVERHANG
 from retina.data.convert.records import (
     Object,
     Record,
@@ -20,10 +20,12 @@ from retina.data.convert.records import (
     check_classes,
     divide,
     make_object,
+    parse_labels,
     quoted,
     read_lines,
-    read_pair,
     read_records,
+    size_of,
+    warnings_of,
 )
 from retina.data.images import list_images
 from retina.errors import DataError
@@ -31,6 +33,9 @@ from retina.errors import DataError
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 TRAIN_FOLDERS = ("images/train", "train/images")
 VAL_FOLDERS = ("images/val", "val/images", "images/valid", "valid/images")
+TEST_FOLDERS = ("images/test", "test/images")
+_MOST = 0.25
+"""How far a fraction may lie outside of 0..1: boxes over the edge are clipped; what lies farther out is in pixels."""
 Listed = tuple[Path, str]
 """An image and its path inside the output's split folder."""
 
@@ -40,41 +45,65 @@ def read_yolo(
 ) -> Records:
     """The records of a YOLO folder; nothing is written.
 
-    Splits: `train` and `val` of data.yaml (a folder, a list file, or several of them), else images/{train,val} or
-    {train,val}/images; with only one of them, or plain images/, `val_fraction` is drawn for val. `test` is not read.
-    Classes: `classes`, else `names` of data.yaml, else classes.txt; class k of a label file is the k-th name.
-    An image without label file, or with an empty one, is a negative image. Raises DataError when the folder is not
-    understood, has no class names, or has not one label file (that is a misplaced labels/ folder, not 0 objects).
+    Splits: `train`, `val` and `test` of data.yaml (a folder, a list file, or several of them), or of darknet's *.data,
+    or train.txt, valid.txt and test.txt; else images/{train,val,test} or {train,val,test}/images. Where there is no
+    val, or plain images/ only, `val_fraction` is drawn for it.
+    Classes: `classes`, else `names` of data.yaml, else *.names or classes.txt; class k of a label is the k-th name.
+    An image without label file, or with an empty one, is a negative image; two images of one label file are faults.
+    Raises DataError when the folder is not understood, has no class names, or has not one label file (that is a
+    misplaced labels/ folder, not 0 objects).
     """
     faults: list[RecordError] = []
     table, file = _read_yaml(source)
+    if file is None:
+        table, file = _read_darknet(source)
     names = tuple(classes) if classes is not None else _names(source, table, file)
     if file is not None and ("train" in table or "val" in table):
-        (train, folders), (val, more) = (_from_yaml(split, table, file, faults) for split in ("train", "val"))
+        places = [_from_yaml(split, table, file, faults) for split in ("train", "val", "test")]
     else:
-        (train, folders), (val, more) = (_from_folders(source, places) for places in (TRAIN_FOLDERS, VAL_FOLDERS))
-        if not train and not val:
-            train, folders = _from_folders(source, ["images"])
+        places = [_from_folders(source, folders) for folders in (TRAIN_FOLDERS, VAL_FOLDERS, TEST_FOLDERS)]
+        if not places[0][0] and not places[1][0]:
+            places = [_from_folders(source, ["images"]), ([], []), places[2]]
+    (train, val, test), folders = [listed for listed, _ in places], [folder for _, more in places for folder in more]
     if not train:
         problem = "no training images - use images/train, or `train:` in data.yaml"
         raise DataError(f"{source}: {problem}", code="no-train-images")
-    faults += _orphans(train + val, folders + more)
+    everything = train + val + test
+    faults += _orphans(everything, folders)
     if not val:
         train, val = divide(train, val_fraction, seed, key=lambda listed: listed[1])
-    if not any(label_path(image).is_file() for image, _ in train + val):
+    labels = {image: label_path(image) for image, _ in everything}
+    unlabelled = sum(not file.is_file() for file in labels.values())
+    if unlabelled == len(labels):
         problem = "no image has a label file - labels/ stands beside images/"
         raise DataError(f"{label_path(train[0][0])}: {problem}", code="no-labels")
+    twins: dict[Path, list[str]] = {}
+    for image, label in labels.items():
+        twins.setdefault(label, []).append(image.name)
 
     def read(listed: Listed, faults: list[RecordError]) -> Record:
+        label = labels[listed[0]]
+        if len(twins[label]) > 1 and label.is_file():
+            problem = f"is that of {' and '.join(twins[label])} - rename one of them and write its labels"
+            raise RecordError(label, 1, problem)
         return _read_record(*listed, names, faults)
 
-    train_records, val_records = (read_records(split, read, faults) for split in (train, val))
-    return Records(train_records, val_records, names, tuple(faults))
+    records = [read_records(split, read, faults) for split in (train, val, test)]
+    warnings = warnings_of(source, [record for split in records for record in split], names)
+    if unlabelled:
+        problem = f"{unlabelled} of {len(labels)} images have no label file: taken as images without objects"
+        warnings.append(f"{source}: {problem} - remove them if they were never annotated")
+    return Records(records[0], records[1], names, tuple(faults), tuple(warnings), records[2])
 
 
 def label_path(image: Path) -> Path:
-    """Where the labels of an image are: its last folder named `images` becomes `labels`, the suffix .txt."""
-    file = image.with_suffix(".txt")
+    """Where the labels of an image are: its last folder named `images` becomes `labels`, the suffix .txt (or .TXT)."""
+    plain = _label_path(image.with_suffix(".txt"))
+    upper = plain.with_suffix(".TXT")
+    return upper if not plain.is_file() and upper.is_file() else plain
+
+
+def _label_path(file: Path) -> Path:
     top = next((folder for folder in file.parents if folder.name == "images"), None)
     return top.with_name("labels") / file.relative_to(top) if top else file
 
@@ -96,9 +125,8 @@ def parse_line(text: str, size: tuple[int, int], classes: Sequence[str]) -> Obje
         raise ValueError(f"{problem} - correct the line or the list of classes")
     height, width = size
     xs, ys = values[1::2], values[2::2]
-    slack_x, slack_y = MAX_OVERHANG / width, MAX_OVERHANG / height
-    for value, slack in [*((x, slack_x) for x in xs), *((y, slack_y) for y in ys)]:
-        if not -slack <= value <= 1 + slack:  # also NaN
+    for value in values[1:]:
+        if not -_MOST <= value <= 1 + _MOST:  # also NaN
             raise ValueError(f"{value:g} is outside [0, 1] - divide x by the image width and y by its height")
     if len(values) == 5:
         (cx, w), (cy, h) = xs, ys
@@ -111,7 +139,8 @@ def parse_line(text: str, size: tuple[int, int], classes: Sequence[str]) -> Obje
 
 def _read_record(image: Path, file_name: str, classes: Sequence[str], faults: list[RecordError]) -> Record:
     labels = label_path(image)
-    text, size = read_pair(image, labels, lambda data: data.decode("utf-8-sig"), "UTF-8 text")
+    text = parse_labels(labels, lambda data: data.decode("utf-8-sig"), "UTF-8 text")
+    size = size_of(image, labels)
     objects = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
@@ -136,7 +165,7 @@ def _read_yaml(source: Path) -> tuple[dict[str, Any], Path | None]:
         fix = "give the folder that holds images/ and labels/"
         raise DataError(f"{source}: no such folder - {fix}", code="no-such-folder")
     files = [source / name for name in YAML_NAMES if (source / name).is_file()]
-    files = files or sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
+    files = files or sorted(file for file in source.glob("*.y*ml") if not file.name.startswith("."))
     if not files:
         return {}, None
     file = files[0]
@@ -156,6 +185,24 @@ def _read_yaml(source: Path) -> tuple[dict[str, Any], Path | None]:
     return table, file
 
 
+def _read_darknet(source: Path) -> tuple[dict[str, Any], Path | None]:
+    """The same of darknet's *.data, or of the lists that are there; `names` are the lines of the file of names."""
+    tables = sorted(file for file in source.glob("*.data") if not file.name.startswith("."))
+    table: dict[str, Any] = {}
+    for line in read_lines(tables[0]) if tables else []:
+        key, equals, value = line.partition("=")
+        table |= {key.strip(): value.strip()} if equals else {}
+    lists = {"train": ("train.txt",), "val": ("valid.txt", "val.txt"), "test": ("test.txt",)}
+    for split, choices in lists.items():
+        here = next((name for name in choices if (source / name).is_file()), None)
+        stated = table.pop("valid", None) if split == "val" else table.get(split)
+        table |= {split: stated or here} if stated or here else {}
+    files = [source / PurePosixPath(table.pop("names", "")).name, *sorted(source.glob("[!.]*.names"))]
+    if file := next((file for file in files if file.is_file()), None):
+        table["names"] = [name for name in read_lines(file) if name]
+    return table, (tables[0] if tables else source / "train.txt") if table else None
+
+
 def _names(source: Path, table: dict[str, Any], file: Path | None) -> tuple[str, ...]:
     """Class names in order of their index."""
     names: Any = table.get("names")
@@ -167,6 +214,10 @@ def _names(source: Path, table: dict[str, Any], file: Path | None) -> tuple[str,
             names = [names[str(k)] for k in range(len(names))]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise DataError(f"{file}: names: not a list - write `names: [cat, dog]`", code="class-names")
+        stated = table.get("nc", str(len(names)))
+        if stated != str(len(names)):
+            problem = f"nc: {stated}, but {len(names)} names - correct one of them"
+            raise DataError(f"{file}: {problem}", code="class-names")
     else:
         files = [f for f in (source / "classes.txt", source / "labels" / "classes.txt") if f.is_file()]
         if not files:
@@ -194,8 +245,13 @@ def _from_yaml(
     listed: list[Listed] = []
     folders = []
     for value in map(str, values if isinstance(values, list) else [values]):
-        # Exports of Roboflow say `../train/images` for a folder beside data.yaml.
-        places = (root / value, home / value, home / value.removeprefix("../"))
+        # exports of Roboflow say `../train/images` for a folder beside data.yaml, those of CVAT `data/train.txt`
+        places = (
+            root / value,
+            home / value,
+            home / value.removeprefix("../"),
+            home / (value.partition("/")[2] or value),
+        )
         place = next((place for place in places if place.exists()), None)
         if place is None:
             problem = f"{split}: no {places[0]} - correct `{split}:` or `path:`"
@@ -218,7 +274,8 @@ def _list_file(file: Path, roots: Sequence[Path], faults: list[RecordError]) -> 
     images = []
     for number, name in enumerate(read_lines(file), 1):
         if name:
-            image = next((root / name for root in roots if (root / name).is_file()), None)
+            paths = (root / place for root in roots for place in (name, name.partition("/")[2] or name))
+            image = next((path for path in paths if path.is_file()), None)
             if image is None:
                 faults.append(RecordError(file, number, f"missing image {roots[0] / name} - add it or remove the line"))
             else:
@@ -234,7 +291,7 @@ def _orphans(listed: Sequence[Listed], folders: Sequence[Path]) -> list[RecordEr
     for folder in folders:
         labels = label_path(folder / "x.txt").parent
         for file in sorted(labels.rglob("*.txt")) if labels != folder else []:
-            if file not in known and file.name != "classes.txt":
+            if file not in known and file.name != "classes.txt" and not file.name.startswith("."):
                 missing = folder / file.relative_to(labels).with_suffix(".jpg")
                 fix = "add the image (any usual suffix) or remove both"
                 faults.append(RecordError(file, 1, f"missing image {missing} - {fix}"))

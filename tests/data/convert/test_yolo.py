@@ -45,6 +45,14 @@ def test_overhang_of_a_pixel_is_clipped() -> None:
     assert parse_line("0 0.5 0.5 1.005 1.0000001", SIZE, CLASSES) == Object("cat", (0, 0, 200, 100))
 
 
+def test_more_is_clipped_and_counted(tmp_path: Path) -> None:
+    reading = read_one(tmp_path, "0 0.95 0.5 0.2 0.1\n0 0.1 0.1 0.2 0.2 1.1 0.3\n0 0.5 0.5 0.1 0.1")
+    first, second, _ = (item.box for item in reading.train[0].objects)
+    assert (first, second) == (pytest.approx((170, 45, 200, 55)), pytest.approx((20, 10, 200, 30)))
+    assert reading.faults == ()
+    assert any(": 2 boxes" in warning for warning in reading.warnings)
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
@@ -60,11 +68,11 @@ def test_overhang_of_a_pixel_is_clipped() -> None:
         ("0 nan 0.5 0.1 0.1", "nan is outside [0, 1]"),
         ("0 0.5 inf 0.1 0.1", "inf is outside [0, 1]"),
         ("0 120 50 20 20", "120 is outside [0, 1]"),
-        ("0 0.5 0.5 0.1 -0.1", "-0.1 is outside [0, 1]"),
+        ("0 0.5 0.5 0.1 -0.1", "has no area (width 20, height -10)"),
+        ("0 0.5 0.5 0.1 -0.5", "-0.5 is outside [0, 1]"),
         ("0 0.1 0.1 0.2 0.2 1.5 0.3", "1.5 is outside [0, 1]"),
         ("0 0.5 0.5 0 0.1", "has no area (width 0, height 10)"),
         ("0 0.1 0.1 0.2 0.1 0.3 0.1", "has no area"),
-        ("0 0.95 0.5 0.2 0.1", "leaves the image of 200x100 by 10 px"),
     ],
 )
 def test_faults_name_file_and_line(tmp_path: Path, line: str, problem: str) -> None:
@@ -178,6 +186,7 @@ def test_data_yaml_with_a_list_file(tmp_path: Path) -> None:
         ("names: {0: cat, 2: dog}", "class-names", "0..1"),
         ("names: cat", "class-names", "names: "),
         ("names: [cat\nval: x", "data-yaml", "YAML"),
+        ("names: [cat, dog]\nnc: 1", "class-names", "nc: 1"),
         ("just text", "data-yaml", "names:"),
         ("names: [cat]\ntrain: nowhere", "no-such-split", "nowhere"),
         ("names: [cat]\nkpt_shape: [17, 3]", "data-yaml", "kpt_shape"),
@@ -196,3 +205,61 @@ def test_no_class_names(tmp_path: Path) -> None:
         read_yolo(tmp_path)
     with refused("no-such-folder", "nowhere", kind=DataError):
         read_yolo(tmp_path / "nowhere")
+
+
+def test_two_images_of_one_label_file_are_faults(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a.png", "b.png", "c.png"):
+        add(tmp_path / "images" / name, "0 0.5 0.5 0.1 0.1")
+    reading = read_yolo(tmp_path, classes=["cat"])
+    assert {fault.file.name for fault in reading.faults} == {"a.txt"}
+    assert {record.file_name for record in reading.train + reading.val} == {"b.png", "c.png"}
+
+
+def test_images_without_labels_and_repeated_lines_are_counted(tmp_path: Path) -> None:
+    reading = read_one(tmp_path, "0 0.5 0.5 0.1 0.1\n" * 3)
+    repeated, unlabelled = reading.warnings
+    assert ": 2 objects" in repeated
+    assert ": 1 of 2 images" in unlabelled
+
+
+def test_files_of_macos_are_left_out(tmp_path: Path) -> None:
+    for name in "ab":
+        add(tmp_path / "images" / "train" / f"{name}.png", "0 0.5 0.5 0.1 0.1")
+        for file in (f"images/train/._{name}.png", f"labels/train/._{name}.txt"):
+            (tmp_path / file).write_bytes(b"\0\5\26\7")
+    (tmp_path / "mine.yaml").write_text("names: [cat]")
+    (tmp_path / "._mine.yaml").write_bytes(b"\0\5\26\7")
+    reading = read_yolo(tmp_path)
+    assert (reading.faults, reading.warnings) == ((), ())
+
+
+def test_suffix_of_labels_in_capitals(tmp_path: Path) -> None:
+    add(tmp_path / "images" / "a.png", "0 0.5 0.5 0.1 0.1")
+    add(tmp_path / "images" / "b.png", "0 0.5 0.5 0.1 0.1")
+    (tmp_path / "labels" / "a.txt").rename(tmp_path / "labels" / "a.TXT")
+    reading = read_yolo(tmp_path, classes=["cat"])
+    assert [len(record.objects) for record in reading.train + reading.val] == [1, 1]
+
+
+@pytest.mark.parametrize("has_data", [True, False])
+def test_darknet_and_cvat(tmp_path: Path, has_data: bool) -> None:
+    """CVAT's YOLO 1.1 names everything from a folder `data/` that is not there."""
+    for name in "abc":
+        add(tmp_path / "obj_train_data" / f"{name}.png", "1 0.5 0.5 0.1 0.1")
+    (tmp_path / "obj.names").write_text("cat\ndog\n")
+    (tmp_path / "train.txt").write_text("data/obj_train_data/a.png\ndata/obj_train_data/b.png\n")
+    (tmp_path / "valid.txt").write_text("data/obj_train_data/c.png\n")
+    if has_data:
+        table = "classes = 2\ntrain = data/train.txt\nvalid = data/valid.txt\nnames = data/obj.names\nbackup = b/\n"
+        (tmp_path / "obj.data").write_text(table)
+    reading = read_yolo(tmp_path)
+    assert names(reading) == (["a.png", "b.png"], ["c.png"])
+    assert reading.classes == ("cat", "dog")
+    assert (reading.faults, reading.warnings) == ((), ())
+    assert [len(record.objects) for record in reading.train + reading.val] == [1, 1, 1]
+
+
+def test_a_third_split_is_read(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        add(tmp_path / "images" / split / f"{split}.png", "0 0.5 0.5 0.1 0.1")
+    assert [record.file_name for record in read_yolo(tmp_path, classes=["cat"]).test] == ["test.png"]
