@@ -58,7 +58,7 @@ def test_two_processes(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    mp.start_processes(_rank, (port, str(tmp_path)), nprocs=2, start_method="fork")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["done0", "done1"]
 
 
