@@ -10,14 +10,13 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-# px^2. Far below any real box, and large enough that the gradient of a division by it stays finite.
-_SMALLEST_AREA = 1e-7
-_SMALLEST_SIDE = 1e-3  # px, likewise for angles
+SMALLEST_AREA = 1e-7
+"""px^2. Far below any real box, and large enough that the gradient of a division by it stays finite."""
 
 
 def box_area(boxes: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch"]:
     """Width x height in px^2; 0 for inverted boxes."""
-    width, height = _sides(boxes).clamp(min=0).unbind(-1)
+    width, height = box_sides(boxes).clamp(min=0).unbind(-1)
     return width * height
 
 
@@ -55,62 +54,26 @@ def pairwise_iou(
 def paired_iou(boxes1: Float[Tensor, "*#batch 4"], boxes2: Float[Tensor, "*#batch 4"]) -> Float[Tensor, "*batch"]:
     """Intersection over union of boxes pair by pair, in [0, 1].
 
-    Differentiable, as are its three extensions below; without a common area there is no gradient. Value and gradient
-    are finite for boxes without area; two equal ones have 0, by all four.
+    Differentiable; without a common area there is no gradient. Value and gradient are finite for boxes without area;
+    two equal ones have 0.
     """
-    return _iou_union_and_hull(boxes1, boxes2)[0]
+    return paired_iou_and_union(boxes1, boxes2)[0]
 
 
-def generalized_iou(boxes1: Float[Tensor, "*#batch 4"], boxes2: Float[Tensor, "*#batch 4"]) -> Float[Tensor, "*batch"]:
-    """Generalized IoU of boxes pair by pair, in [-1, 1]: IoU - (hull - union) / hull.
-
-    Source: Rezatofighi et al., Generalized Intersection over Union, CVPR 2019, Algorithm 1.
-    """
-    iou, union, (width, height) = _iou_union_and_hull(boxes1, boxes2)
-    hull = width * height
-    return iou - (hull - union) / hull.clamp(min=_SMALLEST_AREA)
-
-
-def distance_iou(boxes1: Float[Tensor, "*#batch 4"], boxes2: Float[Tensor, "*#batch 4"]) -> Float[Tensor, "*batch"]:
-    """Distance IoU of boxes pair by pair, in [-1, 1]: IoU - d^2 / c^2, with d the distance of the centres and c the
-    diagonal of the hull.
-
-    Source: Zheng et al., Distance-IoU Loss, AAAI 2020, equation 7.
-    """
-    # Twice the distance along each axis.
-    x, y = ((boxes1[..., :2] - boxes2[..., :2]) + (boxes1[..., 2:] - boxes2[..., 2:])).unbind(-1)
-    iou, _, (width, height) = _iou_union_and_hull(boxes1, boxes2)
-    diagonal = (width * width + height * height).clamp(min=_SMALLEST_AREA)
-    return iou - 0.25 * (x * x + y * y) / diagonal
-
-
-def complete_iou(boxes1: Float[Tensor, "*#batch 4"], boxes2: Float[Tensor, "*#batch 4"]) -> Float[Tensor, "*batch"]:
-    """Complete IoU of boxes pair by pair: distance IoU - a v, with v = (2 / pi (atan(w1 / h1) - atan(w2 / h2)))^2 and
-    a = v / (1 - IoU + v), which is a constant to the gradient, as published.
-
-    Source: Zheng et al., Distance-IoU Loss, AAAI 2020, equations 8 to 11.
-    """
-    angle1, angle2 = (torch.atan2(*_sides(boxes).clamp(min=_SMALLEST_SIDE).unbind(-1)) for boxes in (boxes1, boxes2))
-    difference = (2 / math.pi) * (angle1 - angle2)
-    aspect = difference * difference
-    with torch.no_grad():
-        weight = aspect / (1 - paired_iou(boxes1, boxes2) + aspect).clamp(min=_SMALLEST_AREA)
-    return distance_iou(boxes1, boxes2) - weight * aspect
-
-
-def _sides(boxes: Tensor) -> Tensor:
-    return boxes[..., 2:] - boxes[..., :2]
-
-
-def _iou_union_and_hull(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """IoU and union pair by pair, and width and height of the smallest box around both."""
-    low1, high1, low2, high2 = boxes1[..., :2], boxes1[..., 2:], boxes2[..., :2], boxes2[..., 2:]
-    # No `prod`: its gradient at 0 asks for the count of zeros.
-    width, height = (torch.minimum(high1, high2) - torch.maximum(low1, low2)).clamp(min=0).unbind(-1)
+def paired_iou_and_union(
+    boxes1: Float[Tensor, "*#batch 4"], boxes2: Float[Tensor, "*#batch 4"]
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """`paired_iou`, and the union in px^2."""
+    high, low = torch.minimum(boxes1[..., 2:], boxes2[..., 2:]), torch.maximum(boxes1[..., :2], boxes2[..., :2])
+    width, height = (high - low).clamp(min=0).unbind(-1)  # no `prod`: its gradient at 0 asks for the count of zeros
     intersection = width * height
     union = box_area(boxes1) + box_area(boxes2) - intersection
-    hull = (torch.maximum(high1, high2) - torch.minimum(low1, low2)).clamp(min=0).unbind(-1)
-    return intersection / union.clamp(min=_SMALLEST_AREA), union, hull
+    return intersection / union.clamp(min=SMALLEST_AREA), union
+
+
+def box_sides(boxes: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch 2"]:
+    """Width and height."""
+    return boxes[..., 2:] - boxes[..., :2]
 
 
 def clip_boxes(boxes: Float[Tensor, "*batch 4"], size: Num[Tensor, "*#batch 2"]) -> Float[Tensor, "*batch 4"]:
@@ -136,7 +99,7 @@ def encode(boxes: Float[Tensor, "*#batch 4"], anchors: Float[Tensor, "*#batch 4"
     weights as in torchvision's RetinaNet. Finite for boxes without area (padding), which the caller masks.
     Source: Girshick et al., R-CNN, CVPR 2014, appendix C, equations 6 to 9.
     """
-    anchor_size, size = _sides(anchors), _sides(boxes)
+    anchor_size, size = box_sides(anchors), box_sides(boxes)
     anchor_centre, centre = anchors[..., :2] + 0.5 * anchor_size, boxes[..., :2] + 0.5 * size
     shift = (centre - anchor_centre) / anchor_size
     return torch.cat((shift, (size.clamp(min=_SMALLEST_ENCODED_SIDE) / anchor_size).log()), dim=-1)
@@ -148,7 +111,7 @@ def decode(deltas: Float[Tensor, "*#batch 4"], anchors: Float[Tensor, "*#batch 4
     Computed in the wider of both dtypes, so bfloat16 deltas give float32 boxes. Not clipped to any image.
     """
     deltas = deltas.to(torch.promote_types(deltas.dtype, anchors.dtype))
-    anchor_size = _sides(anchors)
+    anchor_size = box_sides(anchors)
     anchor_centre = anchors[..., :2] + 0.5 * anchor_size
     centre = deltas[..., :2] * anchor_size + anchor_centre
     half = 0.5 * (deltas[..., 2:].clamp(max=LARGEST_LOG_SCALE).exp() * anchor_size)

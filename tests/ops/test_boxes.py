@@ -7,12 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from retina.losses.boxes import complete_iou, distance_iou, generalized_iou
 from retina.ops.boxes import (
     box_area,
     clip_boxes,
-    complete_iou,
-    distance_iou,
-    generalized_iou,
     paired_iou,
     pairwise_intersection,
     pairwise_iou,
