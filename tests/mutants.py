@@ -117,10 +117,10 @@ MUTANTS = [
     ),
     Mutant(
         "a launcher's copy of Ctrl-C quits",
-        "retina/engine/signals.py",
+        "retina/cli/signals.py",
         "FORWARDED_WITHIN = 1.0",
         "FORWARDED_WITHIN = 0.0",
-        "tests/engine/test_signals.py",
+        "tests/cli/test_signals.py",
     ),
     Mutant(
         "no lock",

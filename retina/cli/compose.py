@@ -33,10 +33,10 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from retina.cli.signals import SIGNALS, quit_at_once
 from retina.cli.words import as_typed, read_mapping, text_keys, unconverted, unknown, unreadable
 from retina.data.checks import DataReport, RecordsError
 from retina.engine.config import from_mapping
-from retina.engine.signals import SIGNALS, quit_at_once
 from retina.errors import ConfigError, DataError, RetinaError, plain
 
 PACKAGED = Path(__file__).parents[1] / "configs"

@@ -65,11 +65,11 @@ def main(settings: Settings) -> Result:
     from retina import distributed
     from retina.cli.environment import describe_environment, for_weights, record_environment
     from retina.cli.report import describe_end, describe_run, too_low_rate
+    from retina.cli.signals import StopRequest
     from retina.engine.checkpointer import Checkpointer, TrainState
     from retina.engine.logging import RunLogger
     from retina.engine.loop import fit
     from retina.engine.optim import build_optimizer
-    from retina.engine.signals import StopRequest
     from retina.model.weights import DetectorCard
 
     device = call(distributed.choose_device, "train.device", name=config.device)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from retina.engine.signals import SIGNALS, StopRequest
+from retina.cli.signals import SIGNALS, StopRequest
 
 # A mutex that is locked twice: the main thread waits in C, where no Python handler runs and no signal wakes it.
 STUCK = """
 import ctypes, sys
-from retina.engine.signals import StopRequest
+from retina.cli.signals import StopRequest
 mutex = ctypes.create_string_buffer(256)
 with StopRequest() as request:
     print("ready", flush=True)
