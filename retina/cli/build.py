@@ -13,7 +13,12 @@ from retina.errors import ConfigError, check_choice, under
 from retina.plugins import find, prefixes
 
 ALLOWED_TARGETS = {
-    "augment": ("albumentations.", "retina.data.transforms.", "torchvision.transforms.v2."),
+    "augment": (
+        "albumentations.",
+        "retina.data.transforms.",
+        "retina.data.augmentations.",
+        "torchvision.transforms.v2.",
+    ),
     "data": ("retina.data.shapes.",),
     "loss": ("retina.losses.", "retina.ops.assigners."),
     "optimizer": ("torch.optim.",),

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from retina.data.transforms import GREY, ColorJitter, color_matrix
+from retina.data.augmentations import GREY, ColorJitter, color_matrix
 
 
 def all_kinds_of_pixels() -> np.ndarray:

@@ -384,6 +384,7 @@ def test_without_their_transforms_albumentations_is_not_imported():
     code = (
         "import sys, retina.data.loader\n"
         "from retina.data.transforms import *\n"
+        "from retina.data.transforms import ColorJitter, LargeScaleJitter\n"
         "Pipeline({'color': ColorJitter(), 'flip': HorizontalFlip(), 'jitter': LargeScaleJitter(9, 9)})\n"
         "default_pipeline(), eval_pipeline()\n"
         "print('albumentations' in sys.modules)"
