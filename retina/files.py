@@ -12,6 +12,26 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
+_ADVICE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room within your quota",
+    errno.EFBIG: "raise the limit on the size of files",
+    errno.EROFS: "mount the disk for writing, and look why the system made it read-only",
+    errno.EIO: "the disk fails: look at the system's log, and choose another disk",
+    errno.ESTALE: "mount the network disk anew",
+    errno.EACCES: "give this user the right to write there",
+    errno.EPERM: "give this user the right to write there",
+    **dict.fromkeys(
+        (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR, errno.ELOOP), "move what is in the way"
+    ),
+}
+
+
+def advice(fault: OSError) -> str:
+    """How to mend what a file system says."""
+    return _ADVICE.get(fault.errno or 0, "correct the path, or choose another disk")
+
+
 def write_whole(file: Path, data: bytes) -> None:
     """Writes beside `file` and renames once, so that a reader sees the old file or the new one, never a half.
 

@@ -38,6 +38,7 @@ from retina.cli.words import as_typed, read_mapping, text_keys, unconverted, unk
 from retina.data.checks import DataReport, RecordsError
 from retina.engine.config import from_mapping
 from retina.errors import ConfigError, DataError, RetinaError, plain
+from retina.files import advice
 
 PACKAGED = Path(__file__).parents[1] / "configs"
 CONFIGS = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[2] / "configs"
@@ -295,7 +296,7 @@ def report(fault: Exception) -> None:
     """One line on stderr; of many faulty records the first, and other things there are to tell, on stdout."""
     if isinstance(fault, OSError):
         where = fault.filename or "file system"
-        print(plain(f"error: {where}: {fault.strerror or fault} - make room or correct the path"), file=sys.stderr)
+        print(plain(f"error: {where}: {fault.strerror or fault} - {advice(fault)}"), file=sys.stderr)
         return
     faults = fault.faults if isinstance(fault, RecordsError) else []
     for line in DataReport(faults=faults).lines() if len(faults) > 1 else []:

@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 
 from retina.cli.sources import Source
 from retina.errors import ConfigError
-from retina.files import lock, write_synced
+from retina.files import advice, lock, write_synced
 
 STATE, DETECTIONS, FAILED = ".infer", "detections.json", "failed.txt"
 FAILED_TITLE = "# files that tools/infer.py could not finish, and why"
@@ -76,7 +76,7 @@ def open_output(output: Path, pictures: Collection[str]) -> Iterator[None]:
         state.mkdir(exist_ok=True)
         lock_file = (state / "lock").open("a")
     except OSError as fault:
-        raise _taken(f"{output} cannot be written ({fault.strerror})", code="not-written") from None
+        raise _taken(f"{output} cannot be written ({fault.strerror}): {advice(fault)}", code="not-written") from None
     with lock_file:
         try:
             if not lock(lock_file.fileno()):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from retina.errors import ConfigError
-from retina.files import lock, open_flags, temporary_of, write_whole
+from retina.files import advice, lock, open_flags, temporary_of, write_whole
 from retina.tracking.trackers import flatten
 
 OWN = (
@@ -31,7 +31,7 @@ HARMLESS = (
     *("data.root", "data.train.annotations", "data.train.images", "data.val.annotations", "data.val.images"),
     *("data.num_workers", "data.eval_batch_size", "data.max_bad_fraction"),
     *("train.log_every", "train.keep_checkpoints", "train.pictures", "train.device"),
-    *("train.patience", "train.save_every", "train.max_bad_steps"),
+    *("train.patience", "train.save_every", "train.max_bad_steps", "train.max_unsaved_minutes"),
 )
 """Settings that change nothing about the weights a run arrives at, or only whether it does; they may differ when it is
 resumed."""
@@ -97,7 +97,8 @@ def open_run(folder: Path, config: Mapping[str, Any], *, overwrite: bool, patien
         return Opened(resumes, notes)
     except (OSError, ValueError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) else fault
-        problem = f"{folder}: cannot be written ({reason}) - make room, or choose runs=FOLDER"
+        fix = f"{advice(fault)}, or choose" if isinstance(fault, OSError) else "choose"
+        problem = f"{folder}: cannot be written ({reason}) - {fix} runs=FOLDER"
         raise ConfigError(problem, code="not-written") from None
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from retina.data.annotations import Annotations
 from retina.data.paths import folder_stamps, folders_of, is_free_of_links, links_outside
-from retina.files import sync_folder, write_synced
+from retina.files import advice, sync_folder, write_synced
 
 CACHE_FROM_BYTES = 32 << 20
 """Bytes of JSON from which on an entry pays: parsing them takes seconds. Smaller files are not even hashed."""
@@ -114,7 +114,7 @@ def store(entry: Path, reading: CachedAnnotations, *, allow_outside: bool) -> st
         write_columns(entry, Columns({name: getattr(annotations, name) for name in _COLUMNS}, notes))
     except OSError as fault:
         problem = f"annotations cannot be kept for the next start ({fault.strerror or fault})"
-        fix = "make room, or set the environment variable RETINA_CACHE to another folder, or to nothing"
+        fix = f"{advice(fault)}, or set the environment variable RETINA_CACHE to another folder, or to nothing"
         return f"{entry.parent}: {problem} - {fix}"
     for file in (*entry.parent.glob("*.annotations"), *entry.parent.glob(".*.tmp")):  # entries, and parts of some
         with suppress(OSError):  # somebody else's, or gone meanwhile

@@ -2,6 +2,7 @@
 
     checkpoints/step_00001000/
         model.safetensors  ema.safetensors  optimizer.safetensors  state.json  MANIFEST.sha256
+        best.safetensors    only if the run's own could not be written: what is owed survives the process
 
 A checkpoint is valid only if it is exactly what its manifest says; resume takes the newest valid one. Nothing in it is
 code, and nothing is unpickled. Other names in the folder are left by a kill, and swept:
@@ -37,6 +38,7 @@ from retina.files import open_flags, sync_folder, write_synced
 from retina.model.weights import first_non_finite, load_state, serialize
 
 SCHEMA_VERSION = 1
+BEST = "best.safetensors"
 
 
 @dataclass(kw_only=True)
@@ -72,8 +74,11 @@ def save_checkpoint(
     optimizer: Optimizer,
     ema: ExponentialMovingAverage | None,
     keep: int,
+    best: bytes | None = None,
 ) -> Path:
     """Writes `folder/step_XXXXXXXX`, verifies it, and only then removes all but the newest `keep`.
+
+    best: the content of the run's `best.safetensors` if it could not be written there.
 
     Raises OSError when the disk is full or fails, CheckpointError for values that are not finite and for a disk that
     gives back other bytes. Then the earlier checkpoints are as they were, and nothing of this one is left."""
@@ -90,7 +95,7 @@ def save_checkpoint(
     _sweep(folder)
     try:
         temporary = folder / f".{final.name}.tmp"
-        _write(temporary, states, state)
+        _write(temporary, states, state, best)
         if fault := find_fault(temporary):
             problem = f"{final}: {fault} right after it was written - check the disk"
             raise CheckpointError(problem, code="damaged-checkpoint")
@@ -146,11 +151,15 @@ def load_checkpoint(
     return progress
 
 
-def _write(temporary: Path, states: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+def _write(
+    temporary: Path, states: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], best: bytes | None
+) -> None:
     def contents() -> Iterator[tuple[str, bytes]]:
         for name, tensors in states.items():  # one after another, because the bytes of each are as large as its tensors
             yield f"{name}.safetensors", serialize(tensors)
         yield "state.json", json.dumps(state, indent=1).encode()
+        if best is not None:
+            yield BEST, best
 
     temporary.mkdir()
     digests = {}

@@ -1,5 +1,6 @@
 """What a run leaves on disk and goes on from: checkpoints and the best weights, also when the disk is full."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,16 +12,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from retina import distributed
-from retina.engine.checkpoint import Progress, load_checkpoint, newest_valid, save_checkpoint
+from retina.engine.checkpoint import BEST, Progress, load_checkpoint, newest_valid, save_checkpoint
 from retina.engine.config import TrainConfig
 from retina.engine.logging import RunLogger
 from retina.engine.meter import Meter
 from retina.engine.optim import ExponentialMovingAverage, Schedule, as_schedule, constant
 from retina.errors import CheckpointError, ConfigError
-from retina.files import write_whole
-from retina.model.weights import DetectorCard, save_detector, serialize
-
-BEST = "best.safetensors"
+from retina.files import advice, write_whole
+from retina.model.weights import DetectorCard, detector_bytes, serialize
 
 
 class TrainState:
@@ -60,8 +59,9 @@ class TrainState:
 class Checkpointer:
     """Reads for all ranks, writes on rank 0, and tells all ranks what could not be written.
 
-    A full disk does not stop the run: the files from before stay, a warning says so, and the next save tries again.
-    What is missing at the end is an error.
+    A full disk does not stop the run for `max_unsaved_minutes`: the files from before stay, a warning says so, and the
+    next save tries again. Best weights that are owed are kept in memory and in the checkpoints, so they survive the
+    process. What is missing at the end is an error.
 
     folder: of the run; None saves nothing.
     card: goes into the header of `best.safetensors`; without one, that file is bare weights.
@@ -79,7 +79,10 @@ class Checkpointer:
         self.folder, self.state, self.card, self.allow_data_change = folder, state, card, allow_data_change
         self.recorder = recorder or RunLogger()
         self.missing: dict[str, str] = {}
-        """What could not be written when it was last tried, and why; the same on all ranks."""
+        """What could not be written when it was last tried, why, and how to mend it; the same on all ranks."""
+        self._failing_since: dict[str, float] = {}
+        self._best: bytes | None = None
+        """On rank 0: the best weights until they are on the disk."""
         self._saved: tuple[int, int] | None = None
 
     def restore(self, annotations: str = "") -> Progress:
@@ -99,7 +102,13 @@ class Checkpointer:
             state.scaler.load_state_dict(progress.scaler)
         state.meter.load_state(progress.meter, state.device)
         self._saved = (progress.step, progress.evaluated)
+        if newest is not None and distributed.on_main(lambda: self._read_owed(Path(newest) / BEST)):
+            self._write_best()
         return progress
+
+    def _read_owed(self, file: Path) -> bool:
+        self._best = file.read_bytes() if file.is_file() else None
+        return self._best is not None
 
     def _newest(self) -> str | None:
         if self.folder is None:
@@ -121,47 +130,86 @@ class Checkpointer:
         self.recorder.warn("the annotations are not those the run began with (allow_data_change)")
 
     def save(self) -> None:
-        """A checkpoint, unless this very state is saved already. Raises CheckpointError, on rank 0 alone, for weights
-        that are not finite."""
+        """A checkpoint, unless this very state is saved already, and what is owed. Raises CheckpointError, on rank 0
+        alone, for weights that are not finite, and when nothing could be saved for too long."""
         state, progress = self.state, self.state.progress
-        if self.folder is None or self._saved == (progress.step, progress.evaluated):
+        self.write_owed()
+        now = (progress.step, progress.evaluated)
+        if self.folder is None or self._saved == now:
             return
-        folder, self._saved = self.folder / "checkpoints", (progress.step, progress.evaluated)
         progress.scaler, progress.meter = state.scaler.state_dict(), state.meter.state()
-        write = partial(save_checkpoint, folder, progress, **state.parts, keep=state.config.keep_checkpoints)
+        options = {**state.parts, "keep": state.config.keep_checkpoints, "best": self._best}
+        write = partial(save_checkpoint, self.folder / "checkpoints", progress, **options)
         with state.meter.paused():
-            self._write("checkpoint", write)
+            if self._write("checkpoint", write):
+                self._saved = now
 
     def save_best(self, metrics: dict[str, float | None]) -> None:
-        """The weights to use. Raises CheckpointError, on rank 0 alone, if they are not finite."""
+        """The weights to use. Raises CheckpointError, on rank 0 alone, if they are not finite, and when nothing could
+        be saved for too long."""
         if self.folder is None:
             return
         file, weights, card = self.folder / BEST, self.state.weights.state_dict(), self.card
-        if card is None:
-            self._write(BEST, lambda: write_whole(file, serialize(weights)))
-        else:
-            described = replace(card, step=self.state.progress.step, metrics=metrics)
-            self._write(BEST, lambda: save_detector(file, weights, described))
 
-    def check(self) -> None:
-        """Raises CheckpointError, on rank 0 alone, if the last attempt to write something failed."""
+        def prepare() -> None:
+            described = replace(card, step=self.state.progress.step, metrics=metrics) if card else None
+            self._best = detector_bytes(file, weights, described) if described else serialize(weights)
+
+        distributed.on_main(prepare)
+        self._write_best()
+
+    def write_owed(self) -> None:
+        """Tries again to write best weights that are not on the disk yet. Raises CheckpointError, on rank 0 alone, when
+        they could not be written for too long."""
+        if BEST in self.missing:
+            self._write_best()
+
+    def _write_best(self) -> None:
+        def write() -> None:
+            assert self.folder is not None
+            assert self._best is not None
+            write_whole(self.folder / BEST, self._best)
+            self._best = None
+
+        self._write(BEST, write)
+
+    def check(self, *, finished: bool) -> None:
+        """Raises CheckpointError, on rank 0 alone, if the last attempt to write something failed, or if the run is
+        finished without its best weights."""
 
         def complain() -> None:
             for what, reason in self.missing.items():
-                problem = f"the last {what} could not be written ({reason})"
-                raise CheckpointError(f"{self.folder}: {problem} - make room", code="not-written")
+                raise CheckpointError(f"{self.folder}: {what} could not be written {reason}", code="not-written")
+            if finished and self.folder is not None and not (file := self.folder / BEST).is_file():
+                fix = "restore it from a copy, or use the last checkpoint"
+                raise CheckpointError(f"{file}: is missing, although the run is at its end - {fix}", code="no-best")
 
         distributed.on_main(complain)
 
-    def _write(self, what: str, write: Callable[[], object]) -> None:
+    def _write(self, what: str, write: Callable[[], object]) -> bool:
+        """Whether it worked."""
+
         def attempt() -> str:
             try:
                 write()
             except OSError as fault:
-                return fault.strerror or str(fault)
+                return self._explain(what, fault)
+            self._failing_since.pop(what, None)
             return ""
 
-        self.missing.pop(what, None)
-        if reason := distributed.on_main(attempt):
-            self.missing[what] = reason
-            self.recorder.warn(f"{self.folder}: {what} could not be written ({reason}) - make room; training goes on")
+        if not (reason := distributed.on_main(attempt)):
+            self.missing.pop(what, None)
+            return True
+        if self.missing.get(what) != reason:
+            self.recorder.warn(f"{self.folder}: {what} could not be written {reason}; training goes on")
+        self.missing[what] = reason
+        return False
+
+    def _explain(self, what: str, fault: OSError) -> str:
+        """Raises CheckpointError when this has failed for too long."""
+        reason, most = f"({fault.strerror or fault}) - {advice(fault)}", self.state.config.max_unsaved_minutes
+        began = self._failing_since.setdefault(what, time.monotonic())
+        if time.monotonic() - began < most * 60:
+            return reason
+        problem = f"{what} could not be written for {most:g} minutes (max_unsaved_minutes)"
+        raise CheckpointError(f"{self.folder}: {problem} {reason}", code="nothing-saved")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from retina import distributed
 from retina.errors import plain
-from retina.files import Appender, write_whole
+from retina.files import Appender, advice, write_whole
 from retina.tracking.curves import draw_curves
 from retina.tracking.screen import Counted, Pace, Screen
 from retina.tracking.trackers import Tracker, flatten
@@ -169,7 +169,9 @@ class RunLogger:
             if kind not in self._failed or last:
                 self._failed.add(kind)
                 reason = getattr(fault, "strerror", None) or f"{type(fault).__name__}: {fault}"
-                goes_on = "" if last else f" - {'make room: ' if full else ''}training goes on"
+                goes_on = (
+                    "" if last else f" - {f'{advice(fault)}: ' if isinstance(fault, OSError) else ''}training goes on"
+                )
                 self._screen.print(line := plain(f"warning: {name}: {reason}{goes_on}"))
                 if not full:
                     self._write_log(line)

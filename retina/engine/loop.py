@@ -22,7 +22,7 @@ from retina.engine.logging import RunLogger
 from retina.engine.meter import LAG, PendingFlags
 from retina.engine.optim import set_learning_rate
 from retina.engine.step import StepResult, parallel, train_step
-from retina.errors import RetinaError
+from retina.errors import ConfigError, RetinaError
 from retina.evaluation.evaluate import Evaluation, StoppedError
 from retina.losses.detection import DetectionLoss
 from retina.losses.diagnose import Diagnosis, prior_is_lost, summarize, with_diagnosis
@@ -55,6 +55,7 @@ def fit(
     checkpointer = checkpointer or Checkpointer(None, state)
     plan = _plan(config, loader, evaluates=evaluate is not None)
     progress = checkpointer.restore(annotations.fingerprint() if annotations else "")
+    plan.refuse_beyond(progress.step)
     recorder.resume(progress.step, pending_evaluation=plan.evaluation_due(progress))
     for module in {state.model, state.weights} if config.compile else ():
         module.compile()
@@ -76,6 +77,8 @@ def fit(
             ends = step == plan.total or progress.stopped_early or stop or ending
             if ends or plan.save_due(progress, retry="checkpoint" in checkpointer.missing):
                 checkpointer.save()
+            elif plan.logs(step):
+                checkpointer.write_owed()
             if ends:
                 break
             # the random state is a function of seed, step and rank: resume needs nothing stored
@@ -95,7 +98,7 @@ def fit(
         raise ending
     if not stop and plan.eval_every is None:
         checkpointer.save_best({})
-    checkpointer.check()
+    checkpointer.check(finished=not stop)
     return stop
 
 
@@ -129,6 +132,12 @@ class _Plan(NamedTuple):
     total: int
     save_every: int
     eval_every: int | None
+
+    def refuse_beyond(self, step: int) -> None:
+        """Raises ConfigError for a checkpoint from which this run could never end."""
+        if step > self.total:
+            problem = f"{self.total} steps in all, but the checkpoint stands at step {step}"
+            raise ConfigError(f"{problem} - train longer, or begin another run", code="beyond-the-end", key="length")
 
     def logs(self, step: int) -> bool:
         """Whether the update that leads to `step` is logged."""

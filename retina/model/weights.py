@@ -55,12 +55,17 @@ def save_detector(file: Path, state: dict[str, Tensor], card: DetectorCard) -> N
     """Writes beside `file` and renames once, so that a reader sees the old file or the new one, never a half.
 
     Raises OSError, or CheckpointError for weights that are not finite; `file` is then unchanged."""
+    write_whole(file, detector_bytes(file, state, card))
+
+
+def detector_bytes(file: Path, state: dict[str, Tensor], card: DetectorCard) -> bytes:
+    """What is to stand in `file`. Raises CheckpointError for weights that are not finite."""
     if key := first_non_finite(state):
         problem = f"{key} is not finite, so nothing was saved - lower the learning rate, or clip the gradients"
         raise CheckpointError(f"{file}: {problem}", code="not-finite")
     data = serialize(state, {"retina": json.dumps({"sha256": _NO_DIGEST, **asdict(card)})})
     digest = hashlib.sha256(data).hexdigest()
-    write_whole(file, data.replace(_NO_DIGEST.encode(), digest.encode(), 1))
+    return data.replace(_NO_DIGEST.encode(), digest.encode(), 1)
 
 
 def serialize(state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:

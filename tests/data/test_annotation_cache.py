@@ -246,8 +246,8 @@ def test_where_the_cache_cannot_be_written_one_warning_says_so(
     read_coco(other, file.parent / "images", report=report)
     told = [line for line in report.warnings if "cannot be kept" in line]
     assert told == [
-        f"{cache}/deep: annotations cannot be kept for the next start (Not a directory) - make room, or set "
-        "the environment variable RETINA_CACHE to another folder, or to nothing"
+        f"{cache}/deep: annotations cannot be kept for the next start (Not a directory) - move what is in "
+        "the way, or set the environment variable RETINA_CACHE to another folder, or to nothing"
     ]
     report.warnings = [line for line in report.warnings if line not in told and str(other) not in line]
     assert_equal((annotations, report), plain)

@@ -15,13 +15,16 @@ from retina.engine.checkpointer import Checkpointer, TrainState
 from retina.engine.config import TrainConfig
 from retina.engine.loop import fit
 from retina.engine.step import train_step
-from retina.errors import RetinaError
+from retina.errors import ConfigError, RetinaError
 from retina.evaluation.evaluate import Evaluation
 from retina.evaluation.metrics import DetectionArrays
 from retina.losses.detection import DetectionLoss
 from retina.types import Batch, Predictions, Targets
 
 SIDE, STRIDE, CLASSES = 64, 16, 2
+
+
+NOTHING = DetectionArrays(*(torch.zeros(0).numpy() for _ in range(4)))
 
 
 class TinyDetector(nn.Module):
@@ -104,16 +107,51 @@ def test_a_plain_loader_resumes_where_it_stopped(tmp_path: Path, accumulate: int
 
 def test_the_best_evaluation_is_remembered_and_patience_ends_the_run(tmp_path: Path) -> None:
     scores = iter([0.1, 0.5, 0.2, 0.3])
-    nothing = DetectionArrays(*(torch.zeros(0).numpy() for _ in range(4)))
 
     def evaluate(model: nn.Module) -> Evaluation:
-        return Evaluation({"AP": next(scores), "AP50": 0.0, "AP75": 0.0, "AR100": 0.0}, nothing, {})
+        return Evaluation({"AP": next(scores), "AP50": 0.0, "AP75": 0.0, "AR100": 0.0}, NOTHING, {})
 
     state = make_state(TrainConfig(length=100, eval_every=2, patience=2))
     assert fit(state, DetectionLoss(), loader(), evaluate=evaluate, checkpointer=Checkpointer(tmp_path, state)) == 0
     assert (state.progress.step, state.progress.best, state.progress.best_step) == (8, 0.5, 4)
     assert state.progress.stopped_early
     assert (tmp_path / "best.safetensors").is_file()
+
+
+def test_what_could_not_be_saved_is_tried_again_before_the_next_save(tmp_path: Path) -> None:
+    """Plain files in the way make the checkpoint of step 2 and the best weights of step 4 fail."""
+    state = make_state(TrainConfig(length=9, eval_every=4, save_every=2, log_every=1))
+    checkpoints, best = tmp_path / "checkpoints", tmp_path / "best.safetensors"
+    checkpoints.touch()
+    seen: list[tuple[int, bool, bool]] = []
+
+    def stopping() -> int:
+        step = state.progress.step
+        seen.append((step, (checkpoints / f"step_{step:08d}").is_dir(), best.is_file()))
+        if step == 2:
+            checkpoints.unlink()
+            (best / "in the way").mkdir(parents=True)
+        if step == 4:
+            (best / "in the way").rmdir()
+            best.rmdir()
+        return 0
+
+    def evaluate(model: nn.Module) -> Evaluation:
+        return Evaluation({"AP": 1 / state.progress.step, "AP50": 0.0, "AP75": 0.0, "AR100": 0.0}, NOTHING, {})
+
+    checkpointer = Checkpointer(tmp_path, state)
+    stopped = fit(state, DetectionLoss(), loader(), evaluate=evaluate, checkpointer=checkpointer, stopping=stopping)
+    assert stopped == 0
+    assert seen[2:6] == [(2, False, False), (3, True, False), (4, True, False), (5, False, True)]
+    assert (state.progress.best, state.progress.best_step) == (0.25, 4)
+
+
+def test_a_checkpoint_beyond_the_end_is_refused(tmp_path: Path) -> None:
+    state = make_state(TrainConfig(length=3, save_every=1))
+    fit(state, DetectionLoss(), loader(), checkpointer=Checkpointer(tmp_path, state))
+    state = make_state(TrainConfig(length=2, save_every=1))
+    with refused("beyond-the-end", "length", "step 3", kind=ConfigError):
+        fit(state, DetectionLoss(), loader(), checkpointer=Checkpointer(tmp_path, state), stopping=lambda: 15)
 
 
 def test_skipped_updates_are_not_silent_without_a_recorder(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from children import on_small_disk
+from children import on_small_disk, remount_read_only
+from faults import refused
 from retina.cli.run_folder import open_run
 from retina.engine.checkpoint import Progress, find_fault, newest_valid, save_checkpoint
+from retina.engine.checkpointer import Checkpointer, TrainState
+from retina.engine.config import TrainConfig
 from retina.engine.logging import RunLogger
 from retina.engine.optim import ExponentialMovingAverage
-from retina.errors import ConfigError
+from retina.errors import CheckpointError, ConfigError
 from retina.model.weights import DetectorCard, read_card, save_detector
 from retina.tracking.trackers import TensorBoard
 
@@ -160,10 +163,25 @@ def test_what_found_no_room_to_the_end_is_said_to_be_lost(tmp_path: Path, capfd:
     assert "metrics.jsonl" in metrics
 
 
+def test_a_disk_that_became_read_only_is_named_and_ends_the_run(tmp_path: Path) -> None:
+    def task() -> None:
+        model = nn.Linear(2, 2)
+        state = TrainState(model, torch.optim.SGD(model.parameters()), TrainConfig(max_unsaved_minutes=0.0))
+        checkpointer = Checkpointer(tmp_path, state)
+        remount_read_only(tmp_path)
+        state.progress.step = 1
+        with refused("nothing-saved", tmp_path, "Read-only file system", "mount", kind=CheckpointError):
+            checkpointer.save()
+        with refused("nothing-saved", "best.safetensors", "mount", kind=CheckpointError):
+            checkpointer.save_best({})
+
+    assert on_small_disk(tmp_path, MEGABYTES, task) == 0
+
+
 def test_a_full_disk_is_found_before_anything_else(tmp_path: Path) -> None:
     def task() -> None:
         fill(tmp_path, free=0)
-        with pytest.raises(ConfigError, match=r"run: cannot be written \(No space left on device\) - make room"):
+        with refused("not-written", "run", "No space left on device", "make room", kind=ConfigError):
             open_run(tmp_path / "run", {"name": "run"}, overwrite=False)
 
     assert on_small_disk(tmp_path, MEGABYTES, task) == 0
