@@ -6,6 +6,8 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ from PIL import Image
 
 import retina
 from faults import refused
+from retina.data.coco import read_coco
 from retina.data.images import read_image
+from retina.data.transforms import eval_pipeline
 from retina.detections import postprocess
 from retina.errors import CheckpointError, ConfigError, DataError
+from retina.evaluation.metrics import DetectionArrays, coco_metrics
 from retina.inference import Detector, as_array, check_postprocess
 from retina.model.retinanet import retinanet
-from retina.model.weights import DetectorCard, read_card, save_detector
+from retina.model.weights import DetectorCard, load_detector, read_card, save_detector
 from retina.types import Detections
 from tiny import PREPROCESSING, write_tiny_data, write_tiny_run
 
@@ -105,6 +110,61 @@ def test_exif_rotation_of_files(detector: Detector, files: list[Path], tmp_path:
     exif[0x0112] = 6  # stored lying on its side
     image.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
     assert_equal(detector.predict([tmp_path / "turned.png"]), detector.predict([image]))
+
+
+def test_evaluation_and_prediction_agree_whatever_lies_in_a_batch(run: Path, tmp_path: Path) -> None:
+    """Images of different sizes, a head that normalises over its maps, and a backbone whose BatchNorm was trained."""
+    card = read_card(run / "best.safetensors")
+    torch.manual_seed(1)
+    model = retinanet(**card.model | {"head_norm": "group", "norm": "batch"})
+    with torch.no_grad():
+        model.head.classification.predict.weight.normal_(std=0.3)
+        model.head.box.predict.weight.normal_(std=0.05)
+    weights = tmp_path / "best.safetensors"
+    save_detector(weights, model.state_dict(), replace(card, model=model.arguments))
+    detector = Detector.load(weights)
+    rng, files = np.random.default_rng(0), []
+    sizes = [(96, 64), (64, 96), (96, 40), (64, 64), (90, 30)]  # width, height
+    for number, size in enumerate(sizes):
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        files.append(tmp_path / f"{number}.png")
+        coarse.resize(size, Image.Resampling.BICUBIC).save(files[-1])
+    alone = detector.predict(files, batch_size=1)
+    for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
+        for batch_size in (2, 3, 5):
+            found = detector.predict([files[i] for i in order], batch_size=batch_size)
+            assert_equal(found, [alone[i] for i in order], tolerance=1e-3)
+
+    objects = []  # those of the second to the sixth detection: what comes before or after them is wrong
+    for image, one in enumerate(alone):
+        objects += [(image, box, label) for box, label in zip(one.boxes.tolist(), one.labels.tolist(), strict=True)][
+            1:6
+        ]
+    content = {
+        "images": [
+            {"id": i, "file_name": f"{i}.png", "width": width, "height": height}
+            for i, (width, height) in enumerate(sizes)
+        ],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(card.classes)],
+        "annotations": [
+            {"id": n, "image_id": i, "category_id": k, "bbox": [x1, y1, x2 - x1, y2 - y1], "area": 1, "iscrowd": 0}
+            for n, (i, (x1, y1, x2, y2), k) in enumerate(objects)
+        ],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    annotations = read_coco(tmp_path / "a.json", tmp_path)
+    precisions = []
+    for batch_size in (1, 2, 5):
+        loader = retina.eval_loader(annotations, eval_pipeline(64, 96), batch_size=batch_size, canvas=detector.canvas)
+        model, _ = load_detector(weights, torch.device("cpu"))
+        options = {"postprocess": partial(postprocess, **card.postprocess)}
+        precisions.append(retina.evaluate(model, loader, annotations, **options).metrics["AP"])
+    indices = np.repeat(np.arange(len(files)), [len(one.scores) for one in alone])
+    boxes, scores, labels = (torch.cat(parts).numpy().astype(float) for parts in zip(*alone, strict=True))
+    arrays = DetectionArrays(indices, boxes, scores, labels.astype(np.int64))
+    precisions.append(coco_metrics(annotations, arrays)["AP"])
+    assert 0.1 < precisions[0] < 1
+    assert precisions == pytest.approx([precisions[0]] * 4, abs=1e-3)
 
 
 def test_batches_do_not_mix_images(detector: Detector, files: list[Path]) -> None:
