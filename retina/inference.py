@@ -18,7 +18,7 @@ from retina.data.transforms import Sample, eval_pipeline
 from retina.detections import count_non_finite, postprocess, refuse_non_finite, to_original
 from retina.distributed import choose_device
 from retina.errors import CheckpointError, check_choice
-from retina.model.backbone import merge_norms
+from retina.model.folding import merge_norms
 from retina.model.retinanet import RetinaNet
 from retina.model.weights import DetectorCard, load_detector
 from retina.types import DTYPES, Batch, Detections, Predictions, to_device

@@ -15,7 +15,7 @@ from torch import Tensor
 from retina.interop import mmdetection, programs, torchvision
 from retina.interop.foreign import Foreign, Source, refusal, some
 from retina.interop.restricted_pickle import load_arrays
-from retina.model.backbone import read_weights
+from retina.model.pretrained import read_weights
 
 FOREIGN_SUFFIXES = (".pkl", ".pickle", ".pth", ".pt", ".bin")
 

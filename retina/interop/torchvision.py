@@ -21,7 +21,7 @@ from torchvision.models import get_model_weights
 
 from retina.errors import ConfigError
 from retina.interop.foreign import Conventions, Foreign, Rule, Source, rename, resnet_rules, tower_rules
-from retina.model.backbone import fetch
+from retina.model.pretrained import fetch
 from retina.model.retinanet import RetinaNet
 
 NAMES = {"backbone.body.conv1.weight", "head.classification_head.cls_logits.weight"}

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from retina.ops.norm import normalize_content
+from retina.ops.kernels.norm import normalize_content
 
 
 class Content:

@@ -11,11 +11,12 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from retina.errors import ConfigError, check_choice
-from retina.model.backbone import ResNet, load_backbone, read_weights
+from retina.model.backbone import ResNet
 from retina.model.content import Content
 from retina.model.fpn import NECKS
 from retina.model.head import Head
 from retina.model.parts import check_backbone, make_part
+from retina.model.pretrained import load_backbone, read_weights
 from retina.model.timm_backbone import PREFIX, TimmBackbone
 from retina.ops.anchors import AnchorGenerator
 from retina.ops.boxes import distances_to_deltas, mean_distances

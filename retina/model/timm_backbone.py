@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from retina.errors import CheckpointError, ConfigError, check_choice
-from retina.model.backbone import check_frozen_stages, first_line, is_file_name, load_backbone, read_weights
+from retina.model.backbone import check_frozen_stages
+from retina.model.pretrained import first_line, is_file_name, load_backbone, read_weights
 
 PREFIX = "timm:"
 """`backbone` is `timm:NAME`, with timm's own name, which may end in `.TAG` of its weights."""

@@ -17,7 +17,7 @@ from interop.states import body, detectron2, filled, mmdetection, yhenon
 from retina.errors import CheckpointError
 from retina.interop.convert import convert_detector
 from retina.interop.read import read_foreign, read_source
-from retina.model.backbone import read_weights
+from retina.model.pretrained import read_weights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "reliability"))
 import hostile

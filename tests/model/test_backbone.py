@@ -13,7 +13,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from faults import refused
 from retina.errors import CheckpointError, ConfigError
-from retina.model.backbone import RESNETS, ResNet, read_weights
+from retina.model.backbone import RESNETS, ResNet
+from retina.model.pretrained import read_weights
 from retina.model.retinanet import retinanet
 
 

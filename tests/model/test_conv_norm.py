@@ -8,11 +8,11 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from retina.model.backbone import (
+from retina.model.backbone import ResNet
+from retina.model.folding import (
     FoldedBatchNorm2d,
     FoldedFrozenBatchNorm2d,
     FoldingConv2d,
-    ResNet,
     fold_norms,
     merge_norms,
 )

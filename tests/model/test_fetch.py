@@ -5,7 +5,7 @@ import torch
 
 from faults import refused
 from retina.errors import CheckpointError
-from retina.model.backbone import fetch
+from retina.model.pretrained import fetch
 
 URL = "https://download.pytorch.org/models/some_model-0123abcd.pth"
 

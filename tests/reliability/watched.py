@@ -93,7 +93,8 @@ from retina.data.shapes import write_shapes  # noqa: E402
 from retina.data.transforms import Pipeline  # noqa: E402, F401  (it keeps albumentations from calling the network)
 from retina.engine.config import from_mapping  # noqa: E402
 from retina.errors import RetinaError  # noqa: E402
-from retina.model.backbone import ResNet, read_weights  # noqa: E402
+from retina.model.backbone import ResNet  # noqa: E402
+from retina.model.pretrained import read_weights  # noqa: E402
 from retina.model.weights import load_detector, read_card  # noqa: E402
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retina.ops.norm import normalize_content
+from retina.ops.kernels.norm import normalize_content
 
 SIZES = [(5, 7), (3, 2), (6, 4)]
 

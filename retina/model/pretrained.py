@@ -1,0 +1,115 @@
+"""Weights that a backbone starts from: published ones of ImageNet, and files of other programs. Beside the road."""
+
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from retina.errors import CheckpointError, check_choice
+
+
+def imagenet_state(name: str, weights: str) -> dict[str, Tensor]:
+    """The state dict of torchvision's classifier `name`: by a name of its weights (`DEFAULT`, ...) or from a file.
+
+    Raises CheckpointError for a file that is missing, unreadable or cannot be fetched, ConfigError for another name."""
+    if is_file_name(weights):
+        return read_weights(Path(weights))
+    known = torchvision.models.get_model_weights(name)
+    check_choice(weights, ["DEFAULT", *(entry.name for entry in known), "FILE", None], "weights")
+    otherwise = "give weights=FILE, or null to train from scratch"
+    # torchvision's own loader would unpickle any file in the cache
+    return read_weights(fetch(known[weights].url, f"{weights} of {name}", otherwise, key="weights"))
+
+
+def load_backbone(module: nn.Module, state: dict[str, Tensor], *, name: str, weights: str) -> None:
+    """Loads `state`, which may hold more than `module` (a classifier, a detector of ours).
+
+    Raises CheckpointError if a tensor of the module is missing or has another shape."""
+    prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    expected = module.state_dict()
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    wrong = [key for key in expected if key in state and expected[key].shape != state[key].shape]
+    if missing or wrong:
+        key = (missing or wrong)[0]
+        raise CheckpointError(
+            f"{weights}: {key}: {'missing' if missing else 'of another shape'}, so these are not weights of {name} "
+            f"with this norm - give the file that belongs to backbone={name}",
+            code="other-model",
+        )
+    module.load_state_dict({key: state[key] for key in expected if key in state}, strict=False)
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """State dict of a `.safetensors` file, or of a `.pth` / `.pt` file by `weights_only=True`: no code is run.
+
+    Raises CheckpointError for a file that is missing, damaged, larger when unpacked, or holds anything but named dense
+    tensors (with `state_dict` or `model` around them, as trainers write)."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file - give an existing .safetensors or .pth file", code="no-file")
+    try:
+        state = load_file(file) if file.suffix == ".safetensors" else _load_pickled(file)
+    except (SafetensorError, OSError) as fault:
+        problem = f"cannot be read ({first_line(fault)}) - fetch it again"
+        raise CheckpointError(f"{file}: {problem}", code="unreadable-file") from None
+    except Exception as fault:  # torch.load raises many types on foreign bytes
+        problem = f"not a plain state dict ({first_line(fault)[:120]}) - save it as safetensors"
+        raise CheckpointError(f"{file}: {problem}", code="no-state-dict") from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(k, str) and _is_dense(v) for k, v in state.items()):
+        problem = "not a plain state dict - save only model.state_dict()"
+        raise CheckpointError(f"{file}: {problem}", code="no-state-dict")
+    return state
+
+
+def _load_pickled(file: Path) -> Any:
+    if tarfile.is_tarfile(file):  # torch would unpack the archive before it looks at the content
+        raise ValueError("a tar archive, as torch wrote before 2017")
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:  # torch never compresses
+                raise ValueError("compressed, and larger than it says")
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _is_dense(value: Any) -> bool:
+    """Whether it is a tensor whose numbers can be copied."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_quantized)
+
+
+def first_line(fault: Exception) -> str:
+    return next(iter(str(fault).splitlines()), type(fault).__name__)[:200]
+
+
+def is_file_name(weights: str) -> bool:
+    """Whether the argument `weights` is a file, not a name."""
+    return Path(weights).suffix in {".safetensors", ".pth", ".pt"} or "/" in weights
+
+
+def fetch(url: str, name: str, otherwise: str, *, key: str = "") -> Path:
+    """The file behind `url` in torch's cache, downloaded if it is not there.
+
+    name: of the weights, for the error. otherwise: what else a user could do. key: the argument that asked for them.
+
+    Raises CheckpointError naming the file to bring, and where."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not file.is_file():
+        digest = file.stem.rpartition("-")[2]  # the first digits of its SHA-256
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file), digest, progress=sys.stderr.isatty())
+        except (URLError, OSError, RuntimeError) as fault:
+            problem = f"{name} could not be downloaded ({fault})"
+            fix = f"put {file.name} into {file.parent}, or {otherwise}"
+            raise CheckpointError(f"{problem} - {fix}", code="download", key=key) from None
+    return file
