@@ -218,20 +218,25 @@ def check_annotations(
     name_of: Mapping[int, str],
     classes: Sequence[str],
     report: DataReport,
-) -> list[int]:
-    """Positions of the annotations that are whole, of a sound image, and of a category that is one of `classes`."""
+) -> tuple[list[int], set[int]]:
+    """Positions of the annotations that are whole, of a sound image, and of a category that is one of `classes`; and
+    the ids of images that have others."""
     names = images.left_out | {image.id: image.name for image in images.sound}
     known = {category_id for category_id, name in name_of.items() if name in classes}
     outside: Counter[int] = Counter()
     sound = []
+    faulty: set[int] = set()
     for position, record in enumerate(records):
         problem = _annotation_problem(record, names, name_of)
         if problem and images.ids_unclear and problem.startswith("image_id "):
             continue
         if problem:
             report.faults.append(f"{file}: {describe(record, position, names)}: {problem}")
+            if isinstance(record, dict) and _is_id(record.get("image_id")):
+                faulty.add(record["image_id"])
         elif record["category_id"] not in known:
             outside[record["category_id"]] += 1
+            faulty.add(record["image_id"])
         elif record["image_id"] not in images.left_out:
             sound.append(position)
     for category_id, count in outside.items():
@@ -251,7 +256,7 @@ def check_annotations(
             f"{file}: annotations: id {some(twice)} used more than once - renumber them for other tools; here they are "
             "not used"
         )
-    return sound
+    return sound, faulty
 
 
 def describe(record: Any, position: int, names: Mapping[int, str]) -> str:

@@ -21,6 +21,7 @@ from retina.data.checks import (
     DataReport,
     Images,
     RecordsError,
+    around_rotated,
     box_problems,
     check_annotations,
     check_categories,
@@ -30,6 +31,7 @@ from retina.data.checks import (
     describe,
 )
 from retina.data.document import listing, parse_document, read_bytes
+from retina.data.oddities import record_oddities, rotations
 from retina.errors import DataError
 from retina.files import write_whole
 
@@ -51,8 +53,8 @@ def read_coco(
     Missing (or null) `iscrowd` reads as 0 and `area` as width * height. Whether the images exist is not checked here,
     only that no name, by its spelling or by a symbolic link, leads out of `image_root`, unless `allow_outside`.
 
-    With `skip_faulty`, faulty annotations are left out, and faulty images together with their annotations; `report`
-    lists them. Warnings go to `report` in any case.
+    With `skip_faulty`, faulty annotations are left out, and faulty images together with their annotations, and images
+    that have none but faulty ones; `report` lists them. Warnings go to `report` in any case.
 
     Raises DataError if the file is missing, not JSON, not built like an annotation file, or has all its boxes in
     another convention; RecordsError, which lists all faults, if single records are wrong. With `skip_faulty` it is
@@ -103,10 +105,10 @@ def _parse(
     classes = request.classes
     if classes is None:
         classes = [name_of[category_id] for category_id in sorted(name_of)]
-    positions = check_annotations(file, document["annotations"], images, name_of, classes, findings)
+    positions, faulty = check_annotations(file, document["annotations"], images, name_of, classes, findings)
     records = [document["annotations"][position] for position in positions]
-    annotations = _arrange(file, image_root, classes, name_of, images, records, positions, findings)
-    if findings.faults and not (skip_faulty and images.sound):
+    annotations = _arrange(file, image_root, classes, name_of, images, records, positions, faulty, findings)
+    if findings.faults and not (skip_faulty and len(annotations)):
         raise RecordsError(findings.faults)
     reading = CachedAnnotations(annotations, findings.faults, report.warnings[known_warnings:])
     complaint = annotation_cache.store(entry, reading, allow_outside=request.allow_outside) if entry else None
@@ -123,30 +125,44 @@ def _arrange(
     images: Images,
     records: list[dict[str, Any]],
     positions: list[int],
+    faulty: set[int],
     report: DataReport,
 ) -> Annotations:
     """Sound records as columns, the objects of an image beside each other. Boxes that do not fit go to `report`.
 
+    An image is left out if all its annotations are faulty, those of `faulty` images among them: it is no negative.
     Raises DataError if all boxes are in another convention."""
-    row_of = {image.id: row for row, image in enumerate(images.sound)}
+    size_of = {image.id: image.size for image in images.sound}
     names = {image.id: image.name for image in images.sound}
-    image_sizes = np.array([image.size for image in images.sound], dtype=np.int64).reshape(-1, 2)
-    rows = np.array([row_of[a["image_id"]] for a in records], dtype=np.int64)
+    image_ids = np.array([a["image_id"] for a in records], dtype=np.int64)
     xywh = np.array([a["bbox"] for a in records], dtype=np.float64).reshape(-1, 4)
-    if convention := convention_problem(xywh, image_sizes[rows]):
+    object_sizes = np.array([size_of[image_id] for image_id in image_ids.tolist()], dtype=np.int64).reshape(-1, 2)
+    if convention := convention_problem(xywh, object_sizes):
         raise DataError(f"{file}: annotations: {convention}", code="box-convention")
-    kept = np.ones(len(rows), dtype=np.bool_)
-    for problem in box_problems(xywh, image_sizes[rows]):
+    report.warnings += record_oddities(file, records, xywh)
+    degrees = rotations(records)
+    if turned := int(np.count_nonzero(degrees)):
+        xywh = np.where(degrees[:, None] != 0, around_rotated(xywh, degrees), xywh)
+        state = (
+            f"{turned} boxes are turned (`attributes.rotation`, as CVAT has it): the upright boxes around them count"
+        )
+        report.warnings.append(f"{file}: annotations: {state} - nothing to do here; other tools take the unturned ones")
+    kept = np.ones(len(image_ids), dtype=np.bool_)
+    for problem in box_problems(xywh, object_sizes):
         line = f"{file}: {describe(records[problem.row], positions[problem.row], names)}: {problem.text}"
         (report.faults if problem.is_fault else report.warnings).append(line)
         kept[problem.row] = not problem.is_fault
+    emptied = (faulty | {*image_ids[~kept].tolist()}) - {*image_ids[kept].tolist()}
+    sound = [image for image in images.sound if image.id not in emptied]
+    row_of = {image.id: row for row, image in enumerate(sound)}
+    rows = np.array([row_of.get(image_id, -1) for image_id in image_ids.tolist()], dtype=np.int64)
 
     id_of = {name: category_id for category_id, name in name_of.items()}
     label_of = {id_of[name]: label for label, name in enumerate(classes) if name in id_of}
     labels = np.array([label_of[a["category_id"]] for a in records], dtype=np.int64)
     crowd = np.array([bool(a.get("iscrowd")) for a in records], dtype=np.bool_)
     areas = np.array([a.get("area") for a in records], dtype=np.float64)  # None becomes nan
-    encoded = [image.name.encode("utf-8", "surrogatepass") for image in images.sound]
+    encoded = [image.name.encode("utf-8", "surrogatepass") for image in sound]
     order = np.flatnonzero(kept)[np.argsort(rows[kept], kind="stable")]
     xywh, areas = xywh[order], areas[order]
     return Annotations(
@@ -154,9 +170,9 @@ def _arrange(
         image_root=image_root,
         classes=tuple(classes),
         category_ids=tuple(id_of.get(name) for name in classes),
-        image_ids=np.array([image.id for image in images.sound], dtype=np.int64),
-        sizes=image_sizes,
-        offsets=_offsets(np.bincount(rows[kept], minlength=len(images.sound))),
+        image_ids=np.array([image.id for image in sound], dtype=np.int64),
+        sizes=np.array([image.size for image in sound], dtype=np.int64).reshape(-1, 2),
+        offsets=_offsets(np.bincount(rows[kept], minlength=len(sound))),
         boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
         labels=labels[order],
         crowd=crowd[order],

@@ -21,6 +21,7 @@ from retina.data.checks import DataReport, some
 from retina.data.coco import Annotations
 from retina.data.image_files import SWAPPING, opened, turn_of
 from retina.data.images import image_size, read_image
+from retina.data.oddities import content_oddities
 from retina.data.paths import Folder, is_listed, list_folders, parted
 from retina.errors import DataError
 
@@ -49,6 +50,7 @@ def examine(splits: Mapping[str, Annotations], report: DataReport, *, max_pixels
     for split, annotations in splits.items():
         files[split] = check_files(annotations, max_pixels=max_pixels)
         report.faults += [*files[split].bad.values(), *check_objects(annotations)]
+    report.warnings += content_oddities(splits)
     if "train" in splits and "val" in splits and splits["train"] is not splits["val"]:
         compare_splits(splits["train"], splits["val"], report, files)
     return files
@@ -91,9 +93,13 @@ def undecodable(annotations: Annotations, rows: Iterable[int], *, max_pixels: in
 
 def check_objects(annotations: Annotations) -> list[str]:
     """A fault if there is nothing to detect at all."""
-    if annotations.num_objects:
+    edges = np.repeat(annotations.sizes[:, [1, 0]], np.diff(annotations.offsets), axis=0)
+    sides = np.minimum(annotations.boxes[:, 2:], edges) - np.maximum(annotations.boxes[:, :2], 0)
+    if (~annotations.crowd & (sides > 0).all(axis=1)).any():  # training leaves out the others
         return []
-    state = "are crowd regions only" if len(annotations.labels) else "are empty"
+    state = "are empty"
+    if len(annotations.labels):
+        state = "are boxes without area only" if annotations.num_objects else "are crowd regions only"
     problem = f"{state}: nothing to learn and nothing to score"
     return [f"{annotations.file}: annotations: {problem} - annotate some images, or give another file"]
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from programs import Program
+
 Tool = Callable[..., int]
 Capture = pytest.CaptureFixture[str]
 

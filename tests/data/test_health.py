@@ -21,16 +21,19 @@ def split(
     names: Sequence[str],
     *,
     labels: Sequence[int] = (1,),
-    categories: Sequence[tuple[int, str]] = ((1, "cat"), (2, "dog")),
+    categories: Sequence[tuple[int, str]] | None = None,
     classes: Sequence[str] | None = None,
     colour: int = 0,
     draw: bool = True,
 ) -> Annotations:
     """Images of one colour each, the same sizes and very likely the same lengths; one object per label on each."""
+    categories = categories or [(k, name) for k, name in ((1, "cat"), (2, "dog")) if k in labels or classes]
     content = {
         "images": [{"id": i, "file_name": name, "width": SIZE[0], "height": SIZE[1]} for i, name in enumerate(names)],
         "annotations": [
-            {"image_id": i, "category_id": k, "bbox": [1, 1, 9, 9]} for i in range(len(names)) for k in labels
+            {"image_id": i, "category_id": k, "bbox": [1 + n, 1, 9, 9]}
+            for i in range(len(names))
+            for n, k in enumerate(labels)
         ],
         "categories": [{"id": i, "name": name} for i, name in categories],
     }
