@@ -40,7 +40,6 @@ class Tower(nn.Module):
                 layers.append(GroupNorm(math.gcd(32, channels), channels))
             layers.append(nn.ReLU(inplace=True))
         self.convs = nn.Sequential(*layers)
-        self.before_relu = GroupNorm if norm else nn.Conv2d
         last_channels = channels if num_convs else in_channels
         self.predict = nn.Conv2d(last_channels, num_anchors * num_outputs, 3, padding=1)
         self.num_outputs = num_outputs
@@ -56,9 +55,9 @@ class Tower(nn.Module):
         numbers, quality = [], []
         for hidden, mask in zip(features, masks, strict=True):
             for layer in self.convs:
+                if mask is not None and isinstance(layer, nn.ReLU):
+                    hidden = hidden.mul_(mask.to(hidden.dtype))  # before the ReLU, which needs its own result
                 hidden = layer(hidden, mask) if isinstance(layer, GroupNorm) else layer(hidden)
-                if mask is not None and isinstance(layer, self.before_relu):
-                    hidden = hidden.mul_(mask.to(hidden.dtype))
             numbers.append(_by_anchor(self.predict(hidden), self.num_outputs))
             if self.quality is not None:
                 quality.append(_by_anchor(self.quality(hidden), 1).squeeze(-1))
