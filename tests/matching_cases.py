@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from retina.ops.anchors import AnchorGenerator, Anchors
-from retina.ops.matching import Matches, match_boxes
+from retina.ops.kernels.matching_forms import match_boxes
+from retina.ops.matching import Matches
 
 THRESHOLDS = [(0.5, 0.4), (0.5, 0.5), (0.7, 0.3), (0.5, 0.0), (0.3, 0.05), (1.0, 0.9), (0.01, 0.0)]
 

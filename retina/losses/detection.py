@@ -26,7 +26,7 @@ from retina.types import Assignment, Losses, Predictions, Targets
 class DetectionLoss:
     """RetinaNet's criterion. Returns sums, which the caller divides by the positives of the whole optimizer step.
 
-    Anchors of all levels are matched together per image (`retina.ops.matching.match_boxes`), because an object's best
+    Anchors of all levels are matched together per image (`retina.ops.matching`), because an object's best
     anchor is its best over all levels. An anchor that is not positive and has at least `positive_iou` of its own area
     inside one crowd region (half of it with other assigners than `MaxIoU`) is ignored, as COCO scores crowds.
 

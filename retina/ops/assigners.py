@@ -11,7 +11,8 @@ from torch import Tensor
 
 from retina.ops.anchors import Anchors
 from retina.ops.boxes import decode, encode_distances, paired_iou, pairwise_iou
-from retina.ops.matching import check_thresholds, match_boxes
+from retina.ops.kernels.matching_forms import match_boxes
+from retina.ops.matching import check_thresholds
 from retina.types import Assignment, Predictions, Targets
 
 # Pairs of an anchor and an object that are compared at a time: in the second-level cache, or bounding the memory.
@@ -31,7 +32,7 @@ class Assigner(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class MaxIoU:
     """The paper's rule: positive from `positive_iou` on, negative below `negative_iou`, ignored between; with
-    `low_quality` every object also gets its best anchors. See `retina.ops.matching.match_boxes`.
+    `low_quality` every object also gets its best anchors. See `retina.ops.matching`.
 
     Raises ValueError for thresholds out of order.
     Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, section 4 "Anchors"."""

@@ -9,7 +9,7 @@ from torchvision.models.detection.retinanet import _default_anchorgen
 
 from retina.ops.anchors import AnchorGenerator, Anchors
 from retina.ops.boxes import box_area
-from retina.ops.matching import match_boxes
+from retina.ops.kernels.matching_forms import match_boxes
 
 SIZES = (32.0, 64.0, 128.0, 256.0, 512.0)
 STRIDES = (8, 16, 32, 64, 128)

@@ -5,7 +5,8 @@ from torchvision.models.detection._utils import Matcher
 
 import matching_cases
 from retina.ops.anchors import AnchorGenerator
-from retina.ops.matching import _match_boxes, match, match_boxes
+from retina.ops.kernels.matching_forms import _match_boxes, match_boxes
+from retina.ops.matching import match
 
 
 def everything(num_objects: int) -> Tensor:

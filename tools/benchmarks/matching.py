@@ -7,7 +7,8 @@ from torchvision.ops import box_iou
 
 from retina.lab.clock import Bench, Row, speedup
 from retina.ops.anchors import AnchorGenerator
-from retina.ops.matching import Matches, match_boxes
+from retina.ops.kernels.matching_forms import match_boxes
+from retina.ops.matching import Matches
 
 STRIDES = (8, 16, 32, 64, 128)
 

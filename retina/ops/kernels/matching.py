@@ -25,7 +25,7 @@ def match_on_gpu(
     negative_iou: float,
     low_quality: bool,
 ) -> tuple[Int64[Tensor, "B A"], Bool[Tensor, "B A"], Bool[Tensor, "B A"]]:
-    """Index, positive and negative of `retina.ops.matching.match_boxes`, the same as from the whole matrix."""
+    """Index, positive and negative of `match_boxes`, the same as from the whole matrix."""
     shape = len(boxes), len(anchors)
     index = torch.empty(shape, dtype=torch.int64, device=boxes.device)
     positive, negative = (torch.empty(shape, dtype=torch.bool, device=boxes.device) for _ in range(2))

@@ -60,7 +60,7 @@ def match_in_windows(
     negative_iou: float,
     low_quality: bool,
 ) -> tuple[Int64[Tensor, "B A"], Bool[Tensor, "B A"], Bool[Tensor, "B A"]]:
-    """Index, positive and negative of `retina.ops.matching.match_boxes`, the same as from the whole matrix."""
+    """Index, positive and negative of `match_boxes`, the same as from the whole matrix."""
     grids, num_anchors = _grids(anchors), sum(map(len, anchors))
     image, number = valid.numpy().nonzero()
     objects = boxes.numpy()[image, number]

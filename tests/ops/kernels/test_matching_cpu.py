@@ -7,7 +7,8 @@ import matching_cases
 from retina.ops.anchors import AnchorGenerator, Anchors
 from retina.ops.kernels import matching_cpu
 from retina.ops.kernels.matching_cpu import match_in_windows
-from retina.ops.matching import Matches, match_boxes
+from retina.ops.kernels.matching_forms import match_boxes
+from retina.ops.matching import Matches
 
 PYRAMID = AnchorGenerator((32.0, 64.0, 128.0, 256.0, 512.0))
 STRIDES = (8, 16, 32, 64, 128)
