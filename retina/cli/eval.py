@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from retina.cli.build import call
 from retina.cli.compose import entry
 from retina.cli.data import data_of, drop_nulls, load_split, open_split, progress, unreadable_images
-from retina.cli.run_folder import read_settings
+from retina.cli.run_folder import open_evaluation, read_settings
 from retina.errors import ConfigError, check, check_choice
 
 if TYPE_CHECKING:
@@ -71,12 +71,12 @@ def score_file(config: EvalConfig) -> int:
     results, output = Path(str(config.detections)), Path(str(config.output))
     data = data_of({}, config.data, {})
 
-    from retina.evaluation.metrics import coco_metrics
-    from retina.evaluation.results import read_results, write_metrics
+    from retina.evaluation.metrics import coco_metrics, write_metrics
+    from retina.evaluation.results import read_results
 
     annotations = load_split(data, config.split, images_needed=False)
     metrics = coco_metrics(annotations, read_results(results, annotations))
-    open_output(output)
+    open_evaluation(output)
     write_metrics(output / "metrics.json", metrics)
     report(config, annotations, metrics, results, f"{output / 'metrics.json'}")
     return 0
@@ -97,8 +97,8 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
     from retina.data.coco import write_results
     from retina.detections import postprocess
     from retina.evaluation.evaluate import evaluate
+    from retina.evaluation.metrics import write_metrics
     from retina.evaluation.pictures import write_evaluation_pictures
-    from retina.evaluation.results import write_metrics
     from retina.inference import Detector, check_postprocess
 
     device = call(distributed.choose_device, "device", name=config.device)
@@ -108,7 +108,7 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
         call(check_postprocess, "postprocess", options=options)
         data = data_of(trained, config.data, detector.card.preprocessing)
         output = Path(config.output) if config.output else folder / "eval"
-        distributed.on_main(lambda: open_output(output))
+        distributed.on_main(lambda: open_evaluation(output))
         annotations, loader = open_split(data, config.split, detector, output, batch_size=config.batch_size)
         metrics, detections, _ = evaluate(
             detector.model,
@@ -138,7 +138,7 @@ def report(
     config: EvalConfig, annotations: "Annotations", metrics: dict[str, Any], results: Path, written: str
 ) -> None:
     """Prints the metrics, what was written, and our numbers beside those of the other scorer."""
-    from retina.evaluation.results import format_metrics
+    from retina.evaluation.metrics import format_metrics
 
     print(f"{format_metrics(metrics)}\n\nwritten: {written}")
     if config.scorer:
@@ -157,26 +157,3 @@ def keep_known(annotations: "Annotations", detections: "DetectionArrays") -> "De
     if not known.all():
         print(f"{np.count_nonzero(~known)} detections are of classes that {annotations.file} does not have: left out")
     return type(detections)(*(values[known] for values in detections))
-
-
-def open_output(output: Path) -> None:
-    """Makes the folder. Raises ConfigError for one that holds anything but an earlier evaluation."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for pattern in (".metrics.json.tmp", ".detections.json.*tmp", ".data_report.json.*tmp"):  # what a kill left
-            for leftover in output.glob(pattern):
-                leftover.unlink()
-        others = [entry for entry in output.iterdir() if entry.name != "data_report.json"]
-        strangers = others and not is_evaluation(output / "metrics.json")
-    except OSError as fault:
-        problem = f"{output} cannot be written ({fault.strerror}) - choose another folder"
-        raise ConfigError(problem, code="not-written", key="output") from None
-    if strangers:
-        raise ConfigError(f"{output} holds other files - choose another folder", code="output-taken", key="output")
-
-
-def is_evaluation(metrics: Path) -> bool:
-    try:
-        return "per_class" in json.loads(metrics.read_bytes())
-    except (OSError, ValueError, TypeError):
-        return False

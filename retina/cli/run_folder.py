@@ -1,5 +1,6 @@
 """The folder of a run: whose it is, whether it may be continued, and what of its settings changed."""
 
+import json
 import os
 import shutil
 import socket
@@ -181,3 +182,26 @@ def _lock(folder: Path, patience: float) -> bool:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
     return locked
+
+
+def open_evaluation(output: Path) -> None:
+    """Makes the folder of an evaluation. Raises ConfigError for one that holds anything but an earlier evaluation."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for pattern in (".metrics.json.tmp", ".detections.json.*tmp", ".data_report.json.*tmp"):  # what a kill left
+            for leftover in output.glob(pattern):
+                leftover.unlink()
+        others = [entry for entry in output.iterdir() if entry.name != "data_report.json"]
+        strangers = others and not _is_evaluation(output / "metrics.json")
+    except OSError as fault:
+        problem = f"{output} cannot be written ({fault.strerror}) - choose another folder"
+        raise ConfigError(problem, code="not-written", key="output") from None
+    if strangers:
+        raise ConfigError(f"{output} holds other files - choose another folder", code="output-taken", key="output")
+
+
+def _is_evaluation(metrics: Path) -> bool:
+    try:
+        return "per_class" in json.loads(metrics.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False

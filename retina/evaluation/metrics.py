@@ -1,13 +1,17 @@
-"""COCO's twelve box metrics and their values per class, on flat arrays."""
+"""COCO's twelve box metrics and their values per class, on flat arrays; as JSON and as a table."""
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from retina.data.coco import Annotations
-from retina.errors import DataError
+from retina.errors import DataError, plain
 from retina.evaluation.coco_matching import AREA_RANGES, THRESHOLDS, Boxes, Matches, box_areas, match
+from retina.files import write_whole
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 """[P] recalls at which precision is sampled."""
@@ -21,6 +25,7 @@ METRICS = (
     | {f"AR{size}": area for size, area in _SIZES.items()}
 )
 """What each of the twelve metrics looks at: AP is a mean of precisions, AR of recalls."""
+_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
 
 class DetectionArrays(NamedTuple):
@@ -210,3 +215,30 @@ def _values(
 def _mean(values: Float64[np.ndarray, "K"]) -> float | None:
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else None
+
+
+def write_metrics(file: Path, metrics: Mapping[str, Any]) -> None:
+    """Write metrics as JSON (None becomes null) so that `file` is never seen half written; parent folders are made.
+
+    Raises ValueError for NaN or infinity, which JSON does not have.
+    """
+    text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, text.encode())
+
+
+def format_metrics(metrics: Mapping[str, Any]) -> str:
+    """The twelve numbers of `coco_metrics`, 0 to 1, then a table with a row per class; undefined is shown as "-"."""
+    lines = [f"{key:<6} {_shown(metrics[key]):>5}  {meaning}" for key, meaning in METRICS.items()]
+    table: list[tuple[str, ...]] = [("class", "objects", *_COLUMNS)]
+    for name, values in metrics["per_class"].items():
+        table.append((plain(name), str(values["num_objects"]), *(_shown(values[key]) for key in _COLUMNS)))
+    first, *others = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for name, *cells in table:
+        lines.append("  ".join([name.ljust(first), *map(str.rjust, cells, others)]))
+    lines.insert(len(METRICS), "")
+    return "\n".join(lines)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

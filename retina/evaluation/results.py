@@ -1,8 +1,7 @@
-"""Results on disk and on screen: COCO results files in, metrics out as JSON or as a table."""
+"""Detections of any program, from a COCO results file. Beside the road."""
 
 import json
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,10 @@ import numpy as np
 
 from retina.data.checks import RecordsError
 from retina.data.coco import Annotations
-from retina.errors import DataError, plain
-from retina.evaluation.metrics import METRICS, DetectionArrays
-from retina.files import write_whole
+from retina.errors import DataError
+from retina.evaluation.metrics import DetectionArrays
 
 _KEYS = ("image_id", "category_id", "bbox", "score")
-_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 _LARGEST = 1e100
 """A larger number is no score and no pixel: areas of boxes that far away would not be finite."""
 
@@ -86,30 +83,3 @@ def _problem(record: Any) -> str:
             if type(value) not in (int, float) or not abs(value) <= _LARGEST:
                 return f"{key} holds {value!r:.40} - write a finite number"
     return ""
-
-
-def write_metrics(file: Path, metrics: Mapping[str, Any]) -> None:
-    """Write metrics as JSON (None becomes null) so that `file` is never seen half written; parent folders are made.
-
-    Raises ValueError for NaN or infinity, which JSON does not have.
-    """
-    text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, text.encode())
-
-
-def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """The twelve numbers of `coco_metrics`, 0 to 1, then a table with a row per class; undefined is shown as "-"."""
-    lines = [f"{key:<6} {_shown(metrics[key]):>5}  {meaning}" for key, meaning in METRICS.items()]
-    table: list[tuple[str, ...]] = [("class", "objects", *_COLUMNS)]
-    for name, values in metrics["per_class"].items():
-        table.append((plain(name), str(values["num_objects"]), *(_shown(values[key]) for key in _COLUMNS)))
-    first, *others = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for name, *cells in table:
-        lines.append("  ".join([name.ljust(first), *map(str.rjust, cells, others)]))
-    lines.insert(len(METRICS), "")
-    return "\n".join(lines)
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

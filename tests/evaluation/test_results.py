@@ -9,8 +9,8 @@ from faults import refused
 from retina.data.checks import RecordsError
 from retina.data.coco import Annotations, read_coco
 from retina.errors import DataError
-from retina.evaluation.metrics import coco_metrics
-from retina.evaluation.results import format_metrics, read_results, write_metrics
+from retina.evaluation.metrics import coco_metrics, format_metrics, write_metrics
+from retina.evaluation.results import read_results
 
 GOOD = {"image_id": 7, "category_id": 3, "bbox": [1.5, 2.0, 3.0, 4.25], "score": 0.75}
 
