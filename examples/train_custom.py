@@ -26,7 +26,7 @@ def main(
         for batch in batches:
             batch = retina.to_device(batch, device)
             losses = criterion(model(batch.images, batch.sizes), batch.targets)
-            loss = (losses.classification + losses.box) / losses.num_positives.clamp(min=1)
+            loss = losses.total()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

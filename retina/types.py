@@ -69,11 +69,20 @@ class Predictions(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Sums over a batch. The caller divides by the positives of the whole step, over ranks and accumulation."""
+    """Sums over a batch, and what to divide them by: the sum of it over ranks and accumulation, at least 1."""
 
     classification: Float[Tensor, ""]
     box: Float[Tensor, ""]
     num_positives: Float[Tensor, ""]
+    """The positive anchors, or the sum of their target scores where the assigner gives those."""
+    box_normalizer: Float[Tensor, ""] | None = None
+    """The sum of the positives' weights in the box loss; None: that is divided by `num_positives` too."""
+
+    def total(self) -> Float[Tensor, ""]:
+        """The loss of this batch alone, to call `backward` on."""
+        divisor = self.num_positives.clamp(min=1)
+        box_divisor = divisor if self.box_normalizer is None else self.box_normalizer.clamp(min=1)
+        return self.classification / divisor + self.box / box_divisor
 
 
 class Detections(NamedTuple):

@@ -28,7 +28,8 @@ class TrainConfig:
     batch_size: int = 16
     """Images per optimizer step, over all processes and accumulation."""
     accumulate: int = 1
-    """Micro-batches per optimizer step and process: the same update from less memory."""
+    """Micro-batches per optimizer step and process: the same update from less memory. With a loss that weighs boxes by
+    centerness or score (the default's), all but the first go through the network twice, once without gradients."""
     lr_batch_size: int = 16
     """The batch size that `optimizer.lr` is meant for; the real rate is scaled by batch_size / lr_batch_size."""
     precision: str = "fp32"

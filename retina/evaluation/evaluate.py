@@ -23,7 +23,7 @@ class Evaluation(NamedTuple):
     """See `coco_metrics`."""
     detections: DetectionArrays
     losses: dict[str, float]
-    """`loss`, `loss_classification`, `loss_box`, per positive anchor; empty without a criterion."""
+    """`loss`, `loss_classification`, `loss_box`, each over its divisor of the whole set; empty without a criterion."""
 
 
 class StoppedError(Exception):
@@ -57,7 +57,7 @@ def evaluate(
     """
     device = device or next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     collector = DetectionCollector()
-    losses = torch.zeros(3, device=device)
+    losses = torch.zeros(4, device=device)
     non_finite = torch.zeros((), dtype=torch.int64, device=device)
     stop, fault = 0, None
     was_training = model.training
@@ -70,7 +70,8 @@ def evaluate(
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 predictions = model(on_device.images, on_device.sizes)
                 if criterion is not None:
-                    losses += torch.stack(criterion(predictions, on_device.targets))
+                    *sums, box_normalizer = criterion(predictions, on_device.targets)
+                    losses += torch.stack([*sums, sums[2] if box_normalizer is None else box_normalizer])
             non_finite += count_non_finite(predictions)
             detections = postprocess(predictions, on_device.sizes)
             shapes = zip(detections, on_device.sizes, on_device.original_sizes, strict=True)
@@ -98,8 +99,8 @@ def evaluate(
 
 
 def _per_positive(sums: Tensor) -> dict[str, float]:
-    classification, box, positives = sums.tolist()
-    classification, box = classification / max(positives, 1), box / max(positives, 1)
+    classification, box, positives, box_normalizer = sums.tolist()
+    classification, box = classification / max(positives, 1), box / max(box_normalizer, 1)
     return {"loss": classification + box, "loss_classification": classification, "loss_box": box}
 
 

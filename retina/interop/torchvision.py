@@ -87,6 +87,7 @@ def check_export(model: Mapping[str, Any], postprocess: Mapping[str, Any]) -> No
         "stride_in_1x1": False,
         "head_convs": 4,
         "head_quality": False,
+        "head_scales": False,
         "box_bins": None,
         "anchor_offset": 0.0,
     }

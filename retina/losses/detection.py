@@ -24,16 +24,18 @@ from retina.types import Assignment, Losses, Predictions, Targets
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionLoss:
-    """RetinaNet's criterion. Returns sums, which the caller divides by the positives of the whole optimizer step.
+    """RetinaNet's criterion. Returns sums, and what the caller divides them by over the whole optimizer step.
 
     Anchors of all levels are matched together per image (`retina.ops.matching`), because an object's best
     anchor is its best over all levels. An anchor that is not positive and has at least `positive_iou` of its own area
     inside one crowd region (half of it with other assigners than `MaxIoU`) is ignored, as COCO scores crowds.
 
-    What the head predicts of its boxes' fit (`quality`) and as distributions (`bins`) is trained at the positives, and
-    added to the box loss. An assigner that gives target scores itself (`TaskAligned`) thereby weighs the box and
-    distribution losses, and `num_positives` is its sum. Other recipes weigh these losses by centerness (ATSS) or score
-    (GFL) and divide by the sum of weights; here every positive counts 1, so that one divisor serves all.
+    What the head predicts of its boxes' fit (`quality`) and as distributions (`bins`) is trained at the positives. The
+    loss of the one is added to that of the classes, as both make the score, the loss of the other to the box loss.
+
+    An assigner that gives target scores itself (`TaskAligned`) thereby weighs the box and distribution losses, and
+    their sum takes the place of the number of positives. With `box_weighting` the weights of these two losses are
+    others, and they are divided by the sum of weights.
 
     Without objects, in an image or the whole batch (M = 0 too), the losses and gradients are finite and the box loss is
     0. Computed in float32 for narrower predictions.
@@ -44,6 +46,9 @@ class DetectionLoss:
             target score is the IoU of each positive's predicted box with its object.
         box_loss: `smooth_l1`, `giou` or any callable like them.
         box_weight: factor of the box loss.
+        box_weighting: weights of the positives in the box and distribution losses: the `centerness` of the anchor in
+            its object (ATSS), or its `score`, the highest it predicts of any class (GFL). None: the assigner's target
+            scores, or 1.
         quality: what the quality branch predicts: the `centerness` of the anchor in its object, or the `iou` of its
             predicted box. None: the head has no such branch.
         quality_weight: factor of the branch's binary cross entropy.
@@ -52,13 +57,15 @@ class DetectionLoss:
 
     Raises ValueError for hyper-parameters out of range and, when called, for a head that they do not fit.
     Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, sections 3 and 4; centerness: Tian et al.,
-    FCOS, ICCV 2019, equation 3; distributions: Li et al., Generalized Focal Loss, NeurIPS 2020, section 3.
+    FCOS, ICCV 2019, equation 3; distributions and weights by score: Li et al., Generalized Focal Loss, NeurIPS 2020,
+    section 3; divisors: the authors' code, which is in mmdetection (atss_head.py, gfl_head.py, tood_head.py).
     """
 
     assigner: Assigner = field(default_factory=MaxIoU)
     classification: ClassLoss = field(default_factory=Focal)
     box_loss: BoxLoss = smooth_l1
     box_weight: float = 1.0
+    box_weighting: Literal["centerness", "score"] | None = None
     quality: Literal["centerness", "iou"] | None = None
     quality_weight: float = 1.0
     distribution_weight: float | None = None
@@ -72,6 +79,8 @@ class DetectionLoss:
             check_range(name, getattr(self, name) or 0)
         if self.quality not in ("centerness", "iou", None):
             raise ValueError(f"quality must be centerness, iou or None, got {self.quality!r}")
+        if self.box_weighting not in ("centerness", "score", None):
+            raise ValueError(f"box_weighting must be centerness, score or None, got {self.box_weighting!r}")
 
     def __call__(self, predictions: Predictions, targets: Targets) -> Losses:
         self.check_head(quality=predictions.quality is not None, bins=predictions.bins is not None)
@@ -79,22 +88,23 @@ class DetectionLoss:
             raise ValueError("distributions need anchors that know their strides (retina.ops.anchors.Anchors)")
         targets = pad_if_empty(targets)
         assigned = self.assigner(predictions, targets)
-        weights = assigned.target_scores
+        scores = assigned.target_scores
         positives = _Positives(predictions, targets, assigned)
-        if weights is None and getattr(self.classification, "needs_target_scores", False):
+        weights = self._box_weights(predictions, positives, scores)
+        if scores is None and getattr(self.classification, "needs_target_scores", False):
             assigned = assigned._replace(target_scores=positives.among_anchors(positives.iou()))
         labels = targets.labels.gather(1, assigned.matched)
         box = self.box_loss(positives.deltas, positives.anchors, positives.boxes)
         box = self.box_weight * positives.sum(box, weights)
-        if self.quality:
-            box = box + self.quality_weight * positives.sum(self._quality_loss(predictions, positives))
         if self.distribution_weight is not None:
             box = box + self.distribution_weight * positives.sum(_distribution_loss(predictions, positives), weights)
-        return Losses(
-            classification=self.classification(predictions, labels, assigned),
-            box=box,
-            num_positives=(assigned.positive if weights is None else weights).sum(dtype=torch.float32),
-        )
+        classification = self.classification(predictions, labels, assigned)
+        if self.quality:
+            quality = positives.sum(self._quality_loss(predictions, positives))
+            classification = classification + self.quality_weight * quality
+        num_positives = (assigned.positive if scores is None else scores).sum(dtype=torch.float32)
+        box_normalizer = positives.sum(weights) if self.box_weighting and weights is not None else None
+        return Losses(classification, box, num_positives, box_normalizer)
 
     def check_head(self, *, quality: bool, bins: bool) -> None:
         """Raises ValueError unless these losses and a head with or without a quality branch and distributions fit."""
@@ -117,6 +127,17 @@ class DetectionLoss:
         alpha = getattr(self.classification, "alpha", None)
         if isinstance(alpha, Sequence) and len(alpha) != num_classes:
             raise ValueError(f"classification.alpha has {len(alpha)} values for {num_classes} classes")
+
+    def _box_weights(
+        self, predictions: Predictions, positives: "_Positives", target_scores: Float[Tensor, "B A"] | None
+    ) -> Float[Tensor, "*p"] | None:
+        """Without a gradient; None where every positive counts 1."""
+        if self.box_weighting == "centerness":
+            return positives.centerness()
+        if self.box_weighting == "score":
+            highest = torch.cat([logits.detach().amax(dim=-1) for logits in predictions.logits], dim=1)
+            return positives.take(highest).sigmoid()
+        return None if target_scores is None else positives.take(target_scores)
 
     def _quality_loss(self, predictions: Predictions, positives: "_Positives") -> Float[Tensor, "*p"]:
         assert predictions.quality is not None
@@ -163,9 +184,9 @@ class _Positives:
         """What is known of anchors, whatever their image."""
         return values[self._indices[1]] if self._indices else values
 
-    def sum(self, losses: Float[Tensor, "*p"], weights: Float[Tensor, "B A"] | None = None) -> Float[Tensor, ""]:
+    def sum(self, losses: Float[Tensor, "*p"], weights: Float[Tensor, "*p"] | None = None) -> Float[Tensor, ""]:
         if weights is not None:
-            losses = losses * self.take(weights)
+            losses = losses * weights
         return losses.sum() if self._indices else torch.where(self._mask, losses, 0).sum()
 
     def among_anchors(self, values: Float[Tensor, "*p"]) -> Float[Tensor, "B A"]:

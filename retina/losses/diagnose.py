@@ -36,7 +36,8 @@ Summand = Focal | QualityFocal | Varifocal
 
 class Diagnosis:
     """Takes the place of a criterion's classification loss: it returns what that returns, and adds up `diagnose` on the
-    way, so that anchors need not be matched twice."""
+    way, so that anchors need not be matched twice. Nothing is added up without gradients: `train_step` looks ahead so.
+    """
 
     def __init__(self, classification: ClassLoss, *, prior: float) -> None:
         """`prior`: the score that a new head gives to every anchor."""
@@ -47,6 +48,8 @@ class Diagnosis:
 
     def __call__(self, predictions: Predictions, labels: Labels, assigned: Assignment) -> Scalar:
         loss = self.classification(predictions, labels, assigned)
+        if not torch.is_grad_enabled():
+            return loss
         known = loss if isinstance(self.classification, Summand) else None
         sums = diagnose(self.classification, predictions, labels, assigned, prior=self.prior, loss=known)
         self.sums = sums if self.sums is None else self.sums + sums

@@ -35,6 +35,8 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
         if mask is None:
             return super().forward(x)
         out, mean, var = normalize_content(x, mask, self.weight, self.bias, groups=None, eps=self.eps)
+        if not self.track_running_stats:
+            return out
         count = mask.sum()
         unbiased = var[0] * (count / (count - 1).clamp(min=1))
         with torch.no_grad():

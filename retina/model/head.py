@@ -83,7 +83,9 @@ class Head(nn.Module):
 
     The box tower predicts 4 deltas per anchor, or with `bins` = R the logits of R distances to each of 4 sides (Li et
     al., Generalized Focal Loss, NeurIPS 2020). With `quality`, a convolution of its own also predicts one logit of how
-    well the box fits, like the centerness of ATSS (Zhang et al., CVPR 2020).
+    well the box fits, like the centerness of ATSS (Zhang et al., CVPR 2020). With `scaled_levels`, the number of
+    levels, the box numbers of each level are multiplied by a factor of its own, which is learned and starts at 1 (FCOS,
+    Tian et al., ICCV 2019, section 3.2).
 
     Raises ConfigError for a prior or number of bins out of range."""
 
@@ -99,6 +101,7 @@ class Head(nn.Module):
         prior: float,
         quality: bool = False,
         bins: int | None = None,
+        scaled_levels: int | None = None,
     ) -> None:
         super().__init__()
         if not 0 < prior < 1:
@@ -111,6 +114,7 @@ class Head(nn.Module):
         tower: dict[str, Any] = {"channels": channels, "num_convs": num_convs, "num_anchors": num_anchors}
         self.classification = Tower(in_channels, norm=norm, num_outputs=num_classes, **tower)
         self.box = Tower(in_channels, norm=norm, num_outputs=4 * (bins or 1), quality=quality, **tower)
+        self.scales = nn.Parameter(torch.ones(scaled_levels)) if scaled_levels is not None else None
         assert self.classification.predict.bias is not None
         nn.init.constant_(self.classification.predict.bias, -math.log((1 - prior) / prior))
 
@@ -132,4 +136,7 @@ class Head(nn.Module):
         masks: of each level, 1 in the cells that images cover, beyond which `features` are zero; None: in all."""
         masks = masks or (None,) * len(features)
         logits, _ = self.classification(features, masks)
-        return logits, *self.box(features, masks)
+        boxes, quality = self.box(features, masks)
+        if self.scales is not None:
+            boxes = tuple(level * scale for level, scale in zip(boxes, self.scales.unbind(), strict=True))
+        return logits, boxes, quality

@@ -150,6 +150,7 @@ def retinanet(
     head_channels: int | None = None,
     head_norm: str | None = None,
     head_quality: bool = False,
+    head_scales: bool = False,
     box_bins: int | None = None,
     prior: float = 0.01,
     anchor_sizes: Sequence[float] | None = None,
@@ -177,6 +178,7 @@ def retinanet(
     head: a section for a head of another package; None: the paper's.
     head_channels: None is `fpn_channels`.
     head_quality: predict how well each box fits; `postprocess` multiplies scores by it.
+    head_scales: multiply the box numbers of each level by a factor that is learned, as the heads of FCOS, ATSS and GFL.
     box_bins: predict each side of a box as a distribution over 0..box_bins - 1 strides from the anchor's centre, 17 in
         the paper of generalized focal loss. None: deltas.
     anchor_sizes: one per level in pixels. None: four strides, which is 32..512 on P3..P7.
@@ -234,7 +236,8 @@ def retinanet(
     common = {"in_channels": fpn_channels, "num_classes": num_classes, "num_anchors": anchors.num_per_cell}
     if head is None:
         common |= {"channels": head_channels, "num_convs": head_convs, "norm": head_norm, "prior": prior}
-        tower: Any = Head(**common, quality=head_quality, bins=box_bins)
+        scaled = len(fpn.strides) if head_scales else None
+        tower: Any = Head(**common, quality=head_quality, bins=box_bins, scaled_levels=scaled)
     else:
         tower = make_part(head, "head", plugins, **common)
     mean, std = [float(m) for m in mean], [float(s) for s in std]  # whole numbers would make integer tensors

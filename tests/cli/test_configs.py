@@ -74,6 +74,7 @@ def test_the_paper_s_recipe_is_what_the_paper_says() -> None:
     assert {key: loss["classification"][key] for key in ("alpha", "gamma")} == {"alpha": 0.25, "gamma": 2.0}
     assert [loss["assigner"][key] for key in ("positive_iou", "negative_iou", "low_quality")] == [0.5, 0.4, True]
     assert (loss["box_loss"]["_target_"], loss["box_weight"]) == ("retina.losses.boxes.smooth_l1", 1.0)
+    assert (loss["box_weighting"], model["head_scales"]) == (None, False)
     assert (optimizer["_target_"], optimizer["lr"], optimizer["momentum"]) == ("torch.optim.SGD", 0.01, 0.9)
     assert (optimizer["weight_decay"], settings["train"]["lr_batch_size"]) == (1e-4, 16)
     assert (settings["train"]["clip_norm"], settings["train"]["ema"]) == (None, None)
@@ -87,6 +88,7 @@ def test_the_default_is_the_best_of_the_ladder() -> None:
     assert (model["head_norm"], model["p6_from"], model["box_bins"]) == ("group", "c5", 17)
     assert (model["anchor_scales"], model["anchor_ratios"]) == ([2.0], [1.0])
     assert loss == compose("train", ["loss=gfl"])["loss"]
+    assert (loss["box_weighting"], model["head_scales"]) == ("score", True)
     assert loss["box_loss"]["_target_"] == "retina.losses.boxes.giou"
     assert settings["optimizer"] == compose("train", ["optimizer=adamw"])["optimizer"]
     assert (settings["train"]["clip_norm"], list(settings["augment"])) == (10.0, ["flip", "resize"])

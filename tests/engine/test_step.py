@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from retina import distributed
 from retina.engine.optim import build_optimizer
 from retina.engine.step import parallel, train_step
+from retina.losses.boxes import giou
 from retina.losses.detection import DetectionLoss
 from retina.model.retinanet import RetinaNet, retinanet
 from retina.types import Batch, Losses, Predictions, Targets
@@ -20,10 +21,13 @@ from retina.types import Batch, Losses, Predictions, Targets
 STEPS, IMAGES, SIDE = 10, 8, 64
 
 
-def tiny_model(norm: str = "group") -> RetinaNet:
+WEIGHTED = DetectionLoss(box_loss=giou, box_weighting="score")
+
+
+def tiny_model(norm: str = "group", prior: float = 0.01) -> RetinaNet:
     torch.manual_seed(0)
     return retinanet(
-        num_classes=3, backbone="resnet18", norm=norm, fpn_channels=16, head_convs=1, levels=(3, 4, 5)
+        num_classes=3, backbone="resnet18", norm=norm, fpn_channels=16, head_convs=1, levels=(3, 4, 5), prior=prior
     ).train()
 
 
@@ -47,10 +51,12 @@ def run_steps(
     clip_norm: float | None = 1.0,
     lr: float = 0.002,
     fused: bool | None = None,
+    criterion: DetectionLoss = DetectionLoss(),  # noqa: B008
+    prior: float = 0.01,
 ) -> torch.Tensor:
     """Losses and gradient norms [STEPS 3] of this process group. At ten times this learning rate the last digit of a
     weight decides on units of a ReLU soon enough to differ by more than rounding within ten steps."""
-    model = tiny_model().to(memory_format=torch.channels_last)
+    model = tiny_model(prior=prior).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(partial(torch.optim.SGD, lr=lr, momentum=0.9, fused=fused), model)
     net = parallel(model, torch.device("cpu"))
     size = IMAGES // (distributed.world_size() * accumulate)
@@ -59,7 +65,7 @@ def run_steps(
         starts = [distributed.rank() * size * accumulate + i * size for i in range(accumulate)]
         result = train_step(
             net,
-            DetectionLoss(),
+            criterion,
             [images_of_step(step, slice(start, start + size)) for start in starts],
             optimizer=optimizer,
             scaler=torch.amp.GradScaler("cpu", enabled=dtype == torch.float16),
@@ -78,6 +84,9 @@ def _rank(rank: int, port: int, folder: str) -> None:
             losses = run_steps(accumulate)
             if distributed.is_main():
                 torch.save(losses, Path(folder, f"{accumulate}.pt"))
+            weighted = run_steps(accumulate, criterion=WEIGHTED, prior=0.3)
+            if distributed.is_main():
+                torch.save(weighted, Path(folder, f"weighted_{accumulate}.pt"))
         torch.save(spoiled_step(), Path(folder, f"spoiled_{rank}.pt"))
         torch.save(agreements(), Path(folder, f"agreed_{rank}.pt"))
 
@@ -91,9 +100,7 @@ def spoiled_step() -> dict[str, object]:
     if distributed.rank() == 1:
         batch.targets.boxes[0, 0, 2] = float("nan")
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    result = train_step(
-        net, DetectionLoss(), [batch], optimizer=optimizer, scaler=scaler, dtype=torch.float32, clip_norm=None
-    )
+    result = train_step(net, WEIGHTED, [batch], optimizer=optimizer, scaler=scaler, dtype=torch.float32, clip_norm=None)
     same = all(map(torch.equal, model.state_dict().values(), tiny_model().state_dict().values()))
     return {"updated": bool(result.updated), "same": same, "rank_sums": bool(result.rank_sums.isfinite().all())}
 
@@ -147,6 +154,59 @@ def test_two_processes_equal_one(alone: torch.Tensor, on_two_processes: Path, ac
     torch.testing.assert_close(losses, alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def weighted_alone() -> torch.Tensor:
+    """With scores of 0.3, so that the weights of a step sum to more than 1."""
+    return run_steps(accumulate=1, criterion=WEIGHTED, prior=0.3)
+
+
+def test_accumulation_changes_nothing_where_boxes_have_a_divisor_of_their_own(weighted_alone: torch.Tensor) -> None:
+    losses = run_steps(accumulate=4, criterion=WEIGHTED, prior=0.3)
+    torch.testing.assert_close(losses, weighted_alone, rtol=1e-5, atol=1e-5)
+    assert (weighted_alone[:, 1] - run_steps(accumulate=1, prior=0.3)[:, 1]).abs().min() > 1e-2  # another loss
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_equal_one_where_boxes_have_a_divisor_of_their_own(
+    weighted_alone: torch.Tensor, on_two_processes: Path, accumulate: int
+) -> None:
+    losses = torch.load(on_two_processes / f"weighted_{accumulate}.pt", weights_only=True)
+    torch.testing.assert_close(losses, weighted_alone, rtol=1e-5, atol=1e-5)
+
+
+def as_dropout(*_: object) -> None:
+    torch.rand(())
+
+
+def test_the_look_ahead_leaves_no_trace() -> None:
+    """Running statistics and random numbers are as without it."""
+    traces = []
+    for criterion in (DetectionLoss(), WEIGHTED):
+        model = tiny_model("batch")
+        model.fpn.register_forward_pre_hook(as_dropout)
+        batches = [images_of_step(0, slice(start, start + 2)) for start in range(0, IMAGES, 2)]
+        torch.manual_seed(1)
+        train_step(model, criterion, batches, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+        traces.append([*distributed.running_statistics(model), torch.get_rng_state()])
+    assert all(map(torch.equal, *traces))
+
+
+@pytest.mark.parametrize("criterion", [DetectionLoss(), WEIGHTED], ids=["one divisor", "two"])
+def test_divisors_are_those_of_the_whole_step(criterion: DetectionLoss) -> None:
+    model = tiny_model(prior=0.3)
+    batch = images_of_step(0, slice(None))
+    losses = criterion(model(batch.images, batch.sizes), batch.targets)
+    parameters = dict(model.named_parameters())
+    expected = torch.autograd.grad(losses.total(), list(parameters.values()))
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    micro = [images_of_step(0, slice(i, i + 2)) for i in range(0, IMAGES, 2)]
+    result = train_step(model, criterion, micro, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
+    for (name, p), gradient in zip(parameters.items(), expected, strict=True):
+        torch.testing.assert_close(before[name] - p, gradient, rtol=1e-4, atol=1e-6, msg=name)
+    norm = torch.stack([g.norm() for g in expected]).norm()
+    torch.testing.assert_close(result.grad_norm, norm, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_spoils_one_rank_is_known_to_all(on_two_processes: Path, rank: int) -> None:
     told = torch.load(on_two_processes / f"spoiled_{rank}.pt", weights_only=True)
@@ -159,25 +219,6 @@ def test_what_spoils_one_rank_is_known_to_all(on_two_processes: Path, rank: int)
         (0, True),
         (signal.SIGTERM, True),
     ]
-
-
-def test_divisor_is_the_positives_of_the_whole_step() -> None:
-    model, criterion = tiny_model(), DetectionLoss()
-    batch = images_of_step(0, slice(None))
-    sums = criterion(model(batch.images), batch.targets)
-    parameters = dict(model.named_parameters())
-    expected = torch.autograd.grad((sums.classification + sums.box) / sums.num_positives, list(parameters.values()))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    before = {name: p.detach().clone() for name, p in parameters.items()}
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    micro = [images_of_step(0, slice(i, i + 2)) for i in range(0, IMAGES, 2)]
-    result = train_step(
-        model, criterion, micro, optimizer=optimizer, scaler=scaler, dtype=torch.float32, clip_norm=None
-    )
-    for (name, p), gradient in zip(parameters.items(), expected, strict=True):
-        torch.testing.assert_close(before[name] - p, gradient, rtol=1e-4, atol=1e-6, msg=name)
-    norm = torch.stack([g.norm() for g in expected]).norm()
-    torch.testing.assert_close(result.grad_norm, norm, rtol=1e-4, atol=1e-6)
 
 
 def test_a_step_without_any_object_trains() -> None:
@@ -247,10 +288,10 @@ def test_more_objects_than_anchors_and_identical_boxes_of_different_classes() ->
     targets = Targets(
         boxes, torch.arange(count)[None] % 3, torch.ones(1, count, dtype=torch.bool), torch.zeros(1, count).bool()
     )
-    losses = DetectionLoss()(model(batch.images), targets)
+    losses = WEIGHTED(model(batch.images, batch.sizes), targets)
     assert torch.stack(losses).isfinite().all()
     # the first of equal boxes takes all their anchors, as argmax does
-    only_first = DetectionLoss()(model(batch.images), Targets(*(field[:, :1] for field in targets)))
+    only_first = WEIGHTED(model(batch.images, batch.sizes), Targets(*(field[:, :1] for field in targets)))
     torch.testing.assert_close(torch.stack(losses), torch.stack(only_first))
 
 

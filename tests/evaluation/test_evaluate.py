@@ -93,12 +93,20 @@ def test_losses_are_per_positive_of_the_whole_set(annotations: Annotations) -> N
         return told[-1]
 
     losses = run(annotations, loader(annotations), criterion=criterion).losses
-    classification, box, positives = (float(sum(values)) for values in zip(*told, strict=True))
+    classification, box, positives = (float(sum(values)) for values in list(zip(*told, strict=True))[:3])
     assert len(told) == 4
     assert len({float(one.num_positives) for one in told}) > 1  # a mean of means would be another number
     assert losses["loss_box"] == pytest.approx(box / positives, rel=1e-6)
     assert losses["loss_classification"] == pytest.approx(classification / positives, rel=1e-6)
     assert losses["loss"] == losses["loss_classification"] + losses["loss_box"]
+
+
+def test_a_box_loss_may_have_a_divisor_of_its_own(annotations: Annotations) -> None:
+    def criterion(predictions: Predictions, targets: Targets) -> Losses:
+        return Losses(*map(torch.tensor, (1.5, 0.25, 3.0, 0.5)))
+
+    losses = run(annotations, loader(annotations), criterion=criterion).losses
+    assert losses == {"loss": 1.0, "loss_classification": 0.5, "loss_box": 0.5}
 
 
 def test_without_positives_the_divisor_is_one(annotations: Annotations) -> None:

@@ -186,6 +186,7 @@ def test_coco_keeps_its_category_ids(tmp_path: Path) -> None:
         {"head_channels": 64},
         {"p6_from": "c5", "fpn_channels": 512},
         {"head_quality": True},
+        {"head_scales": True},
         {"anchor_offset": 0.5},
         {"backbone": "timm:resnet18"},
     ],

@@ -1,3 +1,5 @@
+import itertools
+import math
 import re
 import subprocess
 import sys
@@ -115,9 +117,11 @@ def test_equals_torchvision(seed: int):
 def test_a_batch_is_the_sum_of_its_images():
     predictions = random_predictions(3)
     images = [random_objects(4, 1), [], random_objects(9, 2)]
-    batch = DetectionLoss()(predictions, make_targets(*images))
+    batch = DetectionLoss(box_weighting="centerness")(predictions, make_targets(*images))
     alone = [
-        DetectionLoss()(Predictions(*(tuple(t[b : b + 1] for t in ts) for ts in predictions[:2]), ANCHORS), targets)
+        DetectionLoss(box_weighting="centerness")(
+            Predictions(*(tuple(t[b : b + 1] for t in ts) for ts in predictions[:2]), ANCHORS), targets
+        )
         for b, targets in enumerate(make_targets(image) for image in images)
     ]
     for total, parts in zip(batch, zip(*alone, strict=True), strict=True):
@@ -127,11 +131,11 @@ def test_a_batch_is_the_sum_of_its_images():
 def test_padding_changes_nothing():
     predictions = random_predictions(2)
     images = [random_objects(3, 1), random_objects(5, 2)]
-    tight = DetectionLoss()(predictions, make_targets(*images))
+    tight = DetectionLoss(box_weighting="centerness")(predictions, make_targets(*images))
     padded_targets = make_targets(*images, pad_to=20)
     padded_targets.boxes[~padded_targets.valid] = torch.tensor([0.0, 0, 32, 32])  # not even boxes that look real
     padded_targets.labels[~padded_targets.valid] = -1
-    padded = DetectionLoss()(predictions, padded_targets)
+    padded = DetectionLoss(box_weighting="centerness")(predictions, padded_targets)
     assert all(torch.equal(one, other) for one, other in zip(tight, padded, strict=True))
     for one, other in zip(gradients(tight, predictions), gradients(padded, predictions), strict=True):
         assert torch.equal(one, other)
@@ -237,8 +241,8 @@ def test_bfloat16_predictions_are_computed_in_float32(box_loss):
     wide = Predictions(*(tuple(t.detach().float() for t in tensors) for tensors in narrow[:3]))
     targets = make_targets(random_objects(3), random_objects(4, 1))
     with torch.autocast("cpu", torch.bfloat16):
-        losses = DetectionLoss(box_loss=box_loss)(narrow, targets)
-    for one, other in zip(losses, DetectionLoss(box_loss=box_loss)(wide, targets), strict=True):
+        losses = DetectionLoss(box_loss=box_loss, box_weighting="score")(narrow, targets)
+    for one, other in zip(losses, DetectionLoss(box_loss=box_loss, box_weighting="score")(wide, targets), strict=True):
         assert one.dtype == torch.float32
         assert torch.equal(one, other)
     assert all(grad.dtype == torch.bfloat16 for grad in gradients(losses, narrow))
@@ -265,8 +269,14 @@ RECIPES = {
     "ohem": DetectionLoss(classification=OHEM(batch_size=8, one_to_three=True)),
     "ghm": DetectionLoss(classification=GHM()),
     "varifocal": DetectionLoss(classification=Varifocal(), quality="iou"),
-    "atss": DetectionLoss(assigner=ATSS(), box_loss=giou, quality="centerness"),
-    "gfl": DetectionLoss(assigner=ATSS(), classification=QualityFocal(), box_loss=giou, distribution_weight=0.25),
+    "atss": DetectionLoss(assigner=ATSS(), box_loss=giou, box_weighting="centerness", quality="centerness"),
+    "gfl": DetectionLoss(
+        assigner=ATSS(),
+        classification=QualityFocal(),
+        box_loss=giou,
+        box_weighting="score",
+        distribution_weight=0.25,
+    ),
     "tal": DetectionLoss(assigner=TaskAligned(), classification=QualityFocal(), box_loss=giou),
     "tal and all branches": DetectionLoss(
         assigner=TaskAligned(), classification=QualityFocal(), quality="iou", distribution_weight=0.25
@@ -389,8 +399,8 @@ def test_the_quality_branch_learns_how_well_a_box_fits(kind: str):
     expected = 3 * F.binary_cross_entropy_with_logits(logits, goal, reduction="sum")
     losses = DetectionLoss(quality=kind, quality_weight=3.0)(predictions, targets)
     plain = DetectionLoss()(predictions._replace(quality=None), targets)
-    torch.testing.assert_close(losses.box - plain.box, expected, rtol=1e-4, atol=0)
-    assert losses.classification == plain.classification
+    torch.testing.assert_close(losses.classification - plain.classification, expected, rtol=1e-4, atol=0)
+    assert losses.box == plain.box
 
 
 def test_centerness_of_literals():
@@ -401,10 +411,17 @@ def test_centerness_of_literals():
     predictions = Predictions((torch.zeros(1, 4, K),), (torch.zeros(1, 4, 4),), anchors, quality=(logits,))
     everything = torch.ones(1, 4, dtype=torch.bool)
     assigned = Assignment(torch.zeros(1, 4, dtype=torch.int64), everything, ~everything)
-    loss = DetectionLoss(quality="centerness", box_weight=0.0, assigner=lambda predictions, targets: assigned)
+    arguments = {"assigner": lambda predictions, targets: assigned, "box_weighting": "centerness"}
+    losses, plain = (
+        DetectionLoss(quality="centerness", quality_weight=weight, **arguments)(
+            predictions, make_targets([(0.0, 0, 40, 40, 1)])
+        )
+        for weight in (1.0, 0.0)
+    )
     goal = torch.tensor([[1, (1 / 3) ** 0.5, 0, 0]])
     expected = F.binary_cross_entropy_with_logits(logits, goal, reduction="sum").item()
-    assert loss(predictions, make_targets([(0.0, 0, 40, 40, 1)])).box.item() == pytest.approx(expected)
+    assert (losses.classification - plain.classification).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.box_normalizer.item() == pytest.approx(goal.sum().item())
 
 
 def test_distributions_learn_the_distances_in_strides():
@@ -440,6 +457,103 @@ def test_the_quality_of_an_assigner_weighs_boxes_and_divides_all():
     torch.testing.assert_close(both, expected + 0.25 * (weights * parts.mean(dim=-1)).sum())
     labels = targets.labels.gather(1, assigned.matched)
     torch.testing.assert_close(losses.classification, QualityFocal()(predictions, labels, assigned))
+
+
+def sigmoid(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit))
+
+
+def cross_entropy(logit: float, target: float) -> float:
+    return -target * math.log(sigmoid(logit)) - (1 - target) * math.log(sigmoid(-logit))
+
+
+def overlaps(one: list[float], other: list[float]) -> tuple[float, float]:
+    """IoU and generalized IoU."""
+    width, height = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
+    shared = max(width, 0) * max(height, 0)
+    union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)) - shared
+    width, height = (max(one[i + 2], other[i + 2]) - min(one[i], other[i]) for i in (0, 1))
+    return shared / union, shared / union - (width * height - union) / (width * height)
+
+
+def published(name: str, predictions: Predictions, targets: Targets, assigned: Assignment) -> dict[str, float]:
+    """The sums of ATSS (atss_head.py of mmdetection), GFL (gfl_head.py) and TOOD (tood_head.py), anchor by anchor.
+
+    Classes and centerness are divided by `positives`, boxes and distributions by `weights`."""
+    sums = dict.fromkeys(("classes", "centerness", "box", "distribution", "positives", "weights"), 0.0)
+    strides = [s for level, s in zip(predictions.anchors, predictions.anchors.strides, strict=True) for _ in level]
+    anchors = torch.cat(list(predictions.anchors)).double().tolist()
+    per_anchor = [
+        [] if part is None else torch.cat([level.detach().double() for level in part], dim=1).tolist()
+        for part in (predictions.logits, predictions.deltas, predictions.quality, predictions.bins)
+    ]
+    for b, a in itertools.product(range(len(targets.boxes)), range(len(anchors))):
+        logits, deltas, fit, bins = (part[b][a] if part else None for part in per_anchor)
+        positive, goals = bool(assigned.positive[b, a]), [0.0] * K
+        if positive:
+            anchor, m = anchors[a], int(assigned.matched[b, a])
+            box, label = targets.boxes[b, m].double().tolist(), int(targets.labels[b, m])
+            x, y = (anchor[0] + anchor[2]) / 2, (anchor[1] + anchor[3]) / 2
+            sides = [x - box[0], y - box[1], box[2] - x, box[3] - y]
+            if bins is None:
+                w, h = anchor[2] - anchor[0], anchor[3] - anchor[1]
+                across, down = w * math.exp(deltas[2]) / 2, h * math.exp(deltas[3]) / 2
+                x, y = x + deltas[0] * w, y + deltas[1] * h
+                predicted = [x - across, y - down, x + across, y + down]
+            else:
+                parts = [[math.exp(z) / sum(map(math.exp, side)) for z in side] for side in bins]
+                means = [strides[a] * sum(i * p for i, p in enumerate(side)) for side in parts]
+                predicted = [x - means[0], y - means[1], x + means[2], y + means[3]]
+            iou, generalized = overlaps(predicted, box)
+            ratios = [min(sides[i], sides[i + 2]) / max(sides[i], sides[i + 2]) for i in (0, 1)]
+            centerness = math.sqrt(ratios[0] * ratios[1])
+            aligned = 0.0 if name != "tal" else float(assigned.target_scores[b, a])
+            goals[label] = {"atss": 1.0, "gfl": iou, "tal": aligned}[name]
+            weight = {"atss": centerness, "gfl": max(map(sigmoid, logits)), "tal": aligned}[name]
+            sums["positives"] += aligned if name == "tal" else 1
+            sums["weights"] += weight
+            sums["box"] += weight * (1 - generalized)
+            if fit is not None:
+                sums["centerness"] += cross_entropy(fit, centerness)
+            for distance, side in zip(sides, parts if bins else (), strict=False):
+                y = min(max(distance / strides[a], 0), BINS - 1)
+                left = min(int(y), BINS - 2)
+                loss = (left + 1 - y) * math.log(side[left]) + (y - left) * math.log(side[left + 1])
+                sums["distribution"] -= weight * loss / 4
+        if positive or bool(assigned.negative[b, a]):
+            for logit, goal in zip(logits, goals, strict=True):
+                balance = 1.0 if name != "atss" else 0.25 if goal else 0.75
+                sums["classes"] += balance * abs(goal - sigmoid(logit)) ** 2 * cross_entropy(logit, goal)
+    return sums
+
+
+@pytest.mark.parametrize("name", ["atss", "gfl", "tal"])
+def test_recipes_are_as_published(name: str) -> None:
+    """Those of the configs, against a plain loop in float64."""
+    words = {"tal": ["loss.distribution_weight=0.25"]}.get(name, [])
+    criterion = build(compose("train", ["experiment=paper", f"loss={name}", *words])["loss"], "loss")
+    predictions = predictions_for(criterion, 2)
+    targets = make_targets(random_objects(3), random_objects(5, 1))
+    assigned = criterion.assigner(predictions, targets)
+    sums = published(name, predictions, targets, assigned)
+    losses = criterion(predictions, targets)
+    assert 0 < sums["weights"] < assigned.positive.sum()
+    scores, boxes = sums["classes"] + sums["centerness"], 2 * sums["box"] + 0.25 * sums["distribution"]
+    divisors = [losses.num_positives, losses.num_positives if name == "tal" else losses.box_normalizer]
+    results = [value.item() for value in (losses.classification, losses.box, *divisors, losses.total())]
+    total = scores / max(sums["positives"], 1) + boxes / max(sums["weights"], 1)
+    assert results == pytest.approx([scores, boxes, sums["positives"], sums["weights"], total], rel=1e-5)
+
+
+def test_the_weights_of_boxes_have_no_gradient() -> None:
+    """Or a box that is hard to find would be made harder to see."""
+    criterion = DetectionLoss(box_weighting="score")
+    predictions, targets = random_predictions(2), make_targets(random_objects(3), random_objects(5, 1))
+    losses = criterion(predictions, targets)
+    assert losses.box_normalizer is not None
+    assert not losses.box_normalizer.requires_grad
+    grads = torch.autograd.grad(losses.box, predictions.logits, allow_unused=True)
+    assert grads == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -567,7 +681,7 @@ def test_every_config_finds_its_objects(name: str):
         optimizer.zero_grad()
         predictions = Predictions(logits, deltas_of(bins, anchors) if bins else deltas, anchors, quality, bins)
         losses = criterion(predictions, targets)
-        total = (losses.classification + losses.box) / losses.num_positives.clamp(min=1)
+        total = losses.total()
         first = first or total.item()
         total.backward()
         optimizer.step()

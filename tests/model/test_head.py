@@ -53,6 +53,24 @@ def test_quality_is_of_the_anchor_that_it_stands_beside() -> None:
     assert trained == {name for name, _ in head.named_parameters() if name.startswith(("box.convs", "box.quality"))}
 
 
+def test_the_factor_of_a_level_is_its_own_and_learned() -> None:
+    torch.manual_seed(0)
+    plain = Head(8, **SETTINGS, num_anchors=3, bins=5, quality=True)
+    torch.manual_seed(0)
+    scaled = Head(8, **SETTINGS, num_anchors=3, bins=5, quality=True, scaled_levels=2)
+    logits, boxes, fits = plain(features())
+    for one, other in zip((logits, boxes, fits), scaled(features()), strict=True):
+        assert all(map(torch.equal, one, other))  # it starts at 1
+    with torch.no_grad():
+        scaled.scales.copy_(torch.tensor([2.0, 0.5]))
+    results = scaled(features())
+    assert torch.equal(results[1][0], 2 * boxes[0])
+    assert torch.equal(results[1][1], 0.5 * boxes[1])
+    assert all(map(torch.equal, (*logits, *fits), (*results[0], *results[2])))
+    results[1][1].square().sum().backward()
+    assert scaled.scales.grad[0] == 0 < scaled.scales.grad[1]
+
+
 def test_what_is_added_leaves_the_start_of_the_others_alone() -> None:
     heads = []
     for quality in (False, True):

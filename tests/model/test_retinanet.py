@@ -278,7 +278,8 @@ def test_names_in_the_default_state_dict_stay() -> None:
 
 def test_arguments_of_earlier_versions_still_build_the_same_model() -> None:
     """A card lacks what came later, and the defaults of that are what was then."""
-    later = {"norm_eps", "stride_in_1x1", "neck", "p7_relu", "head_quality", "box_bins", "anchor_offset"}
+    later = {"norm_eps", "stride_in_1x1", "neck", "p7_relu", "head_quality", "head_scales", "box_bins"}
+    later |= {"anchor_offset"}
     model = retinanet(**TINY)
     assert later < model.arguments.keys()
     again = retinanet(**{key: value for key, value in model.arguments.items() if key not in later})
@@ -291,6 +292,7 @@ def test_arguments_of_earlier_versions_still_build_the_same_model() -> None:
 
 SWITCHES = {
     "head_quality": {"head_quality": True},
+    "head_scales": {"head_scales": True},
     "box_bins": {"box_bins": 17},
     "neck": {"neck": "pafpn"},
     "p2": {"levels": (2, 3)},
