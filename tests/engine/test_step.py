@@ -178,13 +178,15 @@ def as_dropout(*_: object) -> None:
     torch.rand(())
 
 
-def test_the_look_ahead_leaves_no_trace() -> None:
+@pytest.mark.parametrize("padding", [0, 16])
+def test_the_look_ahead_leaves_no_trace(padding: int) -> None:
     """Running statistics and random numbers are as without it."""
     traces = []
     for criterion in (DetectionLoss(), WEIGHTED):
         model = tiny_model("batch")
         model.fpn.register_forward_pre_hook(as_dropout)
         batches = [images_of_step(0, slice(start, start + 2)) for start in range(0, IMAGES, 2)]
+        batches = [batch._replace(sizes=batch.sizes - padding) for batch in batches]
         torch.manual_seed(1)
         train_step(model, criterion, batches, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
         traces.append([*distributed.running_statistics(model), torch.get_rng_state()])
