@@ -120,12 +120,10 @@ class Pipeline:
     Coordinates are float64 fractions of the image meanwhile. After each transform that may change a box's size, and at
     the end, boxes are clipped to the image; one that is then narrower or lower than `min_size` pixels, or has less than
     `min_visibility` of the area it had before that clip, is dropped with its label and crowd flag. Boxes without area
-    are dropped. So does `albumentations.Compose` with `clip`, `filter_invalid_bboxes` and `check_each_transform`, in
-    five times the time.
+    are dropped. (`albumentations.Compose` with `clip`, `filter_invalid_bboxes`, `check_each_transform`.)
 
     Each transform draws from a random stream of its own, keyed by its name in the mapping, so that switching one off
-    does not change what the others do. (`Compose.set_random_seed` of albumentations 2.0.8 gives every transform the
-    same stream: two flips of p=0.5 would then always happen together.)
+    does not change what the others do.
 
     Raises ValueError if `min_size` is not positive or `min_visibility` not in 0..1, ConfigError for what is no
     transform; on use, ConfigError if an image comes out as anything but uint8 RGB, ValueError if a transform makes a

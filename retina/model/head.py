@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from retina.errors import ConfigError, check_choice
 from retina.model.content import GroupNorm
-from retina.ops.boxes import even_distribution
+from retina.ops.distributions import even_distribution
 
 Masks = Sequence[Float[Tensor, "B 1 _ _"] | None]
 

@@ -19,7 +19,7 @@ from retina.model.parts import check_backbone, make_part
 from retina.model.pretrained import load_backbone, read_weights
 from retina.model.timm_backbone import PREFIX, TimmBackbone
 from retina.ops.anchors import AnchorGenerator
-from retina.ops.boxes import distances_to_deltas, mean_distances
+from retina.ops.distributions import distances_to_deltas, mean_distances
 from retina.types import Predictions
 
 

@@ -88,8 +88,8 @@ def clip_boxes(boxes: Float[Tensor, "*batch 4"], size: Num[Tensor, "*#batch 2"])
 LARGEST_LOG_SCALE = math.log(1000 / 16)
 """A decoded box is at most 62.5 times its anchor: a wild prediction must not overflow exp (as in torchvision)."""
 
-# px. Padding has no size, and log 0 is not finite; real boxes are never this small.
-_SMALLEST_ENCODED_SIDE = 1e-6
+SMALLEST_ENCODED_SIDE = 1e-6
+"""px. Padding has no size, and log 0 is not finite; real boxes are never this small."""
 
 
 def encode(boxes: Float[Tensor, "*#batch 4"], anchors: Float[Tensor, "*#batch 4"]) -> Float[Tensor, "*batch 4"]:
@@ -102,7 +102,7 @@ def encode(boxes: Float[Tensor, "*#batch 4"], anchors: Float[Tensor, "*#batch 4"
     anchor_size, size = box_sides(anchors), box_sides(boxes)
     anchor_centre, centre = anchors[..., :2] + 0.5 * anchor_size, boxes[..., :2] + 0.5 * size
     shift = (centre - anchor_centre) / anchor_size
-    return torch.cat((shift, (size.clamp(min=_SMALLEST_ENCODED_SIDE) / anchor_size).log()), dim=-1)
+    return torch.cat((shift, (size.clamp(min=SMALLEST_ENCODED_SIDE) / anchor_size).log()), dim=-1)
 
 
 def decode(deltas: Float[Tensor, "*#batch 4"], anchors: Float[Tensor, "*#batch 4"]) -> Float[Tensor, "*batch 4"]:
@@ -127,43 +127,3 @@ def encode_distances(
     """
     centre = 0.5 * (anchors[..., :2] + anchors[..., 2:])
     return torch.cat((centre - boxes[..., :2], boxes[..., 2:] - centre), dim=-1)
-
-
-def distances_to_deltas(
-    distances: Float[Tensor, "*#batch 4"], sides: Float[Tensor, "*#batch 2"]
-) -> Float[Tensor, "*batch 4"]:
-    """The deltas of the box at these distances from the anchor's centre: `decode` of them is that box.
-
-    With distances l, t, r, b and the anchor's `sides` w_a, h_a in the same unit: dx = (r - l) / (2 w_a),
-    dw = log((l + r) / w_a), and the same along y. A side of the box below 1e-6 counts as 1e-6. A box of more than 62.5
-    times its anchor's sides comes back smaller, as `decode` cuts it.
-    """
-    before, after = distances[..., :2], distances[..., 2:]
-    size = (before + after).clamp(min=_SMALLEST_ENCODED_SIDE)
-    return torch.cat((0.5 * (after - before) / sides, (size / sides).log()), dim=-1)
-
-
-def mean_distances(logits: Float[Tensor, "*batch R"]) -> Float[Tensor, "*batch"]:
-    """Means, in 0..R-1, of the distributions over the distances 0, 1, ..., R-1 whose logits these are.
-
-    float32 for narrower logits. Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 5.
-    """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    distances = torch.arange(logits.shape[-1], device=logits.device, dtype=dtype)
-    return (logits.softmax(dim=-1, dtype=dtype) * distances).sum(dim=-1)
-
-
-def even_distribution(means: Float[Tensor, "*batch"], num_bins: int) -> Float[Tensor, "*batch R"]:
-    """Logits of distributions over the distances 0, 1, ..., R-1 that have these means, and are as even as that allows
-    (of largest entropy, so logits are linear in the distance). The other way round from `mean_distances`.
-
-    Means are held within 0.5..R-1.5, so that no distance is out of the question. float32; no gradient.
-    """
-    means = means.detach().double().clamp(0.5, num_bins - 1.5)
-    distances = torch.arange(num_bins, device=means.device, dtype=torch.float64)
-    low, high = torch.full_like(means, -4), torch.full_like(means, 4)  # the slopes of means 0.02 and R-1.02
-    for _ in range(50):
-        slope = 0.5 * (low + high)
-        below = mean_distances(slope[..., None] * distances) < means
-        low, high = torch.where(below, slope, low), torch.where(below, high, slope)
-    return (low[..., None] * distances).float()

@@ -26,7 +26,8 @@ from retina.losses.detection import DetectionLoss
 from retina.losses.soft_targets import distribution_focal_loss
 from retina.ops.anchors import AnchorGenerator, Anchors
 from retina.ops.assigners import ATSS, MaxIoU, TaskAligned
-from retina.ops.boxes import decode, distances_to_deltas, encode, encode_distances, mean_distances
+from retina.ops.boxes import decode, encode, encode_distances
+from retina.ops.distributions import distances_to_deltas, mean_distances
 from retina.types import Assignment, Losses, Predictions, Targets
 
 ROOT = Path(__file__).parents[2]

@@ -8,12 +8,10 @@ from torchvision.models.detection._utils import BoxCoder
 from retina.ops.boxes import (
     LARGEST_LOG_SCALE,
     decode,
-    distances_to_deltas,
     encode,
     encode_distances,
-    even_distribution,
-    mean_distances,
 )
+from retina.ops.distributions import distances_to_deltas, even_distribution, mean_distances
 
 TORCHVISION = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
 
