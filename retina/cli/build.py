@@ -20,7 +20,7 @@ ALLOWED_TARGETS = {
         "torchvision.transforms.v2.",
     ),
     "data": ("retina.data.shapes.",),
-    "loss": ("retina.losses.", "retina.ops.assigners."),
+    "loss": ("retina.losses.", "retina.ops.assigners.", "retina.ops.adaptive_assigners."),
     "optimizer": ("torch.optim.",),
     "postprocess": ("retina.detections.",),
     "schedule": ("retina.engine.optim.",),

@@ -6,8 +6,9 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 import matching_cases
+from retina.ops.adaptive_assigners import _nearest_cells
 from retina.ops.anchors import AnchorGenerator, Anchors
-from retina.ops.assigners import ATSS, MaxIoU, TaskAligned, _nearest_cells
+from retina.ops.assigners import ATSS, MaxIoU, TaskAligned
 from retina.ops.boxes import decode, encode
 from retina.types import Assignment, Predictions, Targets
 
@@ -240,7 +241,9 @@ def test_boxes_that_are_not_finite_do_no_harm(rule):
 @pytest.mark.parametrize("ratios", [(1.0,), (0.5, 1.0, 2.0)], ids=["one", "three"])
 @pytest.mark.parametrize("seed", range(12))
 def test_task_aligned_equals_its_published_form(seed: int, ratios: tuple[float, ...], monkeypatch):
-    monkeypatch.setattr("retina.ops.assigners._PAIRS", [2**18, 21 * 40][seed % 2])  # whole levels; chunks of 40 anchors
+    monkeypatch.setattr(
+        "retina.ops.adaptive_assigners._PAIRS", [2**18, 21 * 40][seed % 2]
+    )  # whole levels; chunks of 40 anchors
     anchors, targets = pyramid(ratios=ratios), random_targets(seed)
     predictions = predict(anchors, 3, seed=seed)
     rule = TaskAligned(topk=[13, 5][seed % 2], alpha=[1.0, 0.5][seed % 2], beta=[6.0, 2.0][seed % 2])
