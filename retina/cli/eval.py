@@ -20,11 +20,13 @@ from retina.cli.build import call
 from retina.cli.compose import entry
 from retina.cli.data import data_of, drop_nulls, load_split, open_split, progress, unreadable_images
 from retina.cli.run_folder import open_evaluation, read_settings
-from retina.errors import ConfigError, check, check_choice
+from retina.data.oddities import crowding
+from retina.engine.config import from_mapping
+from retina.errors import ConfigError, check, check_choice, plain
 
 if TYPE_CHECKING:
     from retina.data.coco import Annotations
-    from retina.evaluation.metrics import DetectionArrays
+    from retina.evaluation.metrics import DetectionArrays, Scoring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class EvalConfig:
     plugins: list[str]
     score_threshold: float
     data: dict[str, Any]
+    eval: dict[str, Any]
     postprocess: dict[str, Any]
     traceback: bool
 
@@ -74,18 +77,20 @@ def score_file(config: EvalConfig) -> int:
     from retina.evaluation.metrics import coco_metrics, write_metrics
     from retina.evaluation.results import read_results
 
+    scoring = scoring_of({}, config)
     annotations = load_split(data, config.split, images_needed=False)
-    metrics = coco_metrics(annotations, read_results(results, annotations))
+    metrics = coco_metrics(annotations, read_results(results, annotations), scoring)
     open_evaluation(output)
     write_metrics(output / "metrics.json", metrics)
-    report(config, annotations, metrics, results, f"{output / 'metrics.json'}")
+    report(config, scoring, annotations, metrics, results, f"{output / 'metrics.json'}")
     return 0
 
 
 def score_detector(config: EvalConfig, checkpoint: Path) -> int:
     """The exit code, the same on every rank."""
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    trained = read_settings(folder / "config.yaml").get("data", {}) if (folder / "config.yaml").is_file() else {}
+    settings = read_settings(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    trained = settings.get("data", {})
     if not isinstance(trained, dict):
         problem = f"{folder / 'config.yaml'}: data: is no section - restore it, or give data=..."
         raise ConfigError(problem, code="wrong-type")
@@ -107,6 +112,7 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
         options = detector.card.postprocess | drop_nulls(config.postprocess)
         call(check_postprocess, "postprocess", options=options)
         data = data_of(trained, config.data, detector.card.preprocessing)
+        scoring = scoring_of(settings, config)
         output = Path(config.output) if config.output else folder / "eval"
         distributed.on_main(lambda: open_evaluation(output))
         annotations, loader = open_split(data, config.split, detector, output, batch_size=config.batch_size)
@@ -117,6 +123,7 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
             postprocess=partial(postprocess, **options),
             device=device,
             dtype=detector.dtype,
+            scoring=scoring,
         )
         skipped = unreadable_images(loader)
         if distributed.is_main():
@@ -128,23 +135,38 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
             folder = output / "pictures"
             drawn = write_evaluation_pictures(folder, annotations, detections, score_threshold=threshold, **limits)
             names = f"{output}/metrics.json, detections.json{', pictures/' if drawn else ''}"
-            report(config, annotations, metrics, output / "detections.json", names)
+            report(config, scoring, annotations, metrics, output / "detections.json", names)
             for line in skipped:
                 print(f"skipped: {line}", file=sys.stderr)
     return 3 if skipped else 0
 
 
+def scoring_of(settings: dict[str, Any], config: EvalConfig) -> "Scoring":
+    """As the run was scored, changed by what was typed."""
+    from retina.evaluation.metrics import Scoring
+
+    trained = settings.get("eval") or {}
+    return from_mapping(Scoring, (trained if isinstance(trained, dict) else {}) | drop_nulls(config.eval), "eval")
+
+
 def report(
-    config: EvalConfig, annotations: "Annotations", metrics: dict[str, Any], results: Path, written: str
+    config: EvalConfig,
+    scoring: "Scoring",
+    annotations: "Annotations",
+    metrics: dict[str, Any],
+    results: Path,
+    written: str,
 ) -> None:
     """Prints the metrics, what was written, and our numbers beside those of the other scorer."""
     from retina.evaluation.metrics import format_metrics
 
-    print(f"{format_metrics(metrics)}\n\nwritten: {written}")
+    print(f"{format_metrics(metrics, scoring)}\n\nwritten: {written}")
+    for line in crowding(annotations, scoring.max_dets):
+        print(plain(f"warning: {line}"), file=sys.stderr)
     if config.scorer:
         from retina.evaluation.cross_check import describe_differences, pycocotools_metrics
 
-        reference = pycocotools_metrics(annotations.file, json.loads(results.read_bytes()))
+        reference = pycocotools_metrics(annotations.file, json.loads(results.read_bytes()), scoring)
         print("", *describe_differences(metrics, reference), sep="\n")
 
 

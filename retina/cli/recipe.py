@@ -13,6 +13,7 @@ from retina.errors import ConfigError, under
 if TYPE_CHECKING:
     from retina.data.transforms import Pipeline
     from retina.engine.optim import Schedule
+    from retina.evaluation.metrics import Scoring
 
 
 class Recipe(NamedTuple):
@@ -24,11 +25,13 @@ class Recipe(NamedTuple):
     pipeline: "Pipeline"
     sampler: Callable[..., Any] | None
     """Of annotations: what `data.sampling` makes where it is a section."""
+    scoring: "Scoring"
 
 
 def make_recipe(settings: Settings) -> Recipe:
     """Raises ConfigError for settings that cannot be trained with, whatever the data."""
     from retina.data.transforms import Pipeline
+    from retina.evaluation.metrics import Scoring
     from retina.inference import check_postprocess
     from retina.losses.detection import DetectionLoss
     from retina.model.parts import PARTS, part_class
@@ -52,6 +55,10 @@ def make_recipe(settings: Settings) -> Recipe:
         quality, bins = settings["model"].get("head_quality"), settings["model"].get("box_bins")
         call(criterion.check_head, "loss", quality=bool(quality), bins=bins is not None)
     call(check_postprocess, "postprocess", options=without_target(settings["postprocess"]))
+    scoring = from_mapping(Scoring, settings["eval"], "eval")
+    if settings["train"].get("best_metric") == "AR100" != f"AR{scoring.max_dets}":
+        problem = f"AR100 is not measured with eval.max_dets={scoring.max_dets} - give AP, or leave out that setting"
+        raise ConfigError(problem, code="contradiction", key="train.best_metric")
     transforms = {name: made(section, f"augment.{name}") for name, section in settings["augment"].items()}
     sampling = data.sampling
     return Recipe(
@@ -61,6 +68,7 @@ def make_recipe(settings: Settings) -> Recipe:
         optimizer=made(settings["optimizer"], "optimizer"),
         pipeline=Pipeline(transforms, min_size=data.min_size, min_visibility=data.min_visibility),
         sampler=made({**sampling, "_partial_": True}, "data.sampling") if isinstance(sampling, dict) else None,
+        scoring=scoring,
     )
 
 

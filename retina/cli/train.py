@@ -15,6 +15,7 @@ from retina.cli.compose import Result, Settings, entry
 from retina.cli.data import DataConfig, build_loaders, load_checked, prepare_data, unreadable_images
 from retina.cli.recipe import Recipe, make_recipe, without_target
 from retina.cli.run_folder import Opened, folder_of, open_run
+from retina.data.oddities import crowding
 from retina.engine.config import TrainConfig, from_mapping
 
 if TYPE_CHECKING:
@@ -99,6 +100,9 @@ def main(settings: Settings) -> Result:
             recorder.info(line)
         if warning := too_low_rate(state, sampler):
             recorder.warn(warning)
+        kept = settings["postprocess"].get("max_detections")
+        for line in crowding(val, recipe.scoring.max_dets, kept) if config.eval_every else []:
+            recorder.warn(line)
         card = DetectorCard(
             model=model.arguments,
             classes=list(train.classes),
@@ -182,6 +186,7 @@ def score(
         device=state.device,
         dtype=DTYPES[state.config.precision],
         stopping=stopping,
+        scoring=recipe.scoring,
     )
     if state.config.pictures and recorder.active:
         limits = {"max_images": state.config.pictures, "max_pixels": max_pixels}

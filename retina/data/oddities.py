@@ -64,8 +64,7 @@ def content_oddities(splits: Mapping[str, Annotations]) -> Iterator[str]:
             problem = f"{num_crowd} of {total} are crowd regions (`iscrowd` 1), of which nothing is learned"
             yield f"{split.file}: annotations: {problem} - write 0 for single objects"
         yield from _repeated(split)
-    if splits:
-        first = next(iter(splits.values()))
+    if first := splits.get("train"):
         counts = sum((split.class_counts() for split in splits.values()), np.zeros(len(first.classes), np.int64))
         if counts.any() and (dead := [name for name, n in zip(first.classes, counts, strict=True) if n == 0]):
             fix = "remove the categories (some exports add the supercategory as one), or annotate objects of them"
@@ -90,3 +89,18 @@ def _repeated(split: Annotations) -> Iterator[str]:
         )
         problem = f"{len(shared)} boxes have more than one class ({some([name for name, _ in names.most_common()])})"
         yield f"{split.file}: annotations: {problem} - give each the class that is to be detected, or merge the classes"
+
+
+def crowding(split: Annotations, max_dets: int, max_detections: int | None = None) -> list[str]:
+    """Warnings if images have more objects than metrics count detections, or than a detector keeps (of all classes)."""
+    images = np.repeat(np.arange(len(split)), np.diff(split.offsets))[~split.crowd]
+    of_class = np.unique(images * len(split.classes) + split.labels[~split.crowd], return_counts=True)[1]
+    lines = []
+    for counts, limit, what, key in (
+        (of_class, max_dets, "of one class, and metrics count the best", "eval.max_dets"),
+        (np.bincount(images), max_detections, "in all, and a detector keeps", "postprocess.max_detections"),
+    ):
+        if limit and len(counts) and counts.max() > limit:
+            problem = f"images have up to {counts.max()} objects {what} {limit}: the others count as missed"
+            lines.append(f"{split.file}: {problem} - give {key}={-(-counts.max() // 100) * 100}")
+    return lines

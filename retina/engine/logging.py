@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -112,7 +113,8 @@ class RunLogger:
     ) -> None:
         """One line on the screen, all numbers in the records."""
         self.scalars(step, "val", {**metrics, **losses, "seconds": seconds})
-        values = [(name, metrics[name]) for name in ("AP", "AP50", "AP75", "AR100")]
+        recalls = [name for name in metrics if re.fullmatch(r"AR\d+", name)]  # AR1, AR10, and AR100 or what is set
+        values = [(name, metrics[name]) for name in ("AP", "AP50", "AP75", *recalls[-1:])]
         shown = "  ".join(f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in values)
         loss = f"  loss {losses['loss']:.3f}" if losses else ""
         self.info(f"evaluation at step {step}: {shown}{loss}  ({seconds:.0f} s){'  best so far' if better else ''}")

@@ -15,8 +15,6 @@ from jaxtyping import Bool, Float64, Int64
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 """[T] IoU thresholds, COCO's 0.50:0.05:0.95."""
-AREA_RANGES = np.array([[0, 1e5**2], [0, 32**2], [32**2, 96**2], [96**2, 1e5**2]], dtype=np.float64)
-"""[R 2] areas in square pixels, both ends inclusive: all, small, medium, large."""
 MAX_PAIRS = 1 << 19
 """Detection-object pairs whose IoU is held at a time, to bound memory on data of one class and many objects."""
 
@@ -108,7 +106,7 @@ def match(
     order = np.lexsort((iou, rows, ranks[rows]))
     rows, columns, iou = rows[order], columns[order], iou[order]
     num_pairs = len(rows)
-    free = np.ones((len(crowd), len(THRESHOLDS), len(AREA_RANGES)), dtype=bool)
+    free = np.ones((len(crowd), len(THRESHOLDS), counts.shape[1]), dtype=bool)
     bonus = np.int32(num_pairs) * counts
     taken = [(*np.empty((3, 0), np.int64), np.empty(0, np.bool_))]
     for low, high in _runs(ranks[rows]):

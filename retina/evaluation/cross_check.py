@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from retina.evaluation.metrics import METRICS
+from retina.evaluation.metrics import COCO, Scoring
 
 
-def pycocotools_metrics(ground_truth: Path, results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+def pycocotools_metrics(
+    ground_truth: Path, results: Sequence[Mapping[str, Any]], scoring: Scoring = COCO
+) -> dict[str, float | None]:
     """The twelve COCO numbers of results in COCO's format; None where pycocotools says -1, without ground truth."""
-    stats = score(load_truth(json.loads(ground_truth.read_bytes())), [dict(result) for result in results])
-    return {name: None if value == -1 else float(value) for name, value in zip(METRICS, stats, strict=True)}
+    stats = score(load_truth(json.loads(ground_truth.read_bytes())), [dict(result) for result in results], scoring)
+    return {name: None if value == -1 else float(value) for name, value in zip(scoring.meanings(), stats, strict=True)}
 
 
 def load_truth(document: Mapping[str, Any]) -> Any:
@@ -35,17 +37,24 @@ def load_truth(document: Mapping[str, Any]) -> Any:
     return truth
 
 
-def score(truth: Any, results: list[dict[str, Any]]) -> np.ndarray:
-    """The twelve numbers of COCOeval."""
-    from pycocotools.coco import COCO
+def score(truth: Any, results: list[dict[str, Any]], scoring: Scoring = COCO) -> np.ndarray:
+    """The twelve numbers of COCOeval.
+
+    Its own summary of AP insists on 100 detections; the means are taken here, as it takes them, for any number."""
+    import pycocotools.coco
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):
-        scorer = COCOeval(truth, truth.loadRes(results) if results else COCO(), "bbox")
+        scorer = COCOeval(truth, truth.loadRes(results) if results else pycocotools.coco.COCO(), "bbox")
+        scorer.params.maxDets = list(scoring.limits)
+        scorer.params.areaRng = scoring.ranges.tolist()
         scorer.evaluate()
         scorer.accumulate()
-        scorer.summarize()
-    return scorer.stats
+    precision, recall = scorer.eval["precision"], scorer.eval["recall"]
+    parts = [precision[..., 0, 2], precision[0, ..., 0, 2], precision[5, ..., 0, 2]]
+    parts += [precision[..., area, 2] for area in (1, 2, 3)]
+    parts += [recall[..., 0, limit] for limit in (0, 1, 2)] + [recall[..., area, 2] for area in (1, 2, 3)]
+    return np.array([part[part > -1].mean() if (part > -1).any() else -1.0 for part in parts])
 
 
 def describe_differences(ours: Mapping[str, Any], reference: Mapping[str, float | None]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from retina import distributed
 from retina.data.coco import Annotations
 from retina.detections import count_non_finite, postprocess, refuse_non_finite, to_original
-from retina.evaluation.metrics import DetectionArrays, coco_metrics
+from retina.evaluation.metrics import COCO, DetectionArrays, Scoring, coco_metrics
 from retina.types import Batch, Criterion, Detections, Postprocess, to_device
 
 
@@ -41,6 +41,7 @@ def evaluate(
     criterion: Criterion | None = None,
     dtype: torch.dtype = torch.float32,
     stopping: Callable[[], int] = lambda: 0,
+    scoring: Scoring = COCO,
 ) -> Evaluation:
     """Detections of this rank's images, gathered from all ranks and scored against `annotations`.
 
@@ -91,7 +92,7 @@ def evaluate(
 
     def score() -> dict[str, Any]:
         refuse_non_finite(count, annotations.file)
-        return coco_metrics(annotations, gathered)
+        return coco_metrics(annotations, gathered, scoring)
 
     metrics = distributed.on_main(score)
     per_positive = {} if criterion is None else _per_positive(distributed.all_reduce_sum(losses))

@@ -1,7 +1,8 @@
 """COCO's twelve box metrics and their values per class, on flat arrays; as JSON and as a table."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,23 +10,57 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from retina.data.coco import Annotations
-from retina.errors import DataError, plain
-from retina.evaluation.coco_matching import AREA_RANGES, THRESHOLDS, Boxes, Matches, box_areas, match
+from retina.errors import DataError, check, plain
+from retina.evaluation.coco_matching import THRESHOLDS, Boxes, Matches, box_areas, match
 from retina.files import write_whole
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 """[P] recalls at which precision is sampled."""
-MAX_DETECTIONS = (1, 10, 100)
-"""Detections of one image and class that AR1, AR10 and AR100 look at; everything else looks at the last number."""
-_SIZES = {"s": "area up to 32^2", "m": "area 32^2 to 96^2", "l": "area over 96^2"}
-METRICS = (
-    {"AP": "IoU 0.50:0.95", "AP50": "IoU 0.50", "AP75": "IoU 0.75"}
-    | {f"AP{size}": area for size, area in _SIZES.items()}
-    | {f"AR{limit}": f"best {limit} per image and class" for limit in MAX_DETECTIONS}
-    | {f"AR{size}": area for size, area in _SIZES.items()}
-)
-"""What each of the twelve metrics looks at: AP is a mean of precisions, AR of recalls."""
-_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """What COCO's metrics count; the defaults are COCO's own. Other numbers are not to be compared with published ones.
+
+    Raises ConfigError."""
+
+    max_dets: int = 100
+    """Detections of one image and class, the best, that everything but AR1 and AR10 looks at."""
+    areas: list[Any] = field(default_factory=lambda: [32, 96])
+    """Square roots of the areas at which small ends and large begins."""
+
+    def __post_init__(self) -> None:
+        check(self.max_dets > 10, "max_dets", self.max_dets, "give more than 10: AR10 looks at as many")
+        areas = self.areas
+        sound = len(areas) == 2 and all(isinstance(edge, (int, float)) for edge in areas) and 0 < areas[0] < areas[1]
+        check(sound, "areas", areas, "give two ascending numbers of pixels, as [32, 96]")
+
+    @property
+    def limits(self) -> tuple[int, int, int]:
+        """Detections of one image and class that the three AR of all sizes look at."""
+        return (1, 10, self.max_dets)
+
+    @property
+    def ranges(self) -> Float64[np.ndarray, "R 2"]:
+        """Areas in square pixels, both ends inclusive: all, small, medium, large."""
+        small, large = self.areas
+        return np.array([[0, 1e5**2], [0, small**2], [small**2, large**2], [large**2, 1e5**2]], dtype=np.float64)
+
+    def meanings(self) -> dict[str, str]:
+        """What each of the twelve metrics looks at: AP is a mean of precisions, AR of recalls."""
+        low, high = (f"{edge:g}^2" for edge in self.areas)
+        sizes = {"s": f"area up to {low}", "m": f"area {low} to {high}", "l": f"area over {high}"}
+        return (
+            {"AP": "IoU 0.50:0.95", "AP50": "IoU 0.50", "AP75": "IoU 0.75"}
+            | {f"AP{size}": area for size, area in sizes.items()}
+            | {f"AR{limit}": f"best {limit} per image and class" for limit in self.limits}
+            | {f"AR{size}": area for size, area in sizes.items()}
+        )
+
+
+COCO = Scoring()
+METRICS = COCO.meanings()
+"""COCO's own twelve."""
 
 
 class DetectionArrays(NamedTuple):
@@ -39,12 +74,12 @@ class DetectionArrays(NamedTuple):
     labels: Int64[np.ndarray, "D"]
 
 
-def coco_metrics(annotations: Annotations, detections: DetectionArrays) -> dict[str, Any]:
+def coco_metrics(annotations: Annotations, detections: DetectionArrays, scoring: Scoring = COCO) -> dict[str, Any]:
     """COCO's box metrics of the detections, as fractions of 1; None where there is no object to define one.
 
-    Keys: those of METRICS, in that order, then `per_class`, which holds under each class name the same twelve keys for
-    that class alone and `num_objects`, its objects without crowd regions. A mean over classes leaves out those in which
-    the metric is undefined.
+    Keys: those of `Scoring.meanings`, in that order, then `per_class`, which holds under each class name the same
+    twelve keys for that class alone and `num_objects`, its objects without crowd regions. A mean over classes leaves
+    out those in which the metric is undefined.
 
     The numbers are those of pycocotools' COCOeval (cocodataset/cocoapi) up to rounding, ties of scores included: images
     count in ascending order of id, detections of one image in the order given. Differences, all on purpose: undefined
@@ -56,22 +91,22 @@ def coco_metrics(annotations: Annotations, detections: DetectionArrays) -> dict[
     check_detections(annotations, detections)
     num_classes = len(annotations.classes)
     image_order = np.argsort(np.argsort(annotations.image_ids))
-    ranked = _rank(detections, image_order)
+    ranked, ranges = _rank(detections, image_order, scoring.max_dets), scoring.ranges
 
     object_images = np.repeat(image_order, np.diff(annotations.offsets))
     object_groups = annotations.labels * len(annotations) + object_images
     order = np.argsort(object_groups, kind="stable")
     crowd = annotations.crowd[order]
-    counts = ~crowd[:, None] & _in_ranges(annotations.areas[order])
+    counts = ~crowd[:, None] & _in_ranges(annotations.areas[order], ranges)
     objects = Boxes(annotations.boxes[order], object_groups[order], box_areas(annotations.boxes[order]))
     labels = annotations.labels[order]
     num_counted = np.stack([np.bincount(labels[column], minlength=num_classes) for column in counts.T], axis=1)
 
     matches = match(ranked.boxes, ranked.ranks, objects, crowd, counts)
-    precision = _precision(matches, ranked, num_counted)
-    recall = _recall(matches, ranked, num_counted)
+    precision = _precision(matches, ranked, num_counted, ranges)
+    recall = _recall(matches, ranked, num_counted, scoring.limits)
 
-    values = _values(precision, recall)
+    values = _values(precision, recall, scoring)
     class_counts = np.bincount(annotations.labels[~annotations.crowd], minlength=num_classes)
     per_class = {
         name: {key: _mean(array[k : k + 1]) for key, array in values.items()} | {"num_objects": int(class_counts[k])}
@@ -94,7 +129,7 @@ def check_detections(annotations: Annotations, detections: DetectionArrays) -> N
 
 
 class _Ranked(NamedTuple):
-    """The best 100 detections of each image and class, sorted by class, image and score."""
+    """The best detections of each image and class, sorted by class, image and score."""
 
     boxes: Boxes
     labels: Int64[np.ndarray, "D"]
@@ -104,7 +139,7 @@ class _Ranked(NamedTuple):
     """How many different scores of the whole data set are higher."""
 
 
-def _rank(detections: DetectionArrays, image_order: Int64[np.ndarray, "N"]) -> _Ranked:
+def _rank(detections: DetectionArrays, image_order: Int64[np.ndarray, "N"], max_dets: int) -> _Ranked:
     groups = detections.labels * len(image_order) + image_order[detections.indices]
     # Whole numbers sort several times as fast as scores, in pairs with groups too.
     places = np.unique(-detections.scores, return_inverse=True)[1]
@@ -112,18 +147,21 @@ def _rank(detections: DetectionArrays, image_order: Int64[np.ndarray, "N"]) -> _
     positions = np.arange(len(order))
     starts = np.diff(groups[order], prepend=-1) > 0
     ranks = positions - np.maximum.accumulate(np.where(starts, positions, 0))
-    kept = ranks < MAX_DETECTIONS[-1]
+    kept = ranks < max_dets
     order = order[kept]
     boxes = detections.boxes[order]
     return _Ranked(Boxes(boxes, groups[order], box_areas(boxes)), detections.labels[order], ranks[kept], places[order])
 
 
-def _in_ranges(areas: Float64[np.ndarray, "N"]) -> Bool[np.ndarray, "N R"]:
-    return (areas[:, None] >= AREA_RANGES[:, 0]) & (areas[:, None] <= AREA_RANGES[:, 1])
+def _in_ranges(areas: Float64[np.ndarray, "N"], ranges: Float64[np.ndarray, "R 2"]) -> Bool[np.ndarray, "N R"]:
+    return (areas[:, None] >= ranges[:, 0]) & (areas[:, None] <= ranges[:, 1])
 
 
 def _precision(
-    matches: Matches, ranked: _Ranked, num_counted: Int64[np.ndarray, "K R"]
+    matches: Matches,
+    ranked: _Ranked,
+    num_counted: Int64[np.ndarray, "K R"],
+    area_ranges: Float64[np.ndarray, "R 2"],
 ) -> Float64[np.ndarray, "T P K R"]:
     """Interpolated precision at each recall, NaN where a class has no object in the area range.
 
@@ -135,7 +173,7 @@ def _precision(
     """
     num_thresholds, (num_classes, num_ranges) = len(THRESHOLDS), num_counted.shape
     labels, num_detections = ranked.labels, len(ranked.labels)
-    in_range = _in_ranges(ranked.boxes.areas)
+    in_range = _in_ranges(ranked.boxes.areas, area_ranges)
     # 1. Number the detections of each class by falling score. The sort is stable, so equal scores keep their order,
     # which is by image and rank. visible[n] counts those within each area range among the first n of all classes.
     order = np.argsort(labels * (ranked.places.max(initial=0) + 1) + ranked.places, kind="stable")
@@ -189,19 +227,21 @@ def _positives_needed(num_counted: Int64[np.ndarray, "K R"]) -> Int64[np.ndarray
     return np.maximum(needed - 1, 0).astype(np.int64)
 
 
-def _recall(matches: Matches, ranked: _Ranked, num_counted: Int64[np.ndarray, "K R"]) -> Float64[np.ndarray, "T K R L"]:
-    """Fraction of objects found by the best 1, 10, 100 detections per image and class; NaN where there are none."""
+def _recall(
+    matches: Matches, ranked: _Ranked, num_counted: Int64[np.ndarray, "K R"], limits: Sequence[int]
+) -> Float64[np.ndarray, "T K R L"]:
+    """Fraction of objects found by so many best detections per image and class; NaN where there are none."""
     positive = ~matches.ignored
     rows, thresholds, ranges = matches.detections[positive], matches.thresholds[positive], matches.ranges[positive]
     shape = (len(THRESHOLDS), *num_counted.shape)
     cells = np.ravel_multi_index((thresholds, ranked.labels[rows], ranges), shape)
     size = int(np.prod(shape))
-    hits = [np.bincount(cells[ranked.ranks[rows] < limit], minlength=size).reshape(shape) for limit in MAX_DETECTIONS]
+    hits = [np.bincount(cells[ranked.ranks[rows] < limit], minlength=size).reshape(shape) for limit in limits]
     return np.stack(hits, axis=-1) / np.where(num_counted > 0, num_counted, np.nan)[..., None]
 
 
 def _values(
-    precision: Float64[np.ndarray, "T P K R"], recall: Float64[np.ndarray, "T K R L"]
+    precision: Float64[np.ndarray, "T P K R"], recall: Float64[np.ndarray, "T K R L"], scoring: Scoring
 ) -> dict[str, Float64[np.ndarray, "K"]]:
     """Every metric of every class, NaN where it is undefined."""
     half, three_quarters = np.flatnonzero(np.isin(THRESHOLDS, (0.5, 0.75)))
@@ -209,7 +249,7 @@ def _values(
     arrays += [precision[..., area] for area in (1, 2, 3)]
     arrays += [recall[..., 0, limit] for limit in (0, 1, 2)] + [recall[..., area, 2] for area in (1, 2, 3)]
     means = [array.mean(axis=tuple(range(array.ndim - 1))) for array in arrays]
-    return dict(zip(METRICS, means, strict=True))
+    return dict(zip(scoring.meanings(), means, strict=True))
 
 
 def _mean(values: Float64[np.ndarray, "K"]) -> float | None:
@@ -227,16 +267,17 @@ def write_metrics(file: Path, metrics: Mapping[str, Any]) -> None:
     write_whole(file, text.encode())
 
 
-def format_metrics(metrics: Mapping[str, Any]) -> str:
+def format_metrics(metrics: Mapping[str, Any], scoring: Scoring = COCO) -> str:
     """The twelve numbers of `coco_metrics`, 0 to 1, then a table with a row per class; undefined is shown as "-"."""
-    lines = [f"{key:<6} {_shown(metrics[key]):>5}  {meaning}" for key, meaning in METRICS.items()]
-    table: list[tuple[str, ...]] = [("class", "objects", *_COLUMNS)]
+    lines = [f"{key:<6} {_shown(metrics[key]):>5}  {meaning}" for key, meaning in scoring.meanings().items()]
+    columns = ("AP", "AP50", "AP75", "APs", "APm", "APl", f"AR{scoring.max_dets}")
+    table: list[tuple[str, ...]] = [("class", "objects", *columns)]
     for name, values in metrics["per_class"].items():
-        table.append((plain(name), str(values["num_objects"]), *(_shown(values[key]) for key in _COLUMNS)))
+        table.append((plain(name), str(values["num_objects"]), *(_shown(values[key]) for key in columns)))
     first, *others = [max(map(len, column)) for column in zip(*table, strict=True)]
     for name, *cells in table:
         lines.append("  ".join([name.ljust(first), *map(str.rjust, cells, others)]))
-    lines.insert(len(METRICS), "")
+    lines.insert(len(lines) - len(table), "")
     return "\n".join(lines)
 
 

@@ -12,12 +12,14 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from faults import refused
 from ranks import in_processes
 from retina.data.coco import Annotations, read_coco
 from retina.data.sampler import eval_shard
 from retina.errors import DataError
+from retina.evaluation.cross_check import pycocotools_metrics
 from retina.evaluation.evaluate import DetectionCollector
-from retina.evaluation.metrics import DetectionArrays, coco_metrics
+from retina.evaluation.metrics import DetectionArrays, Scoring, coco_metrics
 from retina.evaluation.results import read_results
 from retina.types import Detections
 
@@ -343,3 +345,52 @@ def test_rows_of_no_image_or_class_are_a_programming_error(tmp_path: Path) -> No
         coco_metrics(annotations, detections._replace(indices=np.array([1])))
     with pytest.raises(ValueError, match="labels"):
         coco_metrics(annotations, detections._replace(labels=np.array([-1])))
+
+
+@pytest.mark.parametrize("scoring", [Scoring(max_dets=11), Scoring(max_dets=300), Scoring(areas=[10, 200.5])])
+def test_other_limits_are_pycocotools_own(tmp_path: Path, scoring: Scoring) -> None:
+    """Sixty objects of two classes in each of three images, and three times as many detections as that."""
+    generator = np.random.default_rng(0)
+    corners = generator.uniform(0, 400, (3, 120, 2)).round(1)
+    sides = generator.uniform(5, 240, (3, 120, 2)).round(1)
+    boxes = np.concatenate([corners, sides], axis=2).tolist()
+    ground: Ground = {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 640, "height": 640} for i in range(3)],
+        "categories": [{"id": k, "name": str(k)} for k in range(2)],
+        "annotations": [
+            {
+                "id": 1 + 120 * i + n,
+                "image_id": i,
+                "category_id": n % 2,
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+            }
+            for i in range(3)
+            for n, box in enumerate(boxes[i])
+        ],
+    }
+    results: Results = [
+        {
+            "image_id": a["image_id"],
+            "category_id": a["category_id"],
+            "bbox": (np.array(a["bbox"]) + generator.normal(0, spread, 4)).clip(0.1).round(1).tolist(),
+            "score": float(generator.uniform()),
+        }
+        for a in ground["annotations"]
+        for spread in (0.5, 3, 10)
+    ]
+    metrics = coco_metrics(*read(tmp_path, ground, results), scoring)
+    expected = pycocotools_metrics(tmp_path / "gt.json", results, scoring)
+    assert [*metrics][:-1] == [*expected]
+    assert [*expected][8] == f"AR{scoring.max_dets}"
+    for key, value in expected.items():
+        assert metrics[key] == pytest.approx(value, abs=1e-12), key
+    usual = coco_metrics(*read(tmp_path, ground, results))
+    assert any(metrics[key] != usual[key] for key in ("AP", "APs", "APl"))
+
+
+@pytest.mark.parametrize("wrong", [{"max_dets": 10}, {"areas": [96, 32]}, {"areas": [32]}, {"areas": [0, "x"]}])
+def test_wrong_limits_are_refused(wrong: dict[str, Any]) -> None:
+    with refused("out-of-range", next(iter(wrong))):
+        Scoring(**wrong)
