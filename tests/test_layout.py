@@ -116,3 +116,29 @@ def test_the_update_can_be_read_without_the_rest() -> None:
             files.add(file)
             waiting += [name for name in imports_of(file) if name.startswith("retina.")]
     assert len(files) <= 8, sorted(map(str, files))
+
+
+ROAD = (
+    *("types.py", "detections.py", "ops/*.py", "losses/detection.py", "model/*.py", "engine/*.py"),
+    *("data/annotations.py", "data/coco.py", "data/images.py", "data/transforms.py"),
+    *("data/dataset.py", "data/sampler.py", "data/loader.py"),
+    *("evaluation/evaluate.py", "evaluation/metrics.py", "evaluation/coco_matching.py"),
+    *("cli/train.py", "cli/eval.py", "cli/infer.py"),
+)
+"""What everybody must know. A file of these folders that nobody needs to know says "Beside the road." in its first
+lines."""
+
+
+def is_beside_the_road(file: Path) -> bool:
+    return "Beside the road." in " ".join((ast.get_docstring(ast.parse(file.read_text())) or "").split())
+
+
+def test_the_road_is_short() -> None:
+    lengths: dict[str, int] = {}
+    for pattern in ROAD:
+        files = list((ROOT / "retina").glob(pattern))
+        assert files, f"{pattern}: no such file, name it anew in ROAD"
+        for file in files:
+            if not is_beside_the_road(file):
+                lengths[str(file.relative_to(ROOT))] = file.read_text().count("\n")
+    assert sum(lengths.values()) <= 6000, lengths

@@ -1,4 +1,5 @@
-"""Bottom-up networks of timm (`pip install 'retina-detect[timm]'`), as a source of the maps C2..C5."""
+"""Bottom-up networks of timm (`pip install 'retina-detect[timm]'`), as a source of the maps C2..C5. Beside the
+road."""
 
 from contextlib import suppress
 from difflib import get_close_matches
