@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import struct
-import subprocess
 import sys
 import termios
 import threading
@@ -251,12 +250,6 @@ def test_without_a_terminal_progress_is_lines(tmp_path: Path, capsys: pytest.Cap
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("step 2/4  epoch 0.50  loss 0.713")
     assert line in (tmp_path / "log.txt").read_text()
-
-
-def test_rich_and_tensorboard_are_imported_by_those_who_use_them() -> None:
-    heavy = "['rich', 'tensorboard', 'matplotlib', 'wandb', 'mlflow', 'trackio']"
-    code = f"import sys, retina.engine.loop, retina.tracking.trackers; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_curves_are_a_picture_of_all_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

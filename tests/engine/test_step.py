@@ -123,7 +123,7 @@ def on_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_rank, (port, str(folder)), nprocs=2)
+    mp.start_processes(_rank, (port, str(folder)), nprocs=2, start_method="forkserver")
     return folder
 
 

@@ -17,6 +17,7 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import box_iou, generalized_box_iou_loss
 
+from programs import Program
 from retina.cli.build import build
 from retina.cli.compose import compose
 from retina.detections import postprocess
@@ -595,7 +596,9 @@ def test_compiles_into_one_graph():
 
 def test_the_default_criterion_compiles_into_one_graph():
     """That of `configs/train.yaml`, likewise in a process of its own."""
-    subprocess.run([sys.executable, __file__, "default"], check=True, timeout=200)
+    program = Program(__file__, "default", cwd=Path(__file__).parent)
+    _, err = program.communicate(timeout=200)
+    assert program.returncode == 0, err
 
 
 def compile_and_compare(*names: str) -> None:

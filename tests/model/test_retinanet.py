@@ -3,9 +3,8 @@
 import copy
 import inspect
 import math
-import os
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from torchvision.models.detection import retinanet_resnet50_fpn
 from torchvision.models.detection.image_list import ImageList
 
 from faults import refused
+from programs import Program
 from retina.detections import postprocess
 from retina.errors import ConfigError
 from retina.losses.classification import Focal
@@ -210,8 +210,9 @@ COMPILED = {
 )
 def test_compiles_once_per_canvas_and_mode(kind: str) -> None:
     """In a process of its own: here, every function is wrapped in type checks that a compiler cannot trace."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, __file__, kind], check=True, timeout=280, env=env)
+    program = Program(__file__, kind, cwd=Path(__file__).parent)
+    _, err = program.communicate(timeout=280)
+    assert program.returncode == 0, err
 
 
 def compile_and_compare(kind: str) -> None:
