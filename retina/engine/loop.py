@@ -241,15 +241,18 @@ class _Report:
         self.state, self.plan, self.recorder, self.annotations, self.loader = state, plan, recorder, annotations, loader
         recorder.progress(state.progress.step, plan.total)
         self._pending: PendingFlags[_Update] = PendingFlags(LAG.get(state.device.type, 0))
-        self._plain = self._diagnosed = criterion
+        self._criterion = criterion
         self._diagnosis: Diagnosis | None = None
-        prior = getattr(state.model, "arguments", {}).get("prior")
-        if isinstance(criterion, DetectionLoss) and prior is not None:
-            self._diagnosed, self._diagnosis = with_diagnosis(criterion, prior=prior)
+        self._prior = getattr(state.model, "arguments", {}).get("prior")
 
     def criterion(self, step: int) -> Criterion:
         """The criterion for the update with this 0-based number; where it is logged, one that is diagnosed."""
-        return self._diagnosed if step == 0 or self.plan.logs(step + 1) else self._plain
+        criterion, self._diagnosis = self._criterion, None
+        if isinstance(criterion, DetectionLoss):
+            criterion = criterion.at(step / self.plan.total)
+            if self._prior is not None and (step == 0 or self.plan.logs(step + 1)):
+                criterion, self._diagnosis = with_diagnosis(criterion, prior=self._prior)
+        return criterion
 
     def update(self, lr: float, micro_batches: list[Batch], result: StepResult) -> None:
         """Takes in the update that has just been made."""

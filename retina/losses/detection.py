@@ -54,6 +54,8 @@ class DetectionLoss:
         quality_weight: factor of the branch's binary cross entropy.
         distribution_weight: factor of the distribution focal loss, averaged over the four sides. None: the head
             predicts no distributions.
+        warm_start: another of these, which `at` gives for the first `warm_start_share` of a run. TOOD begins with ATSS,
+            because the first predictions say nothing of which anchors are good.
 
     Raises ValueError for hyper-parameters out of range and, when called, for a head that they do not fit.
     Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, sections 3 and 4; centerness: Tian et al.,
@@ -69,6 +71,8 @@ class DetectionLoss:
     quality: Literal["centerness", "iou"] | None = None
     quality_weight: float = 1.0
     distribution_weight: float | None = None
+    warm_start: "DetectionLoss | None" = None
+    warm_start_share: float = 1 / 3
 
     def __post_init__(self) -> None:
         for name in ("assigner", "classification", "box_loss"):
@@ -77,6 +81,7 @@ class DetectionLoss:
         self.box_loss(torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0, 4))  # raises for settings out of range
         for name in ("box_weight", "quality_weight", "distribution_weight"):
             check_range(name, getattr(self, name) or 0)
+        check_range("warm_start_share", self.warm_start_share, 0, 1)
         if self.quality not in ("centerness", "iou", None):
             raise ValueError(f"quality must be centerness, iou or None, got {self.quality!r}")
         if self.box_weighting not in ("centerness", "score", None):
@@ -106,6 +111,10 @@ class DetectionLoss:
         box_normalizer = positives.sum(weights) if self.box_weighting and weights is not None else None
         return Losses(classification, box, num_positives, box_normalizer)
 
+    def at(self, progress: float) -> "DetectionLoss":
+        """The criterion for this point of a run, from 0 to 1."""
+        return self.warm_start if self.warm_start is not None and progress < self.warm_start_share else self
+
     def check_head(self, *, quality: bool, bins: bool) -> None:
         """Raises ValueError unless these losses and a head with or without a quality branch and distributions fit."""
         if self.quality and not quality:
@@ -122,8 +131,13 @@ class DetectionLoss:
                 "Focal Loss), or take another head (model=retinanet)"
             )
 
+        if self.warm_start is not None:
+            self.warm_start.check_head(quality=quality, bins=bins)
+
     def check_classes(self, num_classes: int) -> None:
         """Raises ValueError for a list of alphas that is longer or shorter."""
+        if self.warm_start is not None:
+            self.warm_start.check_classes(num_classes)
         alpha = getattr(self.classification, "alpha", None)
         if isinstance(alpha, Sequence) and len(alpha) != num_classes:
             raise ValueError(f"classification.alpha has {len(alpha)} values for {num_classes} classes")

@@ -63,7 +63,7 @@ class TaskAligned:
 
     The target score of a positive is t, scaled per object so that its largest is the object's largest u: the target of
     `QualityFocal`, and in `DetectionLoss` the weight of the box loss and, summed, the divisor of all losses. (The
-    authors begin with a few epochs of ATSS; this does not.)
+    authors begin with a few epochs of ATSS: `DetectionLoss.warm_start`.)
 
     Predictions are compared in chunks: at most 2^24 pairs of an anchor and an object at a time, or 2^18 on a CPU.
     Which of several anchors of equal t comes last among the `topk` is up to the device.

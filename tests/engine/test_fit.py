@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -85,6 +86,16 @@ def test_plain_parts_train_as_the_bare_update_does() -> None:
     for step, batch in enumerate([*loader(), *loader()]):
         other.optimizer.param_groups[0]["lr"] = 0.01 * 0.5**step
         train_step(other.model, DetectionLoss(), [batch], optimizer=other.optimizer)
+    assert torch.equal(weights(state), weights(other))
+
+
+def test_a_warm_start_is_for_the_first_share_of_the_run() -> None:
+    first, then = DetectionLoss(box_weight=3.0, box_weighting="centerness"), DetectionLoss()
+    state = make_state(TrainConfig(length="2ep", log_every=3, clip_norm=None))
+    fit(state, replace(then, warm_start=first, warm_start_share=0.5), loader())
+    other = make_state(TrainConfig())
+    for step, batch in enumerate([*loader(), *loader()]):
+        train_step(other.model, first if step < 4 else then, [batch], optimizer=other.optimizer)
     assert torch.equal(weights(state), weights(other))
 
 

@@ -547,6 +547,28 @@ def test_recipes_are_as_published(name: str) -> None:
     assert results == pytest.approx([scores, boxes, sums["positives"], sums["weights"], total], rel=1e-5)
 
 
+def test_tal_begins_with_atss_as_published() -> None:
+    """For four epochs of twelve; tood_head.py then divides and weighs like atss_head.py, without centerness."""
+    criterion = build(compose("train", ["loss=tal", "loss.distribution_weight=0.25"])["loss"], "loss")
+    first = criterion.at(0.0)
+    assert criterion.at(0.33) == first != criterion
+    assert criterion.at(0.34) is criterion.at(1.0) is criterion
+    predictions = predictions_for(first, 2)
+    targets = make_targets(random_objects(3), random_objects(5, 1))
+    sums = published("atss", predictions, targets, ATSS()(predictions, targets))
+    losses = first(predictions, targets)
+    expected = [sums["classes"], 2 * sums["box"] + 0.25 * sums["distribution"], sums["positives"], sums["weights"]]
+    assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_warm_start_must_fit_the_head_and_the_classes_too() -> None:
+    criterion = DetectionLoss(warm_start=DetectionLoss(quality="iou", classification=Focal(alpha=[0.1, 0.9])))
+    with pytest.raises(ValueError, match="no quality branch"):
+        criterion.check_head(quality=False, bins=False)
+    with pytest.raises(ValueError, match="2 values for 3 classes"):
+        criterion.check_classes(3)
+
+
 def test_the_weights_of_boxes_have_no_gradient() -> None:
     """Or a box that is hard to find would be made harder to see."""
     criterion = DetectionLoss(box_weighting="score")
@@ -706,6 +728,7 @@ def test_every_config_finds_its_objects(name: str):
         ({"box_weight": -1.0}, "box_weight"),
         ({"box_weight": float("nan")}, "box_weight"),
         ({"quality_weight": -1.0}, "quality_weight"),
+        ({"warm_start_share": 2.0}, "warm_start_share"),
         ({"distribution_weight": float("inf")}, "distribution_weight"),
         ({"box_loss": partial(smooth_l1, beta=-1.0)}, "beta must be finite and at least 0"),
     ],
