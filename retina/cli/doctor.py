@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from retina.cli.compose import entry
 from retina.cli.data import DataConfig, load_split, named_splits, progress
+from retina.data.advice import advise
 from retina.data.checks import DataReport
 from retina.engine.config import from_mapping
 from retina.errors import ConfigError, DataError, plain
@@ -41,8 +42,10 @@ def main(config: DoctorConfig) -> int:
     report = DataReport()
     splits = read_splits(data, report)
     examine_images(data, splits, report, decode=config.decode)
+    report.advice += advise(splits, data.short_side, data.long_side)
     report.write(output)
-    print("\n".join([*describe(report), *report.lines(), verdict(report, output)]))
+    advice = [plain(f"advice: {line}") for line in report.advice]
+    print("\n".join([*describe(report), *report.lines(), *advice, verdict(report, output)]))
     return 2 if report.faults else 0
 
 

@@ -15,6 +15,7 @@ from retina.cli.compose import Result, Settings, entry
 from retina.cli.data import DataConfig, build_loaders, load_checked, prepare_data, unreadable_images
 from retina.cli.recipe import Recipe, make_recipe, without_target
 from retina.cli.run_folder import Opened, folder_of, open_run
+from retina.data.advice import unreachable
 from retina.data.oddities import crowding
 from retina.engine.config import TrainConfig, from_mapping
 
@@ -99,6 +100,8 @@ def main(settings: Settings) -> Result:
         for line in describe_run(folder, state, train, val, sampler):
             recorder.info(line)
         if warning := too_low_rate(state, sampler):
+            recorder.warn(warning)
+        if warning := unreachable(train, data.short_side, data.long_side, stride=min(model.strides)):
             recorder.warn(warning)
         kept = settings["postprocess"].get("max_detections")
         for line in crowding(val, recipe.scoring.max_dets, kept) if config.eval_every else []:

@@ -36,6 +36,8 @@ class DataReport:
     warnings: list[str] = field(default_factory=list)
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What was read of each split: places and counts."""
+    advice: list[str] = field(default_factory=list)
+    """What a sound data set asks of the settings."""
 
     def lines(self, limit: int = 20) -> list[str]:
         """For a screen: at most `limit` faults, then at most `limit` warnings; no kind crowds out another."""
@@ -50,6 +52,7 @@ class DataReport:
             "splits": self.splits,
             "faults": [plain(line) for line in self.faults],
             "warnings": [plain(line) for line in self.warnings],
+            "advice": [plain(line) for line in self.advice],
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, (json.dumps(content, indent=2) + "\n").encode("ascii"))  # names are escaped, odd ones too
