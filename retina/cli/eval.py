@@ -79,7 +79,10 @@ def score_file(config: EvalConfig) -> int:
 
     scoring = scoring_of({}, config)
     annotations = load_split(data, config.split, images_needed=False)
-    metrics = coco_metrics(annotations, read_results(results, annotations), scoring)
+    warnings: list[str] = []
+    metrics = coco_metrics(annotations, read_results(results, annotations, warnings), scoring)
+    for line in warnings:
+        print(plain(f"warning: {line}"), file=sys.stderr)
     open_evaluation(output)
     write_metrics(output / "metrics.json", metrics)
     report(config, scoring, annotations, metrics, results, f"{output / 'metrics.json'}")

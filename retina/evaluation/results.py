@@ -17,16 +17,17 @@ _LARGEST = 1e100
 """A larger number is no score and no pixel: areas of boxes that far away would not be finite."""
 
 
-def read_results(file: Path, annotations: Annotations) -> DetectionArrays:
+def read_results(file: Path, annotations: Annotations, warnings: list[str] | None = None) -> DetectionArrays:
     """Detections of a COCO results file: a JSON list of {"image_id", "category_id", "bbox": [x, y, w, h], "score"}.
 
     Other keys are ignored, an empty list is fine, and the order of the file is kept (it ranks equal scores). Numbers
-    stay float64.
+    stay float64. Ids may be written as 7.0. Results of a category that `annotations` lacks are left out, as pycocotools
+    does: `warnings` gets a line with their number.
 
     Raises:
         DataError: the file cannot be read, or is no list.
         RecordsError: results lack a key, hold a value of the wrong type or one that is not finite: one line for each.
-            One line too for each image or category that `annotations` does not have, with the number of its results.
+            One line too for each image that `annotations` does not have, with the number of its results.
     """
     try:
         records = json.loads(file.read_bytes())
@@ -48,18 +49,24 @@ def read_results(file: Path, annotations: Annotations) -> DetectionArrays:
         if problem := _problem(record):
             faults.append(f"{file}: result {position}: {problem}")
             continue
-        image_id, category_id = record["image_id"], record["category_id"]
+        image_id, category_id = int(record["image_id"]), int(record["category_id"])
         if image_id not in index_of:
             unknown["image_id", image_id] += 1
         if category_id not in label_of:
             unknown["category_id", category_id] += 1
-        rows[position] = index_of.get(image_id, 0), label_of.get(category_id, 0)
+        rows[position] = index_of.get(image_id, 0), label_of.get(category_id, -1)
         numbers[position] = *record["bbox"], record["score"]
     for (key, value), count in unknown.items():
         problem = f"is that of {count} result{'s' * (count > 1)}, but not in {annotations.file}"
-        faults.append(f"{file}: {key} {value!r:.40}: {problem} - use the ids of that file")
+        line = f"{file}: {key} {value!r:.40}: {problem} - use the ids of that file"
+        if key == "image_id":
+            faults.append(line)
+        elif warnings is not None:
+            warnings.append(f"{line}; left out")
     if faults:
         raise RecordsError(faults)
+    known = rows[:, 1] >= 0
+    rows, numbers = rows[known], numbers[known]
     boxes = numbers[:, :4]
     boxes[:, 2:] += boxes[:, :2]
     return DetectionArrays(rows[:, 0], boxes, numbers[:, 4], rows[:, 1])
@@ -73,7 +80,10 @@ def _problem(record: Any) -> str:
         if key not in record:
             return f"has no key {key!r} - every result needs {', '.join(_KEYS)}"
     for key in ("image_id", "category_id"):
-        if type(record[key]) is not int:  # a bool is an int too, but no id
+        value = record[key]
+        if type(value) is not int and not (
+            type(value) is float and value.is_integer()
+        ):  # a bool is an int too, but no id
             return f"{key} is {record[key]!r:.40} instead of an integer - use the ids of the annotation file"
     bbox = record["bbox"]
     if not isinstance(bbox, list) or len(bbox) != 4:

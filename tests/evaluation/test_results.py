@@ -53,7 +53,7 @@ def test_an_empty_list_is_fine(tmp_path: Path, annotations: Annotations) -> None
     ("change", "words"),
     [
         ({"image_id": "7"}, "image_id is '7'"),
-        ({"image_id": 7.0}, "image_id is 7.0"),
+        ({"image_id": 7.5}, "image_id is 7.5"),
         ({"category_id": True}, "category_id is True"),
         ({"bbox": [1, 2, 3]}, r"bbox is \[1, 2, 3\]"),
         ({"bbox": [1, 2, 3, "4"]}, "bbox holds '4'"),
@@ -89,10 +89,17 @@ def test_unknown_images_and_categories_are_counted(tmp_path: Path, annotations: 
     gt = f"not in {annotations.file} - use the ids of that file"
     assert [fault.removeprefix(f"{tmp_path}/dt.json: ") for fault in error.value.faults] == [
         f"image_id 8: is that of 4 results, but {gt}",
-        f"category_id 1: is that of 1 result, but {gt}",
         f"image_id -5: is that of 1 result, but {gt}",
-        f"category_id 2: is that of 1 result, but {gt}",
     ]
+
+
+def test_results_of_other_categories_are_left_out_and_counted(tmp_path: Path, annotations: Annotations) -> None:
+    other = GOOD | {"category_id": 4}
+    warnings: list[str] = []
+    detections = read_results(written(tmp_path, [other, GOOD | {"image_id": 9.0}, other]), annotations, warnings)
+    assert (detections.indices.tolist(), detections.labels.tolist()) == ([0], [0])
+    (line,) = warnings
+    assert "category_id 4: is that of 2 results" in line
 
 
 @pytest.mark.parametrize("key", sorted(GOOD))
