@@ -28,6 +28,7 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -250,6 +251,15 @@ def compose(config_name: str, overrides: Sequence[str]) -> Settings:
     words = [as_typed(word) for word in overrides]
     with app(), one_line(config_name, words):
         return settings_of(hydra.compose(config_name, words), config_name)
+
+
+def default_settings() -> Settings:
+    """Within a job: its settings if its command had chosen the same groups and given no value."""
+    if not (HydraConfig.initialized() and GlobalHydra.instance().is_initialized()):
+        return {}  # a launcher has taken the job to another process
+    job = HydraConfig.get()
+    groups = [f"{group}={name or 'null'}" for group, name in job.runtime.choices.items() if "/" not in str(group)]
+    return settings_of(hydra.compose(job.job.config_name, groups), "train")
 
 
 def settings_of(config: DictConfig, config_name: str) -> Settings:

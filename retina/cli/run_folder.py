@@ -5,12 +5,13 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from retina.engine.config import REPLACED
 from retina.errors import ConfigError
 from retina.files import advice, lock, open_flags, temporary_of, write_whole
 from retina.tracking.trackers import flatten
@@ -21,13 +22,19 @@ OWN = (
 )
 """What a run writes beside `config.yaml`, and all that `overwrite` removes."""
 
-LOCK = ".lock"
+LOCK, SETTINGS = ".lock", "config.yaml"
+
+MARK = b"# a run of retina\n"
+"""First line of `config.yaml`. Other programs have files of that name, so only this line makes a folder ours."""
+
+EARLIER = {"name", "runs", "overwrite", "init_from", "data", "model", "optimizer", "postprocess", "train"}
+"""Settings that every run of the versions without a mark has, together with `train.lr_batch_size`."""
 
 WORDS = ("overwrite", "traceback", "allow_data_change")
 """Settings that are about one command, not about the run."""
 
 HARMLESS = (
-    *("runs", "trackers", "plugins"),  # the sections that name parts of plugins are compared
+    *("name", "runs", "trackers", "plugins"),  # the sections that name parts of plugins are compared
     # instead of the places of the data, the fingerprint of the annotations is compared
     *("data.root", "data.train.annotations", "data.train.images", "data.val.annotations", "data.val.images"),
     *("data.num_workers", "data.eval_batch_size", "data.max_bad_fraction"),
@@ -64,39 +71,48 @@ class Difference(NamedTuple):
         return f"{self.key}: {self.there} there, {self.now} now"
 
 
-def open_run(folder: Path, config: Mapping[str, Any], *, overwrite: bool, patience: float = 5.0) -> Opened:
+def open_run(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    patience: float = 5.0,
+    defaults: Callable[[], Mapping[str, Any]] = dict,
+) -> Opened:
     """Makes the folder, locks it until this process ends, and writes `config.yaml`.
 
     A run that failed before its first checkpoint holds nothing to lose, and other settings may take its place.
-    `overwrite` removes what an earlier run wrote, never anything else. `patience` is the seconds that a process of the
-    same run has to end, because one that was asked to stop saves first.
+    `overwrite` sets aside what an earlier run wrote, never anything else; `settle` says what comes of it. `patience` is
+    the seconds that a process of the same run has to end, because one that was asked to stop saves first. `defaults`
+    are what the settings mean that an earlier version did not know.
 
     Raises ConfigError when the folder cannot be written, another process trains there (naming it), or it holds
     something that is no run at all or another run: the line names the first setting that differs, and the notes
     (PEP 678) are a table of all."""
-    settings = folder / "config.yaml"
+    settings = folder / SETTINGS
     ours = {LOCK, temporary_of(settings).name}  # of a start that was cut off
     another = "choose another name=..."
     try:
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder}: is a file - {another}", code="no-run")
-        if folder.is_dir() and not settings.is_file() and any(p.name not in ours for p in folder.iterdir()):
-            raise ConfigError(f"{folder}: holds files but no run - {another}", code="no-run")
+        if folder.is_dir() and any(p.name not in ours for p in folder.iterdir()) and not is_run(folder):
+            raise ConfigError(f"{folder}: holds files but no run of this program - {another}", code="no-run")
         folder.mkdir(parents=True, exist_ok=True)
         notes = [] if _lock(folder, patience) else ["warning: this file system has no locks: start no second run here"]
-        resumes = changed = False
-        if overwrite and settings.is_file():
-            _remove(folder)
-        elif settings.is_file() and holds_work(folder):
-            resumes, differences = True, compare(read_settings(settings), config)
+        settle(folder)
+        changed = True
+        if overwrite:
+            (_set_aside if holds_work(folder) else _remove)(folder)
+        elif holds_work(folder):
+            differences = compare(read_settings(settings), config, defaults)
             refuse_another(folder, differences)
             notes += [f"going on with another setting: {one}" for one in differences]
             changed = bool(differences)
-        for name in OWN:
+        for name in (*OWN, SETTINGS):
             temporary_of(folder / name).unlink(missing_ok=True)
-        if changed or not resumes:
-            write_whole(settings, yaml.safe_dump(dict(config), sort_keys=False).encode())
-        return Opened(resumes, notes)
+        if changed:
+            write_whole(settings, MARK + yaml.safe_dump(dict(config), sort_keys=False).encode())
+        return Opened(has_checkpoint(folder), notes)
     except (OSError, ValueError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) else fault
         fix = f"{advice(fault)}, or choose" if isinstance(fault, OSError) else "choose"
@@ -106,9 +122,63 @@ def open_run(folder: Path, config: Mapping[str, Any], *, overwrite: bool, patien
 
 def holds_work(folder: Path) -> bool:
     """Whether a run has got as far as a checkpoint or weights."""
+    return has_checkpoint(folder) or (folder / "best.safetensors").exists()
+
+
+def has_checkpoint(folder: Path) -> bool:
     names = [path.name for path in (folder / "checkpoints").glob("*step_*")]
-    saved = any(name.startswith("step_") or name.endswith(".aside") for name in names)
-    return saved or (folder / "best.safetensors").exists()
+    return any(name.startswith("step_") or name.endswith(".aside") for name in names)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `config.yaml` says that this program trains here."""
+    file = folder / SETTINGS
+    if not file.is_file():
+        return False
+    if file.read_bytes().startswith(MARK):
+        return True
+    try:
+        values = read_settings(file)
+    except ConfigError:
+        return False
+    train = values.get("train")
+    return values.keys() >= EARLIER and isinstance(train, dict) and "lr_batch_size" in train
+
+
+def settle(folder: Path) -> None:
+    """Ends what `overwrite` began: the run that was set aside goes once the new one has a checkpoint, and comes back if
+    that has none. A kill at any instant may leave the rest to the next call. Raises OSError."""
+    aside, moving = folder / REPLACED, folder / f"{REPLACED}.tmp"
+    if aside.is_dir() and not aside.is_symlink():
+        if has_checkpoint(folder):
+            shutil.rmtree(aside)
+            return
+        _remove(folder)
+        aside.rename(moving)  # from now on nothing in the folder is the new run's
+    if moving.is_dir() and not moving.is_symlink():
+        for path in moving.iterdir():
+            path.replace(folder / path.name)
+        moving.rmdir()
+
+
+def _set_aside(folder: Path) -> None:
+    """`config.yaml` stays until the new one takes its place: without it, nobody would know this to be a run."""
+    moving = folder / f"{REPLACED}.tmp"
+    moving.mkdir()
+    write_whole(moving / SETTINGS, (folder / SETTINGS).read_bytes())
+    for name in OWN:
+        if os.path.lexists(folder / name):
+            (folder / name).rename(moving / name)
+    moving.rename(folder / REPLACED)
+
+
+def where_now(folder: Path, name: str) -> str:
+    """The path `name`, in the run that was set aside if it was of that one."""
+    try:
+        moved = folder / REPLACED / Path(name).resolve().relative_to(folder.resolve())
+    except (OSError, ValueError):
+        return name
+    return str(moved) if moved.exists() else name
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -132,12 +202,20 @@ def read_settings(file: Path) -> dict[str, Any]:
     return values
 
 
-def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """Every setting that differs, harmless or not, in the order of the files."""
+_NOTHING: tuple[Any, ...] = (None, {})
+"""What a version may write where another writes the other."""
+
+
+def compare(
+    before: Mapping[str, Any], now: Mapping[str, Any], defaults: Callable[[], Mapping[str, Any]] = dict
+) -> list[Difference]:
+    """Every setting that differs, harmless or not, in the order of the files. What `before` lacks has its default."""
     old, new = flatten(before), flatten(now)
     absent = "(absent)"
+    if new.keys() - old.keys():
+        old |= {key: value for key, value in flatten(defaults()).items() if key in new and key not in old}
     pairs = [Difference(key, old.get(key, absent), new.get(key, absent)) for key in {**old, **new} if key not in WORDS]
-    return [pair for pair in pairs if pair.there != pair.now]
+    return [pair for pair in pairs if pair.there != pair.now and not (pair.there in _NOTHING and pair.now in _NOTHING)]
 
 
 def refuse_another(folder: Path, differences: Sequence[Difference]) -> None:
@@ -156,7 +234,6 @@ def refuse_another(folder: Path, differences: Sequence[Difference]) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """`config.yaml` stays until the new one takes its place: without it, nobody would know this to be a run."""
     for name in OWN:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)

@@ -11,10 +11,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from retina.cli.build import build_trackers, call
-from retina.cli.compose import Result, Settings, entry
+from retina.cli.compose import Result, Settings, default_settings, entry
 from retina.cli.data import DataConfig, build_loaders, load_checked, prepare_data, unreadable_images
 from retina.cli.recipe import Recipe, make_recipe, without_target
-from retina.cli.run_folder import Opened, folder_of, open_run
+from retina.cli.run_folder import Opened, folder_of, open_run, settle, where_now
 from retina.data.advice import unreachable
 from retina.data.oddities import crowding
 from retina.engine.config import TrainConfig, from_mapping
@@ -81,7 +81,10 @@ def main(settings: Settings) -> Result:
         if config.deterministic:  # until the end of this run: a sweep may have others in this process
             stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
             torch.use_deterministic_algorithms(True)
-        run = Opened(*distributed.on_main(lambda: open_run(folder, settings, overwrite=settings["overwrite"])))
+        options = {"overwrite": settings["overwrite"], "defaults": default_settings}
+        run = Opened(*distributed.on_main(lambda: open_run(folder, settings, **options)))
+        if distributed.is_main():
+            stack.callback(settle, folder)
         prepare_data(data, settings["plugins"])
         recorder = RunLogger(folder, active=distributed.is_main(), trackers=trackers, settings=settings)
         stack.callback(recorder.close)
@@ -93,7 +96,8 @@ def main(settings: Settings) -> Result:
         train, val = loaded[0], loaded[-1]
 
         torch.manual_seed(config.seed)
-        model = make_model(settings, recipe, train, device, recorder, resumes=run.resumes)
+        start = where_now(folder, settings["init_from"]) if settings["init_from"] and not run.resumes else None
+        model = make_model(settings, recipe, train, device, recorder, start=start)
         optimizer = build_optimizer(recipe.optimizer, model, scale=config.batch_size / config.lr_batch_size)
         state = TrainState(model, optimizer, config, recipe.schedule)
         loader, sampler, val_loader, preprocessing = build_loaders(data, config, recipe, train, val, model)
@@ -144,9 +148,9 @@ def make_model(
     device: "torch.device",
     recorder: "RunLogger",
     *,
-    resumes: bool,
+    start: str | None,
 ) -> "RetinaNet":
-    """The detector of the `model` section on its device. A run that does not resume starts from `init_from`."""
+    """The detector of the `model` section on its device, with the weights to start from."""
     import torch
 
     from retina.interop.transfer import init_from
@@ -159,8 +163,8 @@ def make_model(
     model = call(retinanet, "model", **settings["model"], num_classes=num_classes, plugins=settings["plugins"])
     channels_last = settings["train"]["channels_last"]
     model = model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format).to(device)
-    if settings["init_from"] and not resumes:
-        for line in init_from(model, settings["init_from"], classes=annotations.classes, remap=settings["remap"]):
+    if start:
+        for line in init_from(model, start, classes=annotations.classes, remap=settings["remap"]):
             recorder.info(line)
     return model
 

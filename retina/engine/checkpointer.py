@@ -1,9 +1,9 @@
 """What a run leaves on disk and goes on from: checkpoints and the best weights, also when the disk is full."""
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from retina import distributed
 from retina.engine.checkpoint import BEST, Progress, load_checkpoint, newest_valid, save_checkpoint
-from retina.engine.config import TrainConfig
+from retina.engine.config import REPLACED, TrainConfig
 from retina.engine.logging import RunLogger
 from retina.engine.meter import Meter
 from retina.engine.optim import ExponentialMovingAverage, Schedule, as_schedule, constant
@@ -139,7 +139,12 @@ class Checkpointer:
             return
         progress.scaler, progress.meter = state.scaler.state_dict(), state.meter.state()
         options = {**state.parts, "keep": state.config.keep_checkpoints, "best": self._best}
-        write = partial(save_checkpoint, self.folder / "checkpoints", progress, **options)
+        folder = self.folder
+
+        def write() -> None:
+            save_checkpoint(folder / "checkpoints", progress, **options)
+            shutil.rmtree(folder / REPLACED, ignore_errors=True)
+
         with state.meter.paused():
             if self._write("checkpoint", write):
                 self._saved = now

@@ -17,6 +17,8 @@ Length = int | float | str
 """How long: an integer is optimizer steps, a fraction below 1 is a share of the run, `"3ep"` is three epochs."""
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+REPLACED = ".replaced"
+"""In a run's folder: the earlier run that this one is to take the place of, until it has a checkpoint."""
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from children import die_at_file_call, in_child, on_small_disk, remount_read_only
 from faults import refused
-from retina.cli.run_folder import Opened, compare, open_run, read_settings
+from retina.cli.run_folder import MARK, Opened, compare, open_run, read_settings, settle, where_now
 from retina.errors import ConfigError
 
 CONFIG = {"name": "x", "overwrite": False, "optimizer": {"lr": 0.1}, "data": {"num_workers": 2}, "levels": [3, 4]}
@@ -20,13 +20,13 @@ CONFIG = {"name": "x", "overwrite": False, "optimizer": {"lr": 0.1}, "data": {"n
 def test_a_new_folder_and_the_same_run_again(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "x"
     assert open_run(folder, CONFIG, overwrite=False) == Opened(False, [])
-    (folder / "best.safetensors").touch()
+    (folder / "checkpoints" / "step_00000001").mkdir(parents=True)
     assert open_run(folder, CONFIG, overwrite=False) == Opened(True, [])
 
 
 def test_what_does_no_harm_may_change_and_is_listed(tmp_path: Path) -> None:
     open_run(tmp_path, CONFIG, overwrite=False)
-    (tmp_path / "best.safetensors").touch()
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
     words = {"overwrite": False, "traceback": True, "allow_data_change": True}  # about this command only
     changed = CONFIG | {"data": {"num_workers": 0}, "train": {"log_every": 5}} | words
     lines = ["data.num_workers: 2 there, 0 now", "train.log_every: (absent) there, 5 now"]
@@ -35,7 +35,7 @@ def test_what_does_no_harm_may_change_and_is_listed(tmp_path: Path) -> None:
     assert open_run(tmp_path, changed, overwrite=False) == Opened(True, []), "the folder says what is so now"
 
 
-@pytest.mark.parametrize("key", ["init_from", "name", "levels", "optimizer"])
+@pytest.mark.parametrize("key", ["init_from", "levels", "optimizer"])
 def test_what_makes_another_run_may_not_change(tmp_path: Path, key: str) -> None:
     open_run(tmp_path, CONFIG, overwrite=False)
     (tmp_path / "best.safetensors").touch()
@@ -65,6 +65,71 @@ def test_another_run_is_never_overwritten_unasked(tmp_path: Path) -> None:
     assert (tmp_path / "x" / "notes.txt").read_text() == "mine"
 
 
+def test_a_run_to_be_overwritten_is_there_until_the_new_one_has_a_checkpoint(tmp_path: Path) -> None:
+    def begin() -> None:
+        assert open_run(folder, CONFIG | {"levels": [3]}, overwrite=True) == Opened(False, [])
+        assert not (folder / "best.safetensors").exists()
+        (folder / "log.txt").write_text("new")
+
+    folder = tmp_path / "x"
+    open_run(folder, CONFIG, overwrite=False)
+    (folder / "checkpoints" / "step_00000001").mkdir(parents=True)
+    for name in ("best.safetensors", "log.txt"):
+        (folder / name).write_text("old")
+    begin()
+    assert Path(where_now(folder, str(folder / "best.safetensors"))).read_text() == "old", "as init_from may name it"
+    assert where_now(folder, str(tmp_path / "y")) == str(tmp_path / "y")
+    (folder / "best.safetensors").write_text("new")  # of an evaluation before the first checkpoint
+    settle(folder)
+    assert (folder / "best.safetensors").read_text() == (folder / "log.txt").read_text() == "old"
+    assert open_run(folder, CONFIG, overwrite=False) == Opened(True, [])
+    begin()
+    (folder / "checkpoints" / "step_00000002").mkdir(parents=True)
+    settle(folder)
+    assert {path.name for path in folder.iterdir()} == {".lock", "config.yaml", "log.txt", "checkpoints"}
+    assert (folder / "log.txt").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "task: detect\nmodel: yolo11n.pt\n",
+        "name: x\ntrain: {lr: 0.1}\ndata: {}\nmodel: {}\noptimizer: {}\n",
+        "trainer: {max_epochs: 3}\n",
+        "a: [",
+        "",
+    ],
+)
+def test_a_folder_of_another_program_is_never_touched(tmp_path: Path, settings: str) -> None:
+    contents = {"config.yaml": settings, "metrics.jsonl": "{}", "checkpoints/last.ckpt": "x", "best.safetensors": "x"}
+    for name, text in contents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for overwrite in (False, True):
+        with refused("no-run", tmp_path, kind=ConfigError):
+            open_run(tmp_path, CONFIG, overwrite=overwrite)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {str(path.relative_to(tmp_path)): path.read_text() for path in files} == contents
+
+
+def test_a_renamed_run_and_settings_that_came_later_go_on(tmp_path: Path) -> None:
+    open_run(tmp_path, CONFIG | {"remap": None}, overwrite=False)
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    now = CONFIG | {"name": "y", "remap": {}, "loss": {"gamma": 2}}
+    with refused("another-run", "loss.gamma", kind=ConfigError):
+        open_run(tmp_path, now, overwrite=False, defaults=lambda: {"loss": {"gamma": 1}})
+    opened = open_run(tmp_path, now, overwrite=False, defaults=lambda: {"loss": {"gamma": 2}})
+    assert opened == Opened(True, ["going on with another setting: name: x there, y now"])
+
+
+def test_a_kill_may_leave_temporary_files_that_the_next_start_removes(tmp_path: Path) -> None:
+    open_run(tmp_path, CONFIG, overwrite=False)
+    for name in (".config.yaml.tmp", ".best.safetensors.tmp", ".metrics.jsonl.tmp"):
+        (tmp_path / name).touch()
+    open_run(tmp_path, CONFIG, overwrite=False)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.yaml"}
+
+
 def test_a_run_that_never_got_going_may_be_corrected(tmp_path: Path) -> None:
     open_run(tmp_path / "x", CONFIG, overwrite=False)
     open_run(tmp_path / "x", CONFIG | {"levels": [5]}, overwrite=False)
@@ -82,7 +147,7 @@ def test_what_is_no_run_is_never_touched(tmp_path: Path) -> None:
 
 
 def test_damaged_settings_are_one_line(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("a: [")
+    (tmp_path / "config.yaml").write_bytes(MARK + b"a: [")
     (tmp_path / "best.safetensors").touch()
     with refused("damaged-settings", "config.yaml", kind=ConfigError):
         open_run(tmp_path, CONFIG, overwrite=False)
@@ -157,8 +222,12 @@ def test_a_start_cut_off_anywhere_can_be_repeated(tmp_path: Path) -> None:
 
             status = in_child(opening)
             assert open_run(folder, other, overwrite=True) == Opened(False, []), fatal
-            assert {path.name for path in folder.iterdir()} - {"mine"} == {".lock", "config.yaml"}
+            aside = {".replaced"} if start else set()
+            assert {path.name for path in folder.iterdir()} - {"mine"} == {".lock", "config.yaml"} | aside
             assert read_settings(folder / "config.yaml") == other
+            settle(folder)
+            assert {path.name for path in folder.iterdir()} >= {path.name for path in (start or folder).iterdir()}
+            assert read_settings(folder / "config.yaml") == (CONFIG if start else other)
             assert (folder / "mine").exists() == (start is not None)
             if status == 0:
                 break

@@ -287,6 +287,39 @@ def test_a_run_can_start_from_the_weights_of_another(
     assert "runs/nowhere" in capsys.readouterr().err
 
 
+def test_a_run_may_be_overwritten_by_one_that_starts_from_its_weights(
+    place: Path, finished: object, train: Tool, capsys: Capture
+) -> None:
+    folder = place / "over" / "whole"
+    shutil.copytree(place / "runs" / "whole", folder)
+    before = (folder / "best.safetensors").read_bytes()
+    changes = {"runs": "over", "init_from": "over/whole", "train.length": 1, "train.eval_every": "null"}
+    words = [*tiny("whole", **changes, **{"optimizer.lr": 1e-12}), "overwrite=true"]
+    assert train(*words, "data.root=nowhere") == 2
+    assert (folder / "best.safetensors").read_bytes() == before, "what failed at its start has replaced nothing"
+    assert train(*words) == 0
+    assert "tensors are those of" in capsys.readouterr().out
+    first, second = (load_file(place / f"{runs}/whole/best.safetensors") for runs in ("runs", "over"))
+    for key, value in first.items():
+        assert second[key].allclose(value, atol=1e-6), key
+    assert [path.name for path in folder.glob("checkpoints/*")] == ["step_00000001"]
+    assert not (folder / ".replaced").exists()
+
+
+def test_a_setting_that_an_earlier_version_did_not_know_has_its_default(
+    place: Path, finished: object, train: Tool, capsys: Capture
+) -> None:
+    shutil.copytree(place / "runs" / "whole", place / "early" / "renamed")
+    file = place / "early" / "renamed" / "config.yaml"
+    lines = [line for line in file.read_text().splitlines(keepends=True) if not line.startswith("  clip_norm:")]
+    file.write_text("".join(lines))
+    assert train(*tiny("renamed", runs="early")) == 0
+    assert "finished at step 6" in capsys.readouterr().out
+    file.write_text("".join(lines))
+    assert train(*tiny("renamed", runs="early", **{"train.clip_norm": 3.0})) == 2
+    assert "train.clip_norm: 10.0 there, 3.0 now" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [

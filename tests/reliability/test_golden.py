@@ -2,10 +2,12 @@
 
 tests/golden/step_00000003 was written by `save_checkpoint(GOLDEN, PROGRESS, keep=1, **parts(3))`, best.safetensors by
 `save_detector(GOLDEN / "best.safetensors", detector_state(), CARD)`, and best_without_hash.safetensors by the same call
-before such files held their own hash. They are never written again: what replaces them gets another name and a test of
-its own."""
+before such files held their own hash. run_without_mark/config.yaml is of `experiment=shapes name=golden`, by a version
+that wrote no mark into it and did not know `train.max_unsaved_minutes`. They are never written again: what replaces
+them gets another name and a test of its own."""
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from retina.cli.compose import compose
+from retina.cli.data import merge
+from retina.cli.run_folder import Opened, open_run, read_settings
 from retina.engine.checkpoint import Progress, load_checkpoint, newest_valid
+from retina.engine.checkpointer import Checkpointer, TrainState
+from retina.engine.config import TrainConfig
 from retina.engine.optim import ExponentialMovingAverage
 from retina.interop.transfer import init_from
 from retina.model.weights import DetectorCard, read_card
@@ -86,6 +93,20 @@ def test_a_checkpoint_of_the_first_version_loads() -> None:
         "ema": "0cf6b54c431c8168b3b3bc8adbcf4a3f6a3032ea31e5983c8b03c2c33057ad33",
         "optimizer": "407ada383379a61793fe0e2b0bf03ca8394d86915ac2e666a58b53b0664dacae",
     }
+
+
+def test_a_run_of_an_earlier_version_goes_on_under_another_name(tmp_path: Path) -> None:
+    shutil.copytree(CHECKPOINT, tmp_path / "checkpoints" / CHECKPOINT.name)
+    shutil.copy(GOLDEN / "run_without_mark" / "config.yaml", tmp_path)
+    before = read_settings(tmp_path / "config.yaml")
+    now = compose("train", ["experiment=shapes"])
+    settings = merge(now, before) | {"name": tmp_path.name}
+    assert settings["train"]["max_unsaved_minutes"] == now["train"]["max_unsaved_minutes"]
+    opened = open_run(tmp_path, settings, overwrite=False, defaults=lambda: now)
+    assert opened == Opened(True, [f"going on with another setting: name: golden there, {tmp_path.name} now"])
+    fresh = parts(0)
+    state = TrainState(fresh["model"], fresh["optimizer"], TrainConfig(ema=0.9))
+    assert Checkpointer(tmp_path, state).restore(PROGRESS.annotations) == PROGRESS
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", "best_without_hash.safetensors"])
