@@ -12,6 +12,7 @@ from PIL import Image, ImageFile, JpegImagePlugin, TiffImagePlugin
 from retina.data.image_files import MAX_PIXELS, ORIENTATION, SWAPPING, fault, opened, turn_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+_BITS = TiffImagePlugin.BITSPERSAMPLE
 _SHORT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # "I" too: before Pillow 11.3 a 16-bit grey PNG opened as that
 
 
@@ -41,6 +42,9 @@ def read_reduced(
     """
     with opened(path, max_pixels) as image:
         turn = turn_of(image)
+        if isinstance(image, TiffImagePlugin.TiffImageFile) and max(image.tag_v2.get(_BITS) or (1,)) > 16:
+            # values that fit into 16 bits would pass for those of a 16-bit image
+            raise fault(path, "bad-image", "has 32 bits per channel", "convert it to 8 or 16 bits")
         factor = _reduce(image, turn, least_size)
         image.load()
         if isinstance(image, TiffImagePlugin.TiffImageFile) and ORIENTATION not in image.tag_v2:
