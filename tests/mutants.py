@@ -214,6 +214,13 @@ MUTANTS = [
         "tests/cli/test_data.py",
     ),
     Mutant(
+        "a clock set back hides steps",
+        "retina/tracking/tensorboard.py",
+        "max(0.0, _latest(folder) + 1e-3 - time.time())",
+        "0.0",
+        "tests/tracking/test_board.py",
+    ),
+    Mutant(
         "labels follow the file instead of ascending ids",
         "retina/data/coco.py",
         "for category_id in sorted(name_of)]",

@@ -81,7 +81,7 @@ def open_output(output: Path, pictures: Collection[str]) -> Iterator[None]:
         try:
             if not lock(lock_file.fileno()):
                 print(f"warning: {output} knows no locks: start no second inference into it", file=sys.stderr)
-        except OSError:
+        except BlockingIOError:
             raise _taken(f"{output} is being written by another inference: wait", code="in-use") from None
         for leftover in state.glob("*.tmp"):
             leftover.unlink()

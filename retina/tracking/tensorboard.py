@@ -4,6 +4,7 @@ PyTorch's own writer hands records to a thread, which dies with a traceback when
 when the process is killed. Here every record is in the file when the call returns."""
 
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -24,10 +25,14 @@ from retina.files import Appender
 class Board:
     """One more event file in `folder`. It hides what older files of the folder say of steps after `step`.
 
+    TensorBoard reads files in the order of the times in their names, so with a clock that was set back the new one
+    would come first and be hidden: such a session counts on from the latest of those times.
+
     Every method raises OSError when there is no room. Records that find no room follow as soon as there is some."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._ahead = max(0.0, _latest(folder) + 1e-3 - time.time())
+        name = f"events.out.tfevents.{time.time() + self._ahead:.6f}.{socket.gethostname()}.{os.getpid()}"
         self.file = Appender(folder / name)
         self._head = [
             Event(step=step + 1, file_version="brain.Event:2"),
@@ -54,7 +59,16 @@ class Board:
     def _write(self, event: Event) -> None:
         records = BytesIO()
         for record in (*self._head, event):
-            record.wall_time = time.time()
+            record.wall_time = time.time() + self._ahead
             RecordWriter(records).write(record.SerializeToString())
         self._head = []
         self.file.write(records.getvalue())
+
+
+def _latest(folder: Path) -> float:
+    """The latest time, in seconds, in the name of an event file or of its last change; 0 without any."""
+    times = [0.0]
+    for file in folder.glob("events.out.tfevents.*"):
+        stamp = re.match(r"events\.out\.tfevents\.(\d{1,12}(\.\d+)?)\.", file.name)
+        times += [float(stamp[1]), file.stat().st_mtime] if stamp else []
+    return max(times)

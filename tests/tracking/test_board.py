@@ -1,3 +1,4 @@
+import time
 from io import BytesIO
 from pathlib import Path
 
@@ -47,3 +48,17 @@ def test_a_folder_that_cannot_be_made_is_an_os_error_and_the_record_follows(tmp_
     board.scalars(2, {"loss": 2.0})
     board.end()
     assert [event.step for event in shown(tmp_path / "board").Scalars("loss")] == [1, 2]
+
+
+def test_a_clock_set_back_hides_nothing(tmp_path: Path) -> None:
+    (tmp_path / f"events.out.tfevents.{time.time() + 3600:.6f}.host.1").touch()  # a session before the clock was set
+    for step in (1, 2):
+        board = Board(tmp_path, step - 1)
+        board.scalars(step, {"loss": 1.0})
+        board.end()
+    files = sorted(tmp_path.iterdir(), key=lambda file: file.name)
+    assert [file.stat().st_size > 0 for file in files] == [False, True, True]
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    assert events.Scalars("loss")[0].wall_time > time.time() + 1800
