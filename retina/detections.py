@@ -48,8 +48,10 @@ def postprocess(
         raise ValueError(f"score_threshold must be in [0, 1), got {score_threshold}")
     if not 0 <= nms_iou <= 1:
         raise ValueError(f"nms_iou must be in [0, 1], got {nms_iou}")
-    if candidates_per_level < 1 or max_detections < 1:
-        raise ValueError(f"need at least 1 candidate and detection, got {candidates_per_level} and {max_detections}")
+    for limit in (candidates_per_level, max_detections):  # NaN would repeat the search for survivors for ever
+        if not isinstance(limit, int) or not 1 <= limit < 2**31:
+            limits = f"{candidates_per_level} and {max_detections}"
+            raise ValueError(f"candidates and detections must be integers from 1 to 2^31 - 1, got {limits}")
 
     sizes = sizes.to(predictions.logits[0].device)
     boxes, scores, labels, image = _candidates(predictions, sizes, score_threshold, candidates_per_level)

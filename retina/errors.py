@@ -57,7 +57,7 @@ class ConfigError(RetinaError):
 def check(fine: bool, key: str, value: object, fix: str) -> None:
     """Raises ConfigError for the value of the argument `key` unless it is fine."""
     if not fine:
-        raise ConfigError(f"{value!r} is not allowed - {fix}", code="out-of-range", key=key)
+        raise ConfigError(f"{value!r:.80} is not allowed - {fix}", code="out-of-range", key=key)
 
 
 def check_choice(value: object, known: Iterable[object], key: str) -> None:

@@ -19,6 +19,7 @@ from retina.detections import count_non_finite, postprocess, refuse_non_finite, 
 from retina.distributed import choose_device
 from retina.errors import CheckpointError, check_choice
 from retina.model.folding import merge_norms
+from retina.model.header import PREPROCESSING
 from retina.model.retinanet import RetinaNet
 from retina.model.weights import DetectorCard, load_detector
 from retina.types import DTYPES, Batch, Detections, Predictions, to_device
@@ -38,7 +39,11 @@ class Detector:
     def __init__(self, model: RetinaNet, card: DetectorCard, *, device: torch.device, file: Path) -> None:
         """Changes the model in place, so that it can only be used for inference at this precision.
 
-        Raises ConfigError for an unknown precision in `card.preprocessing`, KeyError for a missing setting."""
+        Raises ConfigError for an unknown precision in `card.preprocessing`, CheckpointError for a missing setting."""
+        for key in PREPROCESSING:
+            if key not in card.preprocessing:
+                problem = f"preprocessing lacks {key!r} - restore it from a copy"
+                raise CheckpointError(f"{file}: header: {problem}", code="bad-header")
         precision = card.preprocessing["precision"]
         check_choice(precision, DTYPES, "precision")
         self.card, self.device, self.file, self.dtype = card, device, file, DTYPES[precision]
@@ -67,11 +72,7 @@ class Detector:
         model, card = load_detector(file, chosen, plugins=plugins)
         if precision is not None:
             card = replace(card, preprocessing=card.preprocessing | {"precision": precision})
-        try:
-            return cls(model, card, device=chosen, file=file)
-        except KeyError as fault:
-            problem = f"preprocessing lacks {fault} - restore it from a copy"
-            raise CheckpointError(f"{file}: header: {problem}", code="bad-header") from None
+        return cls(model, card, device=chosen, file=file)
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ ROOMS = {
     "distributed": 4,
     "files": 4,
     "plugins": 4,
+    "schema": 4,
     "types": 5,
     "errors": 5,
     "_lazy": 6,

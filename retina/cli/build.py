@@ -8,9 +8,10 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from retina.engine.config import check_type, unknown_key
+from retina.engine.config import unknown_key
 from retina.errors import ConfigError, check_choice, under
 from retina.plugins import find, prefixes
+from retina.schema import check_type
 
 ALLOWED_TARGETS = {
     "augment": (

@@ -7,6 +7,7 @@ from typing import Any
 
 from retina.data.checks import some
 from retina.errors import DataError
+from retina.schema import unique_keys
 
 _FOREIGN = {
     b"\x1f\x8b": ("is compressed with gzip", "unpack it with gunzip and give the JSON file"),
@@ -45,7 +46,7 @@ def parse_document(file: Path, data: bytes, warnings: list[str]) -> dict[str, An
     if data.startswith(_MARKS):
         warnings.append(f"{file}: starts with a byte order mark (BOM) - save it as UTF-8 without BOM: others refuse it")
     try:
-        document = json.loads(data)
+        document = json.loads(data, object_pairs_hook=unique_keys)  # a tenth slower
     except (ValueError, RecursionError) as error:
         raise _no_coco(file, _json_problem(data, error), "export it again, or finish its download") from error
     if isinstance(document, list):

@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,11 +31,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from retina.engine.config import check_type, from_mapping
+from retina.engine.config import from_mapping
+from retina.engine.meter import NUM_SUMS
 from retina.engine.optim import ExponentialMovingAverage
-from retina.errors import CheckpointError, ConfigError
+from retina.errors import CheckpointError, ConfigError, check
 from retina.files import open_flags, sync_folder, write_synced
+from retina.model.header import LAST_STEP
 from retina.model.weights import first_non_finite, load_state, serialize
+from retina.schema import check_type, parse_json
 
 SCHEMA_VERSION = 1
 BEST = "best.safetensors"
@@ -57,7 +60,7 @@ class Progress:
     stopped_early: bool = False
     bad_steps: int = 0
     """Updates skipped in a row, up to now, for numbers that were not finite."""
-    scaler: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, float] = field(default_factory=dict)
     """State of the fp16 gradient scaler."""
     meter: list[float] = field(default_factory=list)
     """Sums since the last logged line."""
@@ -82,7 +85,7 @@ def save_checkpoint(
 
     Raises OSError when the disk is full or fails, CheckpointError for values that are not finite and for a disk that
     gives back other bytes. Then the earlier checkpoints are as they were, and nothing of this one is left."""
-    final = folder / f"step_{progress.step:08d}"
+    final = folder / _name(progress.step)
     tensors, numbers = _flatten_optimizer(optimizer)
     states = {"model": model.state_dict(), "optimizer": tensors}
     if ema is not None:
@@ -190,6 +193,10 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name)), key=_step)[::-1]
 
 
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
@@ -217,22 +224,22 @@ def _read_state(file: Path) -> tuple[Progress, dict[str, Any]]:
     """Progress and the optimizer's numbers. Keys of later minor versions are ignored."""
     known = [f.name for f in fields(Progress)]
     try:
-        state = json.loads(file.read_bytes(), parse_constant=_no_constant)
+        state = parse_json(file.read_bytes())
         values, numbers = state["progress"], state["optimizer"]
         if (version := values["schema_version"]) != SCHEMA_VERSION:
             problem = f"{file.parent}: schema version {version!r:.20}, this program reads {SCHEMA_VERSION}"
             raise CheckpointError(f"{problem} - use the version that wrote it", code="other-version")
-        check_type(numbers, dict[str, Any], "optimizer")
-        if values["step"] < 0:
-            raise ValueError("step is negative")
-        return from_mapping(Progress, {key: values[key] for key in known if key in values}, "progress"), numbers
+        check_type(numbers, dict[str, float | bool | str | list[float] | None], "optimizer")
+        progress = from_mapping(Progress, {key: values[key] for key in known if key in values}, "progress")
+        for name in ("step", "best_step", "evaluated", "evaluations_without_gain", "bad_steps"):
+            check(0 <= getattr(progress, name) <= LAST_STEP, name, getattr(progress, name), f"give 0 to {LAST_STEP}")
+        check(len(progress.meter) in (0, NUM_SUMS), "meter", progress.meter, f"a meter has {NUM_SUMS} sums")
+        progress.meter = [float(value) for value in progress.meter]
+        check(file.parent.name == _name(progress.step), "step", progress.step, "it is not that of the folder")
+        return progress, numbers
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError) as fault:
         problem = f"{file}: is not what this program writes ({fault!r:.100}) - restore it from a copy"
         raise CheckpointError(problem, code="damaged-checkpoint") from None
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -253,7 +260,12 @@ def _flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[st
 def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any], file: Path) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
-    for key, value in (tensors | numbers).items():
+    kinds = {key.partition(".")[2] for key in tensors}
+    for key in numbers:
+        if key.partition(".")[2] in kinds and numbers[key] is not None:
+            problem = f"{file}: {key} is a number instead of a tensor - restore it from a copy"
+            raise CheckpointError(problem, code="damaged-checkpoint")
+    for key, value in (numbers | tensors).items():
         index, _, name = key.partition(".")
         position = int(index) if re.fullmatch(r"\d{1,9}", index) else len(parameters)
         if position >= len(parameters) or not name:

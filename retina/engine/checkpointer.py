@@ -98,7 +98,10 @@ class Checkpointer:
                 distributed.on_main(lambda: self._accept_change(newest))
         progress = state.progress
         progress.annotations = annotations
-        if progress.scaler:
+        if state.scaler.is_enabled() and progress.scaler:
+            if missing := state.scaler.state_dict().keys() - progress.scaler.keys():
+                problem = f"{newest}: its scaler lacks {', '.join(sorted(missing))} - restore it from a copy"
+                raise CheckpointError(problem, code="damaged-checkpoint")
             state.scaler.load_state_dict(progress.scaler)
         state.meter.load_state(progress.meter, state.device)
         self._saved = (progress.step, progress.evaluated)

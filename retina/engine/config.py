@@ -2,14 +2,13 @@
 
 import difflib
 import re
-import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from retina.errors import ConfigError, check, check_choice, under
+from retina.schema import check_type, options_of
 
 T = TypeVar("T")
 
@@ -146,48 +145,9 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     return f"{key}: no such key - {hint}"
 
 
-def check_type(value: Any, hint: Any, key: str) -> None:
-    """Raises ConfigError for a value that is not of that type. Of types that no YAML file can hold, such as a tensor,
-    only what a YAML file holds is refused."""
-    if not _fits(value, hint):
-        names = ["null" if option is types.NoneType else _name_of(option) for option in _options(hint)]
-        problem = f"{value!r} is of the wrong type - give {' or '.join(names)}"
-        raise ConfigError(problem, code="wrong-type", key=key)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, option) for option in arguments)
-    if origin is typing.Literal:
-        return value in arguments
-    if origin in (dict, Mapping):
-        of_key, of_value = arguments
-        return isinstance(value, Mapping) and all(_fits(k, of_key) and _fits(v, of_value) for k, v in value.items())
-    if origin in (list, tuple, Sequence):
-        plain = isinstance(value, list if origin is list else list | tuple)
-        return plain and all(_fits(item, arguments[0]) for item in value)
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    if hint in (bool, str, list, dict, types.NoneType) or is_dataclass(hint):
-        return isinstance(value, hint)
-    if hint is Path:
-        return isinstance(value, str | Path)
-    return hint is Any or not isinstance(value, bool | int | float | str | list | dict | None)
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-
-
-def _name_of(hint: Any) -> str:
-    """`list[float]`, say, without the modules that its parts are from."""
-    return re.sub(r"(\w+\.)+", "", str(hint)) if typing.get_args(hint) else hint.__name__
-
-
 def _typed(value: Any, hint: Any, key: str) -> Any:
     """The value, a section as its dataclass and an integer as a float where the field asks for that."""
-    options = _options(hint)
+    options = options_of(hint)
     for option in options:
         if is_dataclass(option) and isinstance(value, Mapping):
             return from_mapping(typing.cast(type, option), value, key)

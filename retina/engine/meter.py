@@ -11,6 +11,9 @@ from torch import Tensor
 
 from retina.engine.step import StepResult
 
+NUM_SUMS = 5
+"""Numbers that a meter sums: updates, the two losses, positives, the gradient's norm."""
+
 
 class Meter:
     """Collects what each update reports; `read` gives the means since the last `read`.

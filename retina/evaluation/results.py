@@ -11,6 +11,7 @@ from retina.data.checks import RecordsError
 from retina.data.coco import Annotations
 from retina.errors import DataError
 from retina.evaluation.metrics import DetectionArrays
+from retina.schema import unique_keys
 
 _KEYS = ("image_id", "category_id", "bbox", "score")
 _LARGEST = 1e100
@@ -30,7 +31,7 @@ def read_results(file: Path, annotations: Annotations, warnings: list[str] | Non
             One line too for each image that `annotations` does not have, with the number of its results.
     """
     try:
-        records = json.loads(file.read_bytes())
+        records = json.loads(file.read_bytes(), object_pairs_hook=unique_keys)
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror} - check the path", code="no-file") from None
     except (ValueError, RecursionError) as error:

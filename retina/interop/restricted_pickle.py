@@ -70,6 +70,11 @@ class _Array:
         _, shape, dtype, fortran, data = state
         self.parts = data, dtype, shape, "F" if fortran else "C"
 
+    @property
+    def num_bytes(self) -> int:
+        data = self.parts[0] if self.parts else None
+        return len(data) if isinstance(data, (str, bytes, bytearray)) else 0
+
     def array(self) -> np.ndarray:
         if self.parts is None:
             raise pickle.UnpicklingError("an array without numbers")
@@ -101,6 +106,9 @@ _KNOWN: dict[tuple[str, str], type] = {("numpy", "ndarray"): _NdarrayType, ("num
 _KNOWN |= {(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")}
 _KNOWN |= {(f"numpy.{core}.numeric", "_frombuffer"): _FromBuffer for core in ("core", "_core")}
 _KNOWN |= {("_codecs", "encode"): _Text, ("__builtin__", "bytes"): _NoBytes}
+
+SHARED_TIMES = 4
+"""Arrays may have this many times the bytes of the pickle."""
 
 _NEEDED = (  # and no others
     """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE
@@ -151,7 +159,8 @@ def load_arrays(data: bytes) -> Any:
     Text that Python 2 wrote is read as latin1. Raises pickle.UnpicklingError for anything else, and for what is no
     pickle."""
     try:
-        return _arrays(_Unpickler(io.BytesIO(data), encoding="latin1").load(), {})
+        made: dict[int, Any] = {}
+        return _arrays(_Unpickler(io.BytesIO(data), encoding="latin1").load(), made, [SHARED_TIMES * len(data)])
     except pickle.UnpicklingError:
         raise
     except KeyError as fault:
@@ -160,18 +169,23 @@ def load_arrays(data: bytes) -> Any:
         raise pickle.UnpicklingError(f"{type(fault).__name__}: {fault}"[:100]) from None
 
 
-def _arrays(value: Any, seen: dict[int, Any], depth: int = 0) -> Any:
-    """The value with arrays for their descriptions. What a file repeats by reference is made once."""
+def _arrays(value: Any, seen: dict[int, Any], left: list[int], depth: int = 0) -> Any:
+    """The value with arrays for their descriptions. What a file repeats by reference is made once.
+
+    left: the bytes that arrays may still take, in a list of one; several may share the bytes of the file."""
     if id(value) in seen:
         return seen[id(value)]
     if depth > 20:
         raise pickle.UnpicklingError("too many values within each other")
     if isinstance(value, _Array):
+        left[0] -= value.num_bytes
+        if left[0] < 0:
+            raise pickle.UnpicklingError("arrays of many times the bytes of the file")
         result: Any = value.array()
     elif isinstance(value, dict):
-        result = {key: _arrays(item, seen, depth + 1) for key, item in value.items()}
+        result = {key: _arrays(item, seen, left, depth + 1) for key, item in value.items()}
     elif isinstance(value, (list, tuple)):
-        result = type(value)(_arrays(item, seen, depth + 1) for item in value)
+        result = type(value)(_arrays(item, seen, left, depth + 1) for item in value)
     elif value is None or isinstance(value, (str, bytes, bytearray, int, float)):
         return value
     else:

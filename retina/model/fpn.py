@@ -1,6 +1,7 @@
 """Feature pyramids: top-down (Lin et al., "Feature Pyramid Networks for Object Detection", arXiv 1612.03144) with
 RetinaNet's extra levels P6 and P7 (arXiv 1708.02002, section 4), and with a bottom-up path behind it (PAFPN)."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ class FPN(nn.Module):
     ) -> None:
         """in_channels: of the backbone's maps, finest first. levels: consecutive and rising, the first in 2..5."""
         super().__init__()
-        if not levels or levels != tuple(range(levels[0], levels[-1] + 1)) or not 2 <= levels[0] <= 5:
+        if not levels or not 2 <= levels[0] <= 5 or any(b != a + 1 for a, b in pairwise(levels)):
             problem = f"{list(levels)} is no pyramid - give consecutive levels that start at 2..5, e.g. [3,4,5,6,7]"
             raise ConfigError(problem, code="out-of-range", key="levels")
         check_choice(p6_from, ("c5", "p5"), "p6_from")

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 
 from retina.errors import CheckpointError, check_choice
 
+SHARED_TIMES = 4
+"""Tensors may have this many times the bytes of their file: some share theirs, as the towers of a head do."""
+HARMLESS = 1 << 29
+"""Bytes that any tensors may have: no machine that trains suffers from them."""
+
 
 def imagenet_state(name: str, weights: str) -> dict[str, Tensor]:
     """The state dict of torchvision's classifier `name`: by a name of its weights (`DEFAULT`, ...) or from a file.
@@ -69,6 +74,10 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(k, str) and _is_dense(v) for k, v in state.items()):
         problem = "not a plain state dict - save only model.state_dict()"
         raise CheckpointError(f"{file}: {problem}", code="no-state-dict")
+    size, allowed = sum(value.numel() * value.element_size() for value in state.values()), file.stat().st_size
+    if size > max(SHARED_TIMES * allowed, HARMLESS):  # tensors of stride 0, or many that share the same bytes
+        problem = f"its tensors are {size} bytes, the file has {allowed} - save it as safetensors"
+        raise CheckpointError(f"{file}: {problem}", code="too-large")
     return state
 
 

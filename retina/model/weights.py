@@ -11,17 +11,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from retina.errors import CheckpointError, RetinaError
+from retina.errors import CheckpointError, ConfigError, RetinaError
 from retina.files import write_whole
+from retina.model.header import check_header, check_sizes
 from retina.model.parts import missing_plugins
 from retina.model.retinanet import RetinaNet, retinanet
+from retina.schema import parse_json
 
 SCHEMA_VERSION = 1
 _NO_DIGEST = "0" * 64
@@ -45,7 +47,7 @@ class DetectorCard:
     postprocess: dict[str, Any]
     """Keyword arguments of `postprocess`."""
     step: int = 0
-    metrics: dict[str, float | None] = field(default_factory=dict)
+    metrics: dict[str, float | int | None] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     """Versions, commit and device it was trained with; empty in files of earlier versions."""
     schema_version: int = SCHEMA_VERSION
@@ -99,11 +101,16 @@ def load_detector(file: Path, device: torch.device, *, plugins: Sequence[str] = 
         problem = f"its {key} is {target} - give plugins=[{target.partition('.')[0]}] if you trust that package"
         raise CheckpointError(f"{file}: {problem}", code="needs-plugin")
     arguments = card.model | {"weights": None, "plugins": plugins}  # a file must not choose other files to load
+    state = load(data)
+    try:
+        check_sizes(arguments, state)
+    except ConfigError as fault:
+        raise CheckpointError(f"{file}: {fault}: weights of another architecture", code=fault.code) from None
     try:
         model = retinanet(**arguments)
     except (TypeError, ValueError, RuntimeError, RetinaError) as fault:
         raise CheckpointError(f"{file}: header: {fault} - use the version that wrote it", code="bad-header") from None
-    load_state(model, load(data), file)
+    load_state(model, state, file)
     return model.to(device).eval(), card
 
 
@@ -126,7 +133,7 @@ def read_file(file: Path) -> tuple[DetectorCard | None, bytes]:
         with safe_open(file, framework="pt") as handle:  # checks the structure before all of it is read
             header = (handle.metadata() or {}).get("retina")
         data = file.read_bytes()
-        values = {} if header is None else json.loads(header)
+        values = {} if header is None else parse_json(header)
     except (SafetensorError, OSError, ValueError, RecursionError) as fault:
         problem = f"cannot be read ({fault}) - restore it from a copy or train again"
         raise CheckpointError(f"{file}: {problem}", code="unreadable-file") from None
@@ -151,12 +158,13 @@ def _card(file: Path, values: Any, data: bytes) -> DetectorCard:
         problem = f"schema version {version!r:.20}, this program reads {SCHEMA_VERSION} - use the version that wrote it"
         raise CheckpointError(f"{file}: {problem}", code="other-version")
     values.setdefault("environment", {})
-    for name, hint in get_type_hints(DetectorCard).items():
-        if not isinstance(values.get(name), get_origin(hint) or hint):
-            raise _bad_header(file, f"{name} {'is of the wrong type' if name in values else 'is missing'}")
     for section, (old, new) in _RENAMED.items():
-        if old in values[section]:
-            values[section][new] = values[section].pop(old)
+        if isinstance(part := values.get(section), dict) and old in part:
+            part[new] = part.pop(old)
+    try:
+        check_header(values, get_type_hints(DetectorCard))
+    except ConfigError as fault:
+        raise _bad_header(file, str(fault)) from None
     return DetectorCard(**{name: values[name] for name in names})
 
 

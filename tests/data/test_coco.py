@@ -289,6 +289,7 @@ def test_a_faulty_image_does_not_make_its_annotations_faulty(tmp_path):
         ("[]", "is a list, as files of detection results are"),
         ("3", "holds a int, not an object"),
         ('{"images": [], "info": 3}', "`images` is empty"),
+        ('{"images": [{"id": 1, "id": 2}], "annotations": []}', "is not JSON (the key 'id' is there twice"),
         ('{"info": {}, "images": [{}]}', "`annotations` is missing (there is info, images)"),
         ('{"images": {}, "annotations": [], "categories": []}', "`images` is not a list"),
         ('{"images": [{}], "annotations": [], "categories": []}', "`categories` is empty"),

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from altered import change, paths
 from children import before_each_file_call, die_at_file_call, in_child
 from faults import refused
 from retina.engine.checkpoint import (
@@ -23,6 +25,7 @@ from retina.engine.checkpoint import (
     newest_valid,
     save_checkpoint,
 )
+from retina.engine.meter import Meter
 from retina.engine.optim import ExponentialMovingAverage
 from retina.errors import CheckpointError
 from retina.model.weights import serialize
@@ -256,6 +259,12 @@ def rewritten(checkpoint: Path, name: str, data: bytes) -> Path:
         '{"progress": {"schema_version": 1, "step": 1, "meter": ["x"]}, "optimizer": {}}',
         '{"progress": {"schema_version": 1, "step": 1, "best": NaN}, "optimizer": {}}',
         '{"progress": {"schema_version": 1, "step": 1, "scaler": []}, "optimizer": {}}',
+        '{"progress": {"schema_version": 1, "step": 9223372036854775808}, "optimizer": {}}',
+        '{"progress": {"schema_version": 1, "step": 2}, "optimizer": {}}',
+        '{"progress": {"schema_version": 1, "step": 1, "step": 1}, "optimizer": {}}',
+        '{"progress": {"schema_version": 1, "step": 1, "meter": [1, 2, 3]}, "optimizer": {}}',
+        '{"progress": {"schema_version": 1, "step": 1}, "optimizer": {"0.exp_avg": 1}}',
+        '{"progress": {"schema_version": 1, "step": 1}, "optimizer": {"0.step": {}}}',
         '{"progress": {"schema_version": 1, "step": 1}, "optimizer": []}',
         '{"progress": {"schema_version": 1, "step": 1}, "optimizer": {"x.y": 1}}',
         '{"progress": {"schema_version": 1, "step": 1}, "optimizer": {"0": 1}}',
@@ -269,6 +278,35 @@ def test_a_state_of_another_shape_is_one_line(tmp_path: Path, text: str) -> None
     model, optimizer, ema = parts()
     with pytest.raises(CheckpointError, match=r"^[^\n]*step_00000001[^\n]* - [^\n]+$"):
         load_checkpoint(checkpoint, model=model, optimizer=optimizer, ema=ema)
+
+
+def test_changed_states_are_one_line_or_work(tmp_path: Path) -> None:
+    meter = [1.0, 0.5, 0.25, 7.0, 1.5]
+    checkpoint = save(tmp_path, 3, meter=meter, scaler={"scale": 1024.0, "_growth_tracker": 3})
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["optimizer"] = {"0.count": 3}
+    text, places, generator, outcomes = json.dumps(state), list(paths(state)), random.Random(0), Counter[str]()
+    model, optimizer, ema = parts()
+    for number in range(400):
+        changed = json.loads(text)
+        change(changed, places[number % len(places)], generator)
+        if number % 2:
+            change(changed, generator.choice(places), generator)
+        (checkpoint / "state.json").write_text(json.dumps(changed))
+        try:
+            progress = load_checkpoint(checkpoint, model=model, optimizer=optimizer, ema=ema)
+            update(model, optimizer, ema, progress.step)
+            sums = Meter()
+            sums.load_state(progress.meter, torch.device("cpu"))
+            sums.read()
+            outcomes["works"] += 1
+        except CheckpointError as fault:
+            outcomes[fault.code] += 1
+        except Exception as error:
+            raise AssertionError(f"{changed}") from error
+    assert outcomes.keys() == {"works", "damaged-checkpoint", "other-version", "other-model"}
+    assert outcomes["damaged-checkpoint"] > 200
+    assert outcomes["works"] > 20
 
 
 def test_what_a_later_minor_version_adds_is_ignored_and_what_it_lacks_is_as_at_the_start(tmp_path: Path) -> None:

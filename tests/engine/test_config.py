@@ -8,9 +8,10 @@ import pytest
 from faults import refused
 from retina.cli.data import DataConfig, SplitConfig
 from retina.engine import config
-from retina.engine.config import TrainConfig, check_type, from_mapping, to_steps, unknown_key
+from retina.engine.config import TrainConfig, from_mapping, to_steps, unknown_key
 from retina.errors import ConfigError
 from retina.evaluation import metrics
+from retina.schema import check_type
 from retina.types import DTYPES
 
 

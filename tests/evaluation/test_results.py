@@ -113,6 +113,7 @@ def test_a_missing_key_is_named(tmp_path: Path, annotations: Annotations, key: s
     ("content", "code", "record"),
     [
         ("{not json", "not-json", ""),
+        ('[{"score": 1, "score": 2}]', "not-json", "score"),
         ("[" * 100_000, "not-json", ""),
         ('{"images": []}', "wrong-type", ""),
         ("[4]", "records", "result 0: "),

@@ -136,3 +136,10 @@ def test_weights_that_are_no_finite_numbers_are_refused_by_their_own_names(
     torch.save(yhenon(3) | {"fpn.P6.bias": value}, tmp_path / "theirs.pth")
     with pytest.raises(CheckpointError, match=rf"^[^\n]*theirs\.pth: fpn\.P6\.bias {said}[^\n]* - [^\n]*$"):
         read_foreign(tmp_path / "theirs.pth")
+
+
+def test_tensors_of_stride_0_are_bounded_by_the_size_of_the_file(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(1).expand(1000, 1000, 1000, 8)}, tmp_path / "bomb.pth")
+    assert (tmp_path / "bomb.pth").stat().st_size < 10_000
+    with refused("too-large", tmp_path / "bomb.pth"):
+        read_source(tmp_path / "bomb.pth")

@@ -129,3 +129,20 @@ def test_what_is_repeated_is_made_once() -> None:
     assert len(load_arrays(LAUGHS)) == 1000
     many = load_arrays(pickle.dumps([np.zeros(10**6)] * 1000))
     assert len({id(array) for array in many}) == 1
+
+
+def test_arrays_that_share_their_bytes_are_bounded_by_the_size_of_the_file() -> None:
+    data = bytes(100_000)
+    shared = {f"{i}": _Shared(data) for i in range(50)}
+    with pytest.raises(pickle.UnpicklingError, match="bytes of the file"):
+        load_arrays(pickle.dumps(shared, 5))
+
+
+class _Shared:
+    """One of many arrays whose bytes are in the file once."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np._core.numeric._frombuffer, (self.data, np.dtype("u1"), (len(self.data),), "C")

@@ -1,0 +1,126 @@
+"""What the header of a weights file may say: one schema for every value and the sizes it implies. Beside the road.
+
+Nothing is built from a header that breaks it, so no value of a stranger costs memory or time."""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints
+
+from torch import Tensor
+
+from retina.errors import ConfigError, check
+from retina.model.retinanet import retinanet
+from retina.schema import check_type
+from retina.types import DTYPES
+
+LAST_STEP = 10**12
+_RESIZED = 1 << 13
+"""Pixels of a side that images are resized to."""
+
+Rule = tuple[Any, Callable[[Any], bool]]
+"""The type of a value, and whether a value of that type is allowed."""
+
+
+def _within(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: value is None or low <= value <= high  # NaN is not
+
+
+PREPROCESSING: Mapping[str, Rule] = {
+    "short_side": (int, _within(1, _RESIZED)),
+    "long_side": (int | None, _within(1, _RESIZED)),
+    "pad_multiple": (int, _within(1, 1 << 10)),
+    "pad_value": (list[int], lambda value: len(value) == 3 and all(0 <= channel <= 255 for channel in value)),
+    "precision": (str, lambda value: value in DTYPES),
+    "batch_size": (int, _within(1, 1 << 16)),
+}
+POSTPROCESS: Mapping[str, Rule] = {
+    "score_threshold": (float, lambda value: 0 <= value < 1),
+    "candidates_per_level": (int, _within(1, 2**31 - 1)),
+    "nms_iou": (float, _within(0, 1)),
+    "max_detections": (int, _within(1, 2**31 - 1)),
+    "class_agnostic": (bool, lambda value: True),
+}
+
+
+def check_header(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Raises ConfigError for the first value of a header that a detector cannot have. Integers become floats where
+    those are asked for.
+
+    hints: the types of its fields. Settings of later versions in `preprocessing` are ignored; other functions would not
+    know what to do with an unknown one."""
+    for name, hint in hints.items():
+        check(name in values, name, None, "it is missing")
+        check_type(values[name], hint, name)
+    model, classes = values["model"], values["classes"]
+    arguments = get_type_hints(retinanet)
+    for name, value in model.items():
+        check(name in arguments, f"model.{name}", value, "there is no such setting")
+        check_type(value, arguments[name], f"model.{name}")
+        check(_is_finite(value), f"model.{name}", value, "give finite numbers")
+        model[name] = _as_floats(value, arguments[name])
+    num_classes = model.get("num_classes", len(classes))
+    check(num_classes == len(classes), "model.num_classes", num_classes, f"there are {len(classes)} classes")
+    ids = values["category_ids"]
+    check(len(set(ids)) == len(ids) <= len(classes), "category_ids", ids, "give an id for each class")
+    check(0 <= values["step"] <= LAST_STEP, "step", values["step"], f"give 0 to {LAST_STEP}")
+    check(all(map(_is_finite, values["metrics"].values())), "metrics", values["metrics"], "give finite numbers")
+    for section, rules in (("preprocessing", PREPROCESSING), ("postprocess", POSTPROCESS)):
+        for name, value in values[section].items():
+            if name in rules:
+                hint, allows = rules[name]
+                check_type(value, hint, f"{section}.{name}")
+                check(allows(value), f"{section}.{name}", value, "it is out of range")
+                values[section][name] = _as_floats(value, hint)
+            elif section == "postprocess":
+                check(False, f"{section}.{name}", value, "there is no such setting")
+
+
+def _as_floats(value: Any, hint: Any) -> Any:
+    if "float" not in str(hint):
+        return value
+    if isinstance(value, list):
+        return [_as_floats(item, hint) for item in value]
+    return float(value) if isinstance(value, int) else value
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def check_sizes(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Raises ConfigError for the first setting of our own neck and head that contradicts the sizes of the tensors.
+
+    It bounds what building the model costs: no layer is made that the file has no tensor for. (The parts of other
+    packages are theirs to bound; ResNets have fixed sizes.)"""
+    parameters = inspect.signature(retinanet).parameters.values()
+    settings = {parameter.name: parameter.default for parameter in parameters} | dict(arguments)
+    cell = len(settings["anchor_scales"]) * len(settings["anchor_ratios"])
+    numbers: list[tuple[str, int, int]] = []  # setting, what it implies, what the tensors have
+    if isinstance(settings["neck"], str):
+        numbers.append(("fpn_channels", settings["fpn_channels"], _rows(state, "fpn.output.0.weight")))
+        numbers.append(("levels", len(settings["levels"]), _count(state, r"fpn\.(output|extra)\.\d+\.weight", 4)))
+    if settings.get("head") is None:
+        channels = settings["head_channels"] or settings["fpn_channels"]
+        towers = ("head.classification", "head.box")
+        for tower, outputs in zip(towers, (settings["num_classes"], 4 * (settings["box_bins"] or 1)), strict=True):
+            layers = _count(state, rf"{re.escape(tower)}\.convs\.\d+\.weight", 4)
+            numbers.append(("head_convs", settings["head_convs"], layers))
+            if layers:
+                numbers.append(("head_channels", channels, _rows(state, f"{tower}.convs.0.weight")))
+            name = "num_classes" if tower == towers[0] else "box_bins"
+            numbers.append((f"{name} x anchors", outputs * cell, _rows(state, f"{tower}.predict.weight")))
+    for name, implied, present in numbers:
+        if implied != present:
+            raise ConfigError(f"implies {implied}, its tensors have {present}", code="other-model", key=name)
+
+
+def _rows(state: Mapping[str, Tensor], name: str) -> int:
+    return state[name].shape[0] if name in state and state[name].ndim else 0
+
+
+def _count(state: Mapping[str, Tensor], pattern: str, ndim: int) -> int:
+    return sum(tensor.ndim == ndim and re.fullmatch(pattern, name) is not None for name, tensor in state.items())
