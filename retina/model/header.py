@@ -96,6 +96,8 @@ def check_sizes(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> No
 
     It bounds what building the model costs: no layer is made that the file has no tensor for. (The parts of other
     packages are theirs to bound; ResNets have fixed sizes.)"""
+    if "num_classes" not in arguments:
+        raise ConfigError("is missing", code="other-model", key="num_classes")
     parameters = inspect.signature(retinanet).parameters.values()
     settings = {parameter.name: parameter.default for parameter in parameters} | dict(arguments)
     cell = len(settings["anchor_scales"]) * len(settings["anchor_ratios"])

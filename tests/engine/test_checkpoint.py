@@ -304,7 +304,7 @@ def test_changed_states_are_one_line_or_work(tmp_path: Path) -> None:
             outcomes[fault.code] += 1
         except Exception as error:
             raise AssertionError(f"{changed}") from error
-    assert outcomes.keys() == {"works", "damaged-checkpoint", "other-version", "other-model"}
+    assert outcomes.keys() <= {"works", "damaged-checkpoint", "other-version", "other-model"}
     assert outcomes["damaged-checkpoint"] > 200
     assert outcomes["works"] > 20
 
