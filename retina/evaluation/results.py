@@ -23,12 +23,13 @@ def read_results(file: Path, annotations: Annotations, warnings: list[str] | Non
 
     Other keys are ignored, an empty list is fine, and the order of the file is kept (it ranks equal scores). Numbers
     stay float64. Ids may be written as 7.0. Results of a category that `annotations` lacks are left out, as pycocotools
-    does: `warnings` gets a line with their number.
+    does: `warnings` gets a line with their number. A file that has only such results belongs to other data.
 
     Raises:
         DataError: the file cannot be read, or is no list.
         RecordsError: results lack a key, hold a value of the wrong type or one that is not finite: one line for each.
-            One line too for each image that `annotations` does not have, with the number of its results.
+            One line too for each image that `annotations` does not have, with the number of its results, and for each
+            category where it has none of them.
     """
     try:
         records = json.loads(file.read_bytes(), object_pairs_hook=unique_keys)
@@ -57,10 +58,11 @@ def read_results(file: Path, annotations: Annotations, warnings: list[str] | Non
             unknown["category_id", category_id] += 1
         rows[position] = index_of.get(image_id, 0), label_of.get(category_id, -1)
         numbers[position] = *record["bbox"], record["score"]
+    of_other_data = len(records) > 0 and bool((rows[:, 1] < 0).all())
     for (key, value), count in unknown.items():
         problem = f"is that of {count} result{'s' * (count > 1)}, but not in {annotations.file}"
         line = f"{file}: {key} {value!r:.40}: {problem} - use the ids of that file"
-        if key == "image_id":
+        if key == "image_id" or of_other_data:
             faults.append(line)
         elif warnings is not None:
             warnings.append(f"{line}; left out")
