@@ -110,7 +110,7 @@ def compare_splits(train: Annotations, val: Annotations, report: DataReport, fil
     `files` are those of "train" and "val"; images are the same if all their bytes are."""
     if os.path.realpath(train.file) == os.path.realpath(val.file):
         report.warnings.append(
-            f"{val.file}: is both train and val - scores will say nothing about images never train_rows"
+            f"{val.file}: is both train and val - scores will say nothing about images never trained on"
         )
         return
     report.warnings += _category_warnings(train, val)

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import BinaryIO
 
 # importing a plugin registers its format; what is not imported (EPS runs Ghostscript) is never tried on a file
@@ -45,14 +46,47 @@ SWAPPING = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 _MAX_EXIF = 1 << 20
 
 
+class _Limits:
+    """Pillow's limits of the whole process, which formats ask while they load: ours while any thread reads,
+    the host's before and afterwards."""
+
+    def __init__(self) -> None:
+        self.lock, self.readers, self.of_host = Lock(), 0, (False, Image.MAX_IMAGE_PIXELS)
+
+    @contextmanager
+    def lent(self, max_pixels: int) -> Iterator[None]:
+        with self.lock:
+            if self.readers == 0:
+                self.of_host = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
+            self.readers += 1
+            ImageFile.LOAD_TRUNCATED_IMAGES = False  # half a picture must never be trained on
+            if Image.MAX_IMAGE_PIXELS is not None:
+                Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.readers = max(self.readers - 1, 0)  # a child that was forked while it read
+                if self.readers == 0:
+                    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = self.of_host
+
+    def after_fork(self) -> None:
+        """The threads that were reading do not exist in the child."""
+        if self.readers > 0:
+            ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = self.of_host
+        self.lock, self.readers = Lock(), 0
+
+
+_LIMITS = _Limits()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_LIMITS.after_fork)
+
+
 @contextmanager
 def opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
     """The image with nothing but its header read. Whatever is raised in the block leaves it as a DataError."""
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have set it; half a picture must never be trained on
-    if Image.MAX_IMAGE_PIXELS is not None:  # some formats ask while they load, and would warn of what is allowed here
-        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     try:
-        with _open_regular(path) as file:
+        with _LIMITS.lent(max_pixels), _open_regular(path) as file:
             image = _identify(path, file, max_pixels)
             _check_pixels(path, image.size, max_pixels)
             yield image

@@ -248,6 +248,21 @@ def test_names_of_any_kind(tmp_path):
         read_image(tmp_path / "nul\0.png")
 
 
+def test_the_limits_of_the_host_s_pillow_are_left_as_they_were(tmp_path, monkeypatch):
+    """Also after a fault, and while another image is still open; in between, half an image stays a fault."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    good, cut = tmp_path / "good.png", tmp_path / "cut.png"
+    Image.new("RGB", (40, 30), "red").save(good)
+    cut.write_bytes(good.read_bytes()[:60])
+    with opened(good, 5000):
+        assert read_image(good).shape == (30, 40, 3)
+        with pytest.raises(DataError):
+            read_image(cut)
+        assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    assert (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS) == (True, 50)
+
+
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.bmp", "a.webp", "a.tif"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
 def test_cut_off_files_are_an_error(tmp_path, name, share):
