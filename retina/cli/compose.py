@@ -214,7 +214,7 @@ def _run_one(engine: Hydra, program: Program, name: str, words: list[str], added
         try:
             settings.update(settings_of(config, program.config_name))
             if added and os.environ.get("RANK", "0") == "0":
-                print(f"{' '.join(added)}, because the command names neither data=... nor experiment=...", flush=True)
+                print(f"{' '.join(added)}, because the command names no experiment=...", flush=True)
             outcome.append(program.run(settings))
         except Exception as fault:  # Hydra would write a line of its own
             outcome.append(fault)
@@ -291,6 +291,15 @@ def _top_keys(config_name: str) -> list[str]:
     for default in content.get("defaults", []):
         keys += default if isinstance(default, dict) else _top_keys(default) if default != "_self_" else []
     return keys
+
+
+def typed_keys() -> frozenset[str]:
+    """Keys that the command of the running job gives; a group (`model=gfl`) stands for all of its section, except
+    `data`, which says where things lie."""
+    if not HydraConfig.initialized():
+        return frozenset()
+    overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    return frozenset(override.key_or_group for override in overrides) - {"data", "experiment"}
 
 
 def values_of(word: str) -> list[str]:

@@ -111,13 +111,17 @@ def open_run(
         for name in (*OWN, SETTINGS):
             temporary_of(folder / name).unlink(missing_ok=True)
         if changed:
-            write_whole(settings, MARK + yaml.safe_dump(dict(config), sort_keys=False).encode())
+            write_settings(folder, config)
         return Opened(has_checkpoint(folder), notes)
     except (OSError, ValueError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) else fault
         fix = f"{advice(fault)}, or choose" if isinstance(fault, OSError) else "choose"
         problem = f"{folder}: cannot be written ({reason}) - {fix} runs=FOLDER"
         raise ConfigError(problem, code="not-written") from None
+
+
+def write_settings(folder: Path, config: Mapping[str, Any]) -> None:
+    write_whole(folder / SETTINGS, MARK + yaml.safe_dump(dict(config), sort_keys=False).encode())
 
 
 def holds_work(folder: Path) -> bool:

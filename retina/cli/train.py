@@ -2,25 +2,28 @@
 
 python tools/train.py                                          # the built-in shapes
 python tools/train.py data=coco data.root=DIR name=mine        # your own data in COCO's layout
+python tools/train.py data=coco data.root=DIR budget=30min     # in half an hour, with chosen settings
 torchrun --nproc_per_node=8 tools/train.py experiment=coco_r50_1x
 """
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from retina.cli.assemble import assemble
+from retina.cli.auto import Command, check_budget, planned, remembered, shorter
 from retina.cli.build import build_trackers, call
-from retina.cli.compose import Result, Settings, default_settings, entry
-from retina.cli.data import DataConfig, build_loaders, load_checked, prepare_data, unreadable_images
+from retina.cli.compose import Result, Settings, default_settings, entry, typed_keys
+from retina.cli.data import DataConfig, load_checked, prepare_data, unreadable_images
 from retina.cli.recipe import Recipe, make_recipe, without_target
-from retina.cli.run_folder import Opened, folder_of, open_run, settle, where_now
+from retina.cli.run_folder import Opened, folder_of, open_run, settle, where_now, write_settings
 from retina.data.advice import unreachable
 from retina.data.oddities import crowding
 from retina.engine.config import TrainConfig, from_mapping
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from retina.data.annotations import Annotations
@@ -28,7 +31,6 @@ if TYPE_CHECKING:
     from retina.engine.checkpointer import TrainState
     from retina.engine.logging import RunLogger
     from retina.evaluation.evaluate import Evaluation
-    from retina.model.retinanet import RetinaNet
 
 
 def shapes_by_default(typed: list[str]) -> list[str]:
@@ -36,11 +38,19 @@ def shapes_by_default(typed: list[str]) -> list[str]:
     return [] if chosen else ["experiment=shapes"]
 
 
+def added_words(typed: list[str]) -> list[str]:
+    """A budget wants the rest of the recipe chosen too, unless an experiment is one."""
+    recipe = any(word.startswith(("experiment=", "auto=", "budget=null")) for word in typed)
+    budget = any(word.startswith("budget=") for word in typed)
+    return shapes_by_default(typed) or (["auto=true"] if budget and not recipe else [])
+
+
 def check(settings: Settings) -> None:
     """Raises ConfigError for settings that `main` would refuse, whatever the data. No weights are read."""
     from_mapping(TrainConfig, settings["train"], "train")
     from_mapping(DataConfig, settings["data"], "data")
     folder_of(settings)
+    check_budget(settings, frozenset())
     recipe = make_recipe(settings)
 
     import torch
@@ -55,11 +65,13 @@ def check(settings: Settings) -> None:
     build_optimizer(recipe.optimizer, torch.nn.Conv2d(1, 1, 1))
 
 
-@entry("train", default=shapes_by_default, check=check)
+@entry("train", default=added_words, check=check)
 def main(settings: Settings) -> Result:
+    command = Command(settings, typed_keys(), time.monotonic())
     config = from_mapping(TrainConfig, settings["train"], "train")
     data = from_mapping(DataConfig, settings["data"], "data")
     folder = folder_of(settings)
+    check_budget(settings, command.typed)
 
     # torch takes seconds to load, and a wrong setting should not wait for it
     import torch
@@ -75,18 +87,20 @@ def main(settings: Settings) -> Result:
     from retina.model.weights import DetectorCard
 
     device = call(distributed.choose_device, "train.device", name=config.device)
-    recipe = make_recipe(settings)
+    make_recipe(settings)
     trackers = build_trackers(settings["trackers"], settings["plugins"])
     with distributed.process_group(device), ExitStack() as stack:
         if config.deterministic:  # until the end of this run: a sweep may have others in this process
             stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
             torch.use_deterministic_algorithms(True)
-        options = {"overwrite": settings["overwrite"], "defaults": default_settings}
-        run = Opened(*distributed.on_main(lambda: open_run(folder, settings, **options)))
+        settings |= distributed.on_main(lambda: remembered(folder, command))
+        opening = {"overwrite": settings["overwrite"], "defaults": default_settings}
+        run = Opened(*distributed.on_main(lambda: open_run(folder, settings, **opening)))
         if distributed.is_main():
             stack.callback(settle, folder)
         prepare_data(data, settings["plugins"])
-        recorder = RunLogger(folder, active=distributed.is_main(), trackers=trackers, settings=settings)
+        options: dict[str, Any] = {"trackers": trackers, "settings": settings, "advice": shorter(settings)}
+        recorder = RunLogger(folder, active=distributed.is_main(), **options)
         stack.callback(recorder.close)
         environment = describe_environment(device)
         distributed.on_main(lambda: record_environment(folder, environment))
@@ -95,12 +109,17 @@ def main(settings: Settings) -> Result:
         loaded = load_checked(data, ["train", "val"] if config.eval_every else ["train"], folder, say=recorder.info)
         train, val = loaded[0], loaded[-1]
 
-        torch.manual_seed(config.seed)
-        start = where_now(folder, settings["init_from"]) if settings["init_from"] and not run.resumes else None
-        model = make_model(settings, recipe, train, device, recorder, start=start)
+        begins = where_now(folder, settings["init_from"]) if settings["init_from"] and not run.resumes else None
+        start = partial(assemble, train=train, val=val, device=device, recorder=recorder, start=begins)
+        if command.plans and not run.resumes:
+            chosen, lines = planned(command, train, device, start)
+            settings |= chosen
+            distributed.on_main(lambda: write_settings(folder, settings))
+            for line in lines:
+                recorder.info(line)
+        config, recipe, model, loader, sampler, val_loader, preprocessing, _ = start(settings)
         optimizer = build_optimizer(recipe.optimizer, model, scale=config.batch_size / config.lr_batch_size)
         state = TrainState(model, optimizer, config, recipe.schedule)
-        loader, sampler, val_loader, preprocessing = build_loaders(data, config, recipe, train, val, model)
         for line in describe_run(folder, state, train, val, sampler):
             recorder.info(line)
         if warning := too_low_rate(state, sampler):
@@ -139,34 +158,6 @@ def main(settings: Settings) -> Result:
         for line in describe_end(folder, state, stopped):
             recorder.info(line)
     return Result(128 + stopped if stopped else 0, state.progress.best)
-
-
-def make_model(
-    settings: Settings,
-    recipe: Recipe,
-    annotations: "Annotations",
-    device: "torch.device",
-    recorder: "RunLogger",
-    *,
-    start: str | None,
-) -> "RetinaNet":
-    """The detector of the `model` section on its device, with the weights to start from."""
-    import torch
-
-    from retina.interop.transfer import init_from
-    from retina.losses.detection import DetectionLoss
-    from retina.model.retinanet import retinanet
-
-    num_classes = len(annotations.classes)
-    if isinstance(recipe.criterion, DetectionLoss):
-        call(recipe.criterion.check_classes, "loss", num_classes=num_classes)
-    model = call(retinanet, "model", **settings["model"], num_classes=num_classes, plugins=settings["plugins"])
-    channels_last = settings["train"]["channels_last"]
-    model = model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format).to(device)
-    if start:
-        for line in init_from(model, start, classes=annotations.classes, remap=settings["remap"]):
-            recorder.info(line)
-    return model
 
 
 def score(

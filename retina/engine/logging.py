@@ -29,7 +29,8 @@ class RunLogger:
     """Every method does nothing where `active` is False, so callers need not ask which rank they are. Without a folder
     nothing is written; warnings go to Python's own logging.
 
-    settings: those of the whole command, for the trackers that show them."""
+    settings: those of the whole command, for the trackers that show them.
+    advice: what would make the run shorter, told with its length after the first ten steps."""
 
     def __init__(
         self,
@@ -38,6 +39,7 @@ class RunLogger:
         active: bool = True,
         trackers: Sequence[Tracker] = (),
         settings: Mapping[str, Any] | None = None,
+        advice: str = "",
     ) -> None:
         self.active = active and folder is not None
         self._written = folder is not None
@@ -45,7 +47,7 @@ class RunLogger:
             return
         self._folder, self._settings = folder, settings or {}
         self._log, self._metrics = Appender(folder / "log.txt"), Appender(folder / "metrics.jsonl")
-        self._step = 0
+        self._step, self._advice = 0, advice
         self._unstarted, self._trackers = list(trackers), list[Tracker]()
         self._screen, self._pace = Screen(), Pace()
         self._failed = set[str]()
@@ -91,6 +93,10 @@ class RunLogger:
         if not self.active:
             return
         eta, short = self._pace.left(step, total), None
+        if self._pace.steps == 10 and step < total:
+            self.once(
+                f"after 10 steps: {eta} to the end, evaluations not counted{self._advice and ' - '}{self._advice}"
+            )
         if values is not None:
             short = f"loss {values['loss']:.3f}  {values['images_per_second']:.1f} images/s"
             line = (

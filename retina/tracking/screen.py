@@ -76,6 +76,11 @@ class Pace:
     def __init__(self) -> None:
         self._marks: deque[tuple[int, float]] = deque(maxlen=1000)
 
+    @property
+    def steps(self) -> int:
+        """That it knows the pace of."""
+        return self._marks[-1][0] - self._marks[0][0]
+
     def left(self, done: int, total: int) -> str:
         """As `2:03` or `1:02:03`, from the second call on. Steps never go back."""
         self._marks.append((done, time.monotonic()))

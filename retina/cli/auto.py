@@ -1,0 +1,276 @@
+"""Settings that a command leaves open, chosen from its data, device and budget (retina/engine/plan.py has the rules).
+
+Beside the road.
+
+What is chosen is written into the run's config.yaml, both in its place and under `chosen`. The same command again
+takes it from there: nothing is measured twice, so a run that was cut off goes on bit for bit.
+"""
+
+import copy
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from retina.cli.compose import Settings
+from retina.cli.run_folder import SETTINGS, holds_work, read_settings
+from retina.engine.plan import Choice, Facts, clock, is_given, plan, steps_in, to_seconds, with_values
+from retina.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import torch
+
+    from retina.cli.assemble import Parts
+    from retina.data.annotations import Annotations
+
+LONG = 3600.0
+"""Seconds from which a run on a CPU is called long before it starts."""
+PIXELS_OF = 64
+"""Images that mean and standard deviation are measured on."""
+
+
+class Command(NamedTuple):
+    """What the planning starts from."""
+
+    settings: Settings
+    typed: frozenset[str]
+    """Keys that the command gives."""
+    started: float
+    """`time.monotonic()` at its start, from when a budget counts."""
+
+    @property
+    def plans(self) -> bool:
+        return bool(self.settings["auto"] or self.settings["budget"])
+
+    def left(self) -> float | None:
+        budget = to_seconds(self.settings["budget"])
+        return None if budget is None else budget - (time.monotonic() - self.started)
+
+
+def check_budget(settings: Settings, typed: frozenset[str]) -> None:
+    """Raises ConfigError for a budget that is no time, or beside a length."""
+    if to_seconds(settings["budget"]) is not None and is_given("train.length", typed):
+        problem = "decides train.length, which is given too - leave one of them out"
+        raise ConfigError(problem, code="contradiction", key="budget")
+
+
+def remembered(folder: Path, command: Command) -> Settings:
+    """The settings with what was chosen when the run in this folder began, if it has got anywhere."""
+    file = folder / SETTINGS
+    if not (command.plans and file.is_file() and holds_work(folder)) or command.settings["overwrite"]:
+        return command.settings
+    chosen = read_settings(file).get("chosen")
+    if not isinstance(chosen, dict):
+        return command.settings
+    open_keys = {key: value for key, value in chosen.items() if not is_given(key, command.typed)}
+    try:
+        return with_values(command.settings, open_keys) | {"chosen": chosen}
+    except (KeyError, TypeError):
+        fix = "choose another name=..., or overwrite=true to discard that run"
+        raise ConfigError(f"{file}: is damaged - {fix}", code="damaged-settings") from None
+
+
+def planned(
+    command: Command, annotations: "Annotations", device: "torch.device", assemble: "Callable[[Settings], Parts]"
+) -> tuple[Settings, list[str]]:
+    """The settings with what is chosen for a run that begins, and the table of it. Every rank must call it.
+
+    assemble: the model and loaders of settings, for a trial of some steps.
+
+    Raises ConfigError for a budget that is too small, and where not even one image fits into memory."""
+    from retina import distributed
+
+    facts = facts_of(command.settings, annotations, device)
+
+    def choose(facts: Facts) -> "tuple[list[Choice], Parts]":
+        choices = plan(facts, command.settings, command.typed) if command.settings["auto"] else []
+        settings = changed(command.settings, choices)
+        choices += in_memory(settings, annotations, device, may_choose=may_accumulate(command))
+        return choices, assemble(changed(settings, choices))
+
+    choices, parts = choose(facts)
+    lines: list[str] = []
+    if command.settings["budget"]:
+        seconds, size = parts.seconds_per_step(command.left()), parts.pixels_per_step
+        left = distributed.broadcast_object(command.left())
+        choices, parts = choose(replace(facts, seconds=max(1.0, left or 0.0), pixels_per_second=size / seconds))
+        if parts.pixels_per_step != size:
+            seconds = parts.seconds_per_step(command.left())
+        choices.append(length_in(distributed.broadcast_object(command.left()) or 0.0, seconds, parts))
+    elif device.type == "cpu":
+        total = parts.seconds_per_step(None) * parts.steps
+        lines = [f"about {clock(total)} on this CPU" + (f": {shorter(command.settings)}" if total > LONG else "")]
+    settings = changed(command.settings, choices)
+    # a copy, because what stands in two places would be written as an alias, which no run's file may have
+    chosen = copy.deepcopy({choice.key: choice.value for choice in choices})
+    return settings | {"chosen": chosen}, table(choices) + lines
+
+
+def changed(settings: Settings, choices: list[Choice]) -> Settings:
+    return with_values(settings, {choice.key: choice.value for choice in choices})
+
+
+def shorter(settings: Settings) -> str:
+    """What would make the run shorter, whatever else is chosen."""
+    return "shorter with " + ("a smaller budget" if settings["budget"] else "budget=1h, a smaller data.short_side")
+
+
+def length_in(left: float, seconds: float, parts: "Parts") -> Choice:
+    """As many steps as fit into what is left."""
+    evaluations = parts.evaluations
+    # forward alone, in batches like those of training, then NMS and metrics
+    evaluation = 0.5 * seconds * parts.evaluated_images / parts.config.batch_size
+    steps = steps_in(left, step=seconds, evaluation=evaluation, evaluations=max(1, evaluations))
+    epochs = steps * parts.config.batch_size / parts.images
+    return Choice("train.length", steps, f"{clock(left)} left, {seconds:.2g} s for each step: {epochs:.1f} epochs")
+
+
+def facts_of(settings: Settings, annotations: "Annotations", device: "torch.device") -> Facts:
+    import numpy as np
+
+    from retina import distributed
+    from retina.engine.probe import native_bf16
+
+    counts = np.diff(annotations.offsets)
+    kept = ~annotations.crowd
+    image_of = np.repeat(np.arange(len(annotations)), counts)
+    pairs = np.unique(np.stack((annotations.labels[kept], image_of[kept])), axis=1)
+    shares = np.bincount(pairs[0], minlength=len(annotations.classes)) / len(annotations)
+    pretrained = bool(settings["model"]["weights"] or settings["init_from"])
+    measure = settings["auto"] and not pretrained
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Facts(
+        image_sizes=annotations.sizes,
+        objects=annotations.boxes[kept, 2:] - annotations.boxes[kept, :2],
+        image_of=image_of[kept],
+        shares=shares,
+        pretrained=pretrained,
+        device=device.type,
+        bf16=native_bf16(device),
+        cores=max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+        processes=distributed.world_size(),
+        mean_std=distributed.on_main(lambda: mean_and_std(annotations)) if measure else None,
+    )
+
+
+def mean_and_std(annotations: "Annotations") -> tuple[list[float], list[float]] | None:
+    """Per channel, over some images; None where none of them can be read."""
+    import numpy as np
+
+    from retina.data.images import read_image
+
+    sums, squares, pixels = np.zeros(3), np.zeros(3), 0
+    for row in np.unique(np.linspace(0, len(annotations) - 1, PIXELS_OF).astype(int)).tolist():
+        try:
+            colors = read_image(annotations.path(row))[::2, ::2].reshape(-1, 3).astype(np.float64)
+        except DataError:  # the loader says so
+            continue
+        sums, squares, pixels = sums + colors.sum(axis=0), squares + (colors**2).sum(axis=0), pixels + len(colors)
+    if not pixels:
+        return None
+    mean = sums / pixels
+    std = np.sqrt(np.maximum(squares / pixels - mean**2, 1.0))
+    return mean.round(1).tolist(), std.round(1).tolist()
+
+
+def may_accumulate(command: Command) -> bool:
+    return bool(command.settings["auto"]) and not is_given("train.accumulate", command.typed)
+
+
+def in_memory(
+    settings: Settings, annotations: "Annotations", device: "torch.device", *, may_choose: bool
+) -> list[Choice]:
+    """Nothing, or where a step would need more memory than there is, the micro-batches with which it does not.
+
+    Raises ConfigError where none do, or `may_choose` is False."""
+    from retina import distributed
+    from retina.engine.probe import free_bytes, step_bytes
+
+    train = settings["train"]
+    model, canvas = on_meta(settings, annotations), largest_canvas(settings, annotations)
+    most_objects = int((annotations.offsets[1:] - annotations.offsets[:-1]).max(initial=0))
+    batch = train["batch_size"] // distributed.world_size()
+    if batch < 1 or batch % train["accumulate"]:  # the sampler has a word for that
+        return []
+    frees = [free for free in distributed.gather_objects(free_bytes(device)) if free is not None]
+    if not frees:
+        return []
+    free = min(frees)
+    needs: dict[int, int] = {}
+    for accumulate in (n for n in range(train["accumulate"], batch + 1) if batch % n == 0):
+        try:
+            images = (batch // accumulate, *canvas)
+            needs[accumulate] = step_bytes(model, images, objects=most_objects, precision=train["precision"])
+        except Exception:  # parts of plugins may not compute without data: then nobody knows
+            return []
+        if needs[accumulate] < 0.9 * free:
+            break
+    else:
+        raise _too_large(settings, canvas, needs, free, accumulate=None)
+    if len(needs) == 1:
+        return []
+    if not may_choose:
+        # an estimate must not refuse what may just fit
+        if needs[train["accumulate"]] / 1.5 < free:
+            return []
+        raise _too_large(settings, canvas, needs, free, accumulate=accumulate)
+    reason = f"{needs[train['accumulate']] / 1e9:.1f} GB would be needed at once, {free / 1e9:.1f} are free"
+    return [Choice("train.accumulate", accumulate, reason)]
+
+
+def _too_large(
+    settings: Settings, canvas: tuple[int, int], needs: dict[int, int], free: int, *, accumulate: int | None
+) -> ConfigError:
+    need = next(iter(needs.values()), 0)
+    problem = f"{settings['train']['batch_size']} images of {canvas[0]}x{canvas[1]} need about {need / 1e9:.0f} GB"
+    fix = "smaller data.short_side and data.long_side" if accumulate is None else f"train.accumulate={accumulate}"
+    return ConfigError(
+        f"{problem}, and {free / 1e9:.0f} GB are free - give {fix}", code="too-little-memory", key="train.batch_size"
+    )
+
+
+def on_meta(settings: Settings, annotations: "Annotations") -> Any:
+    """The detector without memory."""
+    import torch
+
+    from retina.cli.build import call
+    from retina.model.retinanet import retinanet
+
+    arguments = settings["model"] | {"weights": None}
+    with torch.device("meta"):
+        return call(retinanet, "model", **arguments, num_classes=len(annotations.classes), plugins=settings["plugins"])
+
+
+def largest_canvas(settings: Settings, annotations: "Annotations") -> tuple[int, int]:
+    """(height, width) of the largest that a batch may have: upright and wide images are never in the same batch."""
+    import numpy as np
+
+    data, stride = settings["data"], settings["data"]["pad_multiple"] or 2 ** max(settings["model"]["levels"])
+    if data["canvases"]:
+        height, width = max(data["canvases"], key=lambda canvas: canvas[0] * canvas[1])
+        return height, width
+    sizes = annotations.sizes
+    scale = np.minimum(data["short_side"] / sizes.min(axis=1), data["long_side"] / sizes.max(axis=1))
+    padded = np.ceil((sizes * scale[:, None]).round() / stride).astype(int) * stride
+    upright = np.sign(sizes[:, 1] - sizes[:, 0])
+    canvases = [padded[upright == side].max(axis=0) for side in np.unique(upright)]
+    height, width = max(canvases, key=lambda canvas: canvas[0] * canvas[1]).tolist()
+    return height, width
+
+
+def table(choices: list[Choice]) -> list[str]:
+    """A line for each choice, with its reason."""
+    if not choices:
+        return []
+    rows = [(choice.key, _shown(choice.value), choice.reason) for choice in choices]
+    key, value = (max(len(row[i]) for row in rows) for i in (0, 1))
+    head = "chosen, because the command leaves it open (key=value changes it, auto=false leaves the defaults):"
+    return [head, *(f"  {row[0]:<{key}}  {row[1]:<{value}}  {row[2]}" for row in rows)]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return value["_target_"].rpartition(".")[2] if "_target_" in value else ", ".join(value)
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)

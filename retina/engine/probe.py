@@ -1,0 +1,112 @@
+"""What a step costs here, before the first one is made: memory by arithmetic, time by trying. Beside the road."""
+
+import copy
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from retina import distributed
+from retina.engine.config import TrainConfig
+from retina.engine.optim import build_optimizer
+from retina.engine.step import parallel, train_step
+from retina.types import DTYPES, Batch, Criterion, to_device
+
+WARM, LEAST, MOST = 2, 2, 10
+"""Steps of a probe that do not count, because the device only gets going; and how many do."""
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is computed in hardware, so that it is faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that this process may still take: the GPU's; of a CPU its share among the processes of this machine, of
+    what the system or its container has left. None where that is not known."""
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    if device.type != "cpu":
+        return None
+    limits: list[int] = []
+    with suppress(OSError, ValueError, IndexError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
+    groups = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+    for limit, usage in groups:
+        with suppress(OSError, ValueError):
+            most, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in (limit, usage))
+            limits.append(most - used)
+    return max(0, min(limits)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if limits else None
+
+
+def step_bytes(model: nn.Module, images: tuple[int, int, int], *, objects: int, precision: str) -> int:
+    """Memory that an update with AdamW and a moving average takes beside the weights.
+
+    images: count, height, width.
+    `model` lies on the meta device: it is only counted what autograd would keep. In bfloat16 about 0.6 of that is kept
+    (norms and losses stay float32). Head outputs are counted six times, as losses hold them; matching compares all
+    anchors with `objects` per image. A fifth is added, because memory is never used to the last byte."""
+    count, height, width = images
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor  # kept alive, so that no other gets its number
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        predictions = model(torch.empty(count, 3, height, width, dtype=torch.uint8, device="meta"))
+    activations = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    outputs = [*predictions.logits, *(predictions.bins or predictions.deltas)]
+    anchors = sum(level.shape[1] for level in predictions.logits)
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    losses = 6 * sum(4 * output.numel() for output in outputs) + 8 * count * anchors * objects
+    scale = 1.0 if precision == "fp32" else 0.6
+    return int(1.2 * (scale * activations + losses + 4 * weights))
+
+
+def seconds_per_step(
+    model: nn.Module,
+    criterion: Criterion,
+    loader: Iterable[Batch],
+    config: TrainConfig,
+    make_optimizer: Callable[..., Optimizer],
+    *,
+    patience: float = 20.0,
+) -> float:
+    """Mean time of a step with its batches, the same on all ranks. It takes about `patience` seconds at most, but for
+    slow steps. The model stays as it is: a copy is trained."""
+    device = next(model.parameters()).device
+    twin = copy.deepcopy(model)
+    optimizer, trained = build_optimizer(make_optimizer, twin), parallel(twin, device).train()
+    batches = _without_end(loader)
+
+    def seconds(steps: int) -> float:
+        started = time.perf_counter()
+        for _ in range(steps):
+            micro_batches = [to_device(batch, device) for batch in islice(batches, config.accumulate)]
+            options: dict[str, Any] = {"dtype": DTYPES[config.precision], "clip_norm": config.clip_norm}
+            train_step(trained, criterion, micro_batches, optimizer=optimizer, **options)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return float(distributed.broadcast_object(time.perf_counter() - started))
+
+    warm = seconds(WARM)
+    steps = min(MOST, max(LEAST, int((patience - warm) / warm * WARM)))
+    return seconds(steps) / steps
+
+
+def _without_end(loader: Iterable[Batch]) -> Iterator[Batch]:
+    while True:
+        yield from loader

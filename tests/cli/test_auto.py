@@ -1,0 +1,164 @@
+"""The automatic recipe as a user runs it, on a tiny data set."""
+
+import functools
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from faults import refused
+from retina.cli.assemble import assemble
+from retina.cli.auto import Command, in_memory, planned, remembered
+from retina.cli.compose import compose
+from retina.cli.run_folder import write_settings
+from retina.cli.train import added_words
+from retina.data.coco import read_coco
+from retina.data.shapes import write_shapes
+from retina.engine import probe
+from retina.engine.logging import RunLogger
+
+Capture = pytest.CaptureFixture[str]
+Tool = Callable[..., int]
+SMALL = ("train.log_every=2", "train.pictures=0", "trackers=[]", "model.fpn_channels=32", "data.short_side=64")
+SMALL += ("data.long_side=96", "model.head_convs=1", "train.batch_size=4", "train.device=cpu")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("auto")
+    write_shapes(folder / "shapes", num_train=10, num_val=4, image_size=(64, 96))
+    return folder
+
+
+@pytest.fixture
+def train(place: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> Tool:
+    monkeypatch.chdir(place)
+    return functools.partial(tool, "train", "data=coco", "data.root=shapes", *SMALL)
+
+
+def settings_of(folder: Path) -> dict[str, object]:
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    assert isinstance(settings, dict)
+    return settings
+
+
+def test_a_recipe_is_told_and_recorded(train: Tool, place: Path, capsys: Capture) -> None:
+    assert train("name=plain", "auto=true", "train.length=12", "train.eval_every=null") == 0
+    out = capsys.readouterr().out
+    settings = settings_of(place / "runs/plain")
+    chosen = settings["chosen"]
+    assert isinstance(chosen, dict)
+    assert chosen["model.backbone"] == settings["model"]["backbone"] == "resnet18"  # type: ignore[index]
+    assert settings["model"]["weights"] is None, "no weights are wanted that would need a network"  # type: ignore[index]
+    given = ("data.short_side", "model.fpn_channels", "train.batch_size", "train.length", "train.eval_every")
+    assert not set(given) & chosen.keys()
+    assert settings["data"]["short_side"] == 64  # type: ignore[index]
+    assert all(f"\n  {key} " in out for key in chosen), "each is told, with a reason"
+    assert "on this CPU" in out
+    assert "after 10 steps: " in out
+
+
+def test_nothing_is_chosen_unless_it_is_asked_for(train: Tool, place: Path) -> None:
+    words = ("model.backbone=resnet18", "train.length=1", "train.eval_every=null")
+    assert train("name=off", *words) == 0
+    assert train("name=recipe", "experiment=paper", *words) == 0
+    for name in ("off", "recipe"):
+        settings = settings_of(place / "runs" / name)
+        assert (settings["auto"], settings["chosen"]) == (False, {})
+
+
+@pytest.mark.parametrize(
+    ("typed", "added"),
+    [
+        (["data=coco"], []),
+        (["data=coco", "budget=1h"], ["auto=true"]),
+        (["data=coco", "budget=1h", "auto=false"], []),
+        (["data=coco", "budget=1h", "experiment=paper"], []),
+        (["data=coco", "budget=null"], []),
+        (["budget=1h"], ["experiment=shapes"]),
+    ],
+)
+def test_only_a_budget_without_a_recipe_implies_auto(typed: list[str], added: list[str]) -> None:
+    assert added_words(typed) == added
+
+
+def test_a_run_with_chosen_settings_goes_on_bit_for_bit(train: Tool, place: Path, capsys: Capture) -> None:
+    words = ("name=cut", "auto=true", "train.length=12", "train.eval_every=0.5", "train.save_every=0.5")
+    assert train(*words) == 0
+    folder = place / "runs/cut"
+    settings, last = settings_of(folder), folder / "checkpoints/step_00000012"
+    whole = load_file(last / "model.safetensors")
+    shutil.rmtree(last)
+    capsys.readouterr()
+    assert train(*words) == 0
+    assert "resumed at step 6" in capsys.readouterr().out
+    assert settings_of(folder) == settings
+    again = load_file(last / "model.safetensors")
+    assert all(again[key].equal(whole[key]) for key in whole)
+
+
+def test_a_budget_becomes_a_length_once(place: Path, tmp_path: Path) -> None:
+    words = ["data=coco", f"data.root={place / 'shapes'}", *SMALL, "auto=true", "budget=10h"]
+    typed = frozenset(word.partition("=")[0] for word in words) - {"data"}
+    command = Command(compose("train", words), typed, time.monotonic())
+    train, val = (
+        read_coco(place / f"shapes/annotations/instances_{s}.json", place / "shapes" / s) for s in ("train", "val")
+    )
+    cpu = torch.device("cpu")
+    start = functools.partial(assemble, train=train, val=val, device=cpu, recorder=RunLogger(None), start=None)
+    settings, _ = planned(command, train, cpu, start)
+    assert settings["train"]["length"] == settings["chosen"]["train.length"]
+    assert settings["train"]["length"] % 5 == 0, "the last of five evaluations falls on the end"
+
+    write_settings(tmp_path, settings)
+    assert remembered(tmp_path, command) == command.settings, "no run has begun"
+    (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
+    assert remembered(tmp_path, command) == settings
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("budget=soon",), "out-of-range"),
+        (("budget=0.001s",), "out-of-range"),
+        (("budget=1h", "train.length=3"), "contradiction"),
+    ],
+)
+def test_budgets_that_cannot_be_kept_are_refused(
+    train: Tool, words: tuple[str, ...], code: str, capsys: Capture
+) -> None:
+    assert train("name=refused", *words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error[{code}]: budget")
+    assert err.count("\n") == 1
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A machine with so many bytes left."""
+    return lambda size: monkeypatch.setattr(probe, "free_bytes", lambda device: int(size))
+
+
+def test_too_large_a_step_is_divided_or_what_to_give_is_told(
+    place: Path, little_memory: Callable[[float], None]
+) -> None:
+    """ResNet-50, 16 images of 800 x 1333 in float32: some 40 GB. Nothing is allocated here."""
+    settings = compose("train", ["data=coco", "data.root=shapes"])
+    train = read_coco(place / "shapes/annotations/instances_train.json", place / "shapes/train")
+    cpu = torch.device("cpu")
+    little_memory(24e9)
+    (choice,) = in_memory(settings, train, cpu, may_choose=True)
+    assert choice.key == "train.accumulate"
+    assert choice.value in (2, 4)
+    with refused("too-little-memory", "train.batch_size", f"train.accumulate={choice.value}"):
+        in_memory(settings, train, cpu, may_choose=False)
+    little_memory(1e9)
+    with refused("too-little-memory", "data.short_side"):
+        in_memory(settings, train, cpu, may_choose=True)
+    little_memory(500e9)
+    assert in_memory(settings, train, cpu, may_choose=True) == []
