@@ -105,7 +105,9 @@ def load_detector(file: Path, device: torch.device, *, plugins: Sequence[str] = 
     try:
         check_sizes(arguments, state)
     except ConfigError as fault:
-        raise CheckpointError(f"{file}: {fault}: weights of another architecture", code=fault.code) from None
+        raise CheckpointError(
+            f"{file}: {fault}: weights of another architecture - take another copy of the file", code=fault.code
+        ) from None
     try:
         model = retinanet(**arguments)
     except (TypeError, ValueError, RuntimeError, RetinaError) as fault:
