@@ -143,3 +143,12 @@ def test_the_road_is_short() -> None:
             if not is_beside_the_road(file):
                 lengths[str(file.relative_to(ROOT))] = file.read_text().count("\n")
     assert sum(lengths.values()) <= 6000, lengths
+
+
+def test_the_main_functions_are_short() -> None:
+    """`main` of training and `fit`: the two hops from a command to the update."""
+    for name, function, limit in (("cli/train.py", "main", 75), ("engine/loop.py", "fit", 80)):
+        tree = ast.parse((ROOT / "retina" / name).read_text())
+        (node,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)
+        assert node.end_lineno - node.lineno + 1 <= limit, function
+        assert len(node.args.args + node.args.kwonlyargs) <= 9, function

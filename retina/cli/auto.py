@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from retina.cli.assemble import Parts
     from retina.data.annotations import Annotations
+    from retina.engine.logging import RunLogger
 
 LONG = 3600.0
 """Seconds from which a run on a CPU is called long before it starts."""
@@ -73,9 +74,13 @@ def remembered(folder: Path, command: Command) -> Settings:
 
 
 def planned(
-    command: Command, annotations: "Annotations", device: "torch.device", assemble: "Callable[[Settings], Parts]"
-) -> tuple[Settings, list[str]]:
-    """The settings with what is chosen for a run that begins, and the table of it. Every rank must call it.
+    command: Command,
+    annotations: "Annotations",
+    device: "torch.device",
+    assemble: "Callable[[Settings], Parts]",
+    recorder: "RunLogger",
+) -> Settings:
+    """The settings with what is chosen for a run that begins; the recorder gets the table. Every rank must call it.
 
     assemble: the model and loaders of settings, for a trial of some steps.
 
@@ -105,7 +110,9 @@ def planned(
     settings = changed(command.settings, choices)
     # a copy, because what stands in two places would be written as an alias, which no run's file may have
     chosen = copy.deepcopy({choice.key: choice.value for choice in choices})
-    return settings | {"chosen": chosen}, table(choices) + lines
+    for line in table(choices) + lines:
+        recorder.info(line)
+    return settings | {"chosen": chosen}
 
 
 def changed(settings: Settings, choices: list[Choice]) -> Settings:

@@ -24,13 +24,18 @@ from retina.data.oddities import crowding
 from retina.engine.config import TrainConfig, from_mapping
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from retina.data.annotations import Annotations
     from retina.data.loader import BatchLoader
+    from retina.data.sampler import DetectionBatchSampler
     from retina.engine.checkpointer import TrainState
     from retina.engine.logging import RunLogger
     from retina.evaluation.evaluate import Evaluation
+    from retina.model.retinanet import RetinaNet
+    from retina.model.weights import DetectorCard
 
 
 def shapes_by_default(typed: list[str]) -> list[str]:
@@ -78,13 +83,12 @@ def main(settings: Settings) -> Result:
 
     from retina import distributed
     from retina.cli.environment import describe_environment, for_weights, record_environment
-    from retina.cli.report import describe_end, describe_run, too_low_rate
+    from retina.cli.report import describe_end
     from retina.cli.signals import StopRequest
     from retina.engine.checkpointer import Checkpointer, TrainState
     from retina.engine.logging import RunLogger
     from retina.engine.loop import fit
     from retina.engine.optim import build_optimizer
-    from retina.model.weights import DetectorCard
 
     device = call(distributed.choose_device, "train.device", name=config.device)
     make_recipe(settings)
@@ -112,31 +116,14 @@ def main(settings: Settings) -> Result:
         begins = where_now(folder, settings["init_from"]) if settings["init_from"] and not run.resumes else None
         start = partial(assemble, train=train, val=val, device=device, recorder=recorder, start=begins)
         if command.plans and not run.resumes:
-            chosen, lines = planned(command, train, device, start)
-            settings |= chosen
+            settings |= planned(command, train, device, start, recorder)
             distributed.on_main(lambda: write_settings(folder, settings))
-            for line in lines:
-                recorder.info(line)
         config, recipe, model, loader, sampler, val_loader, preprocessing, _ = start(settings)
         optimizer = build_optimizer(recipe.optimizer, model, scale=config.batch_size / config.lr_batch_size)
         state = TrainState(model, optimizer, config, recipe.schedule)
-        for line in describe_run(folder, state, train, val, sampler):
-            recorder.info(line)
-        if warning := too_low_rate(state, sampler):
-            recorder.warn(warning)
-        if warning := unreachable(train, data.short_side, data.long_side, stride=min(model.strides)):
-            recorder.warn(warning)
-        kept = settings["postprocess"].get("max_detections")
-        for line in crowding(val, recipe.scoring.max_dets, kept) if config.eval_every else []:
-            recorder.warn(line)
-        card = DetectorCard(
-            model=model.arguments,
-            classes=list(train.classes),
-            category_ids=[i for i in train.category_ids if i is not None],
-            preprocessing=preprocessing,
-            postprocess=without_target(settings["postprocess"]),
-            environment=for_weights(environment),
-        )
+        announce(folder, settings, state, model, recipe, sampler, train, val, recorder)
+        environment = for_weights(environment)
+        card = detector_card(model, train, preprocessing, settings["postprocess"], environment)
         allowed = settings["allow_data_change"]
         checkpointer = Checkpointer(folder, state, card=card, recorder=recorder, allow_data_change=allowed)
         with StopRequest() as request:
@@ -158,6 +145,52 @@ def main(settings: Settings) -> Result:
         for line in describe_end(folder, state, stopped):
             recorder.info(line)
     return Result(128 + stopped if stopped else 0, state.progress.best)
+
+
+def announce(
+    folder: "Path",
+    settings: Settings,
+    state: "TrainState",
+    model: "RetinaNet",
+    recipe: Recipe,
+    sampler: "DetectionBatchSampler",
+    train: "Annotations",
+    val: "Annotations",
+    recorder: "RunLogger",
+) -> None:
+    """What the run will do, and what is likely not meant."""
+    from retina.cli.report import describe_run, too_low_rate
+
+    data = settings["data"]
+    for line in describe_run(folder, state, train, val, sampler):
+        recorder.info(line)
+    if warning := too_low_rate(state, sampler):
+        recorder.warn(warning)
+    if warning := unreachable(train, data["short_side"], data["long_side"], stride=min(model.strides)):
+        recorder.warn(warning)
+    kept = settings["postprocess"].get("max_detections")
+    for line in crowding(val, recipe.scoring.max_dets, kept) if state.config.eval_every else []:
+        recorder.warn(line)
+
+
+def detector_card(
+    model: "RetinaNet",
+    annotations: "Annotations",
+    preprocessing: dict[str, Any],
+    postprocess: Settings,
+    environment: dict[str, Any],
+) -> "DetectorCard":
+    """The header of the weights."""
+    from retina.model.weights import DetectorCard
+
+    return DetectorCard(
+        model=model.arguments,
+        classes=list(annotations.classes),
+        category_ids=[i for i in annotations.category_ids if i is not None],
+        preprocessing=preprocessing,
+        postprocess=without_target(postprocess),
+        environment=environment,
+    )
 
 
 def score(

@@ -110,8 +110,9 @@ def test_a_budget_becomes_a_length_once(place: Path, tmp_path: Path) -> None:
         read_coco(place / f"shapes/annotations/instances_{s}.json", place / "shapes" / s) for s in ("train", "val")
     )
     cpu = torch.device("cpu")
-    start = functools.partial(assemble, train=train, val=val, device=cpu, recorder=RunLogger(None), start=None)
-    settings, _ = planned(command, train, cpu, start)
+    recorder = RunLogger(None)
+    start = functools.partial(assemble, train=train, val=val, device=cpu, recorder=recorder, start=None)
+    settings = planned(command, train, cpu, start, recorder)
     assert settings["train"]["length"] == settings["chosen"]["train.length"]
     assert settings["train"]["length"] % 5 == 0, "the last of five evaluations falls on the end"
 
