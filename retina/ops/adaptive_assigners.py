@@ -19,6 +19,9 @@ from retina.types import Assignment, Predictions, Targets
 _PAIRS = 2**18
 _PAIRS_OF_DEVICE = 2**24
 
+# Relative difference of IoUs that are equal: at 8192 px, the corners of an anchor of 32 px are rounded by 1.5e-5 of it.
+_ROUNDING = 1e-4
+
 
 @dataclass(frozen=True, kw_only=True)
 class ATSS:
@@ -28,6 +31,10 @@ class ATSS:
     anchors as candidates. Positive are those of at least the mean plus the standard deviation of all candidates' IoUs,
     if their centre is more than 0.01 px inside the object. An anchor that several objects want goes to that of highest
     IoU, the first among equals. All others are negative, except those that a crowd covers by half or more.
+
+    That sum may exceed every IoU: by rounding where all are equal (one level, and an object within all its candidates),
+    and by the formula where half of them or more are the highest (two levels). The authors' code then takes none; here
+    those of highest IoU are taken, up to rounding, because the object would be trained as background.
 
     With several anchors per cell this is the authors' rule (`topk` x anchors per cell, as all anchors of a cell are
     equally near); mmdetection's, which knows one anchor per cell only, is the same there.
@@ -47,6 +54,7 @@ class ATSS:
         candidates = _nearest_anchors(predictions.anchors, boxes, self.topk)
         iou = paired_iou(anchors[candidates], boxes[:, :, None])
         threshold = iou.mean(dim=-1) + iou.std(dim=-1, correction=min(1, iou.shape[-1] - 1))
+        threshold = threshold.minimum(iou.amax(dim=-1) * (1 - _ROUNDING))
         wanted = (iou >= threshold[..., None]) & _centre_inside(anchors[candidates], boxes) & targets.valid[..., None]
         matched, positive, _ = _highest_iou_wins(candidates, iou, wanted, len(anchors))
         return Assignment(matched, positive, ~positive & _outside_crowds(predictions, targets))

@@ -72,7 +72,8 @@ def published_atss(anchors: Anchors, boxes: Tensor, topk: int) -> Tensor:
         chosen = torch.cat(candidates)
         overlap = iou[chosen, m]
         spread = overlap.std() if len(overlap) > 1 else 0
-        chosen = chosen[(overlap >= overlap.mean() + spread) & inside(centre[chosen], box)]
+        threshold = min(overlap.mean() + spread, overlap.max() * (1 - 1e-4))
+        chosen = chosen[(overlap >= threshold) & inside(centre[chosen], box)]
         chosen = chosen[iou[chosen, m] > highest[chosen]]
         owner[chosen], highest[chosen] = m, iou[chosen, m]
     return owner
@@ -177,6 +178,19 @@ def test_atss_takes_more_than_one_cells_anchors_where_cells_have_several():
     assigned = ATSS()(predict(anchors, 1), of_objects((40.0, 24, 72, 56)))
     cells = assigned.positive[0, : len(anchors[0])].nonzero().squeeze(1) // 9
     assert len(cells.unique()) > 1
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+@pytest.mark.parametrize("scales", [(2.0,), (1.0, 2 ** (1 / 3), 2 ** (2 / 3))], ids=["one", "three"])
+def test_atss_leaves_no_tiny_object_without_a_positive(levels: int, scales: tuple[float, ...]):
+    """All candidates of a level overlap it alike, so that mean + deviation may exceed the highest IoU."""
+    shapes, strides = ((100, 160), (50, 80), (25, 40))[:levels], (8, 16, 32)[:levels]
+    anchors = AnchorGenerator((32.0, 64.0, 128.0)[:levels], scales, (1.0,))(shapes, strides, "cpu")
+    corners = 8 * torch.randint(1, 90, (40, 2), generator=torch.Generator().manual_seed(0)) - 1.7
+    boxes = torch.cat((corners, corners + 4.1), dim=1)
+    for box in boxes:
+        assigned = ATSS()(predict(anchors, 1), of_objects(tuple(box.tolist())))
+        assert assigned.positive.sum() >= 1
 
 
 @pytest.mark.parametrize("rule", [ATSS(), TaskAligned()], ids=["atss", "tal"])
