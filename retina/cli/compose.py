@@ -18,7 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -27,18 +27,21 @@ import yaml
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from retina.cli.data import DataConfig
 from retina.cli.signals import SIGNALS, quit_at_once
 from retina.cli.words import as_typed, read_mapping, text_keys, unconverted, unknown, unreadable
 from retina.data.checks import DataReport, RecordsError
-from retina.engine.config import from_mapping
+from retina.engine.config import TrainConfig, from_mapping
 from retina.errors import ConfigError, DataError, RetinaError, plain
+from retina.evaluation.metrics import Scoring
 from retina.files import advice
 
 PACKAGED = Path(__file__).parents[1] / "configs"
@@ -46,6 +49,10 @@ CONFIGS = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[2] / "config
 """Within an installed package, else at the top of the repository."""
 Settings = dict[str, Any]
 T = TypeVar("T")
+
+# what train.yaml and the files of data/ name in their `defaults`: so the classes alone say these values
+ConfigStore.instance().store("_train", {"train": asdict(TrainConfig()), "eval": asdict(Scoring())})
+ConfigStore.instance().store("_defaults", asdict(DataConfig(name=MISSING)), group="data")
 
 QUIET = (
     "hydra/job_logging=none",
@@ -289,7 +296,7 @@ def _top_keys(config_name: str) -> list[str]:
     content = yaml.safe_load((CONFIGS / f"{config_name}.yaml").read_text(encoding="utf-8"))
     keys = [key for key in content if key != "defaults"]
     for default in content.get("defaults", []):
-        keys += default if isinstance(default, dict) else _top_keys(default) if default != "_self_" else []
+        keys += default if isinstance(default, dict) else [] if default.startswith("_") else _top_keys(default)
     return keys
 
 

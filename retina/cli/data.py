@@ -49,7 +49,7 @@ class SplitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The `data` section. configs/data/coco.yaml says what each is."""
+    """The `data` section."""
 
     name: str
     root: str | None = None
@@ -60,19 +60,31 @@ class DataConfig:
     short_side: int = 800
     long_side: int = 1333
     pad_multiple: int | None = None
+    """Canvas sides are multiples of this; null: the coarsest stride of the model."""
     num_workers: int = 2
+    """Loader processes per training process."""
     eval_batch_size: int | None = None
+    """Per process; null: the training micro-batch."""
     group_by_aspect: bool = True
     sampling: str | dict[str, Any] | None = None
+    """repeat_factor: images of rare classes are repeated; class_balanced: classes are drawn equally often; a section: a
+    sampler of your own, see docs/plugins.md."""
     repeat_threshold: float = 0.001
+    """repeat_factor: classes in a smaller share of images are rare; with few classes more, say 0.1."""
     canvases: list[Any] | None = None
-    """[height, width] of each."""
+    """[height, width] of each, e.g. [[896, 1408], [1408, 896]]: the only canvases, so that a model is compiled once."""
     min_size: float = 1.0
+    """Objects narrower or lower than this many pixels after augmentation are dropped,"""
     min_visibility: float = 0.1
+    """and those that keep less than this share of their area when cropped."""
     on_error: str = "stop"
+    """Or skip: faulty records of the annotation files are left out and listed."""
     max_bad_fraction: float = 0.01
+    """Share of unreadable images that are skipped and listed; more of them stop the run."""
     max_pixels: int = 100_000_000
+    """Larger images are refused before they are decoded."""
     allow_outside: bool = False
+    """Whether file names may lead out of the image folder."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, dict):

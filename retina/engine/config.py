@@ -25,7 +25,7 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 class TrainConfig:
     """The `train` section: one training run, apart from what is trained on what."""
 
-    length: Length = "12ep"
+    length: Length = "12ep"  # epochs, or optimizer steps (90000)
     batch_size: int = 16
     """Images per optimizer step, over all processes and accumulation."""
     accumulate: int = 1
@@ -33,11 +33,11 @@ class TrainConfig:
     centerness or score (the default's), all but the first go through the network twice, once without gradients."""
     lr_batch_size: int = 16
     """The batch size that `optimizer.lr` is meant for; the real rate is scaled by batch_size / lr_batch_size."""
-    precision: str = "fp32"
+    precision: str = "fp32"  # bf16, fp16
     clip_norm: float | None = 10.0
     """Largest norm of the whole gradient; null does not clip."""
     ema: float | None = None
-    """Decay of the exponential moving average of weights; null keeps none."""
+    """Decay of the exponential moving average of weights; null keeps none. E.g. 0.999."""
     eval_every: Length | None = "1ep"
     save_every: Length = "1ep"
     keep_checkpoints: int = 2
@@ -47,7 +47,7 @@ class TrainConfig:
     """The metric whose highest value names the best checkpoint."""
     patience: int | None = None
     """Stop after this many evaluations without a better value; null never does."""
-    device: str = "auto"
+    device: str = "auto"  # cuda, mps, cpu
     channels_last: bool = True
     compile: bool = False
     deterministic: bool = False

@@ -1,6 +1,8 @@
 """Every YAML composes and makes what it describes, and every command in a header can be typed."""
 
+import inspect
 import itertools
+import json
 import re
 import shlex
 from dataclasses import asdict
@@ -18,6 +20,7 @@ from retina.cli.train import shapes_by_default
 from retina.data.transforms import Pipeline, Sample
 from retina.engine.config import TrainConfig, from_mapping, to_steps
 from retina.engine.optim import build_optimizer
+from retina.evaluation.metrics import Scoring
 from retina.inference import check_postprocess
 from retina.lab.ablate import OWN
 from retina.losses.detection import DetectionLoss
@@ -51,8 +54,14 @@ def _of_the_lab(words: list[str]) -> list[str]:
     return ["lab_ablate", *(["study=ladder"] if name == "ladder" else []), *own]
 
 
-def test_defaults_of_training_are_the_same_on_the_command_line_and_in_python() -> None:
-    assert compose("train", [])["train"] == asdict(TrainConfig())
+def test_defaults_are_those_of_the_classes() -> None:
+    settings = compose("train", ["data=coco"])
+    assert settings["train"] == asdict(TrainConfig())
+    assert settings["data"] == asdict(DataConfig(name="coco"))
+    assert settings["eval"] == asdict(Scoring())
+    parameters = inspect.signature(retinanet).parameters
+    section = compose("train", ["model=retinanet"])["model"]
+    assert section == {name: json.loads(json.dumps(parameters[name].default)) for name in section}
 
 
 def test_folders_are_the_groups() -> None:
