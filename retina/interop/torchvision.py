@@ -21,6 +21,7 @@ from torchvision.models import get_model_weights
 
 from retina.errors import ConfigError
 from retina.interop.foreign import Conventions, Foreign, Rule, Source, rename, resnet_rules, tower_rules
+from retina.model.backbone import RESNETS
 from retina.model.pretrained import fetch
 from retina.model.retinanet import RetinaNet
 
@@ -99,8 +100,8 @@ def check_export(model: Mapping[str, Any], postprocess: Mapping[str, Any]) -> No
     faults = {
         f"model.{name}": (model[name], needed[name]) for name in needed if model.get(name, needed[name]) != needed[name]
     }
-    if str(model.get("backbone", "")).startswith("timm:"):
-        faults["model.backbone"] = model["backbone"], "its own backbones"
+    if model.get("backbone", "resnet50") not in RESNETS:
+        faults["model.backbone"] = model["backbone"], "its ResNets here"
     if postprocess.get("class_agnostic"):
         faults["postprocess.class_agnostic"] = True, False
     for key, (value, only) in faults.items():

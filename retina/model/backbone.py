@@ -20,6 +20,13 @@ RESNETS = (
 )
 
 
+def _group_norm(channels: int, *, eps: float) -> GroupNorm:
+    return GroupNorm(math.gcd(32, channels), channels, eps=eps)
+
+
+NORMS: dict[str, Any] = {"batch": FoldedBatchNorm2d, "frozen": FoldedFrozenBatchNorm2d, "group": _group_norm}
+
+
 class ResNet(nn.Module):
     """The stages of a torchvision ResNet. Returns C2, C3, C4, C5 at strides 4, 8, 16, 32, finest first.
 
@@ -44,16 +51,11 @@ class ResNet(nn.Module):
         Raises ConfigError for values that are not known, out of range or contradict each other."""
         super().__init__()
         check_choice(name, RESNETS, "backbone")
-        check_choice(norm, ("batch", "frozen", "group"), "norm")
+        check_choice(norm, NORMS, "norm")
         check_frozen_stages(frozen_stages)
         if not 0 <= norm_eps < math.inf:
             raise ConfigError(f"{norm_eps} - give a small number, e.g. 1e-5", code="out-of-range", key="norm_eps")
-        layers: dict[str, Any] = {
-            "batch": FoldedBatchNorm2d,
-            "frozen": FoldedFrozenBatchNorm2d,
-            "group": partial(GroupNorm, 32),
-        }
-        net = torchvision.models.get_model(name, weights=None, norm_layer=partial(layers[norm], eps=norm_eps))
+        net = torchvision.models.get_model(name, weights=None, norm_layer=partial(NORMS[norm], eps=norm_eps))
         if stride_in_1x1:
             _move_strides(net, name)
         self.stem = nn.Sequential()
@@ -75,7 +77,7 @@ class ResNet(nn.Module):
         """The maps, zero beyond the `content`."""
         content = content or Content(None, (images.shape[2], images.shape[3]))
         stem: Any = self.stem
-        x = content.keep(_normalize(stem.bn1, stem.conv1(content.keep(images, 1)), content, 2), 2)
+        x = content.keep(run_norm(stem.bn1, stem.conv1(content.keep(images, 1)), content, 2), 2)
         x = content.keep(stem.maxpool(stem.relu(x)), 4)
         features, stride = [], 4
         for stage in self.stages[1:]:
@@ -107,17 +109,18 @@ def _run_block(block: Any, x: Tensor, content: Content, stride: int, *, is_last:
         if conv is not block.conv1:
             out = block.relu(content.keep(out, stride) if conv.kernel_size != (1, 1) else out)
         stride *= conv.stride[0]
-        out = _normalize(norm, conv(out), content, stride)
+        out = run_norm(norm, conv(out), content, stride)
     if block.downsample is not None:
         conv, norm = block.downsample
-        x = _normalize(norm, conv(x), content, stride)
+        x = run_norm(norm, conv(x), content, stride)
     out += x
     if is_last or isinstance(block, BasicBlock):
         out = content.keep(out, stride)
     return block.relu(out), stride
 
 
-def _normalize(norm: nn.Module, x: Tensor, content: Content, stride: int) -> Tensor:
+def run_norm(norm: nn.Module, x: Tensor, content: Content, stride: int) -> Tensor:
+    """The norm of a map of this stride, whose own statistics are those of the content."""
     with_mask = isinstance(norm, (FoldedBatchNorm2d, GroupNorm))
     return norm(x, content.mask(stride)) if with_mask else norm(x)
 

@@ -11,10 +11,11 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from retina.errors import ConfigError, check_choice
-from retina.model.backbone import ResNet
+from retina.model.backbone import RESNETS, ResNet
 from retina.model.content import Content
 from retina.model.fpn import NECKS
 from retina.model.head import Head
+from retina.model.mobilenet import MOBILENETS, MobileNet
 from retina.model.parts import check_backbone, make_part
 from retina.model.pretrained import load_backbone, read_weights
 from retina.model.timm_backbone import PREFIX, TimmBackbone
@@ -165,8 +166,8 @@ def retinanet(
 ) -> RetinaNet:
     """Builds a RetinaNet; the defaults are the paper's.
 
-    backbone: a ResNet of torchvision, or `timm:NAME` (see `TimmBackbone` for what `weights`, `norm` and
-        `frozen_stages` mean there).
+    backbone: a ResNet, MobileNet or EfficientNet of torchvision, or `timm:NAME` (see `TimmBackbone` for what
+        `weights`, `norm` and `frozen_stages` mean there).
     weights: of the backbone: a torchvision name (ImageNet), a file, which may be that of a whole detector, or None for
         random weights.
     norm: `batch`, `frozen` (BatchNorm with fixed statistics) or `group`. None: `frozen` with weights, else `batch`.
@@ -252,14 +253,20 @@ def _check(ok: bool, key: str, value: object, fix: str) -> None:
 
 def _backbone(
     name: str, weights: str | None, levels: Sequence[int], *, eps: float, stride_in_1x1: bool, **options: Any
-) -> ResNet | TimmBackbone:
+) -> ResNet | MobileNet | TimmBackbone:
     options["last_level"] = min(5, max(levels, default=5))
+    if not name.startswith(PREFIX):
+        check_choice(name, (*RESNETS, *MOBILENETS), "backbone")
+    if name not in RESNETS and (stride_in_1x1 or eps != 1e-5):
+        key = "stride_in_1x1" if stride_in_1x1 else "norm_eps"
+        raise ConfigError(f"{name:.80} has its own - leave the default", code="contradiction", key=key)
     if name.startswith(PREFIX):
-        if stride_in_1x1 or eps != 1e-5:
-            key = "stride_in_1x1" if stride_in_1x1 else "norm_eps"
-            raise ConfigError("a timm backbone has its own - leave the default", code="contradiction", key=key)
         return TimmBackbone(name.removeprefix(PREFIX), weights=weights, first_level=min(levels, default=2), **options)
-    body = ResNet(name, norm_eps=eps, stride_in_1x1=stride_in_1x1, **options)
+    body: ResNet | MobileNet
+    if name in MOBILENETS:
+        body = MobileNet(name, **options)
+    else:
+        body = ResNet(name, norm_eps=eps, stride_in_1x1=stride_in_1x1, **options)
     if weights:
         body.load_imagenet(name, weights)
     return body

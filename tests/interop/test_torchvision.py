@@ -189,6 +189,7 @@ def test_coco_keeps_its_category_ids(tmp_path: Path) -> None:
         {"head_scales": True},
         {"anchor_offset": 0.5},
         {"backbone": "timm:resnet18"},
+        {"backbone": "mobilenet_v2"},
     ],
 )
 def test_what_torchvision_has_not_is_not_exported(changes: dict[str, object]) -> None:

@@ -18,6 +18,9 @@ NORMS = {
     "group": {"norm": "group", "head_norm": "group", "neck": "pafpn", "p6_from": "p5", "head_quality": True},
     "none": {"norm": "frozen", "levels": (2, 3, 4, 5, 6), "anchor_offset": 0.5, "box_bins": 6},
     "bottlenecks": {"norm": "group", "backbone": "resnet50", "levels": (3, 4), "head_convs": 1},
+    "mobilenet_v2": {"norm": "frozen", "backbone": "mobilenet_v2"},
+    "mobilenet_v3": {"norm": "group", "backbone": "mobilenet_v3_large", "levels": (2, 3, 4, 5)},
+    "efficientnet": {"norm": "batch", "backbone": "efficientnet_b0", "head_norm": "group"},
 }
 SIZES = [(90, 130), (128, 128), (33, 200), (64, 64), (100, 31), (1, 129)]
 
@@ -28,7 +31,7 @@ def signalling(**settings: Any) -> RetinaNet:
     model = retinanet(**TINY | settings).to(memory_format=torch.channels_last)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.startswith("head.") and parameter.ndim == 4:
+            if name.startswith(("head.", "backbone.features.")) and parameter.ndim == 4:
                 torch.nn.init.kaiming_normal_(parameter)
             elif parameter.ndim == 1 and not name.startswith("head.classification.predict"):
                 parameter.add_(torch.randn_like(parameter).mul_(0.1))
@@ -122,9 +125,11 @@ def test_images_that_fill_the_canvas_are_as_without_sizes(head_norm: str | None)
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9, msg=key)
 
 
-def test_trained_batch_norm_learns_from_content_alone() -> None:
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0"])
+def test_trained_batch_norm_learns_from_content_alone(backbone: str) -> None:
     """The same two images on a tight and a wide canvas: the same outputs, gradients and running statistics."""
-    tight, wide = (signalling(norm="batch", head_norm="group", levels=(3, 4)).double().train() for _ in range(2))
+    settings: dict[str, Any] = {"backbone": backbone, "norm": "batch", "head_norm": "group", "levels": (3, 4)}
+    tight, wide = (signalling(**settings).double().train() for _ in range(2))
     results = []
     for model, multiple in ((tight, 32), (wide, 256)):
         images, sizes = together([0, 4], multiple)
