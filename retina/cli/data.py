@@ -146,20 +146,21 @@ def load_split(
     split: str,
     *,
     classes: Sequence[str] | None = None,
-    images_needed: bool = True,
+    needs: str = "images",
     report: DataReport | None = None,
 ) -> Annotations:
     """Annotations of "train" or "val", from where the settings say or the default places under `data.root`.
 
-    images_needed: without images the annotation file is enough, because a results file can be scored without any.
+    needs: "images"; or "sizes", for which the annotation file alone is enough; or "ids", all that a results file needs
+        to be scored.
     report: takes counts, warnings and faults, also those that are raised. With `data.on_error=skip` faulty records are
         left out, images together with their annotations.
 
     Raises ConfigError when the settings leave the place open, DataError for what is wrong there."""
     report = DataReport() if report is None else report
     try:
-        file, images = _places(config, split, images_needed)
-        if images_needed and not images.is_dir():
+        file, images = _places(config, split, needs == "images")
+        if needs == "images" and not images.is_dir():
             fix = f"correct data.{split}.images or data.root"
             raise DataError(f"{images}: no such folder of images - {fix}", code="no-images")
         annotations = read_coco(
@@ -168,7 +169,8 @@ def load_split(
             classes=classes,
             report=report,
             skip_faulty=config.on_error == "skip",
-            allow_outside=config.allow_outside or not images_needed,
+            allow_outside=config.allow_outside or needs != "images",
+            ids_only=needs == "ids",
         )
     except DataError as fault:
         report.faults += fault.faults if isinstance(fault, RecordsError) else [str(fault)]

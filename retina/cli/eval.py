@@ -78,7 +78,7 @@ def score_file(config: EvalConfig) -> int:
     from retina.evaluation.results import read_results
 
     scoring = scoring_of({}, config)
-    annotations = load_split(data, config.split, images_needed=False)
+    annotations = load_split(data, config.split, needs="ids")
     warnings: list[str] = []
     metrics = coco_metrics(annotations, read_results(results, annotations, warnings), scoring)
     for line in warnings:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64, UInt8
+from jaxtyping import Bool, Float64, Int64, Shaped, UInt8
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,8 @@ class Annotations:
     """Label k is `classes[k]`."""
     category_ids: tuple[int | None, ...]
     """The file's own id of every class; None for a class (of a training set or checkpoint) that it does not know."""
-    image_ids: Int64[np.ndarray, "N"]
+    image_ids: Shaped[np.ndarray, "N"]
+    """The file's own: int64, or text."""
     sizes: Int64[np.ndarray, "N 2"]
     """(height, width) as the file states."""
     offsets: Int64[np.ndarray, "N+1"]

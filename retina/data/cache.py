@@ -41,6 +41,7 @@ class Request(NamedTuple):
 
     classes: list[str] | None
     allow_outside: bool
+    ids_only: bool = False
     encoding: str = sys.getfilesystemencoding()
     """Of file names on this machine: some cannot hold every name."""
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
+from retina.data.ids import is_id
 from retina.data.paths import links_outside, name_problem
 from retina.errors import DataError, plain
 from retina.files import write_whole
@@ -103,7 +104,6 @@ _REQUIRED = {
     "images": ("id", "file_name", "width", "height"),
     "annotations": ("image_id", "category_id", "bbox"),
 }
-_LARGEST_ID = 2**63 - 1
 
 
 class RecordsError(DataError):
@@ -121,7 +121,7 @@ class RecordsError(DataError):
 class ImageRecord(NamedTuple):
     """A sound record of `images`."""
 
-    id: int
+    id: int | str
     name: str
     size: tuple[int, int]
     """(height, width)"""
@@ -132,7 +132,7 @@ class Images:
     """The records of `images`, sorted into those to use and those not."""
 
     sound: list[ImageRecord] = field(default_factory=list)
-    left_out: dict[int, str] = field(default_factory=dict)
+    left_out: dict[int | str, str] = field(default_factory=dict)
     """File name of every id that a faulty record claims. Its annotations are not faulty for that, but have no image."""
     ids_unclear: bool = False
     """Whether a record lacks the id that others may refer to: then an unknown id is not one more fault."""
@@ -161,12 +161,12 @@ def check_categories(file: Path, records: list[Any], report: DataReport) -> dict
 def check_images(file: Path, records: list[Any], report: DataReport, *, allow_outside: bool) -> Images:
     """The images and their faults. Of records that contradict each other, none is used; of equal ones, the first."""
     images = Images()
-    by_id: dict[int, ImageRecord] = {}
+    by_id: dict[int | str, ImageRecord] = {}
     by_path: dict[str, ImageRecord] = {}
     by_folded: dict[str, ImageRecord] = {}
     sound, others = _with_ids(file, "images", records, report)
     for record in others:
-        if isinstance(record, dict) and _is_id(record.get("id")):
+        if isinstance(record, dict) and is_id(record.get("id")):
             images.left_out[record["id"]] = str(record.get("file_name", "no file_name"))
         else:
             images.ids_unclear = True
@@ -221,21 +221,21 @@ def check_annotations(
     name_of: Mapping[int, str],
     classes: Sequence[str],
     report: DataReport,
-) -> tuple[list[int], set[int]]:
+) -> tuple[list[int], set[int | str]]:
     """Positions of the annotations that are whole, of a sound image, and of a category that is one of `classes`; and
     the ids of images that have others."""
     names = images.left_out | {image.id: image.name for image in images.sound}
     known = {category_id for category_id, name in name_of.items() if name in classes}
     outside: Counter[int] = Counter()
     sound = []
-    faulty: set[int] = set()
+    faulty: set[int | str] = set()
     for position, record in enumerate(records):
         problem = _annotation_problem(record, names, name_of)
         if problem and images.ids_unclear and problem.startswith("image_id "):
             continue
         if problem:
             report.faults.append(f"{file}: {describe(record, position, names)}: {problem}")
-            if isinstance(record, dict) and _is_id(record.get("image_id")):
+            if isinstance(record, dict) and is_id(record.get("image_id")):
                 faulty.add(record["image_id"])
         elif record["category_id"] not in known:
             outside[record["category_id"]] += 1
@@ -253,7 +253,7 @@ def check_annotations(
             f"classes {some(classes)} - {fix}"
         )
     # annotation ids mean nothing here, but other tools drop annotations over them
-    ids = Counter(record["id"] for record in records if isinstance(record, dict) and _is_id(record.get("id")))
+    ids = Counter(record["id"] for record in records if isinstance(record, dict) and is_id(record.get("id")))
     if twice := [str(annotation_id) for annotation_id, count in ids.items() if count > 1]:
         report.warnings.append(
             f"{file}: annotations: id {some(twice)} used more than once - renumber them for other tools; here they are "
@@ -262,13 +262,13 @@ def check_annotations(
     return sound, faulty
 
 
-def describe(record: Any, position: int, names: Mapping[int, str]) -> str:
+def describe(record: Any, position: int, names: Mapping[int | str, str]) -> str:
     """`annotation 17 of image 5 (a.jpg)`, as far as the record says so. `names` are file names by image id."""
     if not isinstance(record, dict):
         return f"annotations[{position}]"
-    who = f"annotation {record['id']}" if _is_id(record.get("id")) else f"annotations[{position}]"
+    who = f"annotation {record['id']}" if is_id(record.get("id")) else f"annotations[{position}]"
     image_id: Any = record.get("image_id")
-    return who + (f" of image {image_id} ({names[image_id]})" if _is_id(image_id) and image_id in names else "")
+    return who + (f" of image {image_id} ({names[image_id]})" if is_id(image_id) and image_id in names else "")
 
 
 def _image_problem(record: Mapping[str, Any], allow_outside: bool) -> str | None:
@@ -283,18 +283,16 @@ def _image_problem(record: Mapping[str, Any], allow_outside: bool) -> str | None
     return None
 
 
-def _annotation_problem(record: Any, images: Container[int], categories: Container[int]) -> str | None:
+def _annotation_problem(record: Any, images: Container[int | str], categories: Container[int]) -> str | None:
     """The first fault of an annotation as "problem - fix", or None."""
     problem = _missing_keys(record, "annotations")
     if problem:
         return problem
     image_id, category_id, box, area = record["image_id"], record["category_id"], record["bbox"], record.get("area")
-    if not _is_id(image_id) or image_id not in images:
-        fix = _as_id(image_id, images) or "add the image, or remove the annotation"
-        return f"image_id {brief(image_id)} is not in `images` - {fix}"
-    if not _is_id(category_id) or category_id not in categories:
-        fix = _as_id(category_id, categories) or "add the category, or correct the id"
-        return f"category_id {brief(category_id)} is not in `categories` - {fix}"
+    if not is_id(image_id) or image_id not in images:
+        return f"image_id {brief(image_id)} is not in `images` - add the image, or remove the annotation"
+    if not is_id(category_id) or category_id not in categories:
+        return f"category_id {brief(category_id)} is not in `categories` - add the category, or correct the id"
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         return f"bbox {brief(box)} is not four finite numbers - write [x, y, width, height] in pixels"
     if box[2] < 0 or box[3] < 0:
@@ -307,12 +305,12 @@ def _annotation_problem(record: Any, images: Container[int], categories: Contain
 
 
 def _with_ids(file: Path, section: str, records: list[Any], report: DataReport) -> tuple[list[Any], list[Any]]:
-    """Records that have all keys and a whole number as id, and the others, which are faults."""
+    """Records that have all keys and an id, and the others, which are faults. Only images may have text as id."""
     sound: list[Any] = []
     others: list[Any] = []
     for position, record in enumerate(records):
         problem = _missing_keys(record, section)
-        if not problem and not _is_id(record["id"]):
+        if not problem and not (is_id(record["id"]) and (section == "images" or type(record["id"]) is int)):
             problem = f"id {brief(record['id'])} is not a whole number - number the {section}"
         if problem:
             report.faults.append(f"{file}: {section}[{position}]: {problem}")
@@ -329,18 +327,6 @@ def _missing_keys(record: Any, section: str) -> str | None:
     return None
 
 
-def _is_id(value: Any) -> bool:
-    return type(value) is int and abs(value) <= _LARGEST_ID
-
-
-def _as_id(value: Any, known: Container[int]) -> str | None:
-    """How to mend an id that is one of the known ones, but written as text or with a decimal point."""
-    is_text = isinstance(value, str) and len(value) < 20 and value.isascii() and value.isdigit()
-    if not is_text and not (isinstance(value, float) and value.is_integer()):
-        return None
-    return f"write it as the whole number {int(value)}" if int(value) in known else None
-
-
 def _is_number(value: Any) -> bool:
     """A finite number of JSON: neither true nor "1" nor NaN, and not an integer beyond float64."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
@@ -351,6 +337,8 @@ def _is_number(value: Any) -> bool:
 MAX_OVERHANG = 1.0
 """Pixels by which a box may leave its image: rounding in annotation tools, clipped."""
 _FARTHEST = 2.0**31
+UNKNOWN = 2**31 - 1
+"""Sides of an image of which nothing is known: boxes are not compared with them."""
 _ENOUGH = 3  # boxes from which on a file may be judged as a whole
 _NEARLY_ALL = 0.99
 _OFTEN = 0.3  # share of boxes leaving their images that true [x, y, width, height] never has
@@ -370,7 +358,7 @@ def convention_problem(xywh: Float64[np.ndarray, "T 4"], sizes: Int64[np.ndarray
     `sizes` are (height, width) of the image of every box. Fractions: nearly all numbers are within 0..1 and some are no
     integers. Corners: nearly all boxes are sound when read so, while as [x, y, width, height] many leave their images.
     """
-    if len(xywh) < _ENOUGH:
+    if len(xywh) < _ENOUGH or sizes.min() == UNKNOWN:
         return None
     small = ((xywh >= 0) & (xywh <= 1)).all(axis=1)
     if small.mean() >= _NEARLY_ALL and (xywh != np.round(xywh)).any() and sizes.min() > 1:
@@ -394,10 +382,11 @@ def box_problems(xywh: Float64[np.ndarray, "T 4"], sizes: Int64[np.ndarray, "T 2
     """What is wrong (outside the image) or odd (partly outside, no area, below a pixel) about single boxes, by row.
 
     The numbers must be finite and no side negative. Of several problems of a box, the gravest."""
-    overhang = _overhang(xywh, sizes)
+    unknown = sizes[:, 0] == UNKNOWN
+    overhang = np.where(unknown, 0.0, _overhang(xywh, sizes))
     with np.errstate(over="ignore"):
         reach = np.minimum(xywh[:, :2] + xywh[:, 2:], sizes[:, ::-1]) - np.maximum(xywh[:, :2], 0)
-    outside = ((reach < 0) | ((reach == 0) & (xywh[:, 2:] > 0))).any(axis=1)
+    outside = ~unknown & ((reach < 0) | ((reach == 0) & (xywh[:, 2:] > 0))).any(axis=1)
     side = xywh[:, 2:].min(axis=1)
     too_far = np.abs(xywh).max(axis=1, initial=0) > _FARTHEST
     image = "the image of {width}x{height}"

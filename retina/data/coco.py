@@ -8,6 +8,7 @@ Format: https://cocodataset.org/#format-data and #format-results.
 import gc
 import json
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from retina.data.checks import (
     describe,
 )
 from retina.data.document import listing, parse_document, read_bytes
+from retina.data.ids import id_column
 from retina.data.oddities import record_oddities, rotations
 from retina.errors import DataError
 from retina.files import write_whole
@@ -44,6 +46,7 @@ def read_coco(
     report: DataReport | None = None,
     skip_faulty: bool = False,
     allow_outside: bool = False,
+    ids_only: bool = False,
 ) -> Annotations:
     """Read and check a COCO annotation file. The result of a large one is stored: see `retina.data.cache`.
 
@@ -52,6 +55,7 @@ def read_coco(
     fault, an unused one is left out, and a class that the file does not know gets None in `category_ids`.
     Missing (or null) `iscrowd` reads as 0 and `area` as width * height. Whether the images exist is not checked here,
     only that no name, by its spelling or by a symbolic link, leads out of `image_root`, unless `allow_outside`.
+    With `ids_only` nothing of an image counts but its id: enough to score detections that are known already.
 
     With `skip_faulty`, faulty annotations are left out, and faulty images together with their annotations, and images
     that have none but faulty ones; `report` lists them. Warnings go to `report` in any case.
@@ -63,10 +67,10 @@ def read_coco(
     if classes is not None and len(set(classes)) != len(classes):
         raise ValueError(f"classes are not unique: {list(classes)}")
     report = DataReport() if report is None else report
-    request = Request(None if classes is None else list(classes), allow_outside)
+    request = Request(None if classes is None else list(classes), allow_outside or ids_only, ids_only)
     file, image_root = Path(file), Path(image_root)
     entry = annotation_cache.find_entry(file, request)
-    reading = annotation_cache.load(entry, file, image_root, allow_outside=allow_outside) if entry else None
+    reading = annotation_cache.load(entry, file, image_root, allow_outside=request.allow_outside) if entry else None
     if reading is not None:
         report.warnings += reading.warnings
         if reading.faults and not skip_faulty:
@@ -91,7 +95,7 @@ def _parse(
     findings = DataReport(warnings=report.warnings)
     known_warnings = len(report.warnings)
     data = read_bytes(file)
-    document = parse_document(file, data, report.warnings)
+    document = parse_document(file, data, report.warnings, ids_only=request.ids_only)
     entry = annotation_cache.entry_of(data, request)
     del data
     name_of = check_categories(file, document["categories"], findings)
@@ -125,7 +129,7 @@ def _arrange(
     images: Images,
     records: list[dict[str, Any]],
     positions: list[int],
-    faulty: set[int],
+    faulty: set[int | str],
     report: DataReport,
 ) -> Annotations:
     """Sound records as columns, the objects of an image beside each other. Boxes that do not fit go to `report`.
@@ -134,9 +138,9 @@ def _arrange(
     Raises DataError if all boxes are in another convention."""
     size_of = {image.id: image.size for image in images.sound}
     names = {image.id: image.name for image in images.sound}
-    image_ids = np.array([a["image_id"] for a in records], dtype=np.int64)
+    image_ids = [a["image_id"] for a in records]
     xywh = np.array([a["bbox"] for a in records], dtype=np.float64).reshape(-1, 4)
-    object_sizes = np.array([size_of[image_id] for image_id in image_ids.tolist()], dtype=np.int64).reshape(-1, 2)
+    object_sizes = np.array([size_of[image_id] for image_id in image_ids], dtype=np.int64).reshape(-1, 2)
     if convention := convention_problem(xywh, object_sizes):
         raise DataError(f"{file}: annotations: {convention}", code="box-convention")
     report.warnings += record_oddities(file, records, xywh)
@@ -152,10 +156,10 @@ def _arrange(
         line = f"{file}: {describe(records[problem.row], positions[problem.row], names)}: {problem.text}"
         (report.faults if problem.is_fault else report.warnings).append(line)
         kept[problem.row] = not problem.is_fault
-    emptied = (faulty | {*image_ids[~kept].tolist()}) - {*image_ids[kept].tolist()}
+    emptied = (faulty | {*compress(image_ids, ~kept)}) - {*compress(image_ids, kept)}
     sound = [image for image in images.sound if image.id not in emptied]
     row_of = {image.id: row for row, image in enumerate(sound)}
-    rows = np.array([row_of.get(image_id, -1) for image_id in image_ids.tolist()], dtype=np.int64)
+    rows = np.array([row_of.get(image_id, -1) for image_id in image_ids], dtype=np.int64)
 
     id_of = {name: category_id for category_id, name in name_of.items()}
     label_of = {id_of[name]: label for label, name in enumerate(classes) if name in id_of}
@@ -170,7 +174,7 @@ def _arrange(
         image_root=image_root,
         classes=tuple(classes),
         category_ids=tuple(id_of.get(name) for name in classes),
-        image_ids=np.array([image.id for image in sound], dtype=np.int64),
+        image_ids=id_column([image.id for image in sound]),
         sizes=np.array([image.size for image in sound], dtype=np.int64).reshape(-1, 2),
         offsets=_offsets(np.bincount(rows[kept], minlength=len(sound))),
         boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),

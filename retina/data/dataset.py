@@ -40,7 +40,7 @@ class CocoDetection(Dataset[Sample]):
         index = range(len(self))[index]
         sample = self.read(index)
         try:
-            seed = stable_hash(self.seed, epoch, int(self.annotations.image_ids[index]))
+            seed = stable_hash(self.seed, epoch, self.annotations.image_ids[index].item())
             transform = self.pipeline.without_last_resize if isinstance(key, tuple) else self.pipeline
             return transform(sample, seed)
         except RetinaError:  # the settings are at fault, not this image

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from retina.data.checks import some
+from retina.data.checks import UNKNOWN, some
+from retina.data.ids import settle_ids
 from retina.errors import DataError
 from retina.schema import unique_keys
 
@@ -34,10 +35,11 @@ def read_bytes(file: Path) -> bytes:
     raise DataError(f"{file}: {state}{listing(file.parent)} - give the path of a COCO JSON file", code="no-such-file")
 
 
-def parse_document(file: Path, data: bytes, warnings: list[str]) -> dict[str, Any]:
+def parse_document(file: Path, data: bytes, warnings: list[str], *, ids_only: bool = False) -> dict[str, Any]:
     """Parse the content of the file and check what holds the records, not the records.
 
-    A byte order mark is read over, with a warning, since other readers refuse it. Raises DataError."""
+    A byte order mark is read over, with a warning, since other readers refuse it. Ids get one type. With `ids_only`,
+    images get a name and size of no meaning. Raises DataError."""
     if not data.strip():
         raise _no_coco(file, f"is empty ({len(data)} bytes)", "export it again, or finish its download")
     for magic, (what, fix) in _FOREIGN.items():
@@ -60,6 +62,10 @@ def parse_document(file: Path, data: bytes, warnings: list[str]) -> dict[str, An
             raise _no_coco(file, f"`{section}` {state}", "give a COCO annotation file, or export it again")
         if not document[section] and section != "annotations":
             raise _no_coco(file, f"`{section}` is empty", "give a file with at least one record there")
+    warnings += settle_ids(file, document)
+    for record in document["images"] if ids_only else []:
+        if isinstance(record, dict):
+            record |= {"file_name": f"image {record.get('id')}", "width": UNKNOWN, "height": UNKNOWN}
     return document
 
 

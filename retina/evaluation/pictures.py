@@ -47,13 +47,14 @@ def write_evaluation_pictures(
     score_threshold: float,
     max_pixels: int = MAX_PIXELS,
 ) -> int:
-    """A JPEG for each of those images, named `<image id>_<file name>.jpg`; returns how many."""
+    """A JPEG for each of those images, named `<id, or number>_<file name>.jpg`; returns how many."""
     count = 0
     for index, picture in _pairs(annotations, detections, max_images, score_threshold, max_pixels):
         folder.mkdir(parents=True, exist_ok=True)
         # the id keeps images of equal names apart; folders of the file name could lead out of `folder`
         stem = os.fsencode(Path(annotations.file_name(index)).stem)[:200].decode(errors="ignore")
-        name = f"{annotations.image_ids[index]}_{stem}.jpg"
+        image_id = annotations.image_ids[index].item()
+        name = f"{image_id if isinstance(image_id, int) else index}_{stem}.jpg"
         Image.fromarray(picture).save(folder / name, quality=90)
         count += 1
     return count

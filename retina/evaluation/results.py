@@ -9,6 +9,7 @@ import numpy as np
 
 from retina.data.checks import RecordsError
 from retina.data.coco import Annotations
+from retina.data.ids import is_id, settled
 from retina.errors import DataError
 from retina.evaluation.metrics import DetectionArrays
 from retina.schema import unique_keys
@@ -22,8 +23,8 @@ def read_results(file: Path, annotations: Annotations, warnings: list[str] | Non
     """Detections of a COCO results file: a JSON list of {"image_id", "category_id", "bbox": [x, y, w, h], "score"}.
 
     Other keys are ignored, an empty list is fine, and the order of the file is kept (it ranks equal scores). Numbers
-    stay float64. Ids may be written as 7.0. Results of a category that `annotations` lacks are left out, as pycocotools
-    does: `warnings` gets a line with their number. A file that has only such results belongs to other data.
+    stay float64. Ids may be written as 7.0 or "7". Results of a category that `annotations` lacks are left out, as
+    pycocotools does: `warnings` gets a line with their number. A file that has only such results belongs to other data.
 
     Raises:
         DataError: the file cannot be read, or is no list.
@@ -40,18 +41,20 @@ def read_results(file: Path, annotations: Annotations, warnings: list[str] | Non
     if not isinstance(records, list):
         problem = f"holds {type(records).__name__} instead of a list - give a results file, not an annotation file"
         raise DataError(f"{file}: {problem}", code="wrong-type")
-    index_of = {int(image_id): index for index, image_id in enumerate(annotations.image_ids)}
+    index_of = {image_id: index for index, image_id in enumerate(annotations.image_ids.tolist())}
+    as_text = annotations.image_ids.dtype.kind == "U"
     label_of = {category_id: label for label, category_id in enumerate(annotations.category_ids)}
     label_of.pop(None, None)
     rows = np.zeros((len(records), 2), dtype=np.int64)
     numbers = np.zeros((len(records), 5), dtype=np.float64)
     faults: list[str] = []
-    unknown: Counter[tuple[str, int]] = Counter()
+    unknown: Counter[tuple[str, int | str]] = Counter()
     for position, record in enumerate(records):
         if problem := _problem(record):
             faults.append(f"{file}: result {position}: {problem}")
             continue
-        image_id, category_id = int(record["image_id"]), int(record["category_id"])
+        image_id = settled(record["image_id"], as_text=as_text)
+        category_id = settled(record["category_id"], as_text=False)
         if image_id not in index_of:
             unknown["image_id", image_id] += 1
         if category_id not in label_of:
@@ -83,11 +86,8 @@ def _problem(record: Any) -> str:
         if key not in record:
             return f"has no key {key!r} - every result needs {', '.join(_KEYS)}"
     for key in ("image_id", "category_id"):
-        value = record[key]
-        if type(value) is not int and not (
-            type(value) is float and value.is_integer()
-        ):  # a bool is an int too, but no id
-            return f"{key} is {record[key]!r:.40} instead of an integer - use the ids of the annotation file"
+        if not is_id(settled(record[key], as_text=False)):
+            return f"{key} is {record[key]!r:.40}, no id - use the ids of the annotation file"
     bbox = record["bbox"]
     if not isinstance(bbox, list) or len(bbox) != 4:
         return f"bbox is {bbox!r:.40} - write [x, y, width, height]"

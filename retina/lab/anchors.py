@@ -190,7 +190,7 @@ def read(
 
     prepare_data(data, settings["plugins"])
     pipeline, notes = resize_of(settings, data)
-    annotations = load_split(data, config.split, images_needed=False)
+    annotations = load_split(data, config.split, needs="sizes")
     images = progress(range(len(annotations)), "resizing", len(annotations))
     objects = resized_objects(annotations, pipeline, seed=seed, divisor=divisor, images=images)
     if not len(objects.boxes):

@@ -104,7 +104,7 @@ def resized_objects(
         boxes, labels, crowd = annotations.boxes[rows], annotations.labels[rows], annotations.crowd[rows]
         if crowd.all():
             continue
-        drawn = stable_hash(seed, 0, int(annotations.image_ids[row]))
+        drawn = stable_hash(seed, 0, annotations.image_ids[row].item())
         sample = Sample(pixel, boxes.astype(np.float32), labels, crowd, row, (height, width), (height, width))
         sample = pipeline.without_last_resize(sample, drawn)
         kept = ~sample.crowd

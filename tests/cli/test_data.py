@@ -143,7 +143,7 @@ def test_images_outside_need_leave(root: Path) -> None:
     check_data(config_of(root, allow_outside=True), {"train": allowed}, DataReport())
     # where no image is read, names do no harm
     config = DataConfig(name="x", train=SplitConfig(annotations=str(root / "annotations" / "instances_train.json")))
-    assert len(load_split(config, "train", images_needed=False)) == 10
+    assert len(load_split(config, "train", needs="sizes")) == 10
 
 
 def test_which_splits_there_are(root: Path) -> None:

@@ -170,6 +170,21 @@ def scored(tmp_path: Path) -> Path:
     return place
 
 
+@pytest.mark.parametrize("image", [{}, {"file_name": "a.jpg"}, {"file_name": "a.jpg", "width": 1, "height": 1}])
+def test_a_results_file_needs_nothing_of_images(
+    tool: Tool, scored: Path, tmp_path: Path, image: dict[str, Any]
+) -> None:
+    """Neither names nor sizes: torchmetrics writes images of an id alone, others 1 x 1."""
+    truth = json.loads((scored / "gt.json").read_text())
+    truth["images"] = [{"id": record["id"]} | image for record in truth["images"]]
+    (tmp_path / "bare.json").write_text(json.dumps(truth))
+    words = [f"detections={scored}/dt.json", "data=coco"]
+    for name, file in (("full", scored / "gt.json"), ("bare", tmp_path / "bare.json")):
+        assert tool("eval", *words, f"data.val.annotations={file}", f"output={tmp_path}/{name}") == 0
+    assert strict(tmp_path / "bare" / "metrics.json") == strict(tmp_path / "full" / "metrics.json")
+    assert strict(tmp_path / "bare" / "metrics.json")["AP"] > 0
+
+
 def test_empty_results_and_empty_ground_truth(tool: Tool, scored: Path, tmp_path: Path) -> None:
     truth = json.loads((scored / "gt.json").read_text())
     (tmp_path / "none.json").write_text("[]")

@@ -142,7 +142,9 @@ def test_fingerprint_changes_with_the_data_and_not_with_the_place(file, tmp_path
     ("section", "row", "change", "expected"),
     [
         ("images", 0, {"id": 7}, "image 7 (a é.jpg): id is already that of sub/b.jpg"),
-        ("images", 0, {"id": "50"}, "images[0]: id '50' is not a whole number"),
+        ("images", 0, {"id": 5.5}, "images[0]: id 5.5 is not a whole number"),
+        ("images", 0, {"id": "5" * 1000}, "images[0]: id '555"),
+        ("categories", 1, {"id": "four"}, "categories[1]: id 'four' is not a whole number"),
         ("images", 1, {"width": 0}, "image 7 (a é.jpg): width 0 and height 200 are not whole numbers above 0"),
         ("images", 1, {"height": 1e300}, "image 7 (a é.jpg): width 100 and height 1e+300 are not whole numbers"),
         ("images", 1, {"file_name": None}, "image 7 (None): file_name None is no text"),
@@ -230,7 +232,7 @@ def test_contradicting_images_are_all_left_out_and_equal_ones_once(tmp_path):
     assert annotations.num_objects == 1
 
 
-@pytest.mark.parametrize("change", [{"id": 90}, {"name": "owl"}, {"id": "4"}])
+@pytest.mark.parametrize("change", [{"id": 90}, {"name": "owl"}, {"id": "4a"}])
 def test_faulty_categories_are_never_skipped(tmp_path, change):
     document = a_document()
     document["categories"][1] |= change
@@ -245,6 +247,27 @@ def test_nothing_left_is_a_fault(tmp_path):
         image["height"] = 0
     with pytest.raises(RecordsError):
         read(save(tmp_path / "a.json", document), skip_faulty=True)
+
+
+@pytest.mark.parametrize("write", [str, float])
+def test_ids_of_one_kind_and_references_of_another(tmp_path, file, write):
+    document = a_document()
+    for record in document["annotations"]:
+        record |= {"image_id": write(record["image_id"]), "category_id": write(record["category_id"])}
+    report = DataReport()
+    other = read(save(tmp_path / "other.json", document), report=report)
+    assert other.fingerprint() == read(file).fingerprint()
+    assert len([line for line in report.warnings if "ids are not written as the others" in line]) == 2
+
+
+def test_ids_of_text(tmp_path, file):
+    document = a_document()
+    for record in document["images"]:
+        record["id"] = f"{record['id']}"
+    texts = read(save(tmp_path / "text.json", document))  # whose annotations still refer to 7 and 50
+    numbers = read(file)
+    assert texts.image_ids.tolist() == [f"{image_id}" for image_id in numbers.image_ids]
+    assert texts.offsets.tolist() == numbers.offsets.tolist()
 
 
 def test_order_and_ids_of_annotations_mean_nothing(tmp_path, file):

@@ -7,7 +7,7 @@ import pytest
 
 from faults import refused
 from retina.data.checks import RecordsError
-from retina.data.coco import Annotations, read_coco
+from retina.data.coco import Annotations, read_coco, write_results
 from retina.errors import DataError
 from retina.evaluation.metrics import coco_metrics, format_metrics, write_metrics
 from retina.evaluation.results import read_results
@@ -52,7 +52,7 @@ def test_an_empty_list_is_fine(tmp_path: Path, annotations: Annotations) -> None
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"image_id": "7"}, "image_id is '7'"),
+        ({"image_id": ["7"]}, r"image_id is \['7'\]"),
         ({"image_id": 7.5}, "image_id is 7.5"),
         ({"category_id": True}, "category_id is True"),
         ({"bbox": [1, 2, 3]}, r"bbox is \[1, 2, 3\]"),
@@ -96,10 +96,33 @@ def test_unknown_images_and_categories_are_counted(tmp_path: Path, annotations: 
 def test_results_of_other_categories_are_left_out_and_counted(tmp_path: Path, annotations: Annotations) -> None:
     other = GOOD | {"category_id": 4}
     warnings: list[str] = []
-    detections = read_results(written(tmp_path, [other, GOOD | {"image_id": 9.0}, other]), annotations, warnings)
+    detections = read_results(written(tmp_path, [other, GOOD | {"image_id": 9}, other]), annotations, warnings)
     assert (detections.indices.tolist(), detections.labels.tolist()) == ([0], [0])
     (line,) = warnings
     assert "category_id 4: is that of 2 results" in line
+
+
+def test_ids_may_be_written_as_floats_and_text(tmp_path: Path, annotations: Annotations) -> None:
+    changes = ({"image_id": 9.0}, {"image_id": "9", "category_id": "12"}, {"category_id": 3.0})
+    detections = read_results(written(tmp_path, [GOOD | change for change in changes]), annotations)
+    assert (detections.indices.tolist(), detections.labels.tolist()) == ([0, 0, 1], [0, 1, 0])
+
+
+def test_images_whose_ids_are_text(tmp_path: Path) -> None:
+    ground = {
+        "images": [{"id": name, "file_name": f"{name}.jpg", "width": 64, "height": 48} for name in ("sea/9", "007")],
+        "categories": [{"id": 3, "name": "cell"}],
+        "annotations": [{"image_id": "007", "category_id": "3", "bbox": [1, 2, 3, 4]}],
+    }
+    (tmp_path / "gt.json").write_text(json.dumps(ground))
+    annotations = read_coco(tmp_path / "gt.json", tmp_path)
+    assert np.diff(annotations.offsets).tolist() == [0, 1]
+    detections = read_results(written(tmp_path, [GOOD | {"image_id": name} for name in ("007", "sea/9")]), annotations)
+    assert detections.indices.tolist() == [1, 0]
+    write_results(tmp_path / "out.json", annotations, *detections)
+    assert [result["image_id"] for result in json.loads((tmp_path / "out.json").read_text())] == ["007", "sea/9"]
+    with refused("records", "image_id '7'", kind=RecordsError):
+        read_results(written(tmp_path, [GOOD | {"image_id": 7}]), annotations)
 
 
 @pytest.mark.parametrize("key", sorted(GOOD))

@@ -152,14 +152,14 @@ record_case(
 record_case("category without name", "categories", 1, {"name": ...}, "categories[1]: has no `name`", "add it")
 record_case("category name blank", "categories", 1, {"name": " "}, "category 2: name ' ' is no text", "a name")
 record_case(
-    "category id text", "categories", 1, {"id": "2"}, "categories[1]: id '2' is not a whole", "number the categ"
+    "category id text", "categories", 1, {"id": "b"}, "categories[1]: id 'b' is not a whole", "number the categ"
 )
 
 record_case(
     "image no object", "images", 2, "image_3.jpg", "images[2]: is 'image_3.jpg', not an object", "write an object"
 )
 record_case("image without id", "images", 2, {"id": ...}, "images[2]: has no `id`", "add it")
-record_case("image id text", "images", 2, {"id": "3"}, "images[2]: id '3' is not a whole number", "number the images")
+record_case("image id half", "images", 2, {"id": 3.5}, "images[2]: id 3.5 is not a whole number", "number the images")
 record_case(
     "image id twice", "images", 2, {"id": 2}, "image 2 (image_3.jpg): id is already that of image_2", "its own id"
 )
@@ -213,13 +213,11 @@ record_case("without bbox", "annotations", 7, {"bbox": ...}, WHO + "has no `bbox
 record_case(
     "image unknown", "annotations", 7, {"image_id": 77}, "annotation 31: image_id 77 is not in `im", "add the image"
 )
-record_case("image id as text", "annotations", 7, {"image_id": "3"}, "image_id '3' is not in", "as the whole number 3")
+record_case("image id as text", "annotations", 7, {"image_id": "03"}, "image_id '03' is not in", "add the image")
 record_case(
     "category unknown", "annotations", 7, {"category_id": 9}, WHO + "category_id 9 is not in", "add the category"
 )
-record_case(
-    "category id 2.0", "annotations", 7, {"category_id": 2.0}, WHO + "category_id 2.0 is", "as the whole number 2"
-)
+record_case("category id 2.5", "annotations", 7, {"category_id": 2.5}, WHO + "category_id 2.5 is", "add the category")
 record_case("category null", "annotations", 7, {"category_id": None}, WHO + "category_id None", "add the category")
 FOUR = "write [x, y, width, height] in pixels"
 record_case("bbox null", "annotations", 7, {"bbox": None}, WHO + "bbox None is not four finite numbers", FOUR)
