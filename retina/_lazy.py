@@ -3,11 +3,13 @@
 import ast
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 
 
 def lazy(package: str) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
-    """`__getattr__`, `__dir__` and `__all__` of a package, for the names that its source imports `if TYPE_CHECKING`.
+    """`__getattr__`, `__dir__` and `__all__` of a module, for the names that its source imports `if TYPE_CHECKING`.
+    `dir()` lists them, and of a module that is no package what it defines itself too.
 
     So every name is written once, as an ordinary import, which type checkers and editors read too."""
     spec = importlib.util.find_spec(package)
@@ -26,4 +28,8 @@ def lazy(package: str) -> tuple[Callable[[str], object], Callable[[], list[str]]
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(module_of[name]), name)
 
-    return find, lambda: sorted(module_of), sorted(module_of)
+    def names() -> list[str]:
+        is_package = hasattr(sys.modules[package], "__path__")
+        return sorted(module_of if is_package else {*vars(sys.modules[package]), *module_of})
+
+    return find, names, sorted(module_of)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # beside the road
     from retina.data.augmentations import ColorJitter as ColorJitter
     from retina.data.augmentations import LargeScaleJitter as LargeScaleJitter
 else:
-    __getattr__ = lazy(__name__)[0]
+    __getattr__, __dir__, _ = lazy(__name__)
 
 # albumentations, where it is imported after this module, asks the network for its newest version unless this is set.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")

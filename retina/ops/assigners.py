@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # beside the road
     from retina.ops.adaptive_assigners import ATSS as ATSS
     from retina.ops.adaptive_assigners import TaskAligned as TaskAligned
 else:
-    __getattr__ = lazy(__name__)[0]
+    __getattr__, __dir__, _ = lazy(__name__)
 
 
 @runtime_checkable

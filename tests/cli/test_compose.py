@@ -19,6 +19,7 @@ import torch
 
 import retina.losses.boxes
 import retina.losses.detection
+from faults import refused
 from retina.cli.build import build, call
 from retina.cli.compose import CONFIGS, compose, entry
 from retina.cli.data import DataConfig
@@ -242,6 +243,25 @@ def test_a_misspelt_target_names_the_nearest() -> None:
     fault = fault_of(build, {"_target_": "albumentations.Blurr"}, "augment.blur")
     assert fault == ("augment.blur._target_: albumentations.Blurr does not exist - did you mean albumentations.Blur?")
     assert "check its spelling" in fault_of(build, {"_target_": "retina.data.transforms.nowhere.Blur"}, "augment.blur")
+
+
+@pytest.mark.parametrize(
+    ("key", "misspelt", "name"),
+    [
+        ("loss.assigner", "retina.ops.assigners.ATTS", "ATSS"),
+        ("loss.assigner", "retina.ops.assigners.TaskAlined", "TaskAligned"),
+        ("loss.assigner", "retina.ops.assigners.MaxIou", "MaxIoU"),
+        ("augment.color", "retina.data.transforms.ColourJitter", "ColorJitter"),
+        ("augment.scale", "retina.data.transforms.LargeScaleJiter", "LargeScaleJitter"),
+        ("augment.resize", "retina.data.transforms.ResizeShortside", "ResizeShortSide"),
+        ("loss", "retina.losses.VarifocalLos", "VarifocalLoss"),
+    ],
+)
+def test_a_misspelt_name_of_ours_finds_the_nearest_wherever_its_class_is_defined(
+    key: str, misspelt: str, name: str
+) -> None:
+    with refused("unknown-target", f"{key}._target_", misspelt, f"{misspelt.rpartition('.')[0]}.{name}"):
+        build({"_target_": misspelt}, key)
 
 
 @pytest.mark.parametrize("section", [None, 3, {}, {"p": 1}, {"_target_": 3}])
