@@ -30,6 +30,7 @@ class ImportConfig:
     ignore_unknown: bool
     classes: list[str] | str | None
     conventions: dict[str, Any]
+    plugins: list[str]
     traceback: bool
 
     def __post_init__(self) -> None:
@@ -96,7 +97,7 @@ def export(config: ImportConfig, output: Path) -> list[str]:
     from retina.interop.torchvision import check_export, describe_export, to_torchvision
     from retina.model.weights import load_detector, serialize
 
-    model, card = load_detector(find_weights(Path(config.source)), torch.device("cpu"))
+    model, card = load_detector(find_weights(Path(config.source)), torch.device("cpu"), plugins=config.plugins)
     check_export(card.model, card.postprocess)
     metadata = {"classes": json.dumps(card.classes)}
     write_whole(output, serialize(to_torchvision(model.state_dict()), metadata))

@@ -83,6 +83,7 @@ def check_export(model: Mapping[str, Any], postprocess: Mapping[str, Any]) -> No
     """Raises ConfigError for settings of `retinanet` and `postprocess` that no RetinaNet of torchvision has."""
     needed = {
         "neck": "fpn",
+        "head": None,
         "levels": [3, 4, 5, 6, 7],
         "p7_relu": True,
         "stride_in_1x1": False,
@@ -100,7 +101,7 @@ def check_export(model: Mapping[str, Any], postprocess: Mapping[str, Any]) -> No
     faults = {
         f"model.{name}": (model[name], needed[name]) for name in needed if model.get(name, needed[name]) != needed[name]
     }
-    if model.get("backbone", "resnet50") not in RESNETS:
+    if str(model.get("backbone", "resnet50")) not in RESNETS:
         faults["model.backbone"] = model["backbone"], "its ResNets here"
     if postprocess.get("class_agnostic"):
         faults["postprocess.class_agnostic"] = True, False

@@ -89,6 +89,33 @@ def test_a_weights_file_imports_nothing_by_itself(mylab: Path, tmp_path: Path) -
     assert [level.shape for level in loaded(image).logits] == [level.shape for level in model(image).logits]
 
 
+def test_every_command_that_loads_weights_takes_plugins(
+    mylab: Path, tiny_data: Path, tmp_path: Path, tool: Tool, capsys: Capture
+) -> None:
+    parts = {"backbone": TINYNET, "levels": [3, 4], "fpn_channels": 8, "head_convs": 0, "plugins": ["mylab"]}
+    model = retinanet(num_classes=5, **parts)
+    classes = {"circle": 3, "rectangle": 7, "triangle": 11, "star": 20, "ring": 42}
+    lists = {"classes": list(classes), "category_ids": list(classes.values())}
+    card = DetectorCard(model=model.arguments, **lists, preprocessing=PREPROCESSING, postprocess={})
+    file = tmp_path / "best.safetensors"
+    save_detector(file, model.state_dict(), card)
+    data = ["data=coco", f"data.root={tiny_data}", f"checkpoint={file}", "device=cpu"]
+    for name, words, code in (
+        ("infer", [f"checkpoint={file}", f"source={tiny_data}/val", f"output={tmp_path}/out", "device=cpu"], None),
+        ("eval", [*data, f"output={tmp_path}/eval"], None),
+        ("lab", ["distribution", *data, f"output={tmp_path}/lab"], None),
+        (
+            "import_weights",
+            [f"source={file}", f"output={tmp_path}/x.safetensors", "to=torchvision"],
+            "not-in-torchvision",
+        ),
+    ):
+        assert tool(name, *words) == 2
+        assert "error[needs-plugin]" in capsys.readouterr().err, name
+        assert tool(name, *words, "plugins=[mylab]") == (2 if code else 0)
+        assert not code or f"error[{code}]" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("section", "levels", "code"),
     [
