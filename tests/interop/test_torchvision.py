@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchvision.models import resnet50
+from torchvision.models import get_model_weights, resnet50
 from torchvision.models.detection import RetinaNet as TorchvisionRetinaNet
 from torchvision.models.detection import retinanet_resnet50_fpn_v2
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
@@ -267,9 +267,11 @@ def test_an_export_pads_so_that_anchors_stay_a_stride_apart() -> None:
 
 def test_published_weights_are_fetched_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    file = tmp_path / "checkpoints" / "retinanet_resnet50_fpn_v2_coco-5905b1c5.pth"
+    file = tmp_path / "checkpoints" / "retinanet_resnet50_fpn_v2_coco-e3b0c442.pth"  # the hash of nothing
     file.parent.mkdir()
     file.touch()
+    entry = get_model_weights("retinanet_resnet50_fpn_v2")["DEFAULT"].value
+    monkeypatch.setattr(entry, "url", f"http://localhost/{file.name}")
     assert torchvision.fetch_published("torchvision:retinanet_resnet50_fpn_v2") == file
     with refused("unknown-name", "torchvision:ssd300_vgg16", "torchvision:retinanet_resnet50_fpn", kind=ConfigError):
         torchvision.fetch_published("torchvision:ssd300_vgg16")

@@ -1,4 +1,5 @@
 import functools
+import hashlib
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -204,15 +205,22 @@ def test_archives_that_must_be_unpacked_are_refused(tmp_path: Path) -> None:
 
 def test_what_lies_in_the_cache_is_read_like_any_foreign_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    cached = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
-    cached.parent.mkdir()
+    (tmp_path / "checkpoints").mkdir()
     body = ResNet("resnet18", norm="batch", frozen_stages=0)
     theirs = torchvision.models.resnet18(weights=None).state_dict()
-    torch.save(theirs, cached)
+
+    def publish(content: object) -> None:
+        torch.save(content, tmp_path / "new.pth")
+        digest = hashlib.sha256((tmp_path / "new.pth").read_bytes()).hexdigest()[:8]
+        (tmp_path / "new.pth").rename(tmp_path / "checkpoints" / f"resnet18-{digest}.pth")
+        entry = torchvision.models.ResNet18_Weights.DEFAULT.value
+        monkeypatch.setattr(entry, "url", f"http://localhost/resnet18-{digest}.pth")
+
+    publish(theirs)
     body.load_imagenet("resnet18", "DEFAULT")
     assert torch.equal(body.state_dict()["stem.conv1.weight"], theirs["conv1.weight"])
-    torch.save({"state_dict": Path("x")}, cached)
-    with refused("no-state-dict", "resnet18-f37072fd"):
+    publish({"state_dict": Path("x")})
+    with refused("no-state-dict", tmp_path / "checkpoints"):
         body.load_imagenet("resnet18", "DEFAULT")
 
 
