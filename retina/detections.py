@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from retina.errors import DataError
+from retina.ops.anchors import on_covered_cells
 from retina.ops.boxes import clip_boxes, decode
 from retina.types import Detections, Predictions
 
@@ -27,7 +28,7 @@ def postprocess(
     """Detections of every image, best score first, in pixels of the images the model saw.
 
     A candidate is an (anchor, class) pair with score sigmoid(logit) > `score_threshold`, whose anchor stands on a cell
-    that the image covers: one beyond exists or not as the other images of the batch need it. The best
+    that the image covers (`on_covered_cells`). The best
     `candidates_per_level` of each level are decoded and clipped to the image's content `sizes` (height, width), not to
     the padded canvas. With `predictions.quality`, scores are then multiplied by sigmoid(quality) of their anchor, and
     may fall below the threshold. Of the candidates of one class that overlap by more than `nms_iou`, the best stays;
@@ -128,7 +129,7 @@ def _candidates(
 
     Shapes that depend on the data make a GPU wait: there are two here, whatever the number of images and levels."""
     num_images, num_classes = len(predictions.logits[0]), predictions.logits[0].shape[-1]
-    inside = [_on_covered_cells(anchors, sizes) for anchors in predictions.anchors]
+    inside = [on_covered_cells(anchors, sizes) for anchors in predictions.anchors]
     lowest = [_lowest_logit(*level, threshold, limit) for level in zip(predictions.logits, inside, strict=True)]
     promising = torch.cat([(best >= low).flatten() for best, low in lowest]).nonzero().squeeze(1)
     ends = torch.tensor([0, *(best.numel() for best, _ in lowest)]).cumsum(0)
@@ -152,14 +153,6 @@ def _candidates(
     scores = scores[best] * torch.cat(fits)[pair].sigmoid() if fits else scores[best]
     boxes = decode(torch.cat(deltas)[pair], torch.cat(anchors)[pair])
     return boxes, scores, label[best], group % num_images
-
-
-def _on_covered_cells(anchors: Float[Tensor, "A_l 4"], sizes: Int64[Tensor, "B 2"]) -> Bool[Tensor, "B A_l"]:
-    """Whether an image covers the cell of an anchor, at least with the upper left corner of the cell."""
-    # Anchors are centred alike in each cell. So the pixels from the first centre are those from cell (0, 0), rounded
-    # because strides are whole.
-    centres = 0.5 * (anchors[:, :2] + anchors[:, 2:])
-    return ((centres - centres[:1]).round() < sizes[:, None].flip(-1)).all(dim=-1)
 
 
 def _lowest_logit(

@@ -66,6 +66,9 @@ class Predictions(NamedTuple):
     bins: tuple[Float[Tensor, "B A_l 4 _"], ...] | None = None
     """Logits over the distances 0, 1, 2, ... strides from an anchor's centre to the left, top, right and bottom of the
     box, where the head predicts distributions; `deltas` then hold the boxes of their means."""
+    sizes: Int64[Tensor, "B 2"] | None = None
+    """(height, width) of the images' content, as the model was told: what is predicted beyond it is not trained. None:
+    they fill the canvas."""
 
 
 class Losses(NamedTuple):

@@ -19,6 +19,7 @@ class Case(NamedTuple):
     boxes: Tensor
     valid: Tensor
     crowd: Tensor
+    inside: Tensor | None
     positive_iou: float
     negative_iou: float
     low_quality: bool
@@ -26,7 +27,7 @@ class Case(NamedTuple):
 
 def random_case(seed: int, *, largest: int = 250, most_objects: int = 20) -> Case:
     """1 to 3 images with objects, crowds and padding over an image of at most `largest` pixels a side."""
-    rng = random.Random(seed)
+    rng, mask_of = random.Random(seed), torch.Generator().manual_seed(seed)
     height, width = rng.randint(1, largest), rng.randint(1, largest)
     num_levels = rng.randint(1, 3)
     first = rng.choice([4, 8, 16])
@@ -50,6 +51,7 @@ def random_case(seed: int, *, largest: int = 250, most_objects: int = 20) -> Cas
         torch.tensor(boxes).reshape(num_images, num_objects, 4),
         kind >= padding + crowds,
         (kind >= padding) & (kind < padding + crowds),
+        rng.choice([None, torch.rand(num_images, sum(map(len, anchors)), generator=mask_of) < 0.5]),
         *rng.choice(THRESHOLDS),
         rng.random() < 0.8,
     )
@@ -86,9 +88,9 @@ def random_box(rng: random.Random, width: int, height: int, stride: int, anchors
 
 def from_matrix(case: Case) -> Matches:
     """What every way has to give. A plain tuple of anchors has no grid, so that it goes by the matrix."""
-    anchors, boxes, valid, crowd, positive_iou, negative_iou, low_quality = case
+    anchors, boxes, valid, crowd, inside, positive_iou, negative_iou, low_quality = case
     rule = {"positive_iou": positive_iou, "negative_iou": negative_iou, "low_quality": low_quality}
-    return match_boxes(tuple(anchors), boxes, valid, crowd, **rule)
+    return match_boxes(tuple(anchors), boxes, valid, crowd, inside, **rule)
 
 
 def assert_same(matches: tuple[Tensor, Tensor, Tensor], expected: Matches, what: object = None) -> None:

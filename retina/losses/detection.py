@@ -16,7 +16,7 @@ from retina.losses.boxes import BoxLoss, smooth_l1
 from retina.losses.classification import ClassLoss, Focal
 from retina.losses.common import check_range
 from retina.losses.soft_targets import distribution_focal_loss
-from retina.ops.anchors import Anchors
+from retina.ops.anchors import Anchors, covered_anchors
 from retina.ops.assigners import Assigner, MaxIoU
 from retina.ops.boxes import decode, encode_distances, paired_iou
 from retina.types import Assignment, Losses, Predictions, Targets
@@ -29,6 +29,9 @@ class DetectionLoss:
     Anchors of all levels are matched together per image (`retina.ops.matching`), because an object's best
     anchor is its best over all levels. An anchor that is not positive and has at least `positive_iou` of its own area
     inside one crowd region (half of it with other assigners than `MaxIoU`) is ignored, as COCO scores crowds.
+
+    Anchors on cells that no image covers (`Predictions.sizes`) are ignored too: so the loss of an image does not depend
+    on the others of its batch.
 
     What the head predicts of its boxes' fit (`quality`) and as distributions (`bins`) is trained at the positives. The
     loss of the one is added to that of the classes, as both make the score, the loss of the other to the box loss.
@@ -92,7 +95,7 @@ class DetectionLoss:
         if predictions.bins is not None and not isinstance(predictions.anchors, Anchors):
             raise ValueError("distributions need anchors that know their strides (retina.ops.anchors.Anchors)")
         targets = pad_if_empty(targets)
-        assigned = self.assigner(predictions, targets)
+        assigned = _without_padding(predictions, self.assigner(predictions, targets))
         scores = assigned.target_scores
         positives = _Positives(predictions, targets, assigned)
         weights = self._box_weights(predictions, positives, scores)
@@ -168,6 +171,14 @@ def _distribution_loss(predictions: Predictions, positives: "_Positives") -> Flo
     logits = positives.take(torch.cat(predictions.bins, dim=1))
     distances = encode_distances(positives.boxes, positives.anchors) / strides
     return distribution_focal_loss(logits, distances).mean(dim=-1)
+
+
+def _without_padding(predictions: Predictions, assigned: Assignment) -> Assignment:
+    """The assignment, in which anchors beyond the images' content are ignored."""
+    covered = covered_anchors(predictions)
+    if covered is None:
+        return assigned
+    return assigned._replace(positive=assigned.positive & covered, negative=assigned.negative & covered)
 
 
 class _Positives:

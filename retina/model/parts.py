@@ -12,7 +12,8 @@ What each must be like:
 
 So that nothing depends on the padding of a batch, each may take a second argument: a backbone and a neck the
 `retina.model.content.Content` of the images, to return maps that are zero beyond it; a head the mask [B 1 H W] of each
-level, or None. What the maps of a part with one argument hold beyond the content is set to zero behind it.
+level, or None. What the maps of a part with one argument hold beyond the content is set to zero behind it; but between
+its layers padding is not zero, so what it finds near an image's right and lower edges depends a little on the canvas.
 """
 
 import inspect

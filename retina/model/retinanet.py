@@ -95,7 +95,7 @@ class RetinaNet(nn.Module):
         if self.arguments.get("canvas_strides"):
             strides = [(images.shape[2] // height, images.shape[3] // width) for height, width in shapes]
         anchors = self.anchors(shapes, strides, images.device)
-        return Predictions(logits, deltas, anchors, quality or None, bins or None)
+        return Predictions(logits, deltas, anchors, quality or None, bins or None, sizes)
 
     def _compute_levels(
         self, images: UInt8[Tensor, "B 3 H W"], sizes: Int64[Tensor, "B 2"] | None

@@ -24,7 +24,10 @@ _PROBE = (64, 160)
 
 class TimmBackbone(nn.Module):
     """The stages of any network of timm that gives feature maps. Returns its maps of strides 4, 8, 16 and 32, finest
-    first; the stages above C_`last_level` are left out."""
+    first; the stages above C_`last_level` are left out.
+
+    Its own layers do not know the content of images (`retina.model.parts`): a detection near an edge may depend a
+    little on the padding, as it cannot with our ResNets."""
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from retina.ops.anchors import Anchors
+from retina.ops.anchors import Anchors, covered_anchors
 from retina.ops.boxes import decode, encode_distances, paired_iou, pairwise_iou
 from retina.ops.kernels.matching_forms import match_boxes
 from retina.types import Assignment, Predictions, Targets
@@ -51,11 +51,10 @@ class ATSS:
 
     def __call__(self, predictions: Predictions, targets: Targets) -> Assignment:
         boxes, anchors = targets.boxes, torch.cat(list(predictions.anchors))
-        candidates = _nearest_anchors(predictions.anchors, boxes, self.topk)
-        iou = paired_iou(anchors[candidates], boxes[:, :, None])
-        threshold = iou.mean(dim=-1) + iou.std(dim=-1, correction=min(1, iou.shape[-1] - 1))
-        threshold = threshold.minimum(iou.amax(dim=-1) * (1 - _ROUNDING))
-        wanted = (iou >= threshold[..., None]) & _centre_inside(anchors[candidates], boxes) & targets.valid[..., None]
+        candidates, exists = _nearest_anchors(predictions, boxes, self.topk)
+        iou = torch.where(exists, paired_iou(anchors[candidates], boxes[:, :, None]), 0)
+        inside = _centre_inside(anchors[candidates], boxes) & targets.valid[..., None]
+        wanted = (iou >= _threshold(iou, exists)) & exists & inside
         matched, positive, _ = _highest_iou_wins(candidates, iou, wanted, len(anchors))
         return Assignment(matched, positive, ~positive & _outside_crowds(predictions, targets))
 
@@ -73,7 +72,8 @@ class TaskAligned:
     `QualityFocal`, and in `DetectionLoss` the weight of the box loss and, summed, the divisor of all losses. (The
     authors begin with a few epochs of ATSS: `DetectionLoss.warm_start`.)
 
-    Predictions are compared in chunks: at most 2^24 pairs of an anchor and an object at a time, or 2^18 on a CPU.
+    Predictions are compared in chunks: at most 2^24 pairs of an anchor and an object at a time, or 2^18 on a CPU, but
+    8 `topk` anchors with all objects at least.
     Which of several anchors of equal t comes last among the `topk` is up to the device.
     Raises ValueError for settings out of range.
     Source: Feng et al., TOOD: Task-aligned One-stage Object Detection, ICCV 2021, section 3.2.
@@ -92,10 +92,12 @@ class TaskAligned:
     @torch.no_grad()
     def __call__(self, predictions: Predictions, targets: Targets) -> Assignment:
         anchors = torch.cat(list(predictions.anchors))
-        chunks = list(self._chunks(predictions, targets))
-        aligned, iou, candidates = (torch.cat(parts, dim=-1) for parts in zip(*chunks, strict=True))
-        aligned, best = aligned.topk(min(self.topk, len(anchors)), dim=-1)
-        iou, candidates = iou.gather(-1, best), candidates.gather(-1, best)
+        best: tuple[Tensor, ...] | None = None
+        for chunk in self._chunks(predictions, targets):
+            parts = chunk if best is None else tuple(torch.cat(pair, dim=-1) for pair in zip(best, chunk, strict=True))
+            best = self._best(*parts)
+        assert best is not None
+        aligned, iou, candidates = best
         wanted = (aligned > 0) & _centre_inside(anchors[candidates], targets.boxes)
         matched, positive, won = _highest_iou_wins(candidates, iou, wanted, len(anchors))
         aligned, iou = torch.where(won, aligned, 0), torch.where(won, iou, 0)
@@ -105,27 +107,46 @@ class TaskAligned:
         quality = nothing.scatter_reduce(1, candidates.flatten(1), quality.flatten(1), "amax")
         return Assignment(matched, positive, ~positive & _outside_crowds(predictions, targets), quality)
 
-    def _chunks(self, predictions: Predictions, targets: Targets) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _best(self, aligned: Tensor, iou: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        """The `topk` of highest alignment."""
+        aligned, best = aligned.topk(min(self.topk, aligned.shape[-1]), dim=-1)
+        return aligned, iou.gather(-1, best), index.expand_as(iou).gather(-1, best)
+
+    def _chunks(self, predictions: Predictions, targets: Targets) -> Iterator[tuple[Tensor, ...]]:
         """Alignment, IoU and index [B M k] of the best anchors of each chunk."""
-        boxes, valid = targets.boxes, targets.valid[..., None]
+        boxes, valid, covered = targets.boxes, targets.valid[..., None], covered_anchors(predictions)
         labels = targets.labels.clamp(min=0)[:, None]  # those of padding may be anything
         pairs = _PAIRS if boxes.device.type == "cpu" else _PAIRS_OF_DEVICE
-        rows, first = max(self.topk, pairs // max(1, valid.numel())), 0
+        rows, first = max(8 * self.topk, pairs // max(1, valid.numel())), 0
         for level in zip(predictions.logits, predictions.deltas, predictions.anchors, strict=True):
             for logits, deltas, anchors in zip(*(part.split(rows, dim=-2) for part in level), strict=True):
                 score = logits.gather(2, labels.expand(-1, len(anchors), -1)).mT.float().contiguous().sigmoid()
                 predicted = decode(deltas, anchors).mT.contiguous().mT  # a CPU reads one coordinate after the other
                 iou = pairwise_iou(boxes, predicted)
-                aligned = (score**self.alpha * iou**self.beta).masked_fill(~valid, 0)
-                aligned, best = aligned.topk(min(self.topk, len(anchors)), dim=-1)
-                yield aligned, iou.gather(-1, best), best + first
-                first += len(anchors)
+                part = slice(first, first + len(anchors))
+                counts = valid if covered is None else valid & covered[:, None, part]
+                aligned = (score**self.alpha * iou**self.beta).masked_fill(~counts, 0)
+                yield self._best(aligned, iou, torch.arange(part.start, part.stop, device=iou.device))
+                first = part.stop
+
+
+def _threshold(iou: Float[Tensor, "B M C"], exists: Bool[Tensor, "B M C"]) -> Float[Tensor, "B M 1"]:
+    """Mean and standard deviation of the IoUs of the candidates that exist, at most the highest."""
+    count = exists.sum(dim=-1, keepdim=True)
+    mean = iou.sum(dim=-1, keepdim=True) / count
+    squares = torch.where(exists, iou - mean, 0).square().sum(dim=-1, keepdim=True)
+    threshold = mean + (squares / (count - 1).clamp(min=1)).sqrt()
+    return threshold.minimum(iou.amax(dim=-1, keepdim=True) * (1 - _ROUNDING))
 
 
 def _nearest_anchors(
-    anchors: tuple[Float[Tensor, "_ 4"], ...], boxes: Float[Tensor, "B M 4"], topk: int
-) -> Int64[Tensor, "B M C"]:
-    """Indices of the anchors around the `topk` cells of every level (or all it has) nearest to each box's centre."""
+    predictions: Predictions, boxes: Float[Tensor, "B M 4"], topk: int
+) -> tuple[Int64[Tensor, "B M C"], Bool[Tensor, "B M C"]]:
+    """Indices of the anchors around the `topk` cells of every level nearest to each box's centre, of the cells that its
+    image covers. Where an image covers fewer, others fill the places up: which exist, the mask says."""
+    anchors, sizes = predictions.anchors, predictions.sizes
+    if sizes is None:
+        sizes = torch.full((len(boxes), 2), 2**31, device=boxes.device)
     if not isinstance(anchors, Anchors):
         raise ValueError(
             f"need anchors that know their grid (retina.ops.anchors.Anchors), got a {type(anchors).__name__}"
@@ -134,34 +155,43 @@ def _nearest_anchors(
     for level, shape, stride in zip(anchors, anchors.shapes, anchors.strides, strict=True):
         per_cell = len(level) // max(1, math.prod(shape))
         from_first_cell = 0.5 * (boxes[..., :2] + boxes[..., 2:] - level[:1, :2] - level[:1, 2:])
-        cells = _nearest_cells(from_first_cell, shape, stride, topk)
+        cells, exists = _nearest_cells(from_first_cell, sizes, shape, stride, topk)
         around = cells[..., None] * per_cell + torch.arange(per_cell, device=boxes.device)
-        found.append(around.flatten(2) + first)
+        found.append((around.flatten(2) + first, exists[..., None].expand_as(around).flatten(2)))
         first += len(level)
-    return torch.cat(found, dim=-1)
+    indices, existing = zip(*found, strict=True)
+    return torch.cat(indices, dim=-1), torch.cat(existing, dim=-1)
 
 
 def _nearest_cells(
-    position: Float[Tensor, "B M 2"], shape: tuple[int, int], stride: int, topk: int
-) -> Int64[Tensor, "B M k"]:
+    position: Float[Tensor, "B M 2"], sizes: Int64[Tensor, "B 2"], shape: tuple[int, int], stride: int, topk: int
+) -> tuple[Int64[Tensor, "B M k"], Bool[Tensor, "B M k"]]:
     """Indices of the cells nearest to (x, y), in pixels from the first; nearest first, of equally near ones the first.
+    Those that images of these sizes do not cover come last, and do not exist.
 
     They are found among the `topk` nearest columns and rows: a cell beyond has `topk` nearer ones in its own row or
     column."""
 
-    def nearest(place: Float[Tensor, "B M"], size: int) -> Float[Tensor, "B M n"]:
-        length = min(topk, size)
-        start = (place / stride - 0.5 * length).ceil().nan_to_num().clamp(0, size - length)
-        return start[..., None] + torch.arange(length, device=place.device)
+    def nearest(
+        place: Float[Tensor, "B M"], size: int, pixels: Int64[Tensor, "B"]
+    ) -> tuple[Float[Tensor, "B M n"], Bool[Tensor, "B M n"]]:
+        length, covered = min(topk, size), (-(-pixels // stride)).clamp(max=size)[:, None]
+        start = (
+            (place / stride - 0.5 * length).ceil().nan_to_num().clamp(min=0).minimum((covered - length).clamp(min=0))
+        )
+        found = start[..., None] + torch.arange(length, device=place.device)
+        return found, found < covered[..., None]
 
     height, width = shape
     x, y = position.unbind(-1)
-    columns, rows = nearest(x, width), nearest(y, height)
+    columns, column_exists = nearest(x, width, sizes[:, 1])
+    rows, row_exists = nearest(y, height, sizes[:, 0])
     dx, dy = columns * stride - x[..., None], rows * stride - y[..., None]
-    distance = (dy * dy)[..., :, None] + (dx * dx)[..., None, :]
-    order = distance.flatten(2).sort(dim=-1, stable=True).indices[..., :topk]
+    exists = (row_exists[..., :, None] & column_exists[..., None, :]).flatten(2)
+    distance = ((dy * dy)[..., :, None] + (dx * dx)[..., None, :]).flatten(2).masked_fill(~exists, math.inf)
+    order = distance.sort(dim=-1, stable=True).indices[..., :topk]
     cells = rows[..., :, None] * width + columns[..., None, :]
-    return cells.flatten(2).gather(-1, order).long()
+    return cells.flatten(2).gather(-1, order).long(), exists.gather(-1, order)
 
 
 def _centre_inside(anchors: Float[Tensor, "B M C 4"], boxes: Float[Tensor, "B M 4"]) -> Bool[Tensor, "B M C"]:

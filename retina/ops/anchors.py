@@ -7,8 +7,10 @@ from functools import lru_cache
 from itertools import product
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+
+from retina.types import Predictions
 
 
 class Anchors(tuple[Tensor, ...]):
@@ -127,3 +129,20 @@ def _pyramid(
     if any(down != right for down, right in strides):
         return tuple(levels)
     return Anchors(levels, shapes, tuple(down for down, _ in strides))
+
+
+def on_covered_cells(anchors: Float[Tensor, "A_l 4"], sizes: Int64[Tensor, "B 2"]) -> Bool[Tensor, "B A_l"]:
+    """Whether images of these (height, width) cover the cells of a level's anchors, at least with the upper left corner
+    of the cell. Others exist or not as the other images of the batch need them."""
+    # Anchors are centred alike in each cell. So the pixels from the first centre are those from cell (0, 0), rounded
+    # because strides are whole.
+    centres = 0.5 * (anchors[:, :2] + anchors[:, 2:])
+    return ((centres - centres[:1]).round() < sizes[:, None].flip(-1)).all(dim=-1)
+
+
+def covered_anchors(predictions: Predictions) -> Bool[Tensor, "B A"] | None:
+    """Which anchors of all levels are on cells that their images cover; None: all."""
+    if predictions.sizes is None:
+        return None
+    sizes = predictions.sizes.to(predictions.anchors[0].device)
+    return torch.cat([on_covered_cells(level, sizes) for level in predictions.anchors], dim=1)

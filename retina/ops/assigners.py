@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from retina._lazy import lazy
+from retina.ops.anchors import covered_anchors
 from retina.ops.kernels.matching_forms import match_boxes
 from retina.ops.matching import check_thresholds
 from retina.types import Assignment, Predictions, Targets
@@ -20,7 +21,8 @@ class Assigner(Protocol):
     """What `DetectionLoss` needs of a rule."""
 
     def __call__(self, predictions: Predictions, targets: Targets) -> Assignment:
-        """`targets` have at least one object, or padding. Nothing is differentiated through a rule."""
+        """`targets` have at least one object, or padding. Nothing is differentiated through a rule. Anchors that are no
+        `covered_anchors` should win nothing, so that images do not depend on each other; no loss sees them."""
         ...
 
 
@@ -45,6 +47,7 @@ class MaxIoU:
             targets.boxes,
             targets.valid,
             targets.crowd,
+            covered_anchors(predictions),
             positive_iou=self.positive_iou,
             negative_iou=self.negative_iou,
             low_quality=self.low_quality,

@@ -65,22 +65,26 @@ def match_in_matrix(
     boxes: Float[Tensor, "B M 4"],
     valid: Bool[Tensor, "B M"],
     crowd: Bool[Tensor, "B M"],
+    inside: Bool[Tensor, "B A"] | None,
     positive_iou: float,
     negative_iou: float,
     low_quality: bool,
 ) -> Matches:
     """`match` of the anchors of all levels together with the valid boxes of each image, and the rule for crowds: an
-    anchor that is not positive, and has at least `positive_iou` of its own area inside one crowd region, is ignored."""
+    anchor that is not positive, and has at least `positive_iou` of its own area inside one crowd region, is ignored.
+    So is one that is not `inside`, as if it did not exist."""
     area = box_area(anchors)
     # Objects first: [B M A] has the long axis innermost, and is seen as [B A M] by `match`.
     intersection = pairwise_intersection(boxes, anchors)
+    if inside is not None:
+        intersection = intersection.masked_fill_(~inside[:, None], 0)
     in_crowd = ((intersection >= positive_iou * area) & crowd[..., None]).any(dim=1)
     iou = intersection_over_union(intersection, box_area(boxes), area)
     del intersection
     index, positive, negative = match(
         iou.mT, valid, positive_iou=positive_iou, negative_iou=negative_iou, low_quality=low_quality
     )
-    return Matches(index, positive, negative & ~in_crowd)
+    return Matches(index, positive, negative & ~in_crowd if inside is None else negative & ~in_crowd & inside)
 
 
 def check_thresholds(positive_iou: float, negative_iou: float) -> None:

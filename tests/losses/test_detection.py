@@ -1,7 +1,6 @@
 import itertools
 import math
 import re
-import subprocess
 import sys
 from collections import Counter
 from functools import partial
@@ -613,12 +612,16 @@ def test_the_counter_sees_what_it_forbids():
 @pytest.mark.slow
 def test_compiles_into_one_graph():
     """In a process of its own: here, every function is wrapped in type checks that a compiler cannot trace."""
-    subprocess.run([sys.executable, __file__, "paper", "atss", "tal and all branches"], check=True, timeout=200)
+    compile_in_a_process("paper", "atss", "tal and all branches")
 
 
 def test_the_default_criterion_compiles_into_one_graph():
     """That of `configs/train.yaml`, likewise in a process of its own."""
-    program = Program(__file__, "default", cwd=Path(__file__).parent)
+    compile_in_a_process("default")
+
+
+def compile_in_a_process(*names: str) -> None:
+    program = Program(__file__, *names, cwd=Path(__file__).parent)
     _, err = program.communicate(timeout=200)
     assert program.returncode == 0, err
 

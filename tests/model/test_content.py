@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from retina.detections import postprocess
+from retina.losses.boxes import giou
+from retina.losses.classification import QualityFocal
+from retina.losses.detection import DetectionLoss
 from retina.model.content import Content
 from retina.model.retinanet import RetinaNet, retinanet
-from retina.types import Detections, Predictions
+from retina.ops.assigners import ATSS, TaskAligned
+from retina.types import Detections, Predictions, Targets
 
 TINY = {"num_classes": 3, "backbone": "resnet18", "fpn_channels": 32, "head_convs": 2}
 NORMS = {
@@ -152,6 +156,57 @@ def test_anchors_beyond_the_content_are_no_candidates() -> None:
     found = postprocess(predictions, sizes, nms_iou=1.0, max_detections=10**6, candidates_per_level=10**6)
     counts = [model.anchors.num_per_cell * 3 * (-(-h // 8)) * (-(-w // 8)) for h, w in sizes.tolist()]
     assert [len(one.scores) for one in found] == counts
+
+
+CRITERIA = {
+    "gfl": (
+        {"anchor_scales": (2.0,), "anchor_ratios": (1.0,), "box_bins": 6},
+        DetectionLoss(
+            assigner=ATSS(),
+            classification=QualityFocal(),
+            box_loss=giou,
+            box_weighting="score",
+            distribution_weight=0.25,
+        ),
+    ),
+    "max iou": ({"anchor_sizes": (8.0, 16.0, 32.0, 64.0, 128.0)}, DetectionLoss()),
+    "tal": (
+        {"anchor_scales": (2.0,), "anchor_ratios": (1.0,)},
+        DetectionLoss(assigner=TaskAligned(), classification=QualityFocal(), box_loss=giou),
+    ),
+}
+
+
+def objects_of(numbers: list[int]) -> Targets:
+    """Some anywhere in each image, and slivers at its right and lower edges, whose best anchors are in the padding."""
+    boxes = []
+    for number in numbers:
+        height, width = SIZES[number]
+        places = torch.rand(6, 4, generator=torch.Generator().manual_seed(number))
+        low = places[:, :2] * torch.tensor([0.8 * width, 0.8 * height])
+        high = torch.minimum(low + 2 + 60 * places[:, 2:], torch.tensor([width, height]))
+        right = torch.tensor([[width - 3.0, 0.0, width, min(40.0, height)]])
+        lower = torch.tensor([[0.0, height - 2.0, min(50.0, width), height]]).clamp(min=0)
+        boxes.append(torch.cat((torch.cat((low, high), dim=1), right, lower)))
+    valid = torch.ones(len(numbers), 8, dtype=torch.bool)
+    return Targets(torch.stack(boxes), torch.arange(8).remainder(3).expand(len(numbers), -1), valid, ~valid)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CRITERIA)
+def test_the_loss_of_an_image_alone_is_its_share_in_company(name: str) -> None:
+    settings, criterion = CRITERIA[name]
+    model = signalling(norm="frozen", head_norm="group", **settings).double().eval()
+
+    def losses_of(numbers: list[int], **canvas: int) -> Tensor:
+        losses = criterion(model(*together(numbers, **canvas)), objects_of(numbers))
+        return torch.stack([one for one in losses if one is not None])
+
+    alone = [losses_of([number], multiple=32) for number in range(len(SIZES))]
+    assert all(losses[2] > 0 for losses in alone[:5])  # the last is one row high: no centre lies inside
+    for company in [*COMPANIES, [5, 5]]:
+        expected = torch.stack([alone[number] for number in company]).sum(dim=0)
+        torch.testing.assert_close(losses_of(company), expected, rtol=1e-5, atol=1e-8)
 
 
 def test_masks_are_ceilings() -> None:

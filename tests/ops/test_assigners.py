@@ -162,7 +162,11 @@ def test_the_nearest_cells_are_those_of_the_whole_grid(shape: tuple[int, int], t
     y, x = torch.meshgrid(torch.arange(height) * stride, torch.arange(width) * stride, indexing="ij")
     distance = (x.flatten() - positions[..., :1]) ** 2 + (y.flatten() - positions[..., 1:]) ** 2
     expected = distance.sort(dim=-1, stable=True).indices[..., :topk]
-    assert torch.equal(_nearest_cells(positions, shape, stride, topk), expected)
+    sizes = torch.tensor([[stride * height, stride * width - 1]])
+    found, exists = _nearest_cells(positions, sizes, (height + 3, width + 2), stride, topk)
+    assert exists.all(dim=(0, 1)).tolist() == [n < height * width for n in range(found.shape[-1])]
+    found = found // (width + 2) * width + found % (width + 2)
+    assert torch.equal(found[exists].view_as(expected), expected)
 
 
 def test_atss_between_cells_takes_the_first_of_equally_near_ones():

@@ -21,6 +21,7 @@ def match_on_gpu(
     boxes: Float[Tensor, "B M 4"],
     valid: Bool[Tensor, "B M"],
     crowd: Bool[Tensor, "B M"],
+    inside: Bool[Tensor, "B A"] | None,
     positive_iou: float,
     negative_iou: float,
     low_quality: bool,
@@ -32,15 +33,20 @@ def match_on_gpu(
     # IoUs as the integers with the same bits: of numbers that are not negative, the order is the same.
     best_of_object = torch.zeros(valid.shape, dtype=torch.int32, device=boxes.device)
     inputs = anchors.contiguous(), boxes.contiguous(), valid.contiguous(), crowd.contiguous()
+    masked = inside is not None
+    covered = inside.contiguous() if inside is not None else positive  # any tensor will do: it is not read
     grid = (triton.cdiv(shape[1], _BLOCK), shape[0])
     sizes = shape[1], boxes.shape[1]
     with torch.cuda.device_of(boxes):
         _match[grid](
-            *inputs, index, positive, negative, best_of_object, *sizes, positive_iou, negative_iou,
-            low_quality=low_quality, block=_BLOCK, enable_fp_fusion=False,
+            *inputs, covered, index, positive, negative, best_of_object, *sizes, positive_iou, negative_iou,
+            low_quality=low_quality, masked=masked, block=_BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
         if low_quality:
-            _rescue[grid](*inputs[:3], positive, negative, best_of_object, *sizes, block=_BLOCK, enable_fp_fusion=False)
+            _rescue[grid](
+                *inputs[:3], covered, positive, negative, best_of_object, *sizes,
+                masked=masked, block=_BLOCK, enable_fp_fusion=False,
+            )  # fmt: skip
     return index, positive, negative
 
 
@@ -48,12 +54,14 @@ def match_on_gpu(
 @triton.jit(do_not_specialize=["num_objects"])
 @no_type_check
 def _match(
-    anchors, boxes, valid, crowd, index, positive, negative, best_of_object, num_anchors, num_objects,
-    positive_iou, negative_iou, low_quality: tl.constexpr, block: tl.constexpr,
+    anchors, boxes, valid, crowd, inside, index, positive, negative, best_of_object, num_anchors, num_objects,
+    positive_iou, negative_iou, low_quality: tl.constexpr, masked: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     anchor = tl.program_id(0) * block + tl.arange(0, block)
     image = tl.program_id(1)
-    exists = anchor < num_anchors
+    place = image * num_anchors + anchor
+    written = anchor < num_anchors
+    exists = _exists(inside + place, written, masked)
     left, top, right, bottom, area = _box(anchors + 4 * anchor, exists)
     best = tl.full((block,), -1.0, tl.float32)
     best_index = tl.zeros((block,), tl.int64)
@@ -71,20 +79,21 @@ def _match(
                 if low_quality:
                     highest = tl.max(iou, axis=0)
                     tl.atomic_max(best_of_object + row, highest.to(tl.int32, bitcast=True), mask=highest > 0)
-    place = image * num_anchors + anchor
-    tl.store(index + place, best_index, exists)
-    tl.store(positive + place, best >= positive_iou, exists)
-    tl.store(negative + place, (best < negative_iou) & ~in_crowd, exists)
+    tl.store(index + place, best_index, written)
+    tl.store(positive + place, best >= positive_iou, written)
+    tl.store(negative + place, (best < negative_iou) & ~in_crowd & exists, written)
 
 
 @triton.jit(do_not_specialize=["num_objects"])
 @no_type_check
 def _rescue(
-    anchors, boxes, valid, positive, negative, best_of_object, num_anchors, num_objects, block: tl.constexpr
+    anchors, boxes, valid, inside, positive, negative, best_of_object, num_anchors, num_objects,
+    masked: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     anchor = tl.program_id(0) * block + tl.arange(0, block)
     image = tl.program_id(1)
-    exists = anchor < num_anchors
+    place = image * num_anchors + anchor
+    exists = _exists(inside + place, anchor < num_anchors, masked)
     left, top, right, bottom, area = _box(anchors + 4 * anchor, exists)
     rescued = tl.zeros((block,), tl.int1)
     for number in range(num_objects):
@@ -93,9 +102,14 @@ def _rescue(
         if highest > 0:  # not for padding, nor for an object that overlaps no anchor
             _, iou = _overlap(left, top, right, bottom, area, boxes + 4 * row)
             rescued = rescued | (iou == highest)
-    place = image * num_anchors + anchor
     tl.store(positive + place, True, exists & rescued)
     tl.store(negative + place, False, exists & rescued)
+
+
+@triton.jit
+@no_type_check
+def _exists(pointer, written, masked: tl.constexpr):
+    return written & tl.load(pointer, written, False) if masked else written
 
 
 @triton.jit

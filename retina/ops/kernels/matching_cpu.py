@@ -56,6 +56,7 @@ def match_in_windows(
     boxes: Float[Tensor, "B M 4"],
     valid: Bool[Tensor, "B M"],
     crowd: Bool[Tensor, "B M"],
+    inside: Bool[Tensor, "B A"] | None,
     positive_iou: float,
     negative_iou: float,
     low_quality: bool,
@@ -67,10 +68,13 @@ def match_in_windows(
     # Below this IoU, an anchor is what it would be without any overlap.
     lowest = negative_iou if negative_iou > 0 else positive_iou
     threshold = np.full((len(objects), 1), lowest)
+    exists = None if inside is None else inside.numpy()
     if low_quality:
-        threshold = np.minimum(threshold, _iou_nearby(grids, objects))
+        threshold = np.minimum(threshold, _iou_nearby(grids, objects, None if exists is None else exists[image]))
     areas = _area(objects)[:, None] + _area(grids.anchor)
     pairs = _pairs(grids, objects, need=threshold / (1 + threshold) * areas)
+    if exists is not None:
+        pairs = _Pairs(*(part[exists[image[pairs.box], pairs.position]] for part in pairs))
     iou = _elementwise(pairwise_iou, pairs.anchor, objects[pairs.box])
 
     # Places are those of [B A] in a row. As in `match`, the best IoU of an image without objects is -1.
@@ -90,6 +94,8 @@ def match_in_windows(
         rescued = rescued[best[place[rescued]] < lowest]
         index[place[rescued]] = _best_objects(pairs.anchor[rescued], image[pairs.box[rescued]], boxes, valid)
     negative[_inside_crowds(grids, num_anchors, boxes.numpy(), crowd.numpy(), positive_iou)] = False
+    if exists is not None:
+        negative &= exists.ravel()
     shape = len(boxes), num_anchors
     return tuple(torch.from_numpy(part.reshape(shape)) for part in (index, positive, negative))  # type: ignore
 
@@ -111,12 +117,22 @@ def _anchor_at(grids: _Grids, grid: Int64[ndarray, "*n"], cell: Int64[ndarray, "
     return grids.anchor[grid] + np.concatenate((centre, centre), axis=-1)
 
 
-def _iou_nearby(grids: _Grids, objects: Float[ndarray, "N 4"]) -> Float[ndarray, "N 1"]:
+def _position(grids: _Grids, grid: Int64[ndarray, "*n"], cell: Int64[ndarray, "*n 2"]) -> Int64[ndarray, "*n"]:
+    """Of the anchor of a grid around cell (column, row), among the anchors of all levels."""
+    return grids.first[grid] + (cell[..., 1] * grids.cells[grid, 0] + cell[..., 0]) * grids.step[grid]
+
+
+def _iou_nearby(
+    grids: _Grids, objects: Float[ndarray, "N 4"], exists: Bool[ndarray, "N A"] | None
+) -> Float[ndarray, "N 1"]:
     """A lower bound of each object's highest IoU with any anchor: the highest with those nearest to its centre."""
     to_centre = (objects[:, None, :2] + objects[:, None, 2:] - grids.anchor[:, :2] - grids.anchor[:, 2:]) / 2
     cell = np.rint(to_centre / grids.stride[:, None]).clip(0, grids.cells - 1).astype(np.int64)
-    anchor = _anchor_at(grids, np.broadcast_to(np.arange(len(grids.anchor)), cell.shape[:2]), cell)
-    return _elementwise(pairwise_iou, anchor, objects[:, None]).max(axis=1, initial=0, keepdims=True)
+    grid = np.broadcast_to(np.arange(len(grids.anchor)), cell.shape[:2])
+    iou = _elementwise(pairwise_iou, _anchor_at(grids, grid, cell), objects[:, None])
+    if exists is not None:
+        iou = np.where(np.take_along_axis(exists, _position(grids, grid, cell), axis=1), iou, 0)
+    return iou.max(axis=1, initial=0, keepdims=True)
 
 
 def _pairs(grids: _Grids, boxes: Float[ndarray, "N 4"], need: Float[ndarray, "N S"]) -> _Pairs:
@@ -155,8 +171,7 @@ def _pairs(grids: _Grids, boxes: Float[ndarray, "N 4"], need: Float[ndarray, "N 
     within = np.arange(len(window)) - (np.cumsum(count) - count)[window]
     row, column = np.divmod(within, columns[window])
     cell, grid = corner[window] + np.stack((column, row), axis=-1), grid[window]
-    position = grids.first[grid] + (cell[:, 1] * grids.cells[grid, 0] + cell[:, 0]) * grids.step[grid]
-    return _Pairs(box[window], position, _anchor_at(grids, grid, cell))
+    return _Pairs(box[window], _position(grids, grid, cell), _anchor_at(grids, grid, cell))
 
 
 def _best_objects(

@@ -17,6 +17,7 @@ def match_boxes(
     boxes: Float[Tensor, "B M 4"],
     valid: Bool[Tensor, "B M"],
     crowd: Bool[Tensor, "B M"],
+    inside: Bool[Tensor, "B A"] | None = None,
     *,
     positive_iou: float = 0.5,
     negative_iou: float = 0.4,
@@ -25,7 +26,8 @@ def match_boxes(
     """`match` of the anchors of all levels together [B A] with the valid boxes of each image, and the rule for crowds.
 
     An anchor that is not positive, and has at least `positive_iou` of its own area inside one crowd region, is ignored.
-    Where an anchor is not positive, its index may be any. Boxes are finite.
+    So is one that is not `inside`, as if it did not exist; None: all are. Where an anchor is not positive, its index
+    may be any. Boxes are finite.
 
     Three forms give the same to the last bit: on a CPU windows in the grid of the anchors, if they are `Anchors`; on a
     GPU Triton's kernels, where Triton is installed; else the matrix. To a dispatcher or compiler this is one operation,
@@ -36,14 +38,15 @@ def match_boxes(
     if isinstance(anchors, Anchors):
         levels = zip(anchors.shapes, anchors.strides, strict=True)
         grid = [number for (height, width), stride in levels for number in (height, width, stride)]
-    return Matches(*_match_boxes(list(anchors), grid, boxes, valid, crowd, positive_iou, negative_iou, low_quality))
+    rule = positive_iou, negative_iou, low_quality
+    return Matches(*_match_boxes(list(anchors), grid, boxes, valid, crowd, inside, *rule))
 
 
 @torch.library.custom_op(
     "retina::match_boxes",
     mutates_args=(),
     schema="(Tensor[] anchors, int[] grid, Tensor boxes, Tensor valid, Tensor crowd, "
-    "float positive_iou, float negative_iou, bool low_quality) -> (Tensor, Tensor, Tensor)",
+    "Tensor? inside, float positive_iou, float negative_iou, bool low_quality) -> (Tensor, Tensor, Tensor)",
 )
 def _match_boxes(
     anchors: list[Tensor], grid: list[int], boxes: Tensor, *arguments: Any

@@ -50,11 +50,11 @@ def assembly(kernel: str, *, enable_fp_fusion: bool) -> str:
     from retina.ops.kernels import matching as matching_triton
 
     types = {"anchors": "*fp32", "boxes": "*fp32", "index": "*i64", "best_of_object": "*i32"}
-    types |= dict.fromkeys(("valid", "crowd", "positive", "negative"), "*i1")
+    types |= dict.fromkeys(("valid", "crowd", "inside", "positive", "negative"), "*i1")
     types |= dict.fromkeys(("num_anchors", "num_objects"), "i32") | dict.fromkeys(
         ("positive_iou", "negative_iou"), "fp32"
     )
-    constants = {"low_quality": True, "block": 256}
+    constants = {"low_quality": True, "masked": True, "block": 256}
     function = getattr(matching_triton, kernel)
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}
     source = ASTSource(function, signature, {name: constants[name] for name in signature if name in constants})
@@ -70,9 +70,10 @@ def test_on_a_gpu_the_result_is_that_of_the_matrix_and_nothing_waits():
         expected = matching_cases.from_matrix(case)
         levels = tuple(level.cuda() for level in case.anchors)
         there = case._replace(anchors=levels, boxes=case.boxes.cuda(), valid=case.valid.cuda(), crowd=case.crowd.cuda())
+        there = there._replace(inside=None if case.inside is None else case.inside.cuda())
         torch.cuda.set_sync_debug_mode("error")
         try:
-            matches = matching_cases.match_case(there)
+            matches = matching_cases.from_matrix(there)  # on a GPU by the kernels
         finally:
             torch.cuda.set_sync_debug_mode("default")
         matching_cases.assert_same(tuple(part.cpu() for part in matches), expected, seed)
