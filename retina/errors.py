@@ -71,5 +71,13 @@ class DataError(RetinaError):
     """A fault in annotations or images."""
 
 
+class StoppedError(Exception):
+    """Work was cut short because the process was asked to stop, by the signal of that number. No fault."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
+
+
 class CheckpointError(RetinaError):
     """A checkpoint or weights file that is missing, damaged or of another model."""

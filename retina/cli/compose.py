@@ -11,7 +11,6 @@ import functools
 import logging
 import os
 import re
-import signal
 import sys
 import threading
 import traceback
@@ -36,7 +35,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from retina.cli.data import DataConfig
-from retina.cli.signals import SIGNALS, quit_at_once
+from retina.cli.signals import StopRequest
 from retina.cli.words import as_typed, read_mapping, text_keys, unconverted, unknown, unreadable
 from retina.data.checks import DataReport, RecordsError
 from retina.engine.config import TrainConfig, from_mapping
@@ -162,20 +161,22 @@ def _parser(program: Program) -> argparse.ArgumentParser:
 
 @contextmanager
 def _process_kept(*, quits_for_good: bool) -> Iterator[None]:
-    """Within the block SIGINT and SIGTERM end the process at once, with status 128 + n. After it the signal handlers
-    are as they were, unless `quits_for_good`, while Python shuts down; and so is the root logger, which Hydra's
-    `--info` lets print everything. Outside the main thread, which alone may set handlers, signals are left alone."""
+    """Within the block SIGINT and SIGTERM end the process at once, with status 128 + n, also where it waits for other
+    processes. After it the signal handlers are as they were, unless `quits_for_good`, while Python shuts down; and so
+    is the root logger, which Hydra's `--info` lets print everything. Outside the main thread, which alone may set
+    handlers, signals are left alone."""
     root = logging.getLogger()
     log_handlers, level = list(root.handlers), root.level
-    numbers = SIGNALS if threading.current_thread() is threading.main_thread() else ()
-    previous = {number: signal.signal(number, lambda number, _: quit_at_once(number)) for number in numbers}
+    request = StopRequest(quits=lambda: True) if threading.current_thread() is threading.main_thread() else None
+    if request:
+        request.__enter__()
     try:
         yield
     finally:
         root.handlers[:] = log_handlers
         root.setLevel(level)
-        for number, handler in previous.items() if not quits_for_good else ():
-            signal.signal(number, handler)
+        if request and not quits_for_good:
+            request.__exit__(None, None, None)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ _RANGES: Ranges = {
     **dict.fromkeys(("short_side", "long_side", "pad_multiple", "eval_batch_size", "max_pixels"), COUNT),
     **dict.fromkeys(("min_visibility", "max_bad_fraction"), _SHARE),
     "num_workers": (lambda value: value >= 0, "give 0 or more"),
+    "timeout": (lambda value: value > 0, "give seconds above 0"),
     "repeat_threshold": (lambda value: 0 < value <= 1, "give a share of the images above 0, at most 1"),
     "min_size": (lambda value: value > 0, "give pixels above 0"),
 }
@@ -63,6 +64,8 @@ class DataConfig:
     """Canvas sides are multiples of this; null: the coarsest stride of the model."""
     num_workers: int = 2
     """Loader processes per training process."""
+    timeout: float = 600.0
+    """Seconds that loader processes may take over a batch; then the run is saved and stops, naming what is read."""
     eval_batch_size: int | None = None
     """Per process; null: the training micro-batch."""
     group_by_aspect: bool = True
@@ -280,7 +283,7 @@ def canvas_of(config: DataConfig, usual: "Canvas") -> "Canvas":
 def _loader_config(config: DataConfig, pin_memory: bool) -> "LoaderConfig":
     from retina.data.loader import LoaderConfig
 
-    return LoaderConfig(config.num_workers, pin_memory, config.max_pixels, config.max_bad_fraction)
+    return LoaderConfig(config.num_workers, pin_memory, config.max_pixels, config.max_bad_fraction, config.timeout)
 
 
 def build_loaders(

@@ -37,7 +37,7 @@ HARMLESS = (
     *("name", "runs", "trackers", "plugins"),  # the sections that name parts of plugins are compared
     # instead of the places of the data, the fingerprint of the annotations is compared
     *("data.root", "data.train.annotations", "data.train.images", "data.val.annotations", "data.val.images"),
-    *("data.num_workers", "data.eval_batch_size", "data.max_bad_fraction"),
+    *("data.num_workers", "data.eval_batch_size", "data.max_bad_fraction", "data.timeout"),
     *("train.log_every", "train.keep_checkpoints", "train.pictures", "train.device"),
     *("train.patience", "train.save_every", "train.max_bad_steps", "train.max_unsaved_minutes"),
     *("eval.max_dets", "eval.areas"),

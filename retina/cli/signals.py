@@ -1,10 +1,12 @@
-"""What a run makes of being told to stop: the first SIGTERM or Ctrl-C asks it to, a second Ctrl-C quits."""
+"""What a program makes of being told to stop: the first SIGTERM or Ctrl-C asks it to, where there is something to save;
+a second Ctrl-C quits."""
 
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -19,10 +21,12 @@ class StopRequest:
 
     Python runs handlers between its own instructions, and a process that waits for others in a collective runs none. So
     a thread listens at the other end of a pipe into which the interpreter's C handler writes (`set_wakeup_fd`), and a
-    second Ctrl-C ends the process with status 130 whatever it is doing. Main thread only."""
+    second Ctrl-C ends the process with status 130 whatever it is doing. Main thread only.
 
-    def __init__(self) -> None:
-        self._first = 0
+    quits: whether there is nothing to save, so that the first one ends the process, too."""
+
+    def __init__(self, quits: Callable[[], bool] = lambda: False) -> None:
+        self._first, self._quits = 0, quits
 
     def signal(self) -> int:
         return self._first
@@ -30,7 +34,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         self._previous_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
@@ -45,14 +49,30 @@ class StopRequest:
         os.close(self._write)
         os.close(self._read)
 
+    def _handle(self, number: int, _: object) -> None:
+        if self._quits():  # the listener does not run any more while Python shuts down
+            quit_at_once(number)
+
     def _listen(self) -> None:
         since = 0.0
         while _END not in (numbers := os.read(self._read, 64)):
             for number in set(numbers) & set(SIGNALS):  # others that have a handler (SIGCHLD) write here too
+                if self._quits():
+                    quit_at_once(number)
                 if not self._first:
                     self._first, since = number, time.monotonic()
                 elif number == signal.SIGINT and time.monotonic() - since > FORWARDED_WITHIN:
                     quit_at_once(number)
+
+
+def _leave_the_pipe() -> None:
+    """A forked process that is sent a signal must not tell the one it comes from."""
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_the_pipe)
 
 
 def quit_at_once(number: int) -> None:

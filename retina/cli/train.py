@@ -126,7 +126,7 @@ def main(settings: Settings) -> Result:
         card = detector_card(model, train, preprocessing, settings["postprocess"], environment)
         allowed = settings["allow_data_change"]
         checkpointer = Checkpointer(folder, state, card=card, recorder=recorder, allow_data_change=allowed)
-        with StopRequest() as request:
+        with StopRequest(lambda: config.compile and not state.learned) as request:
             scored = partial(score, state, recipe, val_loader, val, recorder, data.max_pixels, request.signal)
             stopped = fit(
                 state,
@@ -208,6 +208,7 @@ def score(
     from retina.evaluation.pictures import evaluation_pictures
     from retina.types import DTYPES
 
+    loader.stopping = stopping
     evaluation = evaluate(
         model,
         recorder.evaluating(loader, len(annotations)),

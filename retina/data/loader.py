@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
@@ -19,9 +19,11 @@ from retina.data.dataset import CocoDetection
 from retina.data.images import MAX_PIXELS
 from retina.data.sampler import DetectionBatchSampler, EvalSampler
 from retina.data.transforms import Pipeline, Sample, default_pipeline, eval_pipeline, resize
-from retina.data.workers import end_workers, worker_options, workers_started
+from retina.data.workers import end_workers, patiently, shared_numbers, worker_options, workers_started
 from retina.errors import ConfigError, DataError, RetinaError, under
 from retina.types import Batch, Targets
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class LoaderConfig:
     """Larger images are refused before they are decoded."""
     max_bad_fraction: float = 0.0
     """Share of images that may turn out unreadable."""
+    timeout: float = 600.0
+    """Seconds that worker processes may take over a batch."""
 
 
 class BatchLoader(DataLoader[Any]):
@@ -79,13 +83,16 @@ class BatchLoader(DataLoader[Any]):
     hold no memory while training goes on. What ends workers is in `retina.data.workers`.
 
     Raises while it is iterated over: DataError for the image that makes more than floor(max_bad_fraction * N) bad, or
-    when all are; RetinaError when a worker dies; and any other RetinaError of the data set or the collate.
+    when all are; RetinaError when a worker dies, or has no batch after `config.timeout` seconds; StoppedError when
+    `stopping` asks; and any other RetinaError of the data set or the collate.
     """
 
     faults: dict[int, str]
     """What is wrong with which image, by index, of all batches yielded so far."""
     section = ""
     """The section of the settings that faults name, where arguments are settings ("data")."""
+    stopping: Callable[[], int] = staticmethod(lambda: 0)
+    """The number of the signal that asks to stop, or 0; asked while worker processes are waited for."""
 
     def __init__(
         self,
@@ -100,9 +107,10 @@ class BatchLoader(DataLoader[Any]):
         self.config, self.num_images = config, len(dataset)
         # 0.29 * 100 is 28.999...; and if all images could be bad, there would be endless epochs without a batch
         self.max_bad = min(int(config.max_bad_fraction * len(dataset) + 1e-9), len(dataset) - 1)
+        self._reading = shared_numbers(max(1, config.num_workers))
         workers = {"persistent_workers": training} | worker_options() if config.num_workers > 0 else {}
         super().__init__(
-            _Guarded(dataset, self.max_bad, substitute=training),
+            _Guarded(dataset, self.max_bad, self._reading, substitute=training),
             batch_sampler=sampler,
             num_workers=config.num_workers,
             collate_fn=partial(_collate, canvas=canvas),
@@ -118,14 +126,17 @@ class BatchLoader(DataLoader[Any]):
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        with workers_started(), self._watched(lambda: self._iterator):
-            fetched = super().__iter__()
-        return self._checked(fetched)
+        begin = super().__iter__
+        with self._watched(lambda: self._iterator):
+            if self._iterator is not None:  # its workers answer that they begin anew
+                return self._checked(self._wait_for(begin))
+            with workers_started():
+                return self._checked(begin())
 
     def _checked(self, fetched: Any) -> Iterator[Batch]:
         while True:
             with self._watched(lambda: fetched):
-                item = next(fetched, None)
+                item = self._wait_for(lambda: next(fetched, None))
                 if isinstance(item, RetinaError):  # DataLoader would have wrapped its line in the worker's traceback
                     raise item
                 self.faults.update(item.faults if item else {})
@@ -135,6 +146,16 @@ class BatchLoader(DataLoader[Any]):
                 return
             if item.content is not None:
                 yield item.content
+
+    def _wait_for(self, fetch: Callable[[], T]) -> T:
+        return patiently(fetch, self.stopping, self.config.timeout, self._late) if self.num_workers else fetch()
+
+    def _late(self) -> RetinaError:
+        annotations = self.dataset.dataset.annotations  # type: ignore[attr-defined]
+        files = [str(annotations.path(number - 1)) for number in self._reading.tolist() if number]
+        problem = f"{self.config.timeout:g} seconds without a batch; being read: {', '.join(files) or 'no image'}"
+        fix = "look whether the disk answers and no loader worker is stopped, or raise it"
+        return RetinaError(f"{problem} - {fix}", code="data-timeout", key="timeout")
 
     @contextmanager
     def _watched(self, iterator: Callable[[], Any]) -> Iterator[None]:
@@ -215,23 +236,32 @@ class _Read(NamedTuple):
 class _Guarded(Dataset[_Read | RetinaError]):
     """The data set, with its faults as data."""
 
-    def __init__(self, dataset: CocoDetection, max_bad: int, *, substitute: bool) -> None:
+    def __init__(
+        self, dataset: CocoDetection, max_bad: int, reading: Int64[np.ndarray, "W"], *, substitute: bool
+    ) -> None:
         self.dataset, self.max_bad, self.substitute = dataset, max_bad, substitute
+        self.reading = reading
+        """The image that each worker is at, counted from 1, or 0; in memory that all share."""
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> _Read | RetinaError:
         epoch, index = key
+        worker = get_worker_info()
+        row = worker.id if worker else 0
         faults: dict[int, str] = {}
         for offset in range(len(self) if self.substitute else 1):
             candidate = (index + offset) % len(self)
+            self.reading[row] = candidate + 1
             try:
                 return _Read(self.dataset[epoch, candidate], faults)
             except DataError as error:
                 faults[candidate] = str(error)
             except RetinaError as error:
                 return error
+            finally:
+                self.reading[row] = 0
             if len(faults) > self.max_bad:  # the main process will stop: nothing is gained by reading on
                 break
         return _Read(None, faults)

@@ -1,4 +1,5 @@
-"""Worker processes of a loader: how they start, which signals they obey, and what ends them. Beside the road."""
+"""Worker processes of a loader: how they start, which signals they obey, how long they are waited for, and what ends
+them. Beside the road."""
 
 import mmap
 import multiprocessing
@@ -6,18 +7,29 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
+import numpy as np
+from jaxtyping import Int64
 
-from retina.errors import RetinaError
+from retina.errors import RetinaError, StoppedError
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
+_LOOKS = 0.2
+"""Seconds between two looks at what may end a wait."""
+T = TypeVar("T")
+
+
+def shared_numbers(count: int) -> Int64[np.ndarray, "count"]:
+    """Zeros that forked processes share. A process that is not forked has a copy."""
+    return np.frombuffer(mmap.mmap(-1, 8 * count), dtype=np.int64)
 
 
 class Flag:
@@ -91,16 +103,46 @@ def _obey_main_process(main: int) -> None:
     os._exit(0)
 
 
+def patiently(fetch: Callable[[], T], stopping: Callable[[], int], timeout: float, late: Callable[[], Exception]) -> T:
+    """`fetch()`, waited for without being at its mercy: StoppedError once `stopping()` is the number of a signal,
+    `late()` after `timeout` seconds. Then `fetch` goes on in its thread until the workers are ended.
+
+    A thread, because not every wait for a worker has an end: a tensor that a stopped process sent is asked from it."""
+    outcome: list[T] = []
+    fault: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(fetch())
+        except BaseException as caught:
+            fault.append(caught)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    begun = time.monotonic()
+    while True:
+        thread.join(_LOOKS)
+        if not thread.is_alive():
+            break
+        if number := stopping():
+            raise StoppedError(number)
+        if time.monotonic() - begun > timeout:
+            raise late()
+    if fault:
+        raise fault[0]
+    return outcome[0]
+
+
 def end_workers(workers: list[BaseProcess], error: Exception) -> RetinaError | None:
     """Kills the workers after `error` was raised. Returns the fault to raise instead, if a worker had died before.
 
     Left to the garbage collector, each worker would be waited for until a timeout."""
-    if workers and not isinstance(error, RetinaError):
+    if workers and not isinstance(error, RetinaError | StoppedError):
         wait([worker.sentinel for worker in workers], timeout=1.0)  # a worker dies a moment later than its pipes
     dead = [worker for worker in workers if worker.exitcode is not None]
     for worker in workers:
         worker.kill()
-    if not dead or isinstance(error, RetinaError):
+    if not dead or isinstance(error, RetinaError | StoppedError):
         return None
     code = dead[0].exitcode or 0
     how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"

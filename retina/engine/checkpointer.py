@@ -44,6 +44,8 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
         self.meter = Meter()
         self.progress = Progress()
+        self.learned = False
+        """Whether this process has made an update."""
 
     @property
     def parts(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.utils.data import DistributedSampler
 
 from retina import distributed
 from retina.data.annotations import Annotations
+from retina.data.loader import BatchLoader
 from retina.data.sampler import DetectionBatchSampler
 from retina.engine.checkpoint import Progress
 from retina.engine.checkpointer import Checkpointer, TrainState
@@ -22,8 +23,8 @@ from retina.engine.logging import RunLogger
 from retina.engine.meter import LAG, PendingFlags
 from retina.engine.optim import set_learning_rate
 from retina.engine.step import StepResult, parallel, train_step
-from retina.errors import ConfigError, RetinaError
-from retina.evaluation.evaluate import Evaluation, StoppedError
+from retina.errors import ConfigError, RetinaError, StoppedError
+from retina.evaluation.evaluate import Evaluation
 from retina.losses.detection import DetectionLoss
 from retina.losses.diagnose import Diagnosis, prior_is_lost, summarize, with_diagnosis
 from retina.types import DTYPES, Batch, Criterion, to_device
@@ -61,6 +62,8 @@ def fit(
         module.compile()
     model = parallel(state.model, state.device).train()
     report = _Report(state, plan, recorder, annotations, loader, criterion)
+    if isinstance(loader, BatchLoader):
+        loader.stopping = stopping
     batches = _endless(loader, progress.step, plan.steps_per_epoch, config.accumulate)
     stop = 0
     ending: BaseException | None = None
@@ -70,7 +73,7 @@ def fit(
             step = progress.step
             if evaluate and not ending and plan.evaluation_due(progress):
                 try:
-                    stop = _evaluate(state, evaluate, checkpointer, recorder, stopping)
+                    stop = _evaluate(state, evaluate, checkpointer, recorder)
                 except (RetinaError, SystemExit) as fault:
                     ending = fault
             progress.stopped_early = progress.evaluations_without_gain >= (config.patience or math.inf)
@@ -86,9 +89,11 @@ def fit(
             try:
                 with state.meter.waiting():
                     micro_batches = [to_device(next(batches), state.device) for _ in range(config.accumulate)]
+            except StoppedError as stopped:  # while the loader waited for its workers
+                stop = stopped.signal
             except RetinaError as fault:
                 ending = fault
-            stop, failed = distributed.agree(stop=stopping(), error=ending is not None)
+            stop, failed = distributed.agree(stop=stop or stopping(), error=ending is not None)
             if stop or failed:
                 ending = ending or (SystemExit(2) if failed else None)
                 report.skipped_updates(everything=True)
@@ -119,6 +124,7 @@ def _make_update(
         averages=state.ema.floating if state.ema else (),
     )
     state.progress.step += 1
+    state.learned = True
     if state.ema is not None:
         state.ema.update(step)
     report.update(lr, micro_batches, result)
@@ -192,7 +198,6 @@ def _evaluate(
     evaluate: Callable[[nn.Module], Evaluation],
     checkpointer: Checkpointer,
     recorder: RunLogger,
-    stopping: Callable[[], int],
 ) -> int:
     """Scores the weights, and saves them if they are the best so far.
 
@@ -201,8 +206,8 @@ def _evaluate(
     with state.meter.paused():
         try:
             evaluation = evaluate(state.weights)
-        except StoppedError:
-            return distributed.agree(stop=stopping()).stop
+        except StoppedError as stopped:
+            return stopped.signal
         seconds = time.perf_counter() - started
         value = evaluation.metrics[state.config.best_metric]
         better = value is not None and (progress.best is None or value > progress.best)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from retina import distributed
 from retina.data.coco import Annotations
 from retina.detections import count_non_finite, postprocess, refuse_non_finite, to_original
+from retina.errors import StoppedError
 from retina.evaluation.metrics import COCO, DetectionArrays, Scoring, coco_metrics
 from retina.types import Batch, Criterion, Detections, Postprocess, to_device
 
@@ -24,10 +25,6 @@ class Evaluation(NamedTuple):
     detections: DetectionArrays
     losses: dict[str, float]
     """`loss`, `loss_classification`, `loss_box`, each over its divisor of the whole set; empty without a criterion."""
-
-
-class StoppedError(Exception):
-    """Raised by `evaluate` on every rank when any rank was asked to stop."""
 
 
 @torch.no_grad()
@@ -77,6 +74,8 @@ def evaluate(
             detections = postprocess(predictions, on_device.sizes)
             shapes = zip(detections, on_device.sizes, on_device.original_sizes, strict=True)
             collector.add(batch.indices, [to_original(*row) for row in shapes])
+    except StoppedError as stopped:  # while the loader waited
+        stop = stopped.signal
     except Exception as caught:  # raised below, after the other ranks know: they would wait for this one
         fault = caught
     model.train(was_training)
@@ -86,7 +85,7 @@ def evaluate(
     if verdict.error:
         sys.exit(2)
     if verdict.stop:
-        raise StoppedError
+        raise StoppedError(verdict.stop)
     count = int(distributed.all_reduce_sum(non_finite))
     gathered = collector.gather()
 

@@ -18,7 +18,7 @@ STUCK = """
 import ctypes, sys
 from retina.cli.signals import StopRequest
 mutex = ctypes.create_string_buffer(256)
-with StopRequest() as request:
+with StopRequest(QUITS) as request:
     print("ready", flush=True)
     ctypes.CDLL(None).pthread_mutex_lock(mutex)
     ctypes.CDLL(None).pthread_mutex_lock(mutex)
@@ -69,7 +69,7 @@ def test_other_signals_with_a_handler_are_no_request() -> None:
 
 
 def test_a_second_interrupt_quits_though_the_process_waits_in_c() -> None:
-    with child(STUCK) as process:
+    with child(STUCK.replace("QUITS", "")) as process:
         process.send_signal(signal.SIGINT)
         time.sleep(0.25)
         process.send_signal(signal.SIGINT)  # the launcher's copy of the same Ctrl-C
@@ -77,6 +77,24 @@ def test_a_second_interrupt_quits_though_the_process_waits_in_c() -> None:
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 130
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_quits_where_there_is_nothing_to_save(number: signal.Signals) -> None:
+    with child(STUCK.replace("QUITS", "lambda: True")) as process:
+        process.send_signal(number)
+        assert process.wait(timeout=20) == 128 + number
+
+
+def test_a_signal_to_a_forked_process_is_none_to_its_parent() -> None:
+    with StopRequest() as request:
+        worker = os.fork()
+        if worker == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        os.waitpid(worker, 0)
+        time.sleep(0.1)
+        assert request.signal() == 0
 
 
 def test_the_end_does_not_wait_for_forked_processes() -> None:

@@ -24,9 +24,17 @@ from retina.data.coco import read_coco
 from retina.data.dataset import CocoDetection
 from retina.data.loader import BatchLoader, Canvas, LoaderConfig, collate, eval_loader, train_loader
 from retina.data.sampler import DetectionBatchSampler, EvalSampler
-from retina.data.transforms import HorizontalFlip, LargeScaleJitter, Pipeline, ResizeShortSide, eval_pipeline, resize
+from retina.data.transforms import (
+    HorizontalFlip,
+    LargeScaleJitter,
+    Pipeline,
+    ResizeShortSide,
+    Transform,
+    eval_pipeline,
+    resize,
+)
 from retina.data.workers import Flag
-from retina.errors import ConfigError, DataError
+from retina.errors import ConfigError, DataError, StoppedError
 
 CANVAS = Canvas(16, (124, 116, 104))
 SIZES = [(40, 60), (60, 40), (50, 50), (44, 60), (40, 52), (64, 48), (30, 70)]
@@ -552,6 +560,54 @@ def test_workers_end_when_the_main_process_is_killed(annotations):
     process.kill()
     process.join()
     assert all(is_gone(worker, within=10) for worker in workers)
+
+
+class Freeze(Transform):
+    """Stops the process that applies it, as `kill -STOP` does: from outside it looks as on a disk that hangs."""
+
+    def apply(self, image, boxes, generator):
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return image, boxes
+
+
+def test_a_worker_that_hangs_is_not_waited_for_without_end(annotations):
+    dataset = CocoDetection(annotations, Pipeline({"freeze": Freeze()}))
+    sampler = DetectionBatchSampler(annotations.sizes, total_batch=1, seed=3)
+    loader = BatchLoader(dataset, sampler, Canvas(32), LoaderConfig(1, timeout=0.5), training=True)
+    loader.section = "data"
+    ((_, first),) = next(iter(sampler))
+    begun = iter(loader)
+    (worker,) = workers_of(loader)
+    with refused("data-timeout", "data.timeout: 0.5", annotations.path(first)):
+        next(begun)
+    assert is_gone(worker, within=5)
+
+
+@pytest.mark.parametrize("batches_before", [0, 3])
+def test_a_signal_is_heeded_though_a_worker_hangs(annotations, batches_before):
+    """Also where a batch that it has finished lies ready: its pixels are asked from a process that answers no more."""
+    loader = make_loader(CocoDetection(annotations, make_pipeline(), seed=3), num_workers=1, total_batch=1)
+    asked = []
+    loader.stopping = lambda: signal.SIGTERM if asked else 0
+    batches = iter(loader)
+    for _ in range(batches_before):
+        next(batches)
+    (worker,) = workers_of(loader)
+    os.kill(worker, signal.SIGSTOP)
+    asked.append(True)
+    with pytest.raises(StoppedError) as caught:
+        list(batches)
+    assert caught.value.signal == signal.SIGTERM
+    assert is_gone(worker, within=5)
+
+
+def test_a_worker_that_hangs_between_epochs(annotations):
+    loader = make_loader(CocoDetection(annotations, make_pipeline(), seed=3), num_workers=1)
+    list(loader)
+    os.kill(workers_of(loader)[0], signal.SIGSTOP)
+    loader.stopping = lambda: signal.SIGINT
+    with pytest.raises(StoppedError):
+        list(loader)
 
 
 KEPT = []

@@ -17,8 +17,8 @@ from retina.data.coco import Annotations, read_coco
 from retina.data.loader import Canvas
 from retina.data.shapes import write_shapes
 from retina.detections import postprocess
-from retina.errors import DataError
-from retina.evaluation.evaluate import Evaluation, StoppedError, evaluate
+from retina.errors import DataError, StoppedError
+from retina.evaluation.evaluate import Evaluation, evaluate
 from retina.losses.detection import DetectionLoss
 from retina.types import Batch, Losses, Predictions, Targets
 
