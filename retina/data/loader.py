@@ -5,21 +5,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from retina import distributed
 from retina.data.annotations import Annotations
 from retina.data.dataset import CocoDetection
+from retina.data.guarded import GuardedDataset, Read
 from retina.data.images import MAX_PIXELS
 from retina.data.sampler import DetectionBatchSampler, EvalSampler
 from retina.data.transforms import Pipeline, Sample, default_pipeline, eval_pipeline, resize
-from retina.data.workers import end_workers, patiently, shared_numbers, worker_options, workers_started
+from retina.data.workers import end_workers, patiently, too_late, worker_options, workers_started
 from retina.errors import ConfigError, DataError, RetinaError, under
 from retina.types import Batch, Targets
 
@@ -107,10 +108,10 @@ class BatchLoader(DataLoader[Any]):
         self.config, self.num_images = config, len(dataset)
         # 0.29 * 100 is 28.999...; and if all images could be bad, there would be endless epochs without a batch
         self.max_bad = min(int(config.max_bad_fraction * len(dataset) + 1e-9), len(dataset) - 1)
-        self._reading = shared_numbers(max(1, config.num_workers))
+        self._guarded = GuardedDataset(dataset, self.max_bad, config.num_workers, substitute=training)
         workers = {"persistent_workers": training} | worker_options() if config.num_workers > 0 else {}
         super().__init__(
-            _Guarded(dataset, self.max_bad, self._reading, substitute=training),
+            self._guarded,
             batch_sampler=sampler,
             num_workers=config.num_workers,
             collate_fn=partial(_collate, canvas=canvas),
@@ -148,14 +149,10 @@ class BatchLoader(DataLoader[Any]):
                 yield item.content
 
     def _wait_for(self, fetch: Callable[[], T]) -> T:
-        return patiently(fetch, self.stopping, self.config.timeout, self._late) if self.num_workers else fetch()
-
-    def _late(self) -> RetinaError:
-        annotations = self.dataset.dataset.annotations  # type: ignore[attr-defined]
-        files = [str(annotations.path(number - 1)) for number in self._reading.tolist() if number]
-        problem = f"{self.config.timeout:g} seconds without a batch; being read: {', '.join(files) or 'no image'}"
-        fix = "look whether the disk answers and no loader worker is stopped, or raise it"
-        return RetinaError(f"{problem} - {fix}", code="data-timeout", key="timeout")
+        if self.num_workers == 0:
+            return fetch()
+        timeout = self.config.timeout
+        return patiently(fetch, self.stopping, timeout, lambda: too_late(timeout, self._guarded.being_read))
 
     @contextmanager
     def _watched(self, iterator: Callable[[], Any]) -> Iterator[None]:
@@ -226,49 +223,8 @@ def eval_loader(
     return BatchLoader(dataset, sampler, canvas, config, training=False)
 
 
-class _Read(NamedTuple):
-    """A sample or batch, or None if every image of it was bad, and the faults of its images by index."""
-
-    content: Any
-    faults: dict[int, str]
-
-
-class _Guarded(Dataset[_Read | RetinaError]):
-    """The data set, with its faults as data."""
-
-    def __init__(
-        self, dataset: CocoDetection, max_bad: int, reading: Int64[np.ndarray, "W"], *, substitute: bool
-    ) -> None:
-        self.dataset, self.max_bad, self.substitute = dataset, max_bad, substitute
-        self.reading = reading
-        """The image that each worker is at, counted from 1, or 0; in memory that all share."""
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int]) -> _Read | RetinaError:
-        epoch, index = key
-        worker = get_worker_info()
-        row = worker.id if worker else 0
-        faults: dict[int, str] = {}
-        for offset in range(len(self) if self.substitute else 1):
-            candidate = (index + offset) % len(self)
-            self.reading[row] = candidate + 1
-            try:
-                return _Read(self.dataset[epoch, candidate], faults)
-            except DataError as error:
-                faults[candidate] = str(error)
-            except RetinaError as error:
-                return error
-            finally:
-                self.reading[row] = 0
-            if len(faults) > self.max_bad:  # the main process will stop: nothing is gained by reading on
-                break
-        return _Read(None, faults)
-
-
-def _collate(items: list[_Read | RetinaError], canvas: Canvas) -> _Read | RetinaError:
-    reads = [item for item in items if isinstance(item, _Read)]
+def _collate(items: list[Read | RetinaError], canvas: Canvas) -> Read | RetinaError:
+    reads = [item for item in items if isinstance(item, Read)]
     if len(reads) < len(items):
         return next(item for item in items if isinstance(item, RetinaError))
     samples = [read.content for read in reads if read.content is not None]
@@ -285,7 +241,7 @@ def _collate(items: list[_Read | RetinaError], canvas: Canvas) -> _Read | Retina
         problem = f"a batch does not fit into (shared) memory ({' '.join(str(error).split())})"
         fix = "lower num_workers or the batch size, or enlarge /dev/shm (docker: --shm-size)"
         return RetinaError(f"{problem} - {fix}", code="out-of-memory", key="num_workers")
-    return _Read(batch, {index: fault for read in reads for index, fault in read.faults.items()})
+    return Read(batch, {index: fault for read in reads for index, fault in read.faults.items()})
 
 
 def collate(samples: Sequence[Sample], canvas: Canvas = Canvas(), *, shared: bool = False) -> Batch:

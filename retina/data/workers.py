@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, TypeVar
 
 import cv2
@@ -131,6 +132,13 @@ def patiently(fetch: Callable[[], T], stopping: Callable[[], int], timeout: floa
     if fault:
         raise fault[0]
     return outcome[0]
+
+
+def too_late(timeout: float, being_read: Callable[[], list[Path]]) -> RetinaError:
+    files = ", ".join(map(str, being_read())) or "no image"
+    problem = f"{timeout:g} seconds without a batch; being read: {files}"
+    fix = "look whether the disk answers and no loader worker is stopped, or raise it"
+    return RetinaError(f"{problem} - {fix}", code="data-timeout", key="timeout")
 
 
 def end_workers(workers: list[BaseProcess], error: Exception) -> RetinaError | None:
