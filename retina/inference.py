@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from retina.data.images import MAX_PIXELS, read_reduced
 from retina.data.loader import Canvas, collate
+from retina.data.pixels import FULL, PixelFormat
 from retina.data.transforms import Sample, eval_pipeline
 from retina.detections import count_non_finite, postprocess, refuse_non_finite, to_original
 from retina.distributed import choose_device
@@ -53,6 +54,8 @@ class Detector:
             if isinstance(layer, nn.Conv2d):
                 layer.to(self.dtype)  # once; autocast would convert the weights for every level of every batch
         self.canvas = Canvas(card.preprocessing["pad_multiple"], tuple(card.preprocessing["pad_value"]))
+        self.pixels = PixelFormat(tuple(card.preprocessing.get("value_range") or FULL))
+        """How values of image files are read."""
         self._resize = eval_pipeline(card.preprocessing["short_side"], card.preprocessing["long_side"])
 
     @classmethod
@@ -116,7 +119,8 @@ class Detector:
     def _sample(self, image: object, max_pixels: int) -> Sample:
         """An image as evaluation would read it, without objects."""
         if isinstance(image, (str, Path)):
-            array, size = read_reduced(Path(image).expanduser(), self._resize.least_size, max_pixels=max_pixels)
+            reading: Any = {"max_pixels": max_pixels, "pixels": self.pixels}
+            array, size = read_reduced(Path(image).expanduser(), self._resize.least_size, **reading)
         else:
             array = as_array(image)
             size = array.shape[0], array.shape[1]

@@ -64,6 +64,19 @@ def assert_equal(one: list[Detections], two: list[Detections], tolerance: float 
         torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=tolerance)
 
 
+def test_files_of_16_bits_are_read_in_the_range_of_the_header(run: Path, tmp_path: Path) -> None:
+    model, card = load_detector(run / "best.safetensors", torch.device("cpu"))
+    card = replace(card, preprocessing=card.preprocessing | {"value_range": [100, 4100]})
+    save_detector(tmp_path / "deep.safetensors", model.state_dict(), card)
+    detector = retina.load(tmp_path / "deep.safetensors")
+    values = np.random.default_rng(0).integers(0, 5000, (64, 96), dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    array = np.repeat(np.clip((values.astype(int) - 100) * 255 // 4000, 0, 255)[..., None], 3, axis=2)
+    (file,), (expected,) = detector.predict([tmp_path / "a.png"]), detector.predict([array.astype(np.uint8)])
+    assert len(expected.scores) > 0
+    assert_equal([file], [expected])
+
+
 def test_every_kind_of_image_gives_the_same(detector: Detector, files: list[Path]) -> None:
     arrays = [read_image(file) for file in files]
     expected = detector.predict(files)

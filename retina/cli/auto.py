@@ -171,7 +171,9 @@ def mean_and_std(annotations: "Annotations") -> tuple[list[float], list[float]] 
     sums, squares, pixels = np.zeros(3), np.zeros(3), 0
     for row in np.unique(np.linspace(0, len(annotations) - 1, PIXELS_OF).astype(int)).tolist():
         try:
-            colors = read_image(annotations.path(row))[::2, ::2].reshape(-1, 3).astype(np.float64)
+            colors = (
+                read_image(annotations.path(row), pixels=annotations.pixels)[::2, ::2].reshape(-1, 3).astype(np.float64)
+            )
         except DataError:  # the loader says so
             continue
         sums, squares, pixels = sums + colors.sum(axis=0), squares + (colors**2).sum(axis=0), pixels + len(colors)

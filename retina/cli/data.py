@@ -6,7 +6,7 @@ second."""
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from retina.cli.build import build, call
 from retina.data.checks import DataReport, RecordsError
 from retina.data.coco import Annotations, locate_split, read_coco
-from retina.data.health import check_objects, examine
+from retina.data.health import Files, check_objects, examine
+from retina.data.pixels import FULL, PixelFormat, measured_range
 from retina.engine.config import COUNT, Ranges, TrainConfig, check_ranges, from_mapping
 from retina.errors import ConfigError, DataError, check, check_choice, under
 
@@ -88,6 +89,8 @@ class DataConfig:
     """Larger images are refused before they are decoded."""
     allow_outside: bool = False
     """Whether file names may lead out of the image folder."""
+    value_range: list[int] | None = None
+    """Of 16-bit images, [black, white]; null: measured, where they use less than half of what 16 bits hold."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, dict):
@@ -97,6 +100,9 @@ class DataConfig:
         check(
             self.short_side <= self.long_side, "short_side", self.short_side, f"give at most long_side={self.long_side}"
         )
+        if self.value_range is not None:
+            sound = len(self.value_range) == 2 and 0 <= self.value_range[0] < self.value_range[1] <= 65535
+            check(sound, "value_range", self.value_range, "give two ascending values from 0 to 65535, or null")
         for canvas in self.canvases or []:
             sides = isinstance(canvas, list) and len(canvas) == 2 and all(isinstance(s, int) and s > 0 for s in canvas)
             check(sides, "canvases", canvas, "give [height, width] of each")
@@ -113,6 +119,7 @@ def data_of(trained: Mapping[str, Any], typed: Mapping[str, Any], preprocessing:
     With `data=...` nothing but the image size is the run's; another `data.root` leaves the run's places behind."""
     typed = drop_nulls(typed)
     sizes = {key: preprocessing[key] for key in ("short_side", "long_side") if key in preprocessing}
+    sizes["value_range"] = preprocessing.get("value_range", [*FULL])  # never measured anew
     left_out = (*NEVER_OF_A_RUN, *(SPLITS if "root" in typed else ()))
     base = {"name": "given"}
     if "name" not in typed:
@@ -212,8 +219,10 @@ def named_splits(config: DataConfig) -> list[str]:
     return [split for split in SPLITS if is_there(split)] or ["train"]
 
 
-def check_data(config: DataConfig, splits: Mapping[str, Annotations], report: DataReport) -> None:
-    """Before anything is trained or scored: image files by their headers, and "train" against "val" if both are given.
+def check_data(config: DataConfig, splits: Mapping[str, Annotations], report: DataReport) -> PixelFormat:
+    """How the images are to be read, after the checks.
+
+    Before anything is trained or scored: image files by their headers, and "train" against "val" if both are given.
 
     All faults go to `report`. Images that cannot be used (missing, unreadable, not of the size stated) are tolerated
     up to `data.max_bad_fraction` of a split, since loaders leave them out; other faults are tolerated with
@@ -233,6 +242,22 @@ def check_data(config: DataConfig, splits: Mapping[str, Annotations], report: Da
         grave += check_objects(annotations) if config.on_error == "stop" or split == "train" else []
     if grave:
         raise RecordsError(grave)
+    return pixel_format(config, splits, files, report)
+
+
+def pixel_format(
+    config: DataConfig, splits: Mapping[str, Annotations], files: Mapping[str, Files], report: DataReport
+) -> PixelFormat:
+    """As the settings say, or measured on the first split; `report` tells what was measured."""
+    if config.value_range is not None:
+        return PixelFormat((config.value_range[0], config.value_range[1]))
+    first, annotations = next(iter(splits.items()))
+    deep = files[first].deep
+    low, high = measured_range((annotations.path(row) for row in deep), max_pixels=config.max_pixels)
+    if (low, high) != FULL:
+        problem = f"{len(deep)} have 16 bits per channel, and values of {low} to {high}: these become black and white"
+        report.warnings.append(f"{annotations.file}: images: {problem} - give data.value_range=[low,high] for others")
+    return PixelFormat((low, high))
 
 
 def load_checked(
@@ -262,13 +287,13 @@ def load_checked(
         # one process of each machine: large files are parsed once, and the others find what came of them in the cache
         distributed.on_all(lambda: read() if goes_first else None)
         distributed.on_all(lambda: None if goes_first else read())
-        distributed.on_main(lambda: check_data(config, loaded, report))
+        low, high = distributed.on_main(lambda: [*check_data(config, loaded, report).value_range])
     finally:
         if distributed.is_main() and (report.faults or report.warnings):
             report.write(folder / "data_report.json")
     for line in report.lines() if distributed.is_main() else []:
         say(line)
-    return list(loaded.values())
+    return [replace(annotations, pixels=PixelFormat((low, high))) for annotations in loaded.values()]
 
 
 def canvas_of(config: DataConfig, usual: "Canvas") -> "Canvas":
@@ -312,6 +337,7 @@ def build_loaders(
     batch_size = config.eval_batch_size or sampler.micro_batch
     val_loader = build_eval_loader(val, config, canvas, batch_size=batch_size, pin_memory=pin_memory)
     preprocessing: dict[str, Any] = {key: getattr(config, key) for key in ("short_side", "long_side")}
+    preprocessing |= {"value_range": list(train.pixels.value_range)} if train.pixels.value_range != FULL else {}
     preprocessing |= {"pad_multiple": pad_multiple, "pad_value": list(model.pad_value)}
     return loader, sampler, val_loader, preprocessing | {"precision": training.precision, "batch_size": batch_size}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retina.cli.compose import entry
-from retina.cli.data import DataConfig, load_split, named_splits, progress
+from retina.cli.data import DataConfig, load_split, named_splits, pixel_format, progress
 from retina.data.advice import advise
 from retina.data.checks import DataReport
 from retina.engine.config import from_mapping
@@ -66,6 +66,8 @@ def examine_images(data: DataConfig, splits: Mapping[str, "Annotations"], report
     from retina.data.health import examine, undecodable
 
     files = examine(splits, report, max_pixels=data.max_pixels)
+    if splits:
+        pixel_format(data, splits, files, report)
     for split, annotations in splits.items() if decode else []:
         rows = [row for row in range(len(annotations)) if row not in files[split].bad]
         faults = undecodable(annotations, rows, max_pixels=data.max_pixels)

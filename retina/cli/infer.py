@@ -120,7 +120,7 @@ def detect(detector: "Detector", batches: Sequence[Batch], config: InferConfig) 
 def detect_batch(detector: "Detector", batch: Batch, config: InferConfig, threads: Executor) -> Done:
     """A record for each image, whose picture is then written, and what is wrong with the files that are none."""
     # decoding and encoding leave Python's lock
-    loaded = list(threads.map(lambda source: try_read(source.file, config.max_pixels), batch.sources))
+    loaded = list(threads.map(lambda source: try_read(source.file, config.max_pixels, detector), batch.sources))
     faults = [image for image in loaded if isinstance(image, str)]
     sources = [source for source, image in zip(batch.sources, loaded, strict=True) if not isinstance(image, str)]
     images = [image for image in loaded if not isinstance(image, str)]
@@ -146,12 +146,12 @@ def detect_batch(detector: "Detector", batch: Batch, config: InferConfig, thread
     return Done(batch.key, records, faults)
 
 
-def try_read(file: Path, max_pixels: int) -> Any:
+def try_read(file: Path, max_pixels: int, detector: "Detector") -> Any:
     """The image, or what is wrong with it."""
     from retina.data.images import read_image
 
     try:
-        return read_image(file, max_pixels=max_pixels)
+        return read_image(file, max_pixels=max_pixels, pixels=detector.pixels)
     except DataError as fault:
         return str(fault)
 

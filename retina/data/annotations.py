@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float64, Int64, Shaped, UInt8
 
+from retina.data.pixels import AS_STORED, PixelFormat
+
 
 @dataclass(frozen=True, eq=False)
 class Annotations:
@@ -39,6 +41,8 @@ class Annotations:
     names: UInt8[np.ndarray, "S"]
     """File names of all images in UTF-8, one behind the other; see `file_name`."""
     name_offsets: Int64[np.ndarray, "N+1"]
+    pixels: PixelFormat = AS_STORED
+    """How the images' values are to be read; whoever trains or scores decides."""
 
     def __len__(self) -> int:
         """Images, with or without objects."""

@@ -33,7 +33,8 @@ CACHE_FROM_BYTES = 32 << 20
 """Bytes of JSON from which on an entry pays: parsing them takes seconds. Smaller files are not even hashed."""
 _UNUSED_SECONDS = 30 * 24 * 3600
 """An entry that nobody read for so long is removed when another one is written."""
-_COLUMNS = [f.name for f in fields(Annotations) if f.name not in ("file", "image_root", "classes", "category_ids")]
+_OTHERS = ("file", "image_root", "classes", "category_ids", "pixels")
+_COLUMNS = [f.name for f in fields(Annotations) if f.name not in _OTHERS]
 
 
 class Request(NamedTuple):

@@ -60,7 +60,7 @@ class CocoDetection(Dataset[Sample]):
         """
         annotations = self.annotations
         image, (height, width) = read_reduced(
-            annotations.path(index), self.pipeline.least_size, max_pixels=self.max_pixels
+            annotations.path(index), self.pipeline.least_size, max_pixels=self.max_pixels, pixels=annotations.pixels
         )
         stated_height, stated_width = map(int, annotations.sizes[index])
         if (height, width) != (stated_height, stated_width):

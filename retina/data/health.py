@@ -19,8 +19,8 @@ from jaxtyping import Int64
 
 from retina.data.checks import DataReport, some
 from retina.data.coco import Annotations
-from retina.data.image_files import SWAPPING, opened, turn_of
-from retina.data.images import image_size, read_image
+from retina.data.image_files import SWAPPING, Header, read_header
+from retina.data.images import read_image
 from retina.data.oddities import content_oddities
 from retina.data.paths import Folder, is_listed, list_folders, parted
 from retina.errors import DataError
@@ -40,6 +40,10 @@ class Files(NamedTuple):
     """The images that cannot be used (missing, unreadable, not of the size stated), and why, in one line each."""
     lengths: Int64[np.ndarray, "N"]
     """Bytes of each file, -1 of a bad one."""
+    turned: list[int]
+    """Those that EXIF turns without a change of their size."""
+    deep: list[int]
+    """Those of 16 bits per channel."""
 
 
 def examine(splits: Mapping[str, Annotations], report: DataReport, *, max_pixels: int) -> dict[str, Files]:
@@ -50,6 +54,12 @@ def examine(splits: Mapping[str, Annotations], report: DataReport, *, max_pixels
     for split, annotations in splits.items():
         files[split] = check_files(annotations, max_pixels=max_pixels)
         report.faults += [*files[split].bad.values(), *check_objects(annotations)]
+        if turned := files[split].turned:
+            names = some([annotations.file_name(row) for row in turned])
+            problem = f"{len(turned)} are turned by EXIF without a change of size ({names}), so nobody can tell whether"
+            fix = "look at some with their boxes; where they lie elsewhere, remove the rotation from the file"
+            line = f"{annotations.file}: images: {problem} boxes are those of the image as displayed - {fix}"
+            report.warnings.append(line)
     report.warnings += content_oddities(splits)
     if "train" in splits and "val" in splits and splits["train"] is not splits["val"]:
         compare_splits(splits["train"], splits["val"], report, files)
@@ -64,16 +74,20 @@ def check_files(annotations: Annotations, *, max_pixels: int) -> Files:
     folders = list_folders(annotations.image_root, [*names, ""])
     present = [row for row, name in enumerate(names) if is_listed(name, folders)]
     bad = _missing(annotations, sorted(set(range(len(names))) - set(present)), names, folders)
-    lengths = np.full(len(names), -1, dtype=np.int64)
+    files = Files(bad, np.full(len(names), -1, dtype=np.int64), [], [])
 
-    def read(first: int) -> list[tuple[int, int, str | None]]:
+    def read(first: int) -> list[tuple[int, int, Header | str]]:
         rows = present[first : first + _CHUNK]
         return [(row, *_check_header(annotations, row, names[row], max_pixels)) for row in rows]
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        for row, lengths[row], fault in chain.from_iterable(pool.map(read, range(0, len(present), _CHUNK))):
-            bad |= {row: fault} if fault else {}
-    return Files(dict(sorted(bad.items())), lengths)
+        for row, files.lengths[row], header in chain.from_iterable(pool.map(read, range(0, len(present), _CHUNK))):
+            if isinstance(header, str):
+                bad[row] = header
+                continue
+            files.turned.extend([row] if header.turns_unseen else [])
+            files.deep.extend([row] if header.bits == 16 else [])
+    return files._replace(bad=dict(sorted(bad.items())))
 
 
 def undecodable(annotations: Annotations, rows: Iterable[int], *, max_pixels: int) -> Iterator[str | None]:
@@ -158,26 +172,24 @@ def _digest(file: Path) -> bytes | None:
         return None
 
 
-def _check_header(annotations: Annotations, row: int, name: str, max_pixels: int) -> tuple[int, str | None]:
-    """Bytes of the file, and what is wrong with it."""
+def _check_header(annotations: Annotations, row: int, name: str, max_pixels: int) -> tuple[int, Header | str]:
+    """Bytes of the file and its header, or -1 and what is wrong with it."""
     path = annotations.image_root / name
     try:
-        height, width = image_size(path, max_pixels=max_pixels)
+        header = read_header(path, max_pixels=max_pixels)
         length = path.stat().st_size
     except DataError as error:
         return -1, str(error)
     except OSError as error:
         return -1, f"{path}: cannot be read ({error.strerror}) - check its permissions and the disk"
-    stated = tuple(annotations.sizes[row].tolist())
-    if (height, width) == stated:
-        return length, None
+    stated, (height, width) = tuple(annotations.sizes[row].tolist()), header.size
+    if header.size == stated:
+        return length, header
     problem = f"stated as {stated[1]}x{stated[0]}, but the file is {width}x{height}"
     fix = "correct the image's width, height and boxes"
     if (width, height) == stated:
         problem, fix = f"{problem}: width and height are swapped", "swap them"
-        with opened(path, max_pixels) as image:
-            turned = turn_of(image) in SWAPPING
-        if turned:
+        if header.turn in SWAPPING:
             problem += ", the file is rotated by EXIF"
             fix = "state the size as displayed and turn the boxes, or remove the rotation from the file"
     return -1, f"{_record(annotations, row)}: {problem} - {fix}"

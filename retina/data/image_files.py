@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 # importing a plugin registers its format; what is not imported (EPS runs Ghostscript) is never tried on a file
 from PIL import (
@@ -20,7 +20,7 @@ from PIL import (
     JpegImagePlugin,  # noqa: F401
     PngImagePlugin,
     PpmImagePlugin,  # noqa: F401
-    TiffImagePlugin,  # noqa: F401
+    TiffImagePlugin,
     WebPImagePlugin,  # noqa: F401
 )
 
@@ -44,6 +44,25 @@ _TURNS = {
 SWAPPING = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 """Those that swap width and height."""
 _MAX_EXIF = 1 << 20
+_BITS = TiffImagePlugin.BITSPERSAMPLE
+GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+"""Modes of 16-bit grey; "I" too: before Pillow 11.3 such a PNG opened as that."""
+
+
+class Header(NamedTuple):
+    """What stands before the pixels."""
+
+    size: tuple[int, int]
+    """(height, width) once upright."""
+    turn: Image.Transpose | None
+    """What makes it upright, by EXIF."""
+    bits: int
+    """Per channel."""
+
+    @property
+    def turns_unseen(self) -> bool:
+        """Whether it is turned, and its size does not tell."""
+        return self.turn is not None and (self.turn not in SWAPPING or self.size[0] == self.size[1])
 
 
 class _Limits:
@@ -146,6 +165,25 @@ def _check_pixels(path: Path, size: tuple[int, ...], max_pixels: int) -> None:
     if width * height > max_pixels:
         problem = f"has {width}x{height} pixels, more than max_pixels={max_pixels} allows"
         raise fault(path, "too-many-pixels", problem, "make it smaller, remove it, or raise that limit")
+
+
+def read_header(path: Path, *, max_pixels: int = MAX_PIXELS) -> Header:
+    """Raises DataError."""
+    with opened(path, max_pixels) as image:
+        return header_of(image)
+
+
+def header_of(image: ImageFile.ImageFile) -> Header:
+    """Of an image whose pixels are not loaded yet."""
+    width, height = image.size
+    bits = 16 if image.mode in GREY_16 else 8
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # newer versions of Pillow state its size as turned
+        width, height = image.tag_v2[TiffImagePlugin.IMAGEWIDTH], image.tag_v2[TiffImagePlugin.IMAGELENGTH]
+        bits = max(image.tag_v2.get(_BITS) or (1,))
+    elif isinstance(image, PngImagePlugin.PngImageFile) and image.tile and ";16" in str(image.tile[0][3]):
+        bits = 16
+    turn = turn_of(image)
+    return Header((width, height) if turn in SWAPPING else (height, width), turn, bits)
 
 
 def turn_of(image: ImageFile.ImageFile) -> Image.Transpose | None:

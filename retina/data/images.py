@@ -9,29 +9,43 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageFile, JpegImagePlugin, TiffImagePlugin
 
-from retina.data.image_files import MAX_PIXELS, ORIENTATION, SWAPPING, fault, opened, turn_of
+from retina.data.image_files import (
+    GREY_16,
+    MAX_PIXELS,
+    ORIENTATION,
+    SWAPPING,
+    fault,
+    header_of,
+    opened,
+    read_header,
+)
+from retina.data.pixels import AS_STORED, FULL, PixelFormat, stretched
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-_BITS = TiffImagePlugin.BITSPERSAMPLE
-_SHORT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # "I" too: before Pillow 11.3 a 16-bit grey PNG opened as that
 
 
-def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
+def read_image(
+    path: Path, *, max_pixels: int = MAX_PIXELS, pixels: PixelFormat = AS_STORED
+) -> UInt8[np.ndarray, "H W 3"]:
     """Decode an image file to uint8 RGB with its EXIF rotation applied; the array is writable.
 
     The content decides what kind of image it is, not the name. Grey, palette, 1-bit and CMYK images are converted;
     transparency is dropped, not blended with a colour. 16 bits per channel keep their high byte (Pillow's own
-    conversion of 16-bit grey would saturate at 255). Of an animation, the first frame.
+    conversion of 16-bit grey would saturate at 255), or what `pixels` says. Of an animation, the first frame.
 
     Raises DataError for a file that is missing, may not be read, is no regular file (a pipe is never waited for), no
     image of `FORMATS`, has more than `max_pixels`, is cut off, damaged, too large for the memory, or has 32 bits per
     channel.
     """
-    return read_reduced(path, lambda size: None, max_pixels=max_pixels)[0]
+    return read_reduced(path, lambda size: None, max_pixels=max_pixels, pixels=pixels)[0]
 
 
 def read_reduced(
-    path: Path, least_size: Callable[[tuple[int, int]], tuple[int, int] | None], *, max_pixels: int = MAX_PIXELS
+    path: Path,
+    least_size: Callable[[tuple[int, int]], tuple[int, int] | None],
+    *,
+    max_pixels: int = MAX_PIXELS,
+    pixels: PixelFormat = AS_STORED,
 ) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]]:
     """`read_image` for one who will shrink the image anyway, and the (height, width) that `read_image` would have.
 
@@ -41,27 +55,26 @@ def read_reduced(
     boxes keep their place exactly. Raises as `read_image` does, for the same files: all of a file is read still.
     """
     with opened(path, max_pixels) as image:
-        turn = turn_of(image)
-        if isinstance(image, TiffImagePlugin.TiffImageFile) and max(image.tag_v2.get(_BITS) or (1,)) > 16:
+        header = header_of(image)
+        turn = header.turn
+        if header.bits > 16:
             # values that fit into 16 bits would pass for those of a 16-bit image
             raise fault(path, "bad-image", "has 32 bits per channel", "convert it to 8 or 16 bits")
         factor = _reduce(image, turn, least_size)
         image.load()
         if isinstance(image, TiffImagePlugin.TiffImageFile) and ORIENTATION not in image.tag_v2:
             turn = None  # newer versions of Pillow have turned a TIFF, and only that, while they loaded it
-        array = _as_rgb(path, image if turn is None else image.transpose(turn))
+        upright: Image.Image = image if turn is None else image.transpose(turn)
+        if header.bits == 16 and pixels.value_range != FULL:
+            upright = stretched(path, upright, header, pixels.value_range)
+        array = _as_rgb(path, upright)
     height, width = array.shape[:2]
     return array, (height * factor, width * factor)
 
 
 def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) of what `read_image` returns, and its errors, as far as the file's header can tell."""
-    with opened(path, max_pixels) as image:
-        width, height = image.size
-        if isinstance(image, TiffImagePlugin.TiffImageFile):  # newer versions of Pillow state its size as turned
-            width, height = image.tag_v2[TiffImagePlugin.IMAGEWIDTH], image.tag_v2[TiffImagePlugin.IMAGELENGTH]
-        turned = turn_of(image) in SWAPPING
-    return (width, height) if turned else (height, width)
+    return read_header(path, max_pixels=max_pixels).size
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -102,10 +115,10 @@ def _reduce(
 def _as_rgb(path: Path, upright: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     # with a transparent colour in a palette, convert() would warn and look for a colour to stand for it
     upright.info.pop("transparency", None)
-    if upright.mode in _SHORT:
+    if upright.mode in GREY_16:
         grey = np.asarray(upright)
         if grey.min() >= 0 and grey.max() <= 65535:
             return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
-    if upright.mode in ("F", *_SHORT):
+    if upright.mode in ("F", *GREY_16):
         raise fault(path, "bad-image", "has 32 bits per channel", "convert it to 8 or 16 bits")
     return np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))

@@ -66,7 +66,7 @@ def _pairs(
     """Indices of the images, spread evenly, and their pictures."""
     for index in np.unique(np.linspace(0, len(annotations) - 1, max_images).round().astype(int)).tolist():
         try:
-            image = read_image(annotations.path(index), max_pixels=max_pixels)
+            image = read_image(annotations.path(index), max_pixels=max_pixels, pixels=annotations.pixels)
         except DataError:
             continue
         objects = slice(annotations.offsets[index], annotations.offsets[index + 1])

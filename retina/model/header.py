@@ -35,6 +35,10 @@ PREPROCESSING: Mapping[str, Rule] = {
     "precision": (str, lambda value: value in DTYPES),
     "batch_size": (int, _within(1, 1 << 16)),
 }
+OPTIONAL: Mapping[str, Rule] = {
+    "value_range": (list[int], lambda value: len(value) == 2 and 0 <= value[0] < value[1] <= 65535),
+}
+"""Of preprocessing, what earlier versions do not write."""
 POSTPROCESS: Mapping[str, Rule] = {
     "score_threshold": (float, lambda value: 0 <= value < 1),
     "candidates_per_level": (int, _within(1, 2**31 - 1)),
@@ -66,7 +70,7 @@ def check_header(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     check(len(set(ids)) == len(ids) <= len(classes), "category_ids", ids, "give an id for each class")
     check(0 <= values["step"] <= LAST_STEP, "step", values["step"], f"give 0 to {LAST_STEP}")
     check(all(map(_is_finite, values["metrics"].values())), "metrics", values["metrics"], "give finite numbers")
-    for section, rules in (("preprocessing", PREPROCESSING), ("postprocess", POSTPROCESS)):
+    for section, rules in (("preprocessing", {**PREPROCESSING, **OPTIONAL}), ("postprocess", POSTPROCESS)):
         for name, value in values[section].items():
             if name in rules:
                 hint, allows = rules[name]

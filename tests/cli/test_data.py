@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -15,6 +16,9 @@ from ranks import in_processes
 from retina.cli.data import DataConfig, SplitConfig, check_data, load_checked, load_split, named_splits
 from retina.data import cache as annotation_cache
 from retina.data.checks import DataReport, RecordsError
+from retina.data.dataset import CocoDetection
+from retina.data.pixels import AS_STORED
+from retina.data.transforms import eval_pipeline
 from retina.errors import ConfigError, DataError
 
 
@@ -119,6 +123,25 @@ def test_an_image_above_the_limit_is_unusable(root: Path) -> None:
         check_data(config_of(root, max_pixels=1199), {"val": annotations}, report)
     assert all("max_pixels=1199" in line for line in report.faults)
     check_data(config_of(root, max_pixels=1200), {"val": annotations}, DataReport())
+
+
+def test_the_range_of_16_bit_images_is_measured_on_the_first_split_and_told(root: Path, tmp_path: Path) -> None:
+    for split, top in (("train", 4000), ("val", 60000)):
+        for file in (root / split).iterdir():
+            values = np.linspace(1000, top, 1200, dtype=np.uint16).reshape(30, 40)
+            Image.fromarray(values).save(file)
+    lines: list[str] = []
+    loaded = load_checked(config_of(root), ["train", "val"], tmp_path / "run", say=lines.append)
+    assert [annotations.pixels.value_range for annotations in loaded] == [(1000, 4000)] * 2
+    assert len([line for line in lines if "10 have 16 bits" in line]) == 1
+    (val,) = load_checked(config_of(root), ["val"], tmp_path / "run", say=lines.append)
+    assert val.pixels == AS_STORED
+    (train,) = load_checked(config_of(root, value_range=[0, 5000]), ["train"], tmp_path / "run", say=lines.append)
+    assert train.pixels.value_range == (0, 5000)
+    assert CocoDetection(train, eval_pipeline(30, 40)).read(0).image.max() == 4000 * 255 // 5000
+    for wrong in ([1], [5, 5], [-1, 5], [0, 65536]):
+        with refused("out-of-range", "value_range", kind=ConfigError):
+            config_of(root, value_range=wrong)
 
 
 def test_nothing_annotated_stops_or_is_told(root: Path) -> None:

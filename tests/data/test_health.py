@@ -124,6 +124,23 @@ def test_rotation_by_exif_is_diagnosed(tmp_path: Path, orientation: int) -> None
         assert "stated as 40x30, but the file is 30x40: width and height are swapped, the file is rotated" in found[0]
 
 
+@pytest.mark.parametrize(
+    ("orientation", "size", "unseen"), [(1, SIZE, 0), (3, SIZE, 1), (2, SIZE, 1), (6, (40, 40), 1)]
+)
+def test_rotation_that_leaves_the_size_is_counted(
+    tmp_path: Path, orientation: int, size: tuple[int, int], unseen: int
+) -> None:
+    annotations = split(tmp_path / "a", ["0.jpg", "1.jpg"])
+    annotations.sizes[0] = size[::-1]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", size).save(tmp_path / "a" / "0.jpg", exif=exif)
+    report = DataReport()
+    examine({"train": annotations}, report, max_pixels=MAX_PIXELS)
+    assert report.faults == []
+    assert len([line for line in report.warnings if "images: 1 are turned by EXIF" in line]) == unseen
+
+
 def test_swapped_without_exif_and_otherwise_wrong(tmp_path: Path) -> None:
     annotations = split(tmp_path / "a", ["0.bmp", "1.bmp"])
     Image.new("RGB", (30, 40)).save(tmp_path / "a" / "0.bmp")

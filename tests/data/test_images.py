@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import PIL
 import pytest
@@ -21,7 +22,8 @@ from faults import refused
 from retina.data.coco import read_coco
 from retina.data.dataset import CocoDetection
 from retina.data.image_files import opened
-from retina.data.images import image_size, list_images, read_image, read_reduced
+from retina.data.images import MAX_PIXELS, image_size, list_images, read_image, read_reduced
+from retina.data.pixels import FULL, PixelFormat, measured_range
 from retina.data.transforms import eval_pipeline
 from retina.errors import DataError
 
@@ -178,6 +180,48 @@ def test_16_bit_colour_is_scaled_and_not_saturated(tmp_path):
     parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), pixels // 256)
+
+
+def write_16_bit(file: Path, values: np.ndarray, orientation: int = 1) -> None:
+    """Grey by Pillow, colours by OpenCV, since each writes only one of them."""
+    if values.ndim == 2:
+        Image.fromarray(values).save(file)
+    else:
+        cv2.imwrite(str(file), values[..., ::-1])
+    if orientation != 1 and file.suffix == ".png":
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        with_chunk(file, b"IDAT", b"eXIf", exif.tobytes()[6:])
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_12_bits_in_16_are_stretched_over_the_range_of_their_set(tmp_path, channels, name, orientation):
+    values = np.random.default_rng(0).integers(500, 4000, (40, 60, *channels), dtype=np.uint16)
+    values[0, 0], values[0, 1] = 500, 3999
+    write_16_bit(tmp_path / name, values, orientation)
+    assert read_image(tmp_path / name).max() == 15  # nearly black
+    image = read_image(tmp_path / name, pixels=PixelFormat((500, 3999)))
+    expected = ((values.astype(int) - 500) * 255 // 3499).astype(np.uint8)
+    expected = np.repeat(expected[..., None], 3, axis=2) if not channels else expected
+    turned = orientation == 6 and name == "a.png"
+    np.testing.assert_array_equal(image, np.rot90(expected, -1) if turned else expected)
+    assert measured_range([tmp_path / name], max_pixels=MAX_PIXELS) == (500, 3999)
+
+
+def test_the_range_is_that_of_the_set_without_outliers(tmp_path):
+    files = [tmp_path / f"{n}.png" for n in range(4)]
+    for n, file in enumerate(files):
+        values = np.full((200, 200), 1000 * n + 100, dtype=np.uint16)
+        values[0, 0] = 65535  # a hot pixel
+        write_16_bit(file, values)
+    files[2].write_bytes(files[2].read_bytes()[:100])
+    assert measured_range(files, max_pixels=MAX_PIXELS) == (100, 3100)
+    assert measured_range(files[:1], max_pixels=MAX_PIXELS) == FULL  # one value has no range
+    assert measured_range([], max_pixels=MAX_PIXELS) == FULL
+    write_16_bit(files[0], np.arange(65536, dtype=np.uint16).reshape(256, 256))
+    assert measured_range(files, max_pixels=MAX_PIXELS) == FULL
 
 
 @pytest.mark.parametrize("value", [1_000_000, 1000])

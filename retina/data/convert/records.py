@@ -10,7 +10,7 @@ from xml.parsers import expat
 import numpy as np
 
 from retina.data.checks import MAX_OVERHANG, alike_names, around_rotated
-from retina.data.images import image_size
+from retina.data.image_files import Header, read_header
 from retina.errors import DataError
 
 Xyxy = tuple[float, float, float, float]
@@ -44,6 +44,8 @@ class Record(NamedTuple):
     size: tuple[int, int]
     """(height, width) after EXIF rotation."""
     objects: tuple[Object, ...]
+    turns_unseen: bool = False
+    """Whether EXIF turns the image without a change of its size."""
 
 
 class Records(NamedTuple):
@@ -87,6 +89,9 @@ def warnings_of(source: Path, records: Sequence[Record], classes: Sequence[str])
         lines.append(f"{source}: {clipped} boxes leave their images: clipped - see that sizes and units are right")
     if repeated := len(objects) - len({(row, item.name, item.box) for row, item in objects}):
         lines.append(f"{source}: {repeated} objects repeat another one of their image - remove them at the source")
+    if turned := sum(record.turns_unseen for record in records):
+        fix = "look at some with their boxes; where they lie elsewhere, remove the rotation from the file"
+        lines.append(f"{source}: {turned} images are turned by EXIF without a change of size - {fix}")
     return lines + [f"{source}: classes: {line}" for line in alike_names(classes)]
 
 
@@ -101,10 +106,10 @@ def parse_labels(file: Path, parse: Callable[[bytes], T], kind: str) -> T:
         raise RecordError(file, line, f"not {kind} ({error}) - export the file again or remove it") from error
 
 
-def size_of(image: Path, labels: Path) -> tuple[int, int]:
-    """(height, width) of an image. Raises RecordError, which names the label file, for one that cannot be read."""
+def header_of(image: Path, labels: Path) -> Header:
+    """Raises RecordError, which names the label file, for an image that cannot be read."""
     try:
-        return image_size(image)
+        return read_header(image)
     except DataError as error:
         raise RecordError(labels, 1, str(error)) from error
 

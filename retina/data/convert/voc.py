@@ -17,12 +17,12 @@ from retina.data.convert.records import (
     Records,
     around,
     divide,
+    header_of,
     make_object,
     parse_labels,
     quoted,
     read_lines,
     read_records,
-    size_of,
     warnings_of,
 )
 from retina.data.images import list_images
@@ -83,17 +83,18 @@ def read_voc(
         xml = xmls[name]
         tree = _read_tree(xml)
         image = images.find(name, tree, xml)
-        size = size_of(image, xml)
-        _check_size(xml, tree, size)
+        header = header_of(image, xml)
+        _check_size(xml, tree, header.size)
         objects = []
         for node in tree.findall("object"):
             try:
-                item = _read_object(xml, node, size, classes, shift=float(one_based))
+                item = _read_object(xml, node, header.size, classes, shift=float(one_based))
                 if not (item.crowd and difficult == "drop"):
                     objects.append(item._replace(crowd=item.crowd and difficult == "crowd"))
             except RecordError as fault:
                 faults.append(fault)
-        return Record(image, PurePosixPath(name).with_name(image.name).as_posix(), size, tuple(objects))
+        place = PurePosixPath(name).with_name(image.name).as_posix()
+        return Record(image, place, header.size, tuple(objects), header.turns_unseen)
 
     splits = _splits(source, xmls, val_fraction, seed)
     train, val, test = (read_records(split, read, faults) for split in splits)

@@ -19,12 +19,12 @@ from retina.data.convert.records import (
     Records,
     check_classes,
     divide,
+    header_of,
     make_object,
     parse_labels,
     quoted,
     read_lines,
     read_records,
-    size_of,
     warnings_of,
 )
 from retina.data.images import list_images
@@ -140,14 +140,14 @@ def parse_line(text: str, size: tuple[int, int], classes: Sequence[str]) -> Obje
 def _read_record(image: Path, file_name: str, classes: Sequence[str], faults: list[RecordError]) -> Record:
     labels = label_path(image)
     text = parse_labels(labels, lambda data: data.decode("utf-8-sig"), "UTF-8 text")
-    size = size_of(image, labels)
+    header = header_of(image, labels)
     objects = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            objects += [parse_line(line, size, classes)] if line.strip() else []
+            objects += [parse_line(line, header.size, classes)] if line.strip() else []
         except ValueError as error:
             faults.append(RecordError(labels, number, str(error)))
-    return Record(image, file_name, size, tuple(objects))
+    return Record(image, file_name, header.size, tuple(objects), header.turns_unseen)
 
 
 class _PlainLoader(yaml.BaseLoader):

@@ -91,6 +91,17 @@ def test_more_is_clipped_and_counted(tmp_path: Path) -> None:
     assert warning.startswith(f"{tmp_path}: 1 box")
 
 
+@pytest.mark.parametrize(("orientation", "size", "count"), [(1, (40, 40), 0), (3, (40, 30), 1), (6, (40, 40), 1)])
+def test_images_turned_without_a_change_of_size_are_counted(
+    tmp_path: Path, orientation: int, size: tuple[int, int], count: int
+) -> None:
+    add(tmp_path, "a", an_object(1, 2, 9, 9), size=size, orientation=orientation)
+    add(tmp_path, "b")
+    reading = read_voc(tmp_path)
+    assert reading.faults == ()
+    assert len([line for line in reading.warnings if "1 images are turned by EXIF" in line]) == count
+
+
 BOX = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
 
 

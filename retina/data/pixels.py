@@ -1,0 +1,89 @@
+"""How the values of image files become the uint8 that a detector sees. Beside the road.
+
+Cameras and microscopes store 10 to 14 bits in files of 16, whose high byte alone would be (nearly) black: the values
+that a data set uses are measured, and stretched over 0..255. Detectors keep the measured range in their header."""
+
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, UInt8, UInt16
+from PIL import Image
+
+from retina.data.image_files import GREY_16, Header, opened
+from retina.errors import DataError
+
+FULL = (0, 65535)
+_MEASURED = 100
+"""Images of a set that are looked at."""
+_OUTLIERS = 1e-4
+"""Share of the values, on each side, that hot and dead pixels may be."""
+
+
+class PixelFormat(NamedTuple):
+    """What the values of image files mean."""
+
+    value_range: tuple[int, int] = FULL
+    """Of images with 16 bits per channel, the values that become 0 and 255."""
+
+
+AS_STORED = PixelFormat()
+
+
+def stretched(path: Path, upright: Image.Image, header: Header, value_range: tuple[int, int]) -> Image.Image:
+    """An image of 16 bits per channel with 8, and its EXIF rotation applied: values of the range over 0..255.
+
+    upright: as Pillow has it, which keeps of 16-bit colours the high bytes alone."""
+    table = _table(*value_range)
+    if upright.mode in GREY_16:
+        return Image.fromarray(table[np.clip(np.asarray(upright), *FULL)])
+    colors = _colors(path)
+    if colors is None:
+        return Image.fromarray(table[np.asarray(upright.convert("RGB")).astype(np.uint16) * 257])
+    image = Image.fromarray(table[colors])
+    return image if header.turn is None else image.transpose(header.turn)
+
+
+def measured_range(paths: Iterable[Path], *, max_pixels: int) -> tuple[int, int]:
+    """The values that 16-bit images use, but for a few outliers; `FULL` if they use half of what 16 bits can hold, or a
+    single one. Files that cannot be read are left out. At most 100, evenly spread, are looked at."""
+    paths = list(paths)
+    counts = np.zeros(FULL[1] + 1, dtype=np.int64)
+    for row in np.unique(np.linspace(0, len(paths) - 1, min(_MEASURED, len(paths))).round().astype(int)).tolist():
+        counts += _histogram(paths[row], max_pixels)
+    below = np.cumsum(counts)
+    outliers = _OUTLIERS * below[-1]
+    low = int(np.searchsorted(below, outliers, "right"))
+    high = int(np.searchsorted(below, below[-1] - outliers))
+    return FULL if not 0 < high - low <= FULL[1] // 2 else (low, high)
+
+
+def _histogram(path: Path, max_pixels: int) -> Int64[np.ndarray, "65536"]:
+    try:
+        with opened(path, max_pixels) as image:
+            image.load()
+            grey = np.clip(np.asarray(image), *FULL) if image.mode in GREY_16 else None
+    except DataError:
+        return np.zeros(FULL[1] + 1, dtype=np.int64)
+    values = _colors(path) if grey is None else grey
+    return np.bincount([] if values is None else values.ravel(), minlength=FULL[1] + 1)
+
+
+def _colors(path: Path) -> UInt16[np.ndarray, "H W 3"] | None:
+    """RGB at 16 bits, which Pillow does not have; it has read the file before, because OpenCV tells of no damage."""
+    import cv2  # takes longer to load than most annotation files to check
+
+    array = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+    if array is None or array.dtype != np.uint16:
+        return None
+    if array.ndim == 2:
+        return np.repeat(array[..., None], 3, axis=2)
+    return np.ascontiguousarray(array[..., 2::-1]) if array.shape[2] in (3, 4) else None
+
+
+@cache
+def _table(low: int, high: int) -> UInt8[np.ndarray, "65536"]:
+    values = (np.arange(FULL[1] + 1, dtype=np.int64) - low) * 255 // (high - low)
+    return np.clip(values, 0, 255).astype(np.uint8)
