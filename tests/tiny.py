@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from retina.data.coco import locate_split, read_coco
+from retina.data.coco import read_coco
+from retina.data.layouts import locate_split
 from retina.data.shapes import write_shapes
 from retina.model.retinanet import retinanet
 from retina.model.weights import DetectorCard, save_detector

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from retina.cli.build import build, call
 from retina.data.checks import DataReport, RecordsError
-from retina.data.coco import Annotations, locate_split, read_coco
+from retina.data.coco import Annotations, read_coco
 from retina.data.health import Files, check_objects, examine
+from retina.data.layouts import locate_split
 from retina.data.pixels import FULL, PixelFormat, measured_range
 from retina.engine.config import COUNT, Ranges, TrainConfig, check_ranges, from_mapping
 from retina.errors import ConfigError, DataError, check, check_choice, under

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retina.data.coco import Annotations, locate_split, read_coco
+from retina.data.coco import Annotations, read_coco
+from retina.data.layouts import locate_split
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "convert.py"
 

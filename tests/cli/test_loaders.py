@@ -9,7 +9,8 @@ from retina.cli.compose import compose
 from retina.cli.data import DataConfig, build_train_loader
 from retina.cli.recipe import make_recipe
 from retina.data.annotations import Annotations
-from retina.data.coco import locate_split, read_coco
+from retina.data.coco import read_coco
+from retina.data.layouts import locate_split
 from retina.data.loader import Canvas
 from retina.data.repeats import Repeats, repeats_of
 from retina.data.shapes import write_shapes

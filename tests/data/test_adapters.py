@@ -10,7 +10,8 @@ from torchvision.transforms import v2
 from faults import refused
 from retina.cli.build import build
 from retina.data.adapters import adapt
-from retina.data.coco import locate_split, read_coco
+from retina.data.coco import read_coco
+from retina.data.layouts import locate_split
 from retina.data.loader import Canvas, LoaderConfig, train_loader
 from retina.data.shapes import write_shapes
 from retina.data.transforms import HorizontalFlip, Pipeline, ResizeShortSide, Sample

@@ -10,7 +10,8 @@ from pycocotools.coco import COCO
 
 from faults import refused
 from retina.data.checks import DataReport
-from retina.data.coco import Annotations, RecordsError, locate_split, read_coco, write_results
+from retina.data.coco import Annotations, RecordsError, read_coco, write_results
+from retina.data.layouts import locate_split
 from retina.errors import DataError
 
 

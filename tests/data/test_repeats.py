@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from faults import refused
-from retina.data.coco import locate_split, read_coco
+from retina.data.coco import read_coco
+from retina.data.layouts import locate_split
 from retina.data.repeats import Repeats, class_balanced, repeat_factors, repeats_of
 from retina.data.shapes import write_shapes
 

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from faults import refused
-from retina.data.coco import Annotations, locate_split, read_coco
+from retina.data.coco import Annotations, read_coco
 from retina.data.images import read_image
+from retina.data.layouts import locate_split
 from retina.data.shapes import _draw_background, _draw_image, write_shapes
 from retina.errors import ConfigError, DataError
 

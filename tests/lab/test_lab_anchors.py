@@ -13,8 +13,9 @@ from torch import Tensor
 from commands import Capture, Tool, digest, one_line
 from retina.cli.compose import compose
 from retina.cli.data import DataConfig
-from retina.data.coco import locate_split, read_coco
+from retina.data.coco import read_coco
 from retina.data.dataset import CocoDetection
+from retina.data.layouts import locate_split
 from retina.data.shapes import write_shapes
 from retina.data.transforms import Pipeline, ResizeShortSide
 from retina.errors import ConfigError
