@@ -21,6 +21,15 @@ def one_line(capsys: Capture) -> str:
     return f"error: {line[begin.end() :]}"
 
 
+def refused_by_tool(capsys: Capture, code: str, *named: object) -> tuple[str, str]:
+    """Stdout and stderr of a tool that ended in one line with that code, naming the key, file or record at fault."""
+    out, err = capsys.readouterr()
+    assert err.startswith(f"error[{code}]: "), err
+    assert err.count("\n") == 1
+    assert [name for name in named if str(name) not in err] == [], err
+    return out, err
+
+
 def digest(root: Path) -> dict[str, str]:
     """Hashes of all files under a folder, by name."""
     files = (file for file in sorted(root.rglob("*")) if file.is_file())

@@ -19,6 +19,7 @@ import torch
 
 import retina.losses.boxes
 import retina.losses.detection
+from commands import one_line, refused_by_tool
 from faults import refused
 from retina.cli.build import build, call
 from retina.cli.compose import CONFIGS, compose, entry
@@ -31,50 +32,44 @@ from retina.errors import ConfigError, DataError
 compose_module = importlib.import_module("retina.cli.compose")
 
 
-def fault_of(function: Callable[..., Any], *arguments: Any, **named: Any) -> str:
-    with pytest.raises(ConfigError) as caught:
-        function(*arguments, **named)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize(
-    ("word", "parts"),
+    ("word", "code", "named"),
     [
-        ("optimiser.lr=0.1", ["optimiser.lr: no such key", "did you mean optimizer.lr?"]),
-        ("train={lenght: 3}", ["train.lenght: no such key", "did you mean train.length?"]),
-        ("train.lenght=3", ["train.lenght: no such key", "did you mean train.length?"]),
-        ("optimizr=adamw", ["optimizr: no such key", "did you mean optimizer?"]),
-        ("modle/backbone=x", ["modle/backbone: no such key"]),
-        ("~augment.flop", ["augment.flop: no such key", "did you mean augment.flip?"]),
-        ("loss.box_loss.beta=1", ["loss.box_loss.beta: no such key", "not listed: +loss.box_loss.beta=..."]),
-        ("zzz=1", ["zzz: no such key", "--cfg job prints the keys"]),
-        ("data=cocoo", ["data=cocoo: no such option", "choose one of coco, shapes"]),
-        ("experiment=nothing", ["experiment=nothing: no such option", "bccd, coco_r101_3x"]),
-        ("+optimizer.lr=1", ["optimizer.lr: exists already"]),
-        ("optimizer.lr=0.1,0.2", ["optimizer.lr=0.1,0.2: several values", "-m"]),
-        ("length", ["length: cannot be understood", "key=value"]),
-        ("train.length=[1", ["train.length=[1: cannot be understood"]),
-        ("name=${nome}", ["name: ", "nome"]),
-        ("experiment=null", ["settings: ", "correct that override"]),
-        ("name=???", ["name: missing"]),
-        ("hydra/launcher=nothing", ["hydra/launcher=nothing: no such option", "basic"]),
+        ("optimiser.lr=0.1", "unknown-key", ["optimiser.lr: ", "optimizer.lr?"]),
+        ("train={lenght: 3}", "unknown-key", ["train.lenght: ", "train.length?"]),
+        ("train.lenght=3", "unknown-key", ["train.lenght: ", "train.length?"]),
+        ("optimizr=adamw", "unknown-key", ["optimizr: ", "optimizer?"]),
+        ("modle/backbone=x", "unknown-key", ["modle/backbone: "]),
+        ("~augment.flop", "unknown-key", ["augment.flop: ", "augment.flip?"]),
+        ("loss.box_loss.beta=1", "unknown-key", ["loss.box_loss.beta: ", "+loss.box_loss.beta=..."]),
+        ("zzz=1", "unknown-key", ["zzz: ", "--cfg job"]),
+        ("data=cocoo", "no-such-option", ["data=cocoo: ", "coco, shapes"]),
+        ("experiment=nothing", "no-such-option", ["experiment=nothing: ", "bccd, coco_r101_3x"]),
+        ("+optimizer.lr=1", "exists", ["optimizer.lr: "]),
+        ("optimizer.lr=0.1,0.2", "several-values", ["optimizer.lr=0.1,0.2: ", "-m"]),
+        ("length", "unreadable-override", ["length: ", "key=value"]),
+        ("train.length=[1", "unreadable-override", ["train.length=[1: "]),
+        ("name=${nome}", "wrong-value", ["name: ", "nome"]),
+        ("experiment=null", "wrong-value", ["settings: "]),
+        ("name=???", "missing-setting", ["name: "]),
+        ("hydra/launcher=nothing", "no-such-option", ["hydra/launcher=nothing: ", "basic"]),
     ],
 )
-def test_a_wrong_override_is_one_line(word: str, parts: list[str]) -> None:
-    fault = fault_of(compose, "train", [word])
-    assert all(part in fault for part in parts), fault
+def test_a_wrong_override_is_one_line(word: str, code: str, named: list[str]) -> None:
+    with refused(code, *named, kind=ConfigError):
+        compose("train", [word])
 
 
 def test_the_nearest_key_is_looked_for_under_the_groups_chosen() -> None:
-    assert "optimizer.betas?" in fault_of(compose, "train", ["optimizer=adamw", "optimizer.beta=1"])
-    assert "--cfg job prints the keys" in fault_of(compose, "eval", ["zzz=1"])
+    with refused("unknown-key", "optimizer.betas?"):
+        compose("train", ["optimizer=adamw", "optimizer.beta=1"])
+    with refused("unknown-key", "zzz: ", "--cfg job"):
+        compose("eval", ["zzz=1"])
 
 
 def test_all_missing_settings_at_once() -> None:
-    fault = fault_of(compose, "infer", [])
-    assert "checkpoint: missing" in fault
-    assert "source: missing" in fault
+    with refused("missing-setting", "checkpoint: ", "source: "):
+        compose("infer", [])
 
 
 def test_values_arrive_as_typed() -> None:
@@ -87,23 +82,25 @@ def test_values_arrive_as_typed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cls", "section", "word", "fault"),
+    ("cls", "word", "code", "named"),
     [
-        (TrainConfig, "train", "train.batch_size=many", "train.batch_size: 'many' is of the wrong type - give int"),
-        (TrainConfig, "train", "train.ema=true", "train.ema: True is of the wrong type - give float or null"),
-        (TrainConfig, "train", "train.length=abc", "train.length: 'abc' is not allowed"),
-        (TrainConfig, "train", "+train.lengt=1", "train.lengt: no such key - did you mean train.length?"),
-        (DataConfig, "data", "data.short_side=wide", "data.short_side: 'wide' is of the wrong type - give int"),
-        (DataConfig, "data", "data.train=x.json", "data.train: 'x.json' is of the wrong type"),
+        (TrainConfig, "train.batch_size=many", "wrong-type", ["train.batch_size: 'many'", "int"]),
+        (TrainConfig, "train.ema=true", "wrong-type", ["train.ema: True", "float or null"]),
+        (TrainConfig, "train.length=abc", "out-of-range", ["train.length: 'abc'"]),
+        (TrainConfig, "+train.lengt=1", "unknown-key", ["train.lengt: ", "train.length?"]),
+        (DataConfig, "data.short_side=wide", "wrong-type", ["data.short_side: 'wide'", "int"]),
+        (DataConfig, "data.train=x.json", "wrong-type", ["data.train: 'x.json'"]),
     ],
 )
-def test_wrong_types_in_sections(cls: type, section: str, word: str, fault: str) -> None:
-    assert fault in fault_of(from_mapping, cls, compose("train", [word])[section], section)
+def test_wrong_types_in_sections(cls: type, word: str, code: str, named: list[str]) -> None:
+    section = "train" if cls is TrainConfig else "data"
+    with refused(code, *named, kind=ConfigError):
+        from_mapping(cls, compose("train", [word])[section], section)
 
 
 def test_typed_names_the_key_of_a_whole_command() -> None:
-    fault = fault_of(from_mapping, TrainConfig, {"batch_size": "x"})
-    assert fault == "batch_size: 'x' is of the wrong type - give int"
+    with refused("wrong-type", "batch_size: 'x'", "int"):
+        from_mapping(TrainConfig, {"batch_size": "x"})
 
 
 def test_classes_are_remapped_as_the_documents_write_it() -> None:
@@ -185,14 +182,17 @@ def test_partial_and_extra_arguments() -> None:
     ],
 )
 def test_targets_outside_the_allowed_are_refused(section: str, target: str) -> None:
-    fault = fault_of(build, {"_target_": target, "command": "true"}, f"{section}.x" if "." not in section else section)
-    assert "._target_: " in fault
-    assert f"{target} is not allowed" in fault or f"{target} does not exist" in fault
+    with pytest.raises(ConfigError) as caught:
+        build({"_target_": target, "command": "true"}, f"{section}.x" if "." not in section else section)
+    assert caught.value.code in ("not-allowed", "unknown-target")
+    assert caught.value.key.endswith("._target_")
+    assert f": {target} " in str(caught.value)
 
 
 def test_nothing_is_imported_to_find_out_that_it_is_not_allowed() -> None:
     for target in ("antigravity.x", "retina.data.transforms..antigravity.x", "albumentations/../antigravity.x"):
-        assert "is not allowed" in fault_of(build, {"_target_": target}, "augment.x")
+        with refused("not-allowed", target):
+            build({"_target_": target}, "augment.x")
     assert "antigravity" not in sys.modules
 
 
@@ -207,17 +207,20 @@ def test_what_only_pretends_to_be_at_home_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(retina.losses.boxes, "short", functools.partial(print), raising=False)
     monkeypatch.setattr(retina.losses.boxes, "nameless", lambda: None, raising=False)
     for name in ("pretender", "short", "nameless"):
-        assert "is not allowed" in fault_of(build, {"_target_": f"retina.losses.boxes.{name}"}, "loss")
+        with refused("not-allowed", name):
+            build({"_target_": f"retina.losses.boxes.{name}"}, "loss")
 
 
 def test_a_module_of_ones_own_can_be_allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "ones_own_losses.py").write_text("def squared(scale):\n    return scale\n")
     monkeypatch.syspath_prepend(tmp_path)
     section = {"_target_": "ones_own_losses.squared", "scale": 3}
-    assert "is not allowed" in fault_of(build, section, "loss")
+    with refused("not-allowed", "loss._target_: ones_own_losses.squared"):
+        build(section, "loss")
     assert build(section, "loss", plugins=["ones_own_losses"]) == 3
     nested = {"_target_": "retina.losses.detection.DetectionLoss", "assigner": section}
-    assert "loss.assigner._target_: ones_own_losses.squared is not allowed" in fault_of(build, nested, "loss")
+    with refused("not-allowed", "loss.assigner._target_: ones_own_losses.squared"):
+        build(nested, "loss")
 
 
 @pytest.mark.parametrize(
@@ -225,29 +228,23 @@ def test_a_module_of_ones_own_can_be_allowed(monkeypatch: pytest.MonkeyPatch, tm
     [
         ('name: !!python/object/apply:os.system ["touch canary"]', "python/object/apply:os.system"),
         ("name: !!python/name:os.system", "python/name:os.system"),
-        ("name: [", "expected the node content"),
-        ("name: a\nname: b", "duplicate key"),
-        (f"name: {'[' * 3000}", "recursion"),
+        ("name: [", ""),
+        ("name: a\nname: b", "name"),
+        (f"name: {'[' * 3000}", ""),
         ("name: ${nowhere:1}", "nowhere"),
     ],
 )
 def test_a_config_file_that_is_no_plain_yaml(text: str, part: str, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "theirs.yaml").write_text(f"# @package _global_\n{text}\n")
-    fault = fault_of(compose, "train", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=theirs"])
-    assert part in fault
-    assert " - correct this setting" in fault or " - correct that override or YAML file" in fault
-
-
-def test_a_misspelt_target_names_the_nearest() -> None:
-    fault = fault_of(build, {"_target_": "albumentations.Blurr"}, "augment.blur")
-    assert fault == ("augment.blur._target_: albumentations.Blurr does not exist - did you mean albumentations.Blur?")
-    assert "check its spelling" in fault_of(build, {"_target_": "retina.data.transforms.nowhere.Blur"}, "augment.blur")
+    with refused("wrong-value", part, kind=ConfigError):
+        compose("train", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=theirs"])
 
 
 @pytest.mark.parametrize(
     ("key", "misspelt", "name"),
     [
+        ("augment.blur", "albumentations.Blurr", "Blur"),
         ("loss.assigner", "retina.ops.assigners.ATTS", "ATSS"),
         ("loss.assigner", "retina.ops.assigners.TaskAlined", "TaskAligned"),
         ("loss.assigner", "retina.ops.assigners.MaxIou", "MaxIoU"),
@@ -257,37 +254,38 @@ def test_a_misspelt_target_names_the_nearest() -> None:
         ("loss", "retina.losses.VarifocalLos", "VarifocalLoss"),
     ],
 )
-def test_a_misspelt_name_of_ours_finds_the_nearest_wherever_its_class_is_defined(
-    key: str, misspelt: str, name: str
-) -> None:
-    with refused("unknown-target", f"{key}._target_", misspelt, f"{misspelt.rpartition('.')[0]}.{name}"):
+def test_a_misspelt_target_finds_the_nearest_wherever_its_class_is_defined(key: str, misspelt: str, name: str) -> None:
+    with refused("unknown-target", f"{key}._target_", misspelt, f"{misspelt.rpartition('.')[0]}.{name}?"):
         build({"_target_": misspelt}, key)
+
+
+def test_a_target_in_no_module_names_none() -> None:
+    with refused("unknown-target", "augment.blur._target_", "retina.data.transforms.nowhere.Blur"):
+        build({"_target_": "retina.data.transforms.nowhere.Blur"}, "augment.blur")
 
 
 @pytest.mark.parametrize("section", [None, 3, {}, {"p": 1}, {"_target_": 3}])
 def test_a_section_that_makes_nothing(section: Any) -> None:
-    assert "augment.flip: " in fault_of(build, section, "augment.flip")
+    with refused("no-target", "augment.flip: "):
+        build(section, "augment.flip")
 
 
 def test_all_bad_arguments_at_once() -> None:
-    fault = fault_of(build, {"_target_": "albumentations.Blur", "blur_limt": 3, "q": 1}, "augment.blur")
-    assert "augment.blur.blur_limt: no such key - did you mean augment.blur.blur_limit?" in fault
-    assert "augment.blur.q: no such key" in fault
-    section = {"_target_": "retina.data.transforms.ResizeShortSide", "long": 3}
-    fault = fault_of(build, section, "augment.resize")
-    assert "augment.resize.long: no such key - did you mean augment.resize.long_side?" in fault
-    assert "augment.resize.short_side: missing" in fault
-    assert "lrr: no such key" in fault_of(
-        build, {"_target_": "torch.optim.SGD", "_partial_": True, "lrr": 1}, "optimizer"
-    )
+    blur = {"_target_": "albumentations.Blur", "blur_limt": 3, "q": 1}
+    with refused("unknown-key", "augment.blur.blur_limt: ", "augment.blur.blur_limit?", "augment.blur.q: "):
+        build(blur, "augment.blur")
+    resize = {"_target_": "retina.data.transforms.ResizeShortSide", "long": 3}
+    with refused("unknown-key", "augment.resize.long: ", "resize.long_side?", "augment.resize.short_side: missing"):
+        build(resize, "augment.resize")
+    with refused("unknown-key", "optimizer.lrr: "):
+        build({"_target_": "torch.optim.SGD", "_partial_": True, "lrr": 1}, "optimizer")
 
 
 def test_a_refused_value_is_one_line() -> None:
-    fault = fault_of(build, {"_target_": "albumentations.Blur", "blur_limit": "wide"}, "augment.blur")
-    assert fault.startswith("augment.blur: ")
-    assert "blur_limit" in fault
-    fault = fault_of(call, choose_device, "train.device", name="seven")
-    assert fault.startswith("train.device: device 'seven' does not exist")
+    with refused("wrong-value", "augment.blur: ", "blur_limit"):
+        build({"_target_": "albumentations.Blur", "blur_limit": "wide"}, "augment.blur")
+    with refused("wrong-value", "train.device: ", "seven"):
+        call(choose_device, "train.device", name="seven")
 
 
 def ending(task: Callable[[dict[str, Any]], int | None], *words: str) -> Any:
@@ -316,7 +314,7 @@ def test_a_fault_is_one_harmless_line(capsys: pytest.CaptureFixture[str]) -> Non
     assert ending(faulty) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("error: a\\nb\\x1b]0;title\\x07.txt: broken\\x1b[31m - the disk fails: ")
+    assert err.startswith("error: a\\nb\\x1b]0;title\\x07.txt: broken\\x1b[31m - ")
     assert err.count("\n") == 1
 
 
@@ -384,7 +382,7 @@ def test_cfg_job_prints_and_does_nothing(tool: Callable[..., int], capsys: pytes
     assert tool("train", "--help") == 0
     assert "torchrun" in capsys.readouterr().out
     assert tool("train", "--multi") == 2
-    assert capsys.readouterr().err == "error: unrecognized arguments: --multi - see --help\n"
+    assert "--multi" in one_line(capsys)
 
 
 def test_mistakes_are_told_before_torch_is_loaded(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
@@ -437,9 +435,8 @@ def test_a_data_set_of_another_layout_is_answered_with_the_converter(
         (tmp_path / "mine" / folder).mkdir(parents=True)
     root = tmp_path / "mine"
     assert tool("train", "data=coco", f"data.root={root}", f"runs={tmp_path}", "train.device=cpu") == 2
-    line = capsys.readouterr().err
-    assert line.startswith("error[not-coco]: ")
-    assert f"tools/convert.py format={words} source={root} output=data/mine" in line
+    command = f"tools/convert.py format={words} source={root} output=data/mine"
+    refused_by_tool(capsys, "not-coco", command)
 
 
 def test_configs_of_ones_own(tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -455,8 +452,9 @@ def test_configs_of_ones_own(tool: Callable[..., int], tmp_path: Path, capsys: p
     assert "name: mine\n" in out
     assert "length: 3ep\n" in out
     assert tool("train", "-cn", "nowhere") == 2
-    assert "error[no-such-option]: --config-name=nowhere" in capsys.readouterr().err
+    refused_by_tool(capsys, "no-such-option", "--config-name=nowhere: ")
     assert tool("train", "--config-dir", tmp_path / "nowhere") == 2
+    refused_by_tool(capsys, "no-config-dir", tmp_path / "nowhere")
     handlers, level = list(logging.getLogger().handlers), logging.getLogger().level
     assert tool("train", "--info", "searchpath") == 0
     assert "configs" in capsys.readouterr().out

@@ -88,8 +88,9 @@ def test_faulty_records_stop_or_are_left_out(root: Path) -> None:
 def test_structural_faults_stop_all_the_same(root: Path) -> None:
     (root / "annotations" / "instances_train.json").write_text("[]")
     report = DataReport()
-    with pytest.raises(DataError, match="is a list") as caught:
+    with pytest.raises(DataError) as caught:
         load_split(config_of(root, on_error="skip"), "train", report=report)
+    assert caught.value.code == "not-coco"
     assert report.faults == [str(caught.value)]
 
 
@@ -101,7 +102,7 @@ def test_unusable_images_are_tolerated_up_to_a_share(root: Path) -> None:
         report = DataReport()
         config = config_of(root, max_bad_fraction=share)
         if stops:
-            with pytest.raises(RecordsError, match=r"images: 2 of 10 cannot be used, [01] may be - .*max_bad_fraction"):
+            with refused("records", "2 of 10", "max_bad_fraction"):
                 check_data(config, {"train": annotations}, report)
         else:
             check_data(config, {"train": annotations}, report)
@@ -111,15 +112,14 @@ def test_unusable_images_are_tolerated_up_to_a_share(root: Path) -> None:
 def test_one_unusable_image_speaks_for_itself(root: Path) -> None:
     (root / "train" / "2.png").write_bytes(b"")
     annotations = load_split(config_of(root), "train")
-    with pytest.raises(RecordsError) as caught:
+    with refused("records", f"{root}/train/2.png: ", kind=RecordsError):
         check_data(config_of(root), {"train": annotations}, DataReport())
-    assert str(caught.value).startswith(f"{root}/train/2.png: is empty")
 
 
 def test_an_image_above_the_limit_is_unusable(root: Path) -> None:
     annotations = load_split(config_of(root), "val")
     report = DataReport()
-    with pytest.raises(RecordsError, match="images: 2 of 2 cannot be used"):
+    with refused("records", "2 of 2"):
         check_data(config_of(root, max_pixels=1199), {"val": annotations}, report)
     assert all("max_pixels=1199" in line for line in report.faults)
     check_data(config_of(root, max_pixels=1200), {"val": annotations}, DataReport())
@@ -148,17 +148,15 @@ def test_nothing_annotated_stops_or_is_told(root: Path) -> None:
     file = root / "annotations" / "instances_train.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))
     annotations = load_split(config_of(root), "train")
-    report = DataReport()
-    with pytest.raises(RecordsError, match="are empty: nothing to learn"):
-        check_data(config_of(root), {"train": annotations}, report)
-    with pytest.raises(RecordsError, match="are empty: nothing to learn"):
-        check_data(config_of(root, on_error="skip"), {"train": annotations}, DataReport())
+    for on_error in ("stop", "skip"):
+        with refused("records", file, kind=RecordsError):
+            check_data(config_of(root, on_error=on_error), {"train": annotations}, DataReport())
     check_data(config_of(root, on_error="skip"), {"val": annotations}, DataReport())
 
 
 def test_images_outside_need_leave(root: Path) -> None:
     edit(root, images__0={"file_name": "../val/21.png"})
-    with pytest.raises(RecordsError, match=r"image 1 \(\.\./val/21\.png\): .*allow_outside=true"):
+    with refused("records", "image 1 (../val/21.png): ", "allow_outside=true"):
         load_split(config_of(root), "train")
     skipped = load_split(config_of(root, on_error="skip"), "train")
     assert 1 not in skipped.image_ids

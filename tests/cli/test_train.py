@@ -6,20 +6,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from commands import Capture, Tool, refused_by_tool
 from programs import Program
 from retina.data.shapes import write_shapes
 from retina.model.weights import read_card, save_detector
 
 ROOT = Path(__file__).parents[2]
-Capture = pytest.CaptureFixture[str]
-Tool = Callable[..., int]
 WALL_CLOCK = {"images_per_second", "data_wait", "seconds"}
 
 
@@ -96,18 +94,18 @@ def test_first_lines_say_what_will_happen(finished: subprocess.CompletedProcess[
     assert lines[4].endswith("M trained")
     assert lines[5] == "batch    4 images (1 process x 1 x 4), 3 steps per epoch, 6 in all"
     assert lines[6] == "lr       0.001 (0.002 for 8 images x 0.5)"
-    assert "warning: the learning rate" not in finished.stdout
+    assert "schedule.warmup" not in finished.stdout
 
 
 def test_a_warm_up_longer_than_the_run_is_told(train: Tool, capsys: Capture) -> None:
     assert train(*tiny("cold", **{"schedule.warmup": 500, "train.length": 1, "train.eval_every": "null"})) == 0
-    told = "warning: the learning rate never gets beyond 0% of that - give a schedule.warmup (or milestones) that fit 1"
-    assert capsys.readouterr().out.splitlines()[7].startswith(told)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert "schedule.warmup" in line
 
 
 def test_a_deterministic_run_leaves_the_next_of_its_process_alone(train: Tool, capsys: Capture) -> None:
     assert train(*tiny("nowhere", **{"train.deterministic": "true", "data.root": "nowhere"})) == 2
-    assert "nowhere" in capsys.readouterr().err
+    refused_by_tool(capsys, "no-such-split", "nowhere")
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -115,16 +113,15 @@ def test_a_head_without_its_prior_is_told(
     place: Path, finished: subprocess.CompletedProcess[str], train: Tool, capsys: Capture
 ) -> None:
     """At the first update, and only there; a head that has it is not talked about."""
-    assert "prior-probability" not in finished.stdout
+    assert "prior" not in finished.stdout
     file = place / "runs/whole/best.safetensors"
     state, card = load_file(file), read_card(file)
     state["head.classification.predict.bias"].zero_()
     save_detector(place / "lost.safetensors", state, card)
     length = {"train.length": 2, "train.eval_every": "null", "train.log_every": 1}
     assert train(*tiny("lost", **{"init_from": "lost.safetensors", **length})) == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if "prior-probability initialisation is lost" in line]
-    assert len(told) == 1
-    assert told[0].startswith("warning: ")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "prior" in line]
+    assert line.startswith("warning: ")
 
 
 def test_run_folder_holds_what_the_plan_says(place: Path, finished: subprocess.CompletedProcess[str]) -> None:
@@ -202,14 +199,11 @@ def test_two_processes_train_the_same_run(place: Path, train: Tool) -> None:
 def test_numbers_that_are_not_finite_are_named_and_end_the_run(place: Path, train: Tool, capsys: Capture) -> None:
     changes = {"optimizer": "sgd", "optimizer.lr": 1e30, "train.ema": "null", "train.eval_every": "null"}
     assert train(*tiny("wild", **changes)) == 2
-    out, line = capsys.readouterr()
-    warnings = [one for one in out.splitlines() if one.startswith("warning: step")]
+    out, _ = refused_by_tool(capsys, "diverged")
+    warnings = [line for line in out.splitlines() if line.startswith("warning: step")]
     assert len(warnings) == 2
-    assert line.count("\n") == 1
     assert not (place / "runs" / "wild" / "best.safetensors").exists()
     assert not list((place / "runs" / "wild").glob("checkpoints/step_*"))
-    for text in (*warnings, line):
-        assert "update skipped" in text or "is not finite" in text
     for part in ("loss class", "gradient norm", "lr 3.335e+29", "rank 0", ".jpg)"):
         assert part in warnings[0], part
 
@@ -224,18 +218,16 @@ def test_changed_annotations_are_refused_unless_allowed(
     (tmp_path / "train.json").write_text(json.dumps(source))
     words = tiny("whole", runs="elsewhere", **changed)
     assert train(*words) == 2
-    out, err = capsys.readouterr()
-    assert "going on with another setting: data.train.annotations: None there" in out
-    assert "was trained on other annotations" in err
-    assert err.count("\n") == 1
+    out, _ = refused_by_tool(capsys, "data-change", "allow_data_change=true")
+    assert "data.train.annotations: None there" in out
     assert train(*words, "allow_data_change=true") == 0
     out = capsys.readouterr().out
-    assert "warning: the annotations are not those the run began with" in out
+    assert [line for line in out.splitlines() if line.startswith("warning: ") and "annotations" in line]
     assert "finished at step 6" in out
 
 
 def test_five_bad_images_of_fifty_are_listed_by_every_tool(
-    tmp_path: Path, tool: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    tmp_path: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """Two are no images, three are cut off behind a sound header, which only decoding them shows."""
     monkeypatch.chdir(tmp_path)
@@ -284,7 +276,7 @@ def test_a_run_can_start_from_the_weights_of_another(
     assert train(*tiny("swapped", **changes), "remap={ring: star, star: ring}") == 0
     assert "star (ring there)" in capsys.readouterr().out
     assert train(*tiny("third", **changes | {"init_from": "runs/nowhere"})) == 2
-    assert "runs/nowhere" in capsys.readouterr().err
+    refused_by_tool(capsys, "no-file", "runs/nowhere")
 
 
 def test_a_run_may_be_overwritten_by_one_that_starts_from_its_weights(
@@ -317,37 +309,38 @@ def test_a_setting_that_an_earlier_version_did_not_know_has_its_default(
     assert "finished at step 6" in capsys.readouterr().out
     file.write_text("".join(lines))
     assert train(*tiny("renamed", runs="early", **{"train.clip_norm": 3.0})) == 2
-    assert "train.clip_norm: 10.0 there, 3.0 now" in capsys.readouterr().err
+    refused_by_tool(capsys, "another-run", "train.clip_norm: 10.0 there, 3.0 now")
 
 
 @pytest.mark.parametrize(
-    ("changes", "line"),
+    ("changes", "code", "named"),
     [
-        ({"train.lenght": 3}, "train.lenght: no such key - did you mean train.length?"),
-        ({"train.batch_size": "many"}, "train.batch_size: 'many' is of the wrong type - give int"),
-        ({"data.root": "nowhere"}, "nowhere"),
-        ({"name": "../bad"}, "name: '../bad' is no name of a folder in runs"),
-        ({"name": "whole", "train.batch_size": 2}, "runs/whole: holds another run: train.batch_size: 4 there, 2 now"),
-        ({"model.frozen_stages": 2}, "model.frozen_stages: 2 without model.weights freezes random layers"),
-        ({"model.weights": "none.pth"}, "none.pth: no such file"),
-        ({"model.weights": "IMAGENET22K"}, "model.weights: 'IMAGENET22K' is not known"),
-        ({"optimizer.lr": -1}, "optimizer: Invalid learning rate"),
-        ({"+optimizer.speed": 1, "+optimizer.momentun": 1}, "optimizer.speed: no such key"),
-        ({"train.batch_size": 3, "train.accumulate": 2}, "train.batch_size: a total batch of 3 images cannot be cut"),
-        ({"+augment.flip.side": 1}, "augment.flip.side: no such key"),
-        ({"model.head_quality": "true"}, "loss: the head has a quality branch, which nothing trains"),
-        ({"model.box_bins": 17}, "(0.25 in Generalized Focal Loss), or take another head (model=retinanet)"),
-        ({"loss": "gfl", "model.head_quality": "false"}, "but the head predicts no distributions (model.box_bins=17)"),
+        ({"train.lenght": 3}, "unknown-key", ["train.lenght: ", "train.length?"]),
+        ({"train.batch_size": "many"}, "wrong-type", ["train.batch_size: 'many'", "int"]),
+        ({"data.root": "nowhere"}, "no-such-split", ["nowhere"]),
+        ({"name": "../bad"}, "bad-name", ["name: '../bad'"]),
+        ({"name": "whole", "train.batch_size": 2}, "another-run", ["runs/whole: ", "train.batch_size: 4 there, 2 now"]),
+        ({"model.frozen_stages": 2}, "contradiction", ["model.frozen_stages: 2", "model.weights"]),
+        ({"model.weights": "none.pth"}, "no-file", ["none.pth: "]),
+        ({"model.weights": "IMAGENET22K"}, "unknown-value", ["model.weights: 'IMAGENET22K'"]),
+        ({"optimizer.lr": -1}, "wrong-value", ["optimizer: "]),
+        (
+            {"+optimizer.speed": 1, "+optimizer.momentun": 1},
+            "unknown-key",
+            ["optimizer.speed: ", "optimizer.momentun: "],
+        ),
+        ({"train.batch_size": 3, "train.accumulate": 2}, "batch-size", ["train.batch_size: ", "3"]),
+        ({"+augment.flip.side": 1}, "unknown-key", ["augment.flip.side: "]),
+        ({"model.head_quality": "true"}, "wrong-value", ["loss: ", "quality"]),
+        ({"model.box_bins": 17}, "wrong-value", ["loss: ", "distribution_weight", "model=retinanet"]),
+        ({"loss": "gfl", "model.head_quality": "false"}, "wrong-value", ["loss: ", "model.box_bins=17"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    finished: object, train: Tool, capsys: Capture, changes: dict[str, object], line: str
+    finished: object, train: Tool, capsys: Capture, changes: dict[str, object], code: str, named: list[str]
 ) -> None:
     assert train(*tiny("bad", **changes)) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error")
-    assert line in said
-    assert said.count("\n") == 1
+    refused_by_tool(capsys, code, *named)
 
 
 def test_what_makes_it_another_run_is_a_table(place: Path, finished: object, train: Tool, capsys: Capture) -> None:

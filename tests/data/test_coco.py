@@ -107,12 +107,10 @@ def test_unused_category_outside_the_given_classes_is_left_out(tmp_path):
 def test_used_category_outside_the_given_classes_is_named_once(tmp_path):
     document = a_document()
     document["annotations"] *= 2
-    assert faults_of(tmp_path, document, classes=["dog", "cats"]) == [
-        "category 4 (cat): used by 4 annotations but not among the classes dog, cats - "
-        "rename it to 'cats' if that is meant, or remove its annotations",
-        "category 17 (owl): used by 2 annotations but not among the classes dog, cats - "
-        "remove its annotations, or train with this class",
-    ]
+    cat, owl = faults_of(tmp_path, document, classes=["dog", "cats"])
+    assert cat.startswith("category 4 (cat): used by 4 ")
+    assert "'cats'" in cat
+    assert owl.startswith("category 17 (owl): used by 2 ")
 
 
 def test_fingerprint_changes_with_the_data_and_not_with_the_place(file, tmp_path):
@@ -139,61 +137,55 @@ def test_fingerprint_changes_with_the_data_and_not_with_the_place(file, tmp_path
     assert len(seen) == 9
 
 
+OF_7, OF_50 = "annotations[0] of image 7 (a é.jpg)", "annotation 0 of image 50 (sub/b.jpg)"
+
+
 @pytest.mark.parametrize(
-    ("section", "row", "change", "expected"),
+    ("section", "row", "change", "record", "named"),
     [
-        ("images", 0, {"id": 7}, "image 7 (a é.jpg): id is already that of sub/b.jpg"),
-        ("images", 0, {"id": 5.5}, "images[0]: id 5.5 is not a whole number"),
-        ("images", 0, {"id": "5" * 1000}, "images[0]: id '555"),
-        ("categories", 1, {"id": "four"}, "categories[1]: id 'four' is not a whole number"),
-        ("images", 1, {"width": 0}, "image 7 (a é.jpg): width 0 and height 200 are not whole numbers above 0"),
-        ("images", 1, {"height": 1e300}, "image 7 (a é.jpg): width 100 and height 1e+300 are not whole numbers"),
-        ("images", 1, {"file_name": None}, "image 7 (None): file_name None is no text"),
-        ("images", 2, {"height": ...}, "images[2]: has no `height` - add it"),
-        ("categories", 1, {"id": 90}, "category 90: id is already that of 'dog'"),
-        ("categories", 1, {"name": "owl"}, "category 17: name 'owl' is already that of category 4"),
-        ("categories", 1, {"name": ...}, "categories[1]: has no `name` - add it"),
-        ("annotations", 0, {"bbox": ...}, "annotations[0] of image 7 (a é.jpg): has no `bbox` - add it"),
-        ("annotations", 0, {"category_id": ...}, "annotations[0] of image 7 (a é.jpg): has no `category_id`"),
-        ("annotations", 0, {"image_id": ..., "id": 9}, "annotation 9: has no `image_id` - add it"),
-        ("annotations", 0, {"image_id": 8, "id": 9}, "annotation 9: image_id 8 is not in `images`"),
-        ("annotations", 0, {"image_id": [7]}, "annotations[0]: image_id [7] is not in `images`"),
-        ("annotations", 0, {"category_id": 5}, "annotations[0] of image 7 (a é.jpg): category_id 5 is not in `categ"),
-        ("annotations", 1, {"bbox": [1, 2, 3]}, "annotation 0 of image 50 (sub/b.jpg): bbox [1, 2, 3] is not four"),
-        ("annotations", 1, {"bbox": [1, 2, 3, "4"]}, "annotation 0 of image 50 (sub/b.jpg): bbox [1, 2, 3, '4'] is"),
-        (
-            "annotations",
-            1,
-            {"bbox": [1, 2, 3, float("nan")]},
-            "annotation 0 of image 50 (sub/b.jpg): bbox [1, 2, 3, na",
-        ),
-        ("annotations", 1, {"bbox": [1, 2, 3, 10**400]}, "annotation 0 of image 50 (sub/b.jpg): bbox [1, 2, 3, 1000"),
-        (
-            "annotations",
-            1,
-            {"bbox": [1, 2, 3, -4]},
-            "annotation 0 of image 50 (sub/b.jpg): bbox [1, 2, 3, -4] has a neg",
-        ),
-        ("annotations", 1, {"area": "9"}, "annotation 0 of image 50 (sub/b.jpg): area '9' is not a number"),
-        ("annotations", 1, {"iscrowd": "0"}, "annotation 0 of image 50 (sub/b.jpg): iscrowd '0' is neither 0 nor 1"),
+        ("images", 0, {"id": 7}, "image 7 (a é.jpg)", "sub/b.jpg"),
+        ("images", 0, {"id": 5.5}, "images[0]", "id 5.5"),
+        ("images", 0, {"id": "5" * 1000}, "images[0]", "id '555"),
+        ("categories", 1, {"id": "four"}, "categories[1]", "id 'four'"),
+        ("images", 1, {"width": 0}, "image 7 (a é.jpg)", "width 0"),
+        ("images", 1, {"height": 1e300}, "image 7 (a é.jpg)", "height 1e+300"),
+        ("images", 1, {"file_name": None}, "image 7 (None)", "file_name None"),
+        ("images", 2, {"height": ...}, "images[2]", "`height`"),
+        ("categories", 1, {"id": 90}, "category 90", "'dog'"),
+        ("categories", 1, {"name": "owl"}, "category 17", "category 4"),
+        ("categories", 1, {"name": ...}, "categories[1]", "`name`"),
+        ("annotations", 0, {"bbox": ...}, OF_7, "`bbox`"),
+        ("annotations", 0, {"category_id": ...}, OF_7, "`category_id`"),
+        ("annotations", 0, {"image_id": ..., "id": 9}, "annotation 9", "`image_id`"),
+        ("annotations", 0, {"image_id": 8, "id": 9}, "annotation 9", "image_id 8"),
+        ("annotations", 0, {"image_id": [7]}, "annotations[0]", "image_id [7]"),
+        ("annotations", 0, {"category_id": 5}, OF_7, "category_id 5"),
+        ("annotations", 1, {"bbox": [1, 2, 3]}, OF_50, "bbox [1, 2, 3]"),
+        ("annotations", 1, {"bbox": [1, 2, 3, "4"]}, OF_50, "bbox [1, 2, 3, '4']"),
+        ("annotations", 1, {"bbox": [1, 2, 3, float("nan")]}, OF_50, "bbox [1, 2, 3, na"),
+        ("annotations", 1, {"bbox": [1, 2, 3, 10**400]}, OF_50, "bbox [1, 2, 3, 1000"),
+        ("annotations", 1, {"bbox": [1, 2, 3, -4]}, OF_50, "bbox [1, 2, 3, -4]"),
+        ("annotations", 1, {"area": "9"}, OF_50, "area '9'"),
+        ("annotations", 1, {"iscrowd": "0"}, OF_50, "iscrowd '0'"),
     ],
 )
-def test_faults_of_single_records_name_the_record(tmp_path, section, row, change, expected):
+def test_faults_of_single_records_name_the_record(tmp_path, section, row, change, record, named):
     document = a_document()
-    record = document[section][row]
+    content = document[section][row]
     for key, value in change.items():
-        record[key] = value
+        content[key] = value
         if value is ...:
-            del record[key]
-    faults = faults_of(tmp_path, document)
-    assert faults[0].startswith(expected)
+            del content[key]
+    fault = faults_of(tmp_path, document)[0]
+    assert fault.startswith(f"{record}: ")
+    assert named in fault
 
 
 def test_record_that_is_no_object(tmp_path):
     document = a_document()
     document["annotations"][2] = [1, 2, 3, 4]
-    expected = "annotations[2]: is [1, 2, 3, 4], not an object - write an object with image_id, category_id, bbox"
-    assert faults_of(tmp_path, document) == [expected]
+    (fault,) = faults_of(tmp_path, document)
+    assert fault.startswith("annotations[2]: is [1, 2, 3, 4]")
 
 
 def test_boxes_without_area_are_read_as_coco_itself_has_them(tmp_path):
@@ -258,7 +250,7 @@ def test_ids_of_one_kind_and_references_of_another(tmp_path, file, write):
     report = DataReport()
     other = read(save(tmp_path / "other.json", document), report=report)
     assert other.fingerprint() == read(file).fingerprint()
-    assert len([line for line in report.warnings if "ids are not written as the others" in line]) == 2
+    assert len([line for line in report.warnings if " ids are " in line]) == 2
 
 
 def test_ids_of_text(tmp_path, file):
@@ -295,34 +287,36 @@ def test_all_faults_are_listed_and_the_line_counts_them(tmp_path):
 def test_a_faulty_image_does_not_make_its_annotations_faulty(tmp_path):
     document = a_document()
     del document["images"][1]["width"]
-    assert faults_of(tmp_path, document) == ["images[1]: has no `width` - add it"]
+    (fault,) = faults_of(tmp_path, document)
+    assert fault.startswith("images[1]: ")
+    assert "`width`" in fault
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "named"),
     [
-        ("", "is empty (0 bytes)"),
-        (" \n", "is empty (2 bytes)"),
-        ('{"images": [', "is cut off after 12 bytes: the JSON does not end"),
-        ('{"images": [{"id": 1, "file_name": "a.j', "is cut off after 39 bytes"),
-        ('{"images": [{"id": 1}', "is cut off after 21 bytes"),
-        ("images = 3", "is not JSON (Expecting value: line 1 column 1 (char 0))"),
-        ('{"images": [1,, 2]}', "is not JSON (Expecting value"),
-        ("<html></html>", "is XML or HTML, not JSON"),
-        ("version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS"),
-        ("[]", "is a list, as files of detection results are"),
-        ("3", "holds a int, not an object"),
-        ('{"images": [], "info": 3}', "`images` is empty"),
-        ('{"images": [{"id": 1, "id": 2}], "annotations": []}', "is not JSON (the key 'id' is there twice"),
-        ('{"info": {}, "images": [{}]}', "`annotations` is missing (there is info, images)"),
-        ('{"images": {}, "annotations": [], "categories": []}', "`images` is not a list"),
-        ('{"images": [{}], "annotations": [], "categories": []}', "`categories` is empty"),
+        ("", "0 bytes"),
+        (" \n", "2 bytes"),
+        ('{"images": [', "after 12 bytes"),
+        ('{"images": [{"id": 1, "file_name": "a.j', "after 39 bytes"),
+        ('{"images": [{"id": 1}', "after 21 bytes"),
+        ("images = 3", "line 1 column 1"),
+        ('{"images": [1,, 2]}', "line 1 column 15"),
+        ("<html></html>", "HTML"),
+        ("version https://git-lfs.github.com/spec/v1", "Git LFS"),
+        ("[]", "list"),
+        ("3", "int"),
+        ('{"images": [], "info": 3}', "`images`"),
+        ('{"images": [{"id": 1, "id": 2}], "annotations": []}', "'id'"),
+        ('{"info": {}, "images": [{}]}', "`annotations`"),
+        ('{"images": {}, "annotations": [], "categories": []}', "`images`"),
+        ('{"images": [{}], "annotations": [], "categories": []}', "`categories`"),
     ],
 )
-def test_files_that_are_not_built_like_annotations(tmp_path, text, expected):
+def test_files_that_are_not_built_like_annotations(tmp_path, text, named):
     file = tmp_path / "a.json"
     file.write_text(text)
-    with refused("not-coco", f"{file}: {expected}", kind=DataError):
+    with refused("not-coco", f"{file}: ", named, kind=DataError):
         read(file)
 
 
