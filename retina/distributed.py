@@ -72,7 +72,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 @contextmanager
-def process_group(device: torch.device, *, timeout_minutes: float = 10) -> Iterator[None]:
+def process_group(device: torch.device, *, timeout_minutes: float = 60) -> Iterator[None]:
     """Joins the processes that torchrun started, by gloo and, for CUDA tensors, NCCL; leaves them however it ends.
 
     `timeout_minutes` bounds how long a process waits for the others. A process whose torchrun is gone is told to stop,
@@ -129,6 +129,10 @@ def naming_lost_process(where: Callable[[], str]) -> Iterator[None]:
             raise
         reason = " ".join(str(fault).split())[:120]
         who = f"rank {os.environ.get('RANK', 0)}: {where()}"
+        if re.search(r"time[d -]*out", reason, re.I):
+            problem = f"{who}: another process has not answered in time ({reason})"
+            fix = "give the same command again; where it is at work still, as on slow disks, raise timeout_minutes"
+            raise RetinaError(f"{problem} - {fix}", code="late-process") from fault
         problem = f"{who}: another process is gone ({reason}) - give the same command again"
         raise RetinaError(problem, code="lost-process") from fault
 

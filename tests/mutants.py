@@ -291,6 +291,13 @@ MUTANTS = [
         "tests/cli/test_signals.py",
     ),
     Mutant(
+        "a process that waits too long takes the others to be gone",
+        "retina/distributed.py",
+        'if re.search(r"time[d -]*out", reason, re.I):',
+        "if False:",
+        "tests/test_distributed.py",
+    ),
+    Mutant(
         "escape sequences reach the terminal",
         "retina/errors.py",
         'return plain(": ".join(part for part in (self.key, super().__str__()) if part))',

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,29 @@ def test_two_processes(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     mp.start_processes(_rank, (port, str(tmp_path)), nprocs=2, start_method="fork")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["done0", "done1"]
+
+
+def _slow_rank(rank: int, port: int, gave_up: Path) -> None:
+    """Rank 0 is at work until rank 1 has lost patience."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+    def work() -> None:
+        while not gave_up.exists():
+            time.sleep(0.05)
+
+    with refused(*(("late-process", "rank 1: ", "timeout_minutes") if rank else ("lost-process", "rank 0: "))):
+        try:
+            with distributed.process_group(torch.device("cpu"), timeout_minutes=0.05):
+                distributed.on_main(work)
+        finally:
+            gave_up.touch()
+
+
+def test_a_process_that_waits_too_long_names_the_setting(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(_slow_rank, (port, tmp_path / "gave up"), nprocs=2, start_method="fork")
 
 
 def test_a_launcher_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

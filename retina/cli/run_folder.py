@@ -40,6 +40,7 @@ HARMLESS = (
     *("data.num_workers", "data.eval_batch_size", "data.max_bad_fraction", "data.timeout"),
     *("train.log_every", "train.keep_checkpoints", "train.pictures", "train.device"),
     *("train.patience", "train.save_every", "train.max_bad_steps", "train.max_unsaved_minutes"),
+    *("train.timeout_minutes",),
     *("eval.max_dets", "eval.areas"),
 )
 """Settings that change nothing about the weights a run arrives at, or only whether it does; they may differ when it is

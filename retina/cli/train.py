@@ -93,7 +93,7 @@ def main(settings: Settings) -> Result:
     device = call(distributed.choose_device, "train.device", name=config.device)
     make_recipe(settings)
     trackers = build_trackers(settings["trackers"], settings["plugins"])
-    with distributed.process_group(device), ExitStack() as stack:
+    with distributed.process_group(device, timeout_minutes=config.timeout_minutes), ExitStack() as stack:
         if config.deterministic:  # until the end of this run: a sweep may have others in this process
             stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
             torch.use_deterministic_algorithms(True)

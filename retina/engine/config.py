@@ -57,6 +57,8 @@ class TrainConfig:
     """Images drawn into TensorBoard per kind."""
     max_bad_steps: int = 3
     """Updates in a row that may be skipped because a number in them was not finite; then the run stops."""
+    timeout_minutes: float = 60.0
+    """How long a process waits for the others, as for rank 0's checks of the data; more than `data.timeout`."""
     max_unsaved_minutes: float = 60.0
     """How long training goes on while a checkpoint or the best weights cannot be written; then the run stops."""
 
@@ -78,6 +80,7 @@ _TRAIN_RANGES: Ranges = {
     **dict.fromkeys(_COUNTS, COUNT),
     "seed": (lambda value: 0 <= value < 2**32, "give 0 or more, below 2^32"),
     "pictures": (lambda value: value >= 0, "give 0 or more"),
+    "timeout_minutes": (lambda value: value > 0, "give more than 0"),
     "max_unsaved_minutes": (lambda value: value >= 0, "give 0 or more"),
     "clip_norm": (lambda value: value > 0, "give more than 0, or null"),
     "ema": (lambda value: 0 <= value < 1, "give a decay in [0, 1), or null"),
