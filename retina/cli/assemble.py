@@ -53,11 +53,12 @@ class Parts(NamedTuple):
         return float(self.config.batch_size * self.preprocessing["short_side"] * self.preprocessing["long_side"])
 
     def seconds_per_step(self, left: float | None) -> float:
-        """Measured by some steps that leave the model as it is, in a twentieth of what is `left` of a budget."""
+        """Measured by some steps that leave the model as it is, in a twentieth of what is `left` of a budget, or the
+        fewest that tell."""
         from retina.engine.probe import seconds_per_step
 
         parts = (self.model, self.recipe.criterion, self.loader, self.config, self.recipe.optimizer)
-        return seconds_per_step(*parts, patience=20.0 if left is None else min(20.0, left / 20))
+        return seconds_per_step(*parts, patience=0.0 if left is None else min(20.0, left / 20))
 
 
 def assemble(
@@ -72,6 +73,10 @@ def assemble(
     """All but the optimizer; the same for the same settings."""
     import torch
 
+    from retina.engine.probe import keep_memory
+
+    if device.type == "cpu":
+        keep_memory()
     config = from_mapping(TrainConfig, settings["train"], "train")
     data = from_mapping(DataConfig, settings["data"], "data")
     recipe = make_recipe(settings)

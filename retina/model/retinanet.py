@@ -14,6 +14,7 @@ from retina.errors import ConfigError, check_choice
 from retina.model.backbone import RESNETS, ResNet
 from retina.model.content import Content
 from retina.model.fpn import NECKS
+from retina.model.half_resnet import HALVES
 from retina.model.head import Head
 from retina.model.mobilenet import MOBILENETS, MobileNet
 from retina.model.parts import check_backbone, make_part
@@ -166,8 +167,8 @@ def retinanet(
 ) -> RetinaNet:
     """Builds a RetinaNet; the defaults are the paper's.
 
-    backbone: a ResNet, MobileNet or EfficientNet of torchvision, or `timm:NAME` (see `TimmBackbone` for what
-        `weights`, `norm` and `frozen_stages` mean there).
+    backbone: a ResNet (`resnet18_half` has half the channels), MobileNet or EfficientNet, or `timm:NAME` (see
+        `TimmBackbone` for what `weights`, `norm` and `frozen_stages` mean there).
     weights: of the backbone: a torchvision name (ImageNet), a file, which may be that of a whole detector, or None for
         random weights.
     norm: `batch`, `frozen` (BatchNorm with fixed statistics) or `group`. None: `frozen` with weights, else `batch`.
@@ -256,8 +257,8 @@ def _backbone(
 ) -> ResNet | MobileNet | TimmBackbone:
     options["last_level"] = min(5, max(levels, default=5))
     if not name.startswith(PREFIX):
-        check_choice(name, (*RESNETS, *MOBILENETS), "backbone")
-    if name not in RESNETS and (stride_in_1x1 or eps != 1e-5):
+        check_choice(name, (*RESNETS, *HALVES, *MOBILENETS), "backbone")
+    if name not in (*RESNETS, *HALVES) and (stride_in_1x1 or eps != 1e-5):
         key = "stride_in_1x1" if stride_in_1x1 else "norm_eps"
         raise ConfigError(f"{name:.80} has its own - leave the default", code="contradiction", key=key)
     if name.startswith(PREFIX):

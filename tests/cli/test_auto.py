@@ -53,7 +53,7 @@ def test_a_recipe_is_told_and_recorded(train: Tool, place: Path, capsys: Capture
     settings = settings_of(place / "runs/plain")
     chosen = settings["chosen"]
     assert isinstance(chosen, dict)
-    assert chosen["model.backbone"] == settings["model"]["backbone"] == "resnet18"  # type: ignore[index]
+    assert chosen["model.backbone"] == settings["model"]["backbone"] == "resnet18_half"  # type: ignore[index]
     assert settings["model"]["weights"] is None, "no weights are wanted that would need a network"  # type: ignore[index]
     given = ("data.short_side", "model.fpn_channels", "train.batch_size", "train.length", "train.eval_every")
     assert not set(given) & chosen.keys()
@@ -63,9 +63,9 @@ def test_a_recipe_is_told_and_recorded(train: Tool, place: Path, capsys: Capture
     assert "after 10 steps: " in out
 
 
-def test_nothing_is_chosen_unless_it_is_asked_for(train: Tool, place: Path) -> None:
+def test_nothing_is_chosen_with_an_experiment_or_auto_false(train: Tool, place: Path) -> None:
     words = ("model.backbone=resnet18", "train.length=1", "train.eval_every=null")
-    assert train("name=off", *words) == 0
+    assert train("name=off", "auto=false", *words) == 0
     assert train("name=recipe", "experiment=paper", *words) == 0
     for name in ("off", "recipe"):
         settings = settings_of(place / "runs" / name)
@@ -75,15 +75,15 @@ def test_nothing_is_chosen_unless_it_is_asked_for(train: Tool, place: Path) -> N
 @pytest.mark.parametrize(
     ("typed", "added"),
     [
-        (["data=coco"], []),
+        (["data=coco"], ["auto=true"]),
         (["data=coco", "budget=1h"], ["auto=true"]),
         (["data=coco", "budget=1h", "auto=false"], []),
         (["data=coco", "budget=1h", "experiment=paper"], []),
-        (["data=coco", "budget=null"], []),
+        ([], ["experiment=shapes"]),
         (["budget=1h"], ["experiment=shapes"]),
     ],
 )
-def test_only_a_budget_without_a_recipe_implies_auto(typed: list[str], added: list[str]) -> None:
+def test_data_without_a_recipe_imply_auto(typed: list[str], added: list[str]) -> None:
     assert added_words(typed) == added
 
 
@@ -100,6 +100,15 @@ def test_a_run_with_chosen_settings_goes_on_bit_for_bit(train: Tool, place: Path
     assert settings_of(folder) == settings
     again = load_file(last / "model.safetensors")
     assert all(again[key].equal(whole[key]) for key in whole)
+
+
+def test_a_run_that_began_without_auto_goes_on(train: Tool, place: Path, capsys: Capture) -> None:
+    words = ("name=before", "model.backbone=resnet18", "train.length=2", "train.eval_every=null")
+    assert train(*words, "auto=false") == 0
+    before = settings_of(place / "runs/before")
+    assert train(*words) == 0
+    assert "another setting: auto" in capsys.readouterr().out
+    assert settings_of(place / "runs/before") == before | {"auto": True}
 
 
 def test_a_budget_becomes_a_length_once(place: Path, tmp_path: Path) -> None:

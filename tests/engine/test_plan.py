@@ -81,6 +81,13 @@ def test_a_model_stays_as_the_weights_of_init_from_want_it(settings: dict[str, A
     assert "model.backbone" not in chosen(facts(pretrained=True), file, "model.weights")
 
 
+def test_a_cpu_gets_a_light_network(settings: dict[str, Any]) -> None:
+    scratch, tuned = (chosen(facts(pretrained=one), settings) for one in (False, True))
+    assert (scratch["model.backbone"], scratch["model.fpn_channels"]) == ("resnet18_half", 64)
+    assert (tuned["model.backbone"], tuned["model.fpn_channels"]) == ("resnet18", 128), "a half has no weights"
+    assert chosen(facts(device="cuda"), settings)["model.backbone"] == "resnet18"
+
+
 def test_precision_is_what_the_device_has(settings: dict[str, Any]) -> None:
     assert chosen(facts(bf16=True), settings)["train.precision"] == "bf16"
     assert chosen(facts(bf16=False), settings)["train.precision"] == "fp32"

@@ -4,6 +4,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,17 +16,41 @@ from torchvision.ops import FrozenBatchNorm2d
 from faults import refused
 from retina.errors import CheckpointError, ConfigError
 from retina.model.backbone import RESNETS, ResNet
+from retina.model.half_resnet import HALVES
 from retina.model.pretrained import read_weights
 from retina.model.retinanet import retinanet
 
 
-@pytest.mark.parametrize("name", RESNETS)
+@pytest.mark.parametrize("name", [*RESNETS, *HALVES])
 def test_every_backbone_declares_its_channels_and_strides(name: str) -> None:
     with torch.device("meta"):
         body = ResNet(name, norm="batch", frozen_stages=0)
         features = body(torch.zeros(1, 3, 64, 96))
     assert [f.shape[1] for f in features] == list(body.channels)
     assert [(64 // f.shape[2], 96 // f.shape[3]) for f in features] == [(s, s) for s in body.strides]
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_a_half_has_the_layers_of_the_whole_with_half_the_channels(name: str) -> None:
+    with torch.device("meta"):
+        half, whole = (ResNet(n, norm="batch", frozen_stages=0) for n in (name, name.removesuffix("_half")))
+    shapes, wholes = (
+        [p.shape for n, p in model.named_parameters() if "downsample" not in n] for model in (half, whole)
+    )
+    assert len(shapes) == len(wholes)
+    for small, large in zip(shapes, wholes, strict=True):
+        assert list(small) == [n if n in (1, 3, 7) else n // 2 for n in large]
+    assert [2 * n for n in half.channels] == list(whole.channels)
+
+
+def test_a_half_has_no_published_weights_but_takes_a_file(tmp_path: Path) -> None:
+    with refused("unknown-value", "weights"):
+        retinanet(num_classes=1, backbone="resnet18_half", weights="DEFAULT")
+    body = ResNet("resnet18_half", norm="batch", frozen_stages=0)
+    save_file(body.state_dict(), tmp_path / "half.safetensors")
+    options: dict[str, Any] = {"fpn_channels": 16, "weights": str(tmp_path / "half.safetensors")}
+    model = retinanet(num_classes=1, backbone="resnet18_half", **options)
+    assert model.backbone.stem.conv1.weight.equal(body.stem.conv1.weight)
 
 
 def test_maps_equal_torchvisions_body(tmp_path: Path) -> None:

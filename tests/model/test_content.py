@@ -22,6 +22,7 @@ NORMS = {
     "group": {"norm": "group", "head_norm": "group", "neck": "pafpn", "p6_from": "p5", "head_quality": True},
     "none": {"norm": "frozen", "levels": (2, 3, 4, 5, 6), "anchor_offset": 0.5, "box_bins": 6},
     "bottlenecks": {"norm": "group", "backbone": "resnet50", "levels": (3, 4), "head_convs": 1},
+    "half": {"norm": "frozen", "backbone": "resnet18_half"},
     "mobilenet_v2": {"norm": "frozen", "backbone": "mobilenet_v2"},
     "mobilenet_v3": {"norm": "group", "backbone": "mobilenet_v3_large", "levels": (2, 3, 4, 5)},
     "efficientnet": {"norm": "batch", "backbone": "efficientnet_b0", "head_norm": "group"},
