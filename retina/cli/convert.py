@@ -1,4 +1,4 @@
-"""Converts a Pascal VOC or YOLO data set into COCO's layout. The source is only read.
+"""Converts a data set with labels of Pascal VOC, YOLO or CSV into COCO's layout. The source is only read.
 
 python tools/convert.py format=voc  source=VOCdevkit/VOC2012 output=data/voc2012
 python tools/convert.py format=yolo source=mydata            output=data/mydata
@@ -19,6 +19,7 @@ from typing import Any
 from retina.cli.compose import entry
 from retina.data.checks import DataReport, RecordsError
 from retina.data.convert.records import Record, Records, check_classes, read_lines
+from retina.data.convert.tables import read_csv
 from retina.data.convert.voc import DIFFICULT, read_voc
 from retina.data.convert.yolo import read_yolo
 from retina.errors import ConfigError, DataError, check, check_choice, plain
@@ -41,11 +42,11 @@ class ConvertConfig:
     traceback: bool
 
     def __post_init__(self) -> None:
-        check_choice(self.format, ("voc", "yolo"), "format")
+        check_choice(self.format, ("voc", "yolo", "csv"), "format")
         check_choice(self.on_error, ("stop", "skip"), "on_error")
         check_choice(self.difficult, DIFFICULT, "difficult")
         check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "give more than 0 and less than 1")
-        if self.format == "yolo" and (self.one_based or self.difficult != "keep"):
+        if self.format != "voc" and (self.one_based or self.difficult != "keep"):
             key = "one_based" if self.one_based else "difficult"
             raise ConfigError("is for format=voc - leave it out", code="contradiction", key=key)
 
@@ -77,7 +78,7 @@ def read(config: ConvertConfig) -> Records:
     draw: dict[str, Any] = {"val_fraction": config.val_fraction, "seed": config.seed, "classes": class_names(config)}
     if config.format == "voc":
         return read_voc(source, one_based=config.one_based, difficult=config.difficult, **draw)
-    return read_yolo(source, **draw)
+    return (read_csv if config.format == "csv" else read_yolo)(source, **draw)
 
 
 def class_names(config: ConvertConfig) -> list[str] | None:

@@ -15,7 +15,7 @@ from retina.cli.build import build, call
 from retina.data.checks import DataReport, RecordsError
 from retina.data.coco import Annotations, read_coco
 from retina.data.health import Files, check_objects, examine
-from retina.data.layouts import locate_split
+from retina.data.layouts import annotation_files, locate_split
 from retina.data.pixels import FULL, PixelFormat, measured_range
 from retina.engine.config import COUNT, Ranges, TrainConfig, check_ranges, from_mapping
 from retina.errors import ConfigError, DataError, check, check_choice, under
@@ -213,8 +213,7 @@ def named_splits(config: DataConfig) -> list[str]:
     """The splits that the settings name an annotation file of, or that have one under `data.root`; else "train"."""
 
     def is_there(split: str) -> bool:
-        names = [f"instances_{split}{year}.json" for year in ("", "2017")]
-        files = [Path(config.root, "annotations", name) for name in names] if config.root else []
+        files = annotation_files(Path(config.root), split) if config.root else []
         return bool(getattr(config, split).annotations) or any(map(os.path.lexists, files))
 
     return [split for split in SPLITS if is_there(split)] or ["train"]

@@ -23,7 +23,8 @@ from retina.cli.build import call
 from retina.cli.compose import entry
 from retina.cli.data import progress
 from retina.cli.journal import Batch, Done, cut_batches, finish, note, open_journal, open_output, read_done, write_whole
-from retina.cli.sources import FORMATS, Source, find_images, name_sources
+from retina.cli.sources import FORMATS, Source, find_images, left_out, name_sources
+from retina.data.checks import some
 from retina.errors import DataError, check, plain
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def main(config: InferConfig) -> int:
             finish(output, records, faults)
             objects = sum(len(record["boxes"]) for record in records)
             print(f"{len(records)} images, {objects} objects of score {config.score_threshold:g} or more: {output}")
+            if others := left_out(config.source, output):
+                print(plain(f"no images: left out {some(others)}"), file=sys.stderr)
             for fault in faults:
                 print(f"skipped: {fault}", file=sys.stderr)
             return 3 if faults else 0

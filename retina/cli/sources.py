@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from retina.data.images import list_images
+from retina.data.image_lists import list_images, other_files
 from retina.errors import ConfigError, DataError
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"}
@@ -51,6 +51,12 @@ def find_images(source: str, output: Path) -> tuple[Path, list[Path]]:
         problem = f"{source}: no images there - give a folder, an image or a glob such as 'photos/*.jpg'"
         raise DataError(problem, code="no-images")
     return root, files
+
+
+def left_out(source: str, output: Path) -> list[str]:
+    """Names of the files in a folder that are neither images nor texts, nor below `output`."""
+    others = other_files(Path(source)) if os.path.isdir(source) else []
+    return [file.name for file in others if not _real(file).is_relative_to(_real(output))]
 
 
 def expand(pattern: str) -> list[Path]:

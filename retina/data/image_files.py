@@ -27,6 +27,8 @@ from PIL import (
 from retina.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+HEIF = "HEIF"
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 MAX_PIXELS = 100_000_000
 """Images of more pixels than this are refused before they are decoded, unless a caller allows more."""
 
@@ -149,15 +151,36 @@ def _identify(path: Path, file: BinaryIO, max_pixels: int) -> ImageFile.ImageFil
     start = file.read(16)
     if not start:
         raise fault(path, "bad-image", "is empty (0 bytes)", "copy or download it again, or remove it")
-    for name in FORMATS:
-        make, accepts = Image.OPEN[name]
-        if accepts is not None and accepts(start) is True:
-            if name == "GIF":  # Pillow fills a whole frame while it reads the header of some
-                _check_pixels(path, struct.unpack("<HH", start[6:10]), max_pixels)
-            file.seek(0)
-            return make(file, "")
+    if name := format_of(start):
+        if name == HEIF:
+            _register_heif(path)
+        elif name == "GIF":  # Pillow fills a whole frame while it reads the header of some
+            _check_pixels(path, struct.unpack("<HH", start[6:10]), max_pixels)
+        file.seek(0)
+        return Image.OPEN[name][0](file, "")
     problem = f"is not an image that can be read here ({', '.join(FORMATS)})"
     raise fault(path, "bad-image", problem, "replace or convert it, or remove it")
+
+
+def format_of(start: bytes) -> str | None:
+    """Which of `FORMATS` a file begins as, or `HEIF`; None if it is no image that can be read here."""
+    if start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS:
+        return HEIF
+    for name in FORMATS:
+        accepts = Image.OPEN[name][1]
+        if accepts is not None and accepts(start) is True and (name != "PPM" or start[2:3].isspace()):
+            return name
+    return None
+
+
+def _register_heif(path: Path) -> None:
+    """Photographs of iPhones need a package that is not installed with this one."""
+    try:
+        from pillow_heif import register_heif_opener  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        fix = "pip install 'retina-detect[heif]', or convert it to JPEG"
+        raise fault(path, "missing-package", "is a HEIC image, and pillow-heif is not installed", fix) from error
+    register_heif_opener()
 
 
 def _check_pixels(path: Path, size: tuple[int, ...], max_pixels: int) -> None:

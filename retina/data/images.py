@@ -1,9 +1,7 @@
 """Image files as RGB arrays, by the one decoder that both tells of damage and rotates as EXIF says: Pillow."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,8 +18,6 @@ from retina.data.image_files import (
     read_header,
 )
 from retina.data.pixels import AS_STORED, FULL, PixelFormat, stretched
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 
 def read_image(
@@ -75,23 +71,6 @@ def read_reduced(
 def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) of what `read_image` returns, and its errors, as far as the file's header can tell."""
     return read_header(path, max_pixels=max_pixels).size
-
-
-def list_images(folder: Path) -> list[Path]:
-    """All image files under a folder and its sub-folders, by extension in any case, sorted; hidden files left out.
-
-    Links to folders are not followed, so loops of them end; links to files are listed, wherever they lead. Raises
-    DataError if there is no such folder, or a folder in it may not be read.
-    """
-    if not os.path.isdir(folder):  # Path.is_dir raises where permissions are missing
-        raise fault(folder, "no-such-folder", "no such folder of images", "correct the path")
-
-    def fail(error: OSError) -> NoReturn:
-        problem = f"cannot be listed ({error.strerror})"
-        raise fault(error.filename, "unreadable-folder", problem, "give permission or move it") from error
-
-    paths = [Path(parent, name) for parent, _, names in os.walk(folder, onerror=fail) for name in names]
-    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
 
 
 def _reduce(

@@ -340,6 +340,30 @@ def test_locate_split(tmp_path, year):
     assert locate_split(tmp_path, "val") == (file, tmp_path / f"val{year}")
 
 
+def test_roboflows_layout(tmp_path):
+    for folder in ("train", "valid"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "_annotations.coco.json").touch()
+    assert locate_split(tmp_path, "val") == (tmp_path / "valid" / "_annotations.coco.json", tmp_path / "valid")
+    assert locate_split(tmp_path, "train")[1] == tmp_path / "train"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("train/_annotations.csv", "csv"),
+        ("Annotations/a.xml", "voc"),
+        ("data.yaml", "yolo"),
+        ("labels/train/a.txt", "yolo"),
+    ],
+)
+def test_labels_of_other_programs_are_answered_with_the_command(tmp_path, name, kind):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    with refused("no-such-split", f"tools/convert.py format={kind} source={tmp_path}", kind=DataError):
+        locate_split(tmp_path, "train")
+
+
 def test_locate_split_names_candidates_and_settings(tmp_path):
     annotations = tmp_path / "annotations"
     annotations.mkdir()

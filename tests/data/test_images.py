@@ -10,6 +10,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -22,7 +23,8 @@ from faults import refused
 from retina.data.coco import read_coco
 from retina.data.dataset import CocoDetection
 from retina.data.image_files import opened
-from retina.data.images import MAX_PIXELS, image_size, list_images, read_image, read_reduced
+from retina.data.image_lists import list_images, other_files
+from retina.data.images import MAX_PIXELS, image_size, read_image, read_reduced
 from retina.data.pixels import FULL, PixelFormat, measured_range
 from retina.data.transforms import eval_pipeline
 from retina.errors import DataError
@@ -638,6 +640,38 @@ def test_list_images(tmp_path):
     found = list_images(tmp_path)
     assert found == sorted(tmp_path / name for name in names)
     assert list_images(tmp_path / "a" / "deep") == [tmp_path / "a/deep/y.Tiff"]
+
+
+def test_content_tells_images_where_the_suffix_does_not(tmp_path):
+    kinds = {"a.jfif": "JPEG", "b.ppm": "PPM", "c.mpo": "MPO", "d": "PNG", "e.JPG_large": "JPEG", "f.dib": "BMP"}
+    for name, kind in kinds.items():
+        a_picture().save(tmp_path / name, kind)
+    (tmp_path / "g.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    a_picture().save(tmp_path / "raw.dng", "TIFF")
+    for name in ("notes.txt", "table.csv", "h.pdf", "i.mp4"):
+        (tmp_path / name).write_bytes(b"P5 is a grey image, and this is none")
+    (tmp_path / "Python").write_bytes(b"Python is no PPM")
+    os.mkfifo(tmp_path / "pipe")
+    others = ["Python", "h.pdf", "i.mp4", "pipe", "raw.dng"]
+    expected = [*kinds, "g.heic", "h.pdf", "i.mp4"]
+    assert [path.name for path in list_images(tmp_path)] == sorted(expected)
+    assert [path.name for path in other_files(tmp_path)] == [name for name in others if name not in expected]
+    for name in kinds:
+        assert read_image(tmp_path / name).shape == (16, 24, 3)
+
+
+@pytest.mark.skipif(find_spec("pillow_heif") is not None, reason="pillow-heif is installed")
+def test_heic_names_the_package_that_reads_it(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    with refused("missing-package", "a.heic", "pillow-heif", kind=DataError):
+        read_image(tmp_path / "a.heic")
+
+
+def test_heic_is_read_where_the_package_is(tmp_path):
+    heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+    heif.register_heif_opener()
+    a_picture().save(tmp_path / "a.heic", quality=-1, chroma=444)
+    assert np.abs(read_image(tmp_path / "a.heic").astype(int) - np.asarray(a_picture())).max() < 8
 
 
 def test_links_to_folders_are_not_followed_and_links_to_files_are(tmp_path):

@@ -9,8 +9,9 @@ from xml.parsers import expat
 
 import numpy as np
 
-from retina.data.checks import MAX_OVERHANG, alike_names, around_rotated
+from retina.data.checks import MAX_OVERHANG, alike_names, around_rotated, some
 from retina.data.image_files import Header, read_header
+from retina.data.image_lists import other_files
 from retina.errors import DataError
 
 Xyxy = tuple[float, float, float, float]
@@ -92,6 +93,9 @@ def warnings_of(source: Path, records: Sequence[Record], classes: Sequence[str])
     if turned := sum(record.turns_unseen for record in records):
         fix = "look at some with their boxes; where they lie elsewhere, remove the rotation from the file"
         lines.append(f"{source}: {turned} images are turned by EXIF without a change of size - {fix}")
+    if others := other_files(source) if source.is_dir() else []:
+        names = some([file.name for file in others])
+        lines.append(f"{source}: {len(others)} files are no images that can be read: left out ({names}) - convert them")
     return lines + [f"{source}: classes: {line}" for line in alike_names(classes)]
 
 

@@ -27,7 +27,7 @@ from retina.data.convert.records import (
     read_records,
     warnings_of,
 )
-from retina.data.images import list_images
+from retina.data.image_lists import list_images
 from retina.errors import DataError
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
