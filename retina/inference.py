@@ -25,8 +25,8 @@ from retina.model.retinanet import RetinaNet
 from retina.model.weights import DetectorCard, load_detector
 from retina.types import DTYPES, Batch, Detections, Predictions, to_device
 
-ImageLike = str | Path | np.ndarray | Image.Image | Tensor
-"""A path, a uint8 array [H W 3], a PIL image or a uint8 tensor [3 H W]."""
+ImageLike = str | Path | np.ndarray | Image.Image | Tensor | Sample
+"""A path, a uint8 array [H W 3], a PIL image, a uint8 tensor [3 H W], or what `Detector.read` makes of these."""
 
 
 class Detector:
@@ -101,7 +101,7 @@ class Detector:
 
         Raises DataError for a file that cannot be read or when predicted numbers are not finite, TypeError for anything
         that is no image, ValueError for a threshold or batch size out of range."""
-        if isinstance(images, (str, Path, Image.Image)) or getattr(images, "ndim", 0) == 3:
+        if isinstance(images, (str, Path, Image.Image, Sample)) or getattr(images, "ndim", 0) == 3:
             images = [cast(ImageLike, images)]
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}")
@@ -112,12 +112,16 @@ class Detector:
         detections: list[Detections] = []
         remaining = iter(images)
         while chunk := list(islice(remaining, batch_size)):
-            samples = [self._resize.without_last_resize(self._sample(image, max_pixels), 0) for image in chunk]
+            samples = [self._resize.without_last_resize(self.read(image, max_pixels), 0) for image in chunk]
             detections += self.detect(collate(samples, self.canvas), options)
         return detections
 
-    def _sample(self, image: object, max_pixels: int) -> Sample:
-        """An image as evaluation would read it, without objects."""
+    def read(self, image: object, max_pixels: int = MAX_PIXELS) -> Sample:
+        """An image as evaluation would read it, without objects: a large JPEG may be decoded smaller.
+
+        Raises DataError for a file that cannot be read, TypeError for anything that is no image."""
+        if isinstance(image, Sample):
+            return image
         if isinstance(image, (str, Path)):
             reading: Any = {"max_pixels": max_pixels, "pixels": self.pixels}
             array, size = read_reduced(Path(image).expanduser(), self._resize.least_size, **reading)

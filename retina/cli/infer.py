@@ -11,7 +11,7 @@ The same command after a kill goes on where it was and ends with the same files.
 import hashlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -123,7 +123,7 @@ def detect(detector: "Detector", batches: Sequence[Batch], config: InferConfig) 
 def detect_batch(detector: "Detector", batch: Batch, config: InferConfig, threads: Executor) -> Done:
     """A record for each image, whose picture is then written, and what is wrong with the files that are none."""
     # decoding and encoding leave Python's lock
-    loaded = list(threads.map(lambda source: try_read(source.file, config.max_pixels, detector), batch.sources))
+    loaded = list(threads.map(lambda source: try_read(detector.read, source.file, config.max_pixels), batch.sources))
     faults = [image for image in loaded if isinstance(image, str)]
     sources = [source for source, image in zip(batch.sources, loaded, strict=True) if not isinstance(image, str)]
     images = [image for image in loaded if not isinstance(image, str)]
@@ -131,8 +131,8 @@ def detect_batch(detector: "Detector", batch: Batch, config: InferConfig, thread
     records: list[dict[str, Any]] = [
         {
             "file_name": source.name,
-            "width": image.shape[1],
-            "height": image.shape[0],
+            "width": image.original_size[1],
+            "height": image.original_size[0],
             "boxes": boxes.tolist(),
             "scores": scores.tolist(),
             "classes": [detector.classes[label] for label in labels.tolist()],
@@ -140,7 +140,7 @@ def detect_batch(detector: "Detector", batch: Batch, config: InferConfig, thread
         for source, image, (boxes, scores, labels) in zip(sources, images, detections, strict=True)
     ]
     if config.pictures:
-        drawn = threads.map(partial(draw, config.output, detector.classes), sources, images, detections)
+        drawn = threads.map(partial(draw, config, detector.classes), sources, images, detections)
         for source, record, fault in zip(sources, records, drawn, strict=True):
             if fault is None:
                 record["picture"] = source.picture
@@ -149,22 +149,26 @@ def detect_batch(detector: "Detector", batch: Batch, config: InferConfig, thread
     return Done(batch.key, records, faults)
 
 
-def try_read(file: Path, max_pixels: int, detector: "Detector") -> Any:
+def try_read(read: Callable[[Path, int], Any], file: Path, max_pixels: int) -> Any:
     """The image, or what is wrong with it."""
-    from retina.data.images import read_image
-
     try:
-        return read_image(file, max_pixels=max_pixels, pixels=detector.pixels)
+        return read(file, max_pixels)
     except DataError as fault:
         return str(fault)
 
 
-def draw(output: str, classes: Sequence[str], source: Source, image: Any, detections: Any) -> str | None:
+def draw(config: InferConfig, classes: Sequence[str], source: Source, sample: Any, detections: Any) -> str | None:
     """Writes the picture of an image; returns what is wrong where its format cannot hold it."""
     from PIL import Image
 
+    from retina.data.images import read_image
     from retina.visualize import draw_detections
 
+    image = sample.image
+    if image.shape[:2] != sample.original_size:  # a JPEG, decoded smaller because the detector needs no more
+        image = try_read(lambda file, limit: read_image(file, max_pixels=limit), source.file, config.max_pixels)
+        if isinstance(image, str):
+            return image
     picture = Image.fromarray(draw_detections(image, detections, classes, score_threshold=0.0))
     suffix = Path(source.picture).suffix
     content = io.BytesIO()
@@ -172,5 +176,5 @@ def draw(output: str, classes: Sequence[str], source: Source, image: Any, detect
         picture.save(content, FORMATS[suffix.lower()], quality=92)
     except Exception as fault:  # sides that are too long, for one; each format has its own way to say so
         return plain(f"{source.file}: no picture of it as {suffix} ({fault}) - give pictures=false, or another format")
-    write_whole(Path(output), source.picture, content.getvalue())
+    write_whole(Path(config.output), source.picture, content.getvalue())
     return None

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,8 @@ import retina
 from commands import Capture, Tool, digest, one_line
 from retina.cli.journal import Done, read_done
 from retina.data.images import read_image
+from retina.data.transforms import eval_pipeline
+from retina.detections import postprocess
 from retina.model.weights import load_detector, save_detector
 
 
@@ -58,7 +61,7 @@ def test_a_folder_is_mirrored(tool: Tool, trained_run: Path, photos: Path, tmp_p
     for record in records(output):
         image = read_image(photos / record["file_name"])
         assert (record["height"], record["width"]) == image.shape[:2]
-        (found,) = detector.predict([image], score_threshold=0.3)
+        (found,) = detector.predict([photos / record["file_name"]], score_threshold=0.3)
         assert len(found.scores) > 0
         np.testing.assert_allclose(record["boxes"], found.boxes, rtol=0, atol=1e-3)
         np.testing.assert_allclose(record["scores"], found.scores, rtol=0, atol=1e-5)
@@ -69,6 +72,48 @@ def test_a_folder_is_mirrored(tool: Tool, trained_run: Path, photos: Path, tmp_p
 
     assert tool("infer", *words, f"output={output}", "score_threshold=0.9") == 0  # an earlier inference is replaced
     assert all(score > 0.9 for record in records(output) for score in record["scores"])
+
+
+def test_evaluation_prediction_and_inference_find_the_same_at_any_batch_size(
+    tool: Tool, trained_run: Path, tmp_path: Path
+) -> None:
+    """On photographs that are decoded smaller, some by an eighth, and on some that are not."""
+    rng, folder = np.random.default_rng(0), tmp_path / "photos"
+    folder.mkdir()
+    sizes = [(1024, 512), (192, 128), (96, 64), (301, 203), (512, 768)]  # width, height
+    names = [f"{number}.jpg" for number in range(len(sizes))]
+    for name, size in zip(names, sizes, strict=True):
+        coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+        coarse.resize(size, Image.Resampling.BICUBIC).save(folder / name, quality=95)
+    detector = retina.load(trained_run)
+    assert detector.read(folder / names[0]).image.shape[:2] != (512, 1024)
+    images = [
+        {"id": i, "file_name": name, "width": w, "height": h}
+        for i, (name, (w, h)) in enumerate(zip(names, sizes, strict=True))
+    ]
+    categories = [{"id": i, "name": name} for i, name in enumerate(detector.classes)]
+    boxes = [{"id": 1, "image_id": 0, "category_id": 0, "bbox": [9, 9, 90, 90], "area": 8100, "iscrowd": 0}]
+    content = {"images": images, "categories": categories, "annotations": boxes}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    annotations = retina.read_coco(tmp_path / "a.json", folder)
+    model, card = load_detector(trained_run / "best.safetensors", torch.device("cpu"))
+    expected = detector.predict([folder / name for name in names])
+    assert min(len(found.scores) for found in expected) > 3
+    for batch_size in (1, 2, 5):
+        output = tmp_path / f"out{batch_size}"
+        words = [f"checkpoint={trained_run}", f"source={folder}", f"output={output}", f"batch_size={batch_size}"]
+        assert tool("infer", *words, "score_threshold=0.05", f"pictures={str(batch_size == 5).lower()}") == 0
+        loader = retina.eval_loader(annotations, eval_pipeline(64, 96), batch_size=batch_size, canvas=detector.canvas)
+        scored = retina.evaluate(model, loader, annotations, postprocess=partial(postprocess, **card.postprocess))
+        for number, (record, found) in enumerate(zip(records(output), expected, strict=True)):
+            mine = scored.detections.indices == number
+            for boxes, scores in (
+                (record["boxes"], record["scores"]),
+                (scored.detections.boxes[mine], scored.detections.scores[mine]),
+            ):
+                np.testing.assert_allclose(boxes, found.boxes, rtol=0, atol=2e-2)
+                np.testing.assert_allclose(scores, found.scores, rtol=0, atol=1e-4)
+    assert max(read_image(output / names[0]).shape) == 1024, "pictures show every pixel"
 
 
 def test_one_image_and_a_glob(
