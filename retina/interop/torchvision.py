@@ -91,6 +91,7 @@ def check_export(model: Mapping[str, Any], postprocess: Mapping[str, Any]) -> No
         "head_quality": False,
         "head_scales": False,
         "box_bins": None,
+        "guided_quality": False,
         "anchor_offset": 0.0,
     }
     channels = model.get("fpn_channels", 256)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from retina.errors import ConfigError, check_choice
 from retina.model.content import GroupNorm
+from retina.model.guided_quality import GuidedQuality
 from retina.ops.distributions import even_distribution
 
 Masks = Sequence[Float[Tensor, "B 1 _ _"] | None]
@@ -58,9 +59,9 @@ class Tower(nn.Module):
                 if mask is not None and isinstance(layer, nn.ReLU):
                     hidden = hidden.mul_(mask.to(hidden.dtype))  # before the ReLU, which needs its own result
                 hidden = layer(hidden, mask) if isinstance(layer, GroupNorm) else layer(hidden)
-            numbers.append(_by_anchor(self.predict(hidden), self.num_outputs))
+            numbers.append(by_anchor(self.predict(hidden), self.num_outputs))
             if self.quality is not None:
-                quality.append(_by_anchor(self.quality(hidden), 1).squeeze(-1))
+                quality.append(by_anchor(self.quality(hidden), 1).squeeze(-1))
         return tuple(numbers), tuple(quality)
 
 
@@ -71,7 +72,7 @@ def _initialize(layer: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def _by_anchor(x: Float[Tensor, "B _ _ _"], num_outputs: int) -> Float[Tensor, "B A_l _"]:
+def by_anchor(x: Float[Tensor, "B _ _ _"], num_outputs: int) -> Float[Tensor, "B A_l _"]:
     return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, num_outputs)
 
 
@@ -85,7 +86,8 @@ class Head(nn.Module):
     al., Generalized Focal Loss, NeurIPS 2020). With `quality`, a convolution of its own also predicts one logit of how
     well the box fits, like the centerness of ATSS (Zhang et al., CVPR 2020). With `scaled_levels`, the number of
     levels, the box numbers of each level are multiplied by a factor of its own, which is learned and starts at 1 (FCOS,
-    Tian et al., ICCV 2019, section 3.2).
+    Tian et al., ICCV 2019, section 3.2). With `guided`, scores are multiplied by a quality that is read from the
+    distributions (`GuidedQuality`).
 
     Raises ConfigError for a prior or number of bins out of range."""
 
@@ -102,6 +104,7 @@ class Head(nn.Module):
         quality: bool = False,
         bins: int | None = None,
         scaled_levels: int | None = None,
+        guided: bool = False,
     ) -> None:
         super().__init__()
         if not 0 < prior < 1:
@@ -115,6 +118,7 @@ class Head(nn.Module):
         self.classification = Tower(in_channels, norm=norm, num_outputs=num_classes, **tower)
         self.box = Tower(in_channels, norm=norm, num_outputs=4 * (bins or 1), quality=quality, **tower)
         self.scales = nn.Parameter(torch.ones(scaled_levels)) if scaled_levels is not None else None
+        self.guide = GuidedQuality(bins) if guided else None
         assert self.classification.predict.bias is not None
         nn.init.constant_(self.classification.predict.bias, -math.log((1 - prior) / prior))
 
@@ -139,4 +143,6 @@ class Head(nn.Module):
         boxes, quality = self.box(features, masks)
         if self.scales is not None:
             boxes = tuple(level * scale for level, scale in zip(boxes, self.scales.unbind(), strict=True))
+        if self.guide is not None:
+            logits = tuple(self.guide(level, sides) for level, sides in zip(logits, boxes, strict=True))
         return logits, boxes, quality

@@ -109,7 +109,13 @@ def check_sizes(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> No
     if isinstance(settings["neck"], str):
         numbers.append(("fpn_channels", settings["fpn_channels"], _rows(state, "fpn.output.0.weight")))
         numbers.append(("levels", len(settings["levels"]), _count(state, r"fpn\.(output|extra)\.\d+\.weight", 4)))
-    if settings.get("head") is None:
+    if settings.get("head") == "task_aligned":
+        layers = _count(state, r"head\.convs\.\d+\.conv\.weight", 4)
+        numbers.append(("head_convs", settings["head_convs"], layers))
+        channels = settings["head_channels"] or settings["fpn_channels"]
+        numbers.append(("head_channels", channels, _rows(state, "head.convs.0.conv.weight")))
+        numbers.append(("num_classes", settings["num_classes"], _rows(state, "head.classification.predict.weight")))
+    elif settings.get("head") is None:
         channels = settings["head_channels"] or settings["fpn_channels"]
         towers = ("head.classification", "head.box")
         for tower, outputs in zip(towers, (settings["num_classes"], 4 * (settings["box_bins"] or 1)), strict=True):

@@ -20,9 +20,10 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from retina.errors import ConfigError
+from retina.model.content import Content
 from retina.plugins import find, prefixes
 
 PARTS = ("backbone", "neck", "head")
@@ -70,3 +71,16 @@ def check_backbone(part: Any, levels: Sequence[int]) -> None:
 
 def _is_section(part: Any) -> bool:
     return isinstance(part, Mapping) and isinstance(part.get("_target_"), str)
+
+
+def run_part(part: Any, x: Any, content: Content) -> tuple[Tensor, ...]:
+    """The maps of a backbone or neck, zero beyond the content, also of one that does not know what that is."""
+    if takes_two(part):
+        return tuple(part(x, content))
+    masks = (content.mask(stride) for stride in part.strides)
+    return tuple(y if mask is None else y * mask.to(y.dtype) for y, mask in zip(part(x), masks, strict=True))
+
+
+def takes_two(part: nn.Module) -> bool:
+    """Whether the part of a detector also takes the content of its maps."""
+    return len(inspect.signature(part.forward).parameters) > 1

@@ -1,6 +1,5 @@
 """The detector: backbone, pyramid, head and anchors; and the builder that derives every size from a few numbers."""
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +14,9 @@ from retina.model.backbone import RESNETS, ResNet
 from retina.model.content import Content
 from retina.model.fpn import NECKS
 from retina.model.half_resnet import HALVES
-from retina.model.head import Head
+from retina.model.heads import build_head
 from retina.model.mobilenet import MOBILENETS, MobileNet
-from retina.model.parts import check_backbone, make_part
+from retina.model.parts import check_backbone, make_part, run_part, takes_two
 from retina.model.pretrained import load_backbone, read_weights
 from retina.model.timm_backbone import PREFIX, TimmBackbone
 from retina.ops.anchors import AnchorGenerator
@@ -57,9 +56,7 @@ class RetinaNet(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.bins: int | None = getattr(head, "bins", None)
         if self.bins is not None:
-            cells = [anchors.cell(size) / stride for size, stride in zip(anchors.sizes, fpn.strides, strict=True)]
-            sides = torch.stack([cell[:, 2:] - cell[:, :2] for cell in cells])
-            self.register_buffer("sides", sides.float(), persistent=False)
+            self.register_buffer("sides", anchors.sides(fpn.strides), persistent=False)
             head.start_from_anchors(self.sides.mean(dim=0))
 
     @property
@@ -104,9 +101,9 @@ class RetinaNet(nn.Module):
         """Logits, deltas, quality and bins of every level (quality and bins empty without them), and its shape."""
         content = Content(sizes, (images.shape[2], images.shape[3]))
         masks = tuple(content.mask(stride) for stride in self.strides)
-        features = _run(self.backbone, content.keep(self.normalize(images), 1), content)
-        pyramid = _run(self.fpn, features, content)
-        logits, deltas, quality = self.head(pyramid, masks) if _takes_two(self.head) else self.head(pyramid)
+        features = run_part(self.backbone, content.keep(self.normalize(images), 1), content)
+        pyramid = run_part(self.fpn, features, content)
+        logits, deltas, quality = self.head(pyramid, masks) if takes_two(self.head) else self.head(pyramid)
         bins: tuple[Tensor, ...] = ()
         if self.bins is not None:
             bins = tuple(level.unflatten(-1, (4, self.bins)) for level in deltas)
@@ -118,19 +115,6 @@ class RetinaNet(nn.Module):
 
     def normalize(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         return (images - self.mean).div_(self.std)
-
-
-def _run(part: Any, x: Any, content: Content) -> tuple[Tensor, ...]:
-    """The maps of a backbone or neck, zero beyond the content, also of one that does not know what that is."""
-    if _takes_two(part):
-        return tuple(part(x, content))
-    masks = (content.mask(stride) for stride in part.strides)
-    return tuple(y if mask is None else y * mask.to(y.dtype) for y, mask in zip(part(x), masks, strict=True))
-
-
-def _takes_two(part: nn.Module) -> bool:
-    """Whether the part of a detector also takes the content of its maps."""
-    return len(inspect.signature(part.forward).parameters) > 1
 
 
 def retinanet(
@@ -147,13 +131,14 @@ def retinanet(
     fpn_channels: int = 256,
     p6_from: str = "c5",
     p7_relu: bool = True,
-    head: Mapping[str, Any] | None = None,
+    head: str | Mapping[str, Any] | None = None,
     head_convs: int = 4,
     head_channels: int | None = None,
     head_norm: str | None = None,
     head_quality: bool = False,
     head_scales: bool = False,
     box_bins: int | None = None,
+    guided_quality: bool = False,
     prior: float = 0.01,
     anchor_sizes: Sequence[float] | None = None,
     anchor_scales: Sequence[float] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3)),
@@ -177,12 +162,13 @@ def retinanet(
     stride_in_1x1: bottlenecks halve the map in their first 1x1 convolution, for weights trained so (MSRA's, Caffe's).
     neck: `fpn` or `pafpn`.
     p7_relu: False for weights of mmdetection, which has no ReLU before P7.
-    head: a section for a head of another package; None: the paper's.
+    head: `task_aligned` (TOOD), or a section for a head of another package; None: the paper's.
     head_channels: None is `fpn_channels`.
     head_quality: predict how well each box fits; `postprocess` multiplies scores by it.
     head_scales: multiply the box numbers of each level by a factor that is learned, as the heads of FCOS, ATSS and GFL.
     box_bins: predict each side of a box as a distribution over 0..box_bins - 1 strides from the anchor's centre, 17 in
         the paper of generalized focal loss. None: deltas.
+    guided_quality: multiply scores by a quality read from these distributions, as generalized focal loss V2 does.
     anchor_sizes: one per level in pixels. None: four strides, which is 32..512 on P3..P7.
     anchors_rounded: whole-pixel anchors as torchvision makes them, for its weights.
     canvas_strides: anchors are canvas // cells pixels apart on each axis, as torchvision places them and has trained
@@ -236,12 +222,14 @@ def retinanet(
     sizes, scales, ratios = (tuple(map(float, values)) for values in (sizes, anchor_scales, anchor_ratios))
     anchors = AnchorGenerator(sizes, scales, ratios, rounded=anchors_rounded, offset=anchor_offset)
     common = {"in_channels": fpn_channels, "num_classes": num_classes, "num_anchors": anchors.num_per_cell}
-    if head is None:
-        common |= {"channels": head_channels, "num_convs": head_convs, "norm": head_norm, "prior": prior}
-        scaled = len(fpn.strides) if head_scales else None
-        tower: Any = Head(**common, quality=head_quality, bins=box_bins, scaled_levels=scaled)
-    else:
+    tower: Any
+    if isinstance(head, Mapping):
         tower = make_part(head, "head", plugins, **common)
+    else:
+        common |= {"channels": head_channels, "num_convs": head_convs, "norm": head_norm, "prior": prior}
+        common["scaled_levels"] = len(fpn.strides) if head_scales else None
+        outputs = {"head_quality": head_quality, "box_bins": box_bins, "guided_quality": guided_quality}
+        tower = build_head(head, outputs, anchors.sides(fpn.strides), **common)
     mean, std = [float(m) for m in mean], [float(s) for s in std]  # whole numbers would make integer tensors
     arguments |= {"norm": norm, "frozen_stages": frozen_stages, "weights": None}
     return RetinaNet(backbone=body, fpn=fpn, head=tower, anchors=anchors, mean=mean, std=std, arguments=arguments)

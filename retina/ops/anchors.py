@@ -94,6 +94,11 @@ class AnchorGenerator:
         pairs = tuple(s if isinstance(s, tuple) else (s, s) for s in strides)
         return _pyramid(self, tuple((h, w) for h, w in shapes), pairs, torch.device(device))
 
+    def sides(self, strides: Sequence[int]) -> Float[Tensor, "L N 2"]:
+        """Width and height of a cell's anchors on each level, in strides; float32."""
+        cells = [self.cell(size) / stride for size, stride in zip(self.sizes, strides, strict=True)]
+        return torch.stack([cell[:, 2:] - cell[:, :2] for cell in cells]).float()
+
     def cell(self, size: float) -> Float[Tensor, "N 4"]:
         """The anchors around the point (0, 0) on a level of this size, float64, in the order [ratio scale]."""
         sides = [size * scale for scale in self.scales]

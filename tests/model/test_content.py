@@ -17,10 +17,13 @@ from retina.ops.assigners import ATSS, TaskAligned
 from retina.types import Detections, Predictions, Targets
 
 TINY = {"num_classes": 3, "backbone": "resnet18", "fpn_channels": 32, "head_convs": 2}
+ONE_ANCHOR = {"anchor_scales": (2.0,), "anchor_ratios": (1.0,)}
 NORMS = {
     "default": {"norm": "frozen", "head_norm": "group"},
     "group": {"norm": "group", "head_norm": "group", "neck": "pafpn", "p6_from": "p5", "head_quality": True},
     "none": {"norm": "frozen", "levels": (2, 3, 4, 5, 6), "anchor_offset": 0.5, "box_bins": 6},
+    "guided": {"norm": "frozen", "box_bins": 6, "guided_quality": True},
+    "task aligned": {"norm": "group", "head": "task_aligned", "head_norm": "group", "head_scales": True, **ONE_ANCHOR},
     "bottlenecks": {"norm": "group", "backbone": "resnet50", "levels": (3, 4), "head_convs": 1},
     "half": {"norm": "frozen", "backbone": "resnet18_half"},
     "mobilenet_v2": {"norm": "frozen", "backbone": "mobilenet_v2"},
@@ -44,6 +47,8 @@ def signalling(**settings: Any) -> RetinaNet:
             if name.endswith("running_mean"):
                 buffer.normal_(std=0.1)
         model.head.classification.predict.bias.fill_(-2.0)
+        if settings.get("head"):
+            model.head.align_classes.predict.bias.fill_(0.0)
     return model
 
 
@@ -161,7 +166,7 @@ def test_anchors_beyond_the_content_are_no_candidates() -> None:
 
 CRITERIA = {
     "gfl": (
-        {"anchor_scales": (2.0,), "anchor_ratios": (1.0,), "box_bins": 6},
+        {**ONE_ANCHOR, "box_bins": 6},
         DetectionLoss(
             assigner=ATSS(),
             classification=QualityFocal(),
@@ -172,7 +177,7 @@ CRITERIA = {
     ),
     "max iou": ({"anchor_sizes": (8.0, 16.0, 32.0, 64.0, 128.0)}, DetectionLoss()),
     "tal": (
-        {"anchor_scales": (2.0,), "anchor_ratios": (1.0,)},
+        ONE_ANCHOR,
         DetectionLoss(assigner=TaskAligned(), classification=QualityFocal(), box_loss=giou),
     ),
 }
