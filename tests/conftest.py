@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,7 +30,7 @@ ROOMS += ("model", "ops", "schema", "types", "visualize")
 install_import_hook([f"retina.{room}" for room in ROOMS], "beartype.beartype")
 torch.set_num_threads(1)  # tests run side by side
 
-from programs import Program  # noqa: E402
+from programs import run_ranks  # noqa: E402
 from tiny import write_tiny_data, write_tiny_run  # noqa: E402  # after the hook
 
 ROOT = Path(__file__).parents[1]
@@ -131,19 +130,9 @@ for name, code, *words in [
     except SystemExit as ended:
         assert ended.code == code, (name, ended.code)
 """
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        ports = {"PORT_eval": one.getsockname()[1], "PORT_infer": two.getsockname()[1]}
-    group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", **ports}
-    processes = [Program("-c", script, cwd=folder, RANK=rank, LOCAL_RANK=rank, **group) for rank in range(2)]
-    try:
-        outputs = [process.communicate(timeout=200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    for file, text in zip(("out.txt", "err.txt"), outputs[0], strict=True):
+    main, other = run_ranks("-c", script, cwd=folder, ports=("PORT_eval", "PORT_infer"))
+    assert [main.returncode, other.returncode] == [0, 0], (main, other)
+    for file, text in (("out.txt", main.stdout), ("err.txt", main.stderr)):
         (folder / file).write_text(text)
-    assert outputs[1][0] == "", "only rank 0 speaks"
+    assert other.stdout == "", "only rank 0 speaks"
     return folder

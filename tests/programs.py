@@ -6,11 +6,13 @@ import multiprocessing
 import os
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -81,3 +83,24 @@ class Program:
 
     def kill(self) -> None:
         self._process.kill()
+
+
+def run_ranks(
+    *words: object, cwd: Path, ports: Sequence[str] = ("MASTER_PORT",), **environment: object
+) -> list[subprocess.CompletedProcess[str]]:
+    """A program as the two processes of one group, with the environment that torchrun sets; torchrun itself would start
+    three new Pythons. Each variable in `ports` gets the number of a free port."""
+    with ExitStack() as stack:
+        sockets = {name: stack.enter_context(socket.socket()) for name in ports}
+        for one in sockets.values():
+            one.bind(("127.0.0.1", 0))
+        free = {name: one.getsockname()[1] for name, one in sockets.items()}
+    group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", **free, **environment}
+    programs = [Program(*words, cwd=cwd, RANK=rank, LOCAL_RANK=rank, **group) for rank in range(2)]
+    try:
+        outputs = [program.communicate(timeout=200) for program in programs]
+    finally:
+        for program in programs:
+            program.kill()
+    codes = [program.returncode or 0 for program in programs]
+    return [subprocess.CompletedProcess(words, code, *said) for code, said in zip(codes, outputs, strict=True)]

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from commands import Capture, Tool, refused_by_tool
-from programs import Program
+from programs import Program, run_ranks
 from retina.data.shapes import write_shapes
 from retina.model.weights import read_card, save_detector
 
@@ -21,16 +22,26 @@ ROOT = Path(__file__).parents[2]
 WALL_CLOCK = {"images_per_second", "data_wait", "seconds"}
 
 
-def run(*arguments: str, processes: int = 1, folder: Path) -> subprocess.CompletedProcess[str]:
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [str(ROOT / "tools/train.py"), *arguments]
-    environment = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    if processes == 1:
-        program = Program(*command, cwd=folder, **environment)
-        out, err = program.communicate(timeout=280)
-        return subprocess.CompletedProcess(command, program.returncode or 0, out, err)
-    command[:0] = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = os.environ | environment
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=280)
+    program = Program(*command, cwd=folder, **ENVIRONMENT)
+    out, err = program.communicate(timeout=280)
+    return subprocess.CompletedProcess(command, program.returncode or 0, out, err)
+
+
+def run_pair(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    done, _ = run_ranks(ROOT / "tools/train.py", *arguments, cwd=folder, **ENVIRONMENT)
+    return done
+
+
+def run_torchrun(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "tools/train.py"), *arguments]
+    settings = os.environ | ENVIRONMENT
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=settings, timeout=280)
 
 
 @pytest.fixture(scope="module")
@@ -182,11 +193,14 @@ def test_a_run_cut_off_goes_on_bit_for_bit(place: Path, finished: subprocess.Com
         assert all(one[key].equal(two[key]) for key in one), name
 
 
-def test_two_processes_train_the_same_run(place: Path, train: Tool) -> None:
+@pytest.mark.parametrize("start_two", [run_pair, pytest.param(run_torchrun, marks=pytest.mark.slow)])
+def test_two_processes_train_the_same_run(
+    place: Path, train: Tool, start_two: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     """With SGD, for Adam divides by the size of gradients and so magnifies the rounding of small ones."""
     changes = {"optimizer": "sgd", "optimizer.lr": 0.01, "train.ema": "null", "data.eval_batch_size": 1}
     assert train(*tiny("alone", **changes)) == 0
-    done = run(*tiny("pair", **changes), processes=2, folder=place)
+    done = start_two(*tiny("pair", **changes, overwrite="true"), folder=place)
     assert done.returncode == 0, done.stderr
     assert "batch    4 images (2 processes x 1 x 2)" in done.stdout
     one, two = records(place / "runs" / "alone"), records(place / "runs" / "pair")
