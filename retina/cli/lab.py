@@ -9,11 +9,12 @@ python tools/lab.py anchors data=coco data.root=DIR            # whether anchors
 Each has settings and a --help of its own: python tools/lab.py curves --help
 """
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
+
+from retina.cli.main import check_name
 
 EXPERIMENTS = ("curves", "distribution", "ablate", "ladder", "anchors")
 
@@ -24,11 +25,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if name in ("-h", "--help"):
         print(__doc__)
         sys.exit(0)
-    if name not in EXPERIMENTS:
-        near = difflib.get_close_matches(name, EXPERIMENTS, n=1)
-        hint = f"did you mean {near[0]}? There are " if near else "choose one of "
-        print(f"error: {name or 'nothing to do'} - {hint}{', '.join(EXPERIMENTS)}", file=sys.stderr)
-        sys.exit(2)
+    check_name(name, EXPERIMENTS)
     if name == "ladder":
         name, words = "ablate", ["study=ladder", *words]
     sys.exit(importlib.import_module(f"retina.lab.{name}").main(words))

@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NoReturn
 
 from retina import __version__
@@ -19,6 +19,15 @@ COMMANDS = {
 }
 
 
+def check_name(name: str, known: Collection[str]) -> None:
+    """Ends Python in one line for a command that there is not."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? There are " if near else "choose one of "
+        print(f"error: {name or 'nothing to do'}: no such command - {hint}{', '.join(known)}", file=sys.stderr)
+        sys.exit(2)
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words else "--help"
@@ -29,11 +38,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if name == "--version":
         print(__version__)
         sys.exit(0)
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}? There are " if near else "choose one of "
-        print(f"error: {name}: no such command - {hint}{', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
+    check_name(name, COMMANDS)
     sys.argv = [f"retina {name}", *words]
     sys.exit(importlib.import_module(f"retina.cli.{name.replace('-', '_')}").main())
 

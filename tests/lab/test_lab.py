@@ -9,16 +9,14 @@ from commands import Capture, Tool, one_line
 
 
 @pytest.mark.parametrize(
-    ("words", "wanted"),
-    [
-        ([], "nothing to do - choose one of curves, distribution, ablate, ladder, anchors"),
-        (["curve"], "curve - did you mean curves? There are curves, distribution, ablate, ladder, anchors"),
-        (["xyz", "study=gamma"], "xyz - choose one of curves, distribution, ablate, ladder, anchors"),
-    ],
+    ("words", "named"),
+    [([], "nothing to do: "), (["curve"], "did you mean curves?"), (["xyz", "study=gamma"], "xyz: ")],
 )
-def test_a_wrong_experiment_is_one_line(tool: Tool, capsys: Capture, words: list[str], wanted: str) -> None:
+def test_a_wrong_experiment_is_one_line(tool: Tool, capsys: Capture, words: list[str], named: str) -> None:
     assert tool("lab", *words) == 2
-    assert one_line(capsys) == f"error: {wanted}"
+    line = one_line(capsys)
+    assert named in line
+    assert "curves, distribution, ablate, ladder, anchors" in line
 
 
 def test_help_names_them_all(tool: Tool, load: Any, capsys: Capture) -> None:
