@@ -64,8 +64,8 @@ def postprocess(
     keep = keep[_best_first(scores[keep], image[keep])]
     boxes, scores, labels, image = boxes[keep], scores[keep], labels[keep], image[keep]
     groups = image if class_agnostic else image * predictions.logits[0].shape[-1] + labels
-    kept = _best_after_nms(boxes, scores, groups, image, len(sizes), nms_iou, max_detections)
-    return [Detections(boxes[one], scores[one], labels[one]) for one in kept]
+    survivors = _best_after_nms(boxes, scores, groups, image, len(sizes), nms_iou, max_detections)
+    return [Detections(boxes[one], scores[one], labels[one]) for one in survivors]
 
 
 def count_non_finite(predictions: Predictions) -> Int64[Tensor, ""]:
@@ -191,11 +191,11 @@ def _best_after_nms(
         first = (rank < looked).nonzero().squeeze(1)
         # A GPU would rather do all at once; a CPU compares each with every later one, also those of other images.
         parts = (first,) if first.is_cuda else first.split([min(n, looked) for n in available])
-        kept = [part[grouped_nms(boxes[part], scores[part], groups[part], iou)] for part in parts]
-        survivors = torch.cat(kept).sort().values
-        found = torch.searchsorted(image[survivors], images).diff().tolist()
-        if all(n >= limit or few <= looked for n, few in zip(found, available, strict=True)):
-            return [part[:limit] for part in survivors.split(found)]
+        best = [part[grouped_nms(boxes[part], scores[part], groups[part], iou)] for part in parts]
+        survivors = torch.cat(best).sort().values
+        counts = torch.searchsorted(image[survivors], images).diff().tolist()
+        if all(n >= limit or few <= looked for n, few in zip(counts, available, strict=True)):
+            return [part[:limit] for part in survivors.split(counts)]
         looked *= 4
 
 

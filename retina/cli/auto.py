@@ -141,17 +141,17 @@ def facts_of(settings: Settings, annotations: "Annotations", device: "torch.devi
     from retina.engine.probe import native_bf16
 
     counts = np.diff(annotations.offsets)
-    kept = ~annotations.crowd
+    is_object = ~annotations.crowd
     image_of = np.repeat(np.arange(len(annotations)), counts)
-    pairs = np.unique(np.stack((annotations.labels[kept], image_of[kept])), axis=1)
+    pairs = np.unique(np.stack((annotations.labels[is_object], image_of[is_object])), axis=1)
     shares = np.bincount(pairs[0], minlength=len(annotations.classes)) / len(annotations)
     pretrained = bool(settings["model"]["weights"] or settings["init_from"])
     measure = settings["auto"] and not pretrained
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Facts(
         image_sizes=annotations.sizes,
-        objects=annotations.boxes[kept, 2:] - annotations.boxes[kept, :2],
-        image_of=image_of[kept],
+        objects=annotations.boxes[is_object, 2:] - annotations.boxes[is_object, :2],
+        image_of=image_of[is_object],
         shares=shares,
         pretrained=pretrained,
         device=device.type,
@@ -212,7 +212,7 @@ def in_memory(
         try:
             images = (batch // accumulate, *canvas)
             needs[accumulate] = step_bytes(model, images, objects=most_objects, precision=train["precision"])
-        except Exception:  # parts of plugins may not compute without data: then nobody knows
+        except (RuntimeError, TypeError):  # parts of plugins may need values, which meta tensors have not
             return []
         if needs[accumulate] < 0.9 * free:
             break

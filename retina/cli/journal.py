@@ -69,10 +69,10 @@ def open_output(output: Path, pictures: Collection[str]) -> Iterator[None]:
     state = output / STATE
     try:
         output.mkdir(parents=True, exist_ok=True)
-        own = _own_pictures(output)
-        if own is None and any(entry.name != STATE for entry in output.iterdir()):
+        earlier = _earlier_pictures(output)
+        if earlier is None and any(entry.name != STATE for entry in output.iterdir()):
             raise _taken(f"{output} holds other files")
-        _check_way(output, pictures, own or set())
+        _check_way(output, pictures, earlier or set())
         state.mkdir(exist_ok=True)
         lock_file = (state / "lock").open("a")
     except OSError as fault:
@@ -85,18 +85,18 @@ def open_output(output: Path, pictures: Collection[str]) -> Iterator[None]:
             raise _taken(f"{output} is being written by another inference: wait", code="in-use") from None
         for leftover in state.glob("*.tmp"):
             leftover.unlink()
-        write_whole(output, f"{STATE}/claims.json", json.dumps(sorted({*pictures, *(own or ())}, key=str)).encode())
+        write_whole(output, f"{STATE}/claims.json", json.dumps(sorted({*pictures, *(earlier or ())}, key=str)).encode())
         yield
 
 
-def _own_pictures(output: Path) -> set[str] | None:
+def _earlier_pictures(output: Path) -> set[str] | None:
     """Pictures of an earlier inference, finished or not; None where there was none."""
     records, claims = _read(output / DETECTIONS), _read(output / STATE / "claims.json")
     try:
-        found = {record["picture"] for record in records if record["file_name"] and "picture" in record}
+        names = {record["picture"] for record in records if record["file_name"] and "picture" in record}
     except (TypeError, KeyError):
-        found = None
-    return found if claims is None else {*claims, *(found or ())}
+        names = None
+    return names if claims is None else {*claims, *(names or ())}
 
 
 def _read(file: Path) -> Any:
@@ -106,9 +106,9 @@ def _read(file: Path) -> Any:
         return None
 
 
-def _check_way(output: Path, pictures: Collection[str], own: Collection[str]) -> None:
+def _check_way(output: Path, pictures: Collection[str], earlier: Collection[str]) -> None:
     failed, inside = output / FAILED, os.path.realpath(output)
-    foreign = [output / picture for picture in pictures if picture not in own]
+    foreign = [output / picture for picture in pictures if picture not in earlier]
     if not (failed.is_file() and failed.read_bytes().startswith(FAILED_TITLE.encode())):
         foreign.append(failed)
     for file in foreign:

@@ -49,8 +49,8 @@ def make_recipe(settings: Settings) -> Recipe:
     if settings["remap"] and not settings["init_from"]:
         problem = "renames classes of init_from - give init_from=..., or leave remap out"
         raise ConfigError(problem, code="contradiction", key="remap")
-    made = partial(build, plugins=settings["plugins"])
-    criterion = made(settings["loss"], "loss")
+    make = partial(build, plugins=settings["plugins"])
+    criterion = make(settings["loss"], "loss")
     if isinstance(criterion, DetectionLoss):
         quality, bins = settings["model"].get("head_quality"), settings["model"].get("box_bins")
         call(criterion.check_head, "loss", quality=bool(quality), bins=bins is not None)
@@ -59,15 +59,15 @@ def make_recipe(settings: Settings) -> Recipe:
     if settings["train"].get("best_metric") == "AR100" != f"AR{scoring.max_dets}":
         problem = f"AR100 is not measured with eval.max_dets={scoring.max_dets} - give AP, or leave out that setting"
         raise ConfigError(problem, code="contradiction", key="train.best_metric")
-    transforms = {name: made(section, f"augment.{name}") for name, section in settings["augment"].items()}
+    transforms = {name: make(section, f"augment.{name}") for name, section in settings["augment"].items()}
     sampling = data.sampling
     return Recipe(
         criterion=criterion,
-        postprocess=made(settings["postprocess"], "postprocess"),
-        schedule=made(settings["schedule"], "schedule"),
-        optimizer=made(settings["optimizer"], "optimizer"),
+        postprocess=make(settings["postprocess"], "postprocess"),
+        schedule=make(settings["schedule"], "schedule"),
+        optimizer=make(settings["optimizer"], "optimizer"),
         pipeline=Pipeline(transforms, min_size=data.min_size, min_visibility=data.min_visibility),
-        sampler=made({**sampling, "_partial_": True}, "data.sampling") if isinstance(sampling, dict) else None,
+        sampler=make({**sampling, "_partial_": True}, "data.sampling") if isinstance(sampling, dict) else None,
         scoring=scoring,
     )
 

@@ -91,12 +91,12 @@ def open_run(
     something that is no run at all or another run: the line names the first setting that differs, and the notes
     (PEP 678) are a table of all."""
     settings = folder / SETTINGS
-    ours = {LOCK, temporary_of(settings).name}  # of a start that was cut off
+    leftovers = {LOCK, temporary_of(settings).name}  # of a start that was cut off
     another = "choose another name=..."
     try:
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder}: is a file - {another}", code="no-run")
-        if folder.is_dir() and any(p.name not in ours for p in folder.iterdir()) and not is_run(folder):
+        if folder.is_dir() and any(p.name not in leftovers for p in folder.iterdir()) and not is_run(folder):
             raise ConfigError(f"{folder}: holds files but no run of this program - {another}", code="no-run")
         folder.mkdir(parents=True, exist_ok=True)
         notes = [] if _lock(folder, patience) else ["warning: this file system has no locks: start no second run here"]

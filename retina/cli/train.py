@@ -167,8 +167,8 @@ def announce(
         recorder.warn(warning)
     if warning := unreachable(train, data["short_side"], data["long_side"], stride=min(model.strides)):
         recorder.warn(warning)
-    kept = settings["postprocess"].get("max_detections")
-    for line in crowding(val, recipe.scoring.max_dets, kept) if state.config.eval_every else []:
+    limit = settings["postprocess"].get("max_detections")
+    for line in crowding(val, recipe.scoring.max_dets, limit) if state.config.eval_every else []:
         recorder.warn(line)
 
 

@@ -99,8 +99,8 @@ def as_typed(word: str, texts: Iterable[str] = (), *, sweep: bool = False) -> st
 
 def _quoted(value: str, key: str) -> str:
     section = value.startswith("{_target_:")  # of a part of one's own, such as model.backbone
-    kept = value in ("", "null") or section or QUOTED.fullmatch(value) or (key in LISTS and value.startswith("["))
-    return value if kept else QuotedString(value, Quote.single).with_quotes()
+    verbatim = value in ("", "null") or section or QUOTED.fullmatch(value) or (key in LISTS and value.startswith("["))
+    return value if verbatim else QuotedString(value, Quote.single).with_quotes()
 
 
 def read_mapping(text: str) -> dict[str, str]:
@@ -137,9 +137,9 @@ def unknown(key: str, value: str, known: Iterable[str], *, more: str = "") -> Co
         return ConfigError("no such key - leave it out: the same command again resumes", code="unknown-key", key=key)
     for names, candidates in SYNONYMS.items():
         for candidate in candidates if key in names else []:
-            ours = candidate.format(value, key=key)
-            if ours.split()[-1].partition("=")[0] in known:
-                return ConfigError(f"no such key - here it is {ours}", code="unknown-key", key=key)
+            setting = candidate.format(value, key=key)
+            if setting.split()[-1].partition("=")[0] in known:
+                return ConfigError(f"no such key - here it is {setting}", code="unknown-key", key=key)
     return ConfigError(unknown_key(key, known) + more, code="unknown-key")
 
 

@@ -151,12 +151,12 @@ def _arrange(
             f"{turned} boxes are turned (`attributes.rotation`, as CVAT has it): the upright boxes around them count"
         )
         report.warnings.append(f"{file}: annotations: {state} - nothing to do here; other tools take the unturned ones")
-    kept = np.ones(len(image_ids), dtype=np.bool_)
+    usable = np.ones(len(image_ids), dtype=np.bool_)
     for problem in box_problems(xywh, object_sizes):
         line = f"{file}: {describe(records[problem.row], positions[problem.row], names)}: {problem.text}"
         (report.faults if problem.is_fault else report.warnings).append(line)
-        kept[problem.row] = not problem.is_fault
-    emptied = (faulty | {*compress(image_ids, ~kept)}) - {*compress(image_ids, kept)}
+        usable[problem.row] = not problem.is_fault
+    emptied = (faulty | {*compress(image_ids, ~usable)}) - {*compress(image_ids, usable)}
     sound = [image for image in images.sound if image.id not in emptied]
     row_of = {image.id: row for row, image in enumerate(sound)}
     rows = np.array([row_of.get(image_id, -1) for image_id in image_ids], dtype=np.int64)
@@ -167,7 +167,7 @@ def _arrange(
     crowd = np.array([bool(a.get("iscrowd")) for a in records], dtype=np.bool_)
     areas = np.array([a.get("area") for a in records], dtype=np.float64)  # None becomes nan
     encoded = [image.name.encode("utf-8", "surrogatepass") for image in sound]
-    order = np.flatnonzero(kept)[np.argsort(rows[kept], kind="stable")]
+    order = np.flatnonzero(usable)[np.argsort(rows[usable], kind="stable")]
     xywh, areas = xywh[order], areas[order]
     return Annotations(
         file=file,
@@ -176,7 +176,7 @@ def _arrange(
         category_ids=tuple(id_of.get(name) for name in classes),
         image_ids=id_column([image.id for image in sound]),
         sizes=np.array([image.size for image in sound], dtype=np.int64).reshape(-1, 2),
-        offsets=_offsets(np.bincount(rows[kept], minlength=len(sound))),
+        offsets=_offsets(np.bincount(rows[usable], minlength=len(sound))),
         boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
         labels=labels[order],
         crowd=crowd[order],

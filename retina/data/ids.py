@@ -35,13 +35,13 @@ def settle_ids(file: Path, document: dict[str, Any]) -> Iterator[str]:
 
     Yields a warning for what other tools would not take for equal."""
     for section, key in (("images", "image_id"), ("categories", "category_id")):
-        own = ((record, "id") for record in document[section] if isinstance(record, dict))
+        ids = ((record, "id") for record in document[section] if isinstance(record, dict))
         others = ((record, key) for record in document["annotations"] if isinstance(record, dict))
-        as_text = section == "images" and any(isinstance(record.get("id"), str) for record, _ in own)
+        as_text = section == "images" and any(isinstance(record.get("id"), str) for record, _ in ids)
         usual = str if as_text else int
-        own = ((record, "id") for record in document[section] if isinstance(record, dict))
+        ids = ((record, "id") for record in document[section] if isinstance(record, dict))
         count = 0
-        for record, name in chain(own, others):
+        for record, name in chain(ids, others):
             value = record.get(name)
             if type(value) is not usual and (new := settled(value, as_text=as_text)) is not value:
                 record[name] = new

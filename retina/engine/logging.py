@@ -135,9 +135,9 @@ class RunLogger:
         file = self._metrics.file
         whole = file.read_bytes() if file.is_file() else b""
         lines = whole.splitlines(keepends=True)
-        kept = b"".join(line for line in lines if _stays(line, step, pending_evaluation))
-        if kept != whole:
-            write_whole(file, kept)
+        remaining = b"".join(line for line in lines if _stays(line, step, pending_evaluation))
+        if remaining != whole:
+            write_whole(file, remaining)
         if step:
             self.info(f"resumed at step {step}")
 

@@ -109,11 +109,11 @@ def plan(facts: Facts, settings: Mapping[str, Any], typed: frozenset[str]) -> li
 def _size(facts: Facts, choices: _Choices) -> tuple[int, int]:
     short, ratio, small = _shape(facts)
     most = 800 if facts.device == "cuda" else 512
-    wanted = SMALL / small * short
+    ideal = SMALL / small * short
     lower, upper = min(256.0, short), min(float(most), 2 * short)
-    side = min(max(wanted, lower), upper)
+    side = min(max(ideal, lower), upper)
     reason = f"the smallest 5 % of objects then have {small * side / short:.0f} pixels"
-    if wanted > upper:
+    if ideal > upper:
         reason += f", of {SMALL:.0f} wanted: " + ("twice the images' size" if upper < most else f"{most} at most here")
     if facts.seconds and facts.pixels_per_second:
         passes = facts.seconds * facts.pixels_per_second / (side * side * ratio * len(facts.image_sizes))
@@ -175,12 +175,12 @@ def _length(facts: Facts, choices: _Choices) -> tuple[float, int]:
             return float(PASSES[facts.pretrained]), batch
         long, short = (value_of(with_chosen(choices), f"data.{side}_side") for side in ("long", "short"))
         return facts.seconds * facts.pixels_per_second / (long * short * images), batch
-    wanted, least, most = (10_000, 12, 60) if facts.pretrained else (16_000, 36, 100)
-    epochs = min(most, max(least, -(-wanted // images)))
+    target, least, most = (10_000, 12, 60) if facts.pretrained else (16_000, 36, 100)
+    epochs = min(most, max(least, -(-target // images)))
     start = "pretrained weights" if facts.pretrained else "from scratch"
     length = choices.add("train.length", f"{epochs}ep", f"{start}, {images * epochs} images in all")
-    given = re.fullmatch(r"(\d*\.?\d+)ep", str(length))
-    return float(given[1]) if given else float(length) * batch / images, batch
+    in_epochs = re.fullmatch(r"(\d*\.?\d+)ep", str(length))
+    return float(in_epochs[1]) if in_epochs else float(length) * batch / images, batch
 
 
 def with_chosen(choices: _Choices) -> dict[str, Any]:

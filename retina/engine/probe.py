@@ -71,16 +71,16 @@ def step_bytes(model: nn.Module, images: tuple[int, int, int], *, objects: int, 
     (norms and losses stay float32). Head outputs are counted six times, as losses hold them; matching compares all
     anchors with `objects` per image. A fifth is added, because memory is never used to the last byte."""
     count, height, width = images
-    kept: dict[int, Tensor] = {}
+    storages: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage()._cdata] = tensor  # kept alive, so that no other gets its number
+            storages[tensor.untyped_storage()._cdata] = tensor  # kept alive, so that no other gets its number
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         predictions = model(torch.empty(count, 3, height, width, dtype=torch.uint8, device="meta"))
-    activations = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    activations = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
     outputs = [*predictions.logits, *(predictions.bins or predictions.deltas)]
     anchors = sum(level.shape[1] for level in predictions.logits)
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())

@@ -77,8 +77,8 @@ def overlapping_pairs(
         areas = detections.areas[rows]
         union = np.where(crowd[columns], areas, areas + objects.areas[columns] - intersection)
         iou = intersection / union
-        kept = iou >= THRESHOLDS[0]
-        pairs.append((rows[kept], columns[kept], iou[kept]))
+        close = iou >= THRESHOLDS[0]
+        pairs.append((rows[close], columns[close], iou[close]))
     rows, columns, iou = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     return rows, columns, iou
 

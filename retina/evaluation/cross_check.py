@@ -57,11 +57,11 @@ def score(truth: Any, results: list[dict[str, Any]], scoring: Scoring = COCO) ->
     return np.array([part[part > -1].mean() if (part > -1).any() else -1.0 for part in parts])
 
 
-def describe_differences(ours: Mapping[str, Any], reference: Mapping[str, float | None]) -> list[str]:
+def describe_differences(metrics: Mapping[str, Any], reference: Mapping[str, float | None]) -> list[str]:
     """A line per number with both values and their difference, and the largest difference last."""
     lines, largest = [f"{'':6} {'retina':>12} {'pycocotools':>12} {'difference':>11}"], 0.0
     for name, expected in reference.items():
-        value = ours[name]
+        value = metrics[name]
         if value is None or expected is None:
             same = value is expected
             largest = largest if same else float("inf")

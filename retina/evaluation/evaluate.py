@@ -135,8 +135,8 @@ class DetectionCollector:
         """
         ranks = distributed.gather_arrays([torch.cat(batches).numpy() for batches in zip(*self._batches, strict=True)])
         images, counts, boxes, scores, labels = (np.concatenate(arrays) for arrays in zip(*ranks, strict=True))
-        kept, first = np.unique(images, return_index=True)
+        unique, first = np.unique(images, return_index=True)
         lengths = counts[first]
         begins = np.repeat((np.cumsum(counts) - counts)[first] - (np.cumsum(lengths) - lengths), lengths)
         rows = np.arange(len(begins)) + begins
-        return DetectionArrays(np.repeat(kept, lengths), boxes[rows], scores[rows], labels[rows])
+        return DetectionArrays(np.repeat(unique, lengths), boxes[rows], scores[rows], labels[rows])

@@ -147,10 +147,10 @@ def _rank(detections: DetectionArrays, image_order: Int64[np.ndarray, "N"], max_
     positions = np.arange(len(order))
     starts = np.diff(groups[order], prepend=-1) > 0
     ranks = positions - np.maximum.accumulate(np.where(starts, positions, 0))
-    kept = ranks < max_dets
-    order = order[kept]
+    best = ranks < max_dets
+    order = order[best]
     boxes = detections.boxes[order]
-    return _Ranked(Boxes(boxes, groups[order], box_areas(boxes)), detections.labels[order], ranks[kept], places[order])
+    return _Ranked(Boxes(boxes, groups[order], box_areas(boxes)), detections.labels[order], ranks[best], places[order])
 
 
 def _in_ranges(areas: Float64[np.ndarray, "N"], ranges: Float64[np.ndarray, "R 2"]) -> Bool[np.ndarray, "N R"]:
@@ -192,13 +192,13 @@ def _precision(
     starts = np.searchsorted(curves, np.arange(num_ranges * num_thresholds * num_classes + 1))
     positive = ~matches.ignored[sort]
     positives = np.concatenate([[0], np.cumsum(positive)])
-    seen = np.concatenate([[0], np.cumsum(in_range[rows, ranges])])
+    matched = np.concatenate([[0], np.cumsum(in_range[rows, ranges])])
 
     # 3. Keep the true positives. Each count along a curve is a cumulative sum over all curves, minus its value at the
     # start of the curve.
     rows, ranges, curves, at = rows[positive], ranges[positive], curves[positive], np.flatnonzero(positive) + 1
     true = positives[at] - positives[starts[curves]]
-    took_something = seen[at] - seen[starts[curves]]
+    took_something = matched[at] - matched[starts[curves]]
     false = visible[place[rows] + 1, ranges] - visible_before_class[labels[rows], ranges] - took_something
     values = np.append(true / (false + true + np.spacing(1)), 0.0)
 

@@ -85,8 +85,8 @@ def convert_detector(
     )
     lines = [f"recognised: {foreign.program}, {len(foreign.names)} tensors", *foreign.notes]
     lines.append(f"conventions: {', '.join(f'{name} {value}' for name, value in asdict(used).items())}")
-    seen = ("backbone", "norm", "levels", "p6_from", "head_convs", "head_norm")
-    lines.append(f"model: {', '.join(f'{name} {arguments[name]}' for name in seen)}")
+    names = ("backbone", "norm", "levels", "p6_from", "head_convs", "head_norm")
+    lines.append(f"model: {', '.join(f'{name} {arguments[name]}' for name in names)}")
     lines += [*norm_notes, f"classes: {len(rows)}, {why}", *notes]
     return Imported({key: state[key].contiguous() for key in expected}, card, lines)
 
@@ -136,7 +136,7 @@ def _floats(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 
-def _apply(state: dict[str, Tensor], conventions: Conventions, anchors: int, kept: Sequence[int], file: Path) -> None:
+def _apply(state: dict[str, Tensor], conventions: Conventions, anchors: int, keep: Sequence[int], file: Path) -> None:
     """Turns the channels of the first convolution to RGB, and what is predicted for each anchor to our order and
     scale."""
     if conventions.bgr:
@@ -153,7 +153,7 @@ def _apply(state: dict[str, Tensor], conventions: Conventions, anchors: int, kep
                 raise refusal(file, f"{key} has {rows} rows, its bias has not - give another file", code="wrong-shape")
             value = state[key].unflatten(0, (anchors, -1))[order]
             if layer == CLASS_LAYER:
-                value = value[:, list(kept)]
+                value = value[:, list(keep)]
             else:
                 value = value * torch.tensor(conventions.delta_std).view(1, 4, *[1] * (dimensions - 1))
             state[key] = value.flatten(0, 1)

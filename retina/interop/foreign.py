@@ -168,7 +168,7 @@ def rename(state: Mapping[str, Tensor], rules: Iterable[Rule], unused: Iterable[
     """The tensors under our names by the first rule that fits. `unused` pairs a pattern with a reason."""
     renamed = Foreign(state={}, names={}, unused={}, unknown=[])
     for key, value in state.items():
-        name = next((_expand(match, ours) for rule, ours in rules if (match := re.fullmatch(rule, key))), None)
+        name = next((_expand(match, target) for rule, target in rules if (match := re.fullmatch(rule, key))), None)
         reason = next((reason for pattern, reason in unused if re.fullmatch(pattern, key)), None)
         if name and name not in renamed.state:
             renamed.state[name], renamed.names[name] = value, key
@@ -179,8 +179,8 @@ def rename(state: Mapping[str, Tensor], rules: Iterable[Rule], unused: Iterable[
     return renamed
 
 
-def _expand(match: re.Match[str], ours: str | Callable[[re.Match[str]], str]) -> str:
-    return ours(match) if callable(ours) else match.expand(ours)
+def _expand(match: re.Match[str], target: str | Callable[[re.Match[str]], str]) -> str:
+    return target(match) if callable(target) else match.expand(target)
 
 
 def numbered(template: str, *, times: int = 1, plus: int = 0) -> Callable[[re.Match[str]], str]:
@@ -197,12 +197,12 @@ def resnet_rules(prefix: str = "") -> list[Rule]:
     ]
 
 
-def tower_rules(theirs: str, ours: str, *, conv: str, norm: str, has_norm: bool) -> list[Rule]:
+def tower_rules(source: str, target: str, *, conv: str, norm: str, has_norm: bool) -> list[Rule]:
     """Rules for a tower of numbered layers. `conv` and `norm` are patterns of what stands between the number and
     `weight` or `bias`; ours are in one sequence of convolution, norm where there is one, ReLU."""
-    template, step = f"head.{ours}.convs.{{}}.{{}}", 3 if has_norm else 2
+    template, step = f"head.{target}.convs.{{}}.{{}}", 3 if has_norm else 2
     return [
-        (rf"{theirs}\.(\d+){part}\.(weight|bias)", numbered(template, times=step, plus=offset))
+        (rf"{source}\.(\d+){part}\.(weight|bias)", numbered(template, times=step, plus=offset))
         for offset, part in enumerate((conv, norm))
     ]
 

@@ -159,8 +159,8 @@ def load_arrays(data: bytes) -> Any:
     Text that Python 2 wrote is read as latin1. Raises pickle.UnpicklingError for anything else, and for what is no
     pickle."""
     try:
-        made: dict[int, Any] = {}
-        return _arrays(_Unpickler(io.BytesIO(data), encoding="latin1").load(), made, [SHARED_TIMES * len(data)])
+        memo: dict[int, Any] = {}
+        return _arrays(_Unpickler(io.BytesIO(data), encoding="latin1").load(), memo, [SHARED_TIMES * len(data)])
     except pickle.UnpicklingError:
         raise
     except KeyError as fault:
@@ -169,12 +169,12 @@ def load_arrays(data: bytes) -> Any:
         raise pickle.UnpicklingError(f"{type(fault).__name__}: {fault}"[:100]) from None
 
 
-def _arrays(value: Any, seen: dict[int, Any], left: list[int], depth: int = 0) -> Any:
+def _arrays(value: Any, memo: dict[int, Any], left: list[int], depth: int = 0) -> Any:
     """The value with arrays for their descriptions. What a file repeats by reference is made once.
 
     left: the bytes that arrays may still take, in a list of one; several may share the bytes of the file."""
-    if id(value) in seen:
-        return seen[id(value)]
+    if id(value) in memo:
+        return memo[id(value)]
     if depth > 20:
         raise pickle.UnpicklingError("too many values within each other")
     if isinstance(value, _Array):
@@ -183,12 +183,12 @@ def _arrays(value: Any, seen: dict[int, Any], left: list[int], depth: int = 0) -
             raise pickle.UnpicklingError("arrays of many times the bytes of the file")
         result: Any = value.array()
     elif isinstance(value, dict):
-        result = {key: _arrays(item, seen, left, depth + 1) for key, item in value.items()}
+        result = {key: _arrays(item, memo, left, depth + 1) for key, item in value.items()}
     elif isinstance(value, (list, tuple)):
-        result = type(value)(_arrays(item, seen, left, depth + 1) for item in value)
+        result = type(value)(_arrays(item, memo, left, depth + 1) for item in value)
     elif value is None or isinstance(value, (str, bytes, bytearray, int, float)):
         return value
     else:
         raise pickle.UnpicklingError(f"holds a {type(value).__name__.strip('_')}, which is no array")
-    seen[id(value)] = result
+    memo[id(value)] = result
     return result

@@ -121,9 +121,9 @@ def check_places(config: AnchorsConfig, data: DataConfig) -> None:
     """Raises ConfigError for places among the data or not to be written, and for files that are not the lab's own."""
     folder, output = Path(config.figures), Path(config.output) if config.output else None
     places = {"figures": folder} | ({"output": output} if output else {})
-    for (key, place), own in itertools.product(places.items(), (data.root, data.train.images, data.val.images)):
-        if own and place.resolve().is_relative_to(Path(own).resolve()):
-            problem = f"{place} lies in {own}, the data set's own - choose another place"
+    for (key, place), source in itertools.product(places.items(), (data.root, data.train.images, data.val.images)):
+        if source and place.resolve().is_relative_to(Path(source).resolve()):
+            problem = f"{place} lies in {source}, the data set's own - choose another place"
             raise ConfigError(problem, code="output-in-data", key=key)
     check_format(folder / "anchors.png", "figures")
     if (folder / "anchors.json").exists() and not (folder / "anchors.png").exists():

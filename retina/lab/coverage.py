@@ -107,10 +107,10 @@ def resized_objects(
         drawn = stable_hash(seed, 0, annotations.image_ids[row].item())
         sample = Sample(pixel, boxes.astype(np.float32), labels, crowd, row, (height, width), (height, width))
         sample = pipeline.without_last_resize(sample, drawn)
-        kept = ~sample.crowd
+        mask = ~sample.crowd
         canvas = [-(-side // divisor) * divisor for side in sample.size or ()]
-        count = int(kept.sum())
-        parts.append((sample.boxes[kept], sample.labels[kept], np.full(count, row), np.tile(canvas, (count, 1))))
+        count = int(mask.sum())
+        parts.append((sample.boxes[mask], sample.labels[mask], np.full(count, row), np.tile(canvas, (count, 1))))
     empty = (np.zeros((0, 4), np.float32), *(np.zeros(shape, np.int64) for shape in (0, 0, (0, 2))))
     return Objects(*(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(empty, *parts, strict=True)))
 

@@ -142,9 +142,9 @@ def plan(
         if row.experiment is None and row.set is None:
             lines.append(Line(row.label, row.label, row.published, []))
             continue
-        own = [*before, *_words_of_experiment(row.experiment), *(row.set or []), *row.data.get(data, [])]
-        before = own if cumulative else []
-        lines += _lines(row, [*base, *own, ONE_SCORE, f"runs={runs}/{name}"], seeds)
+        changes = [*before, *_words_of_experiment(row.experiment), *(row.set or []), *row.data.get(data, [])]
+        before = changes if cumulative else []
+        lines += _lines(row, [*base, *changes, ONE_SCORE, f"runs={runs}/{name}"], seeds)
     folders = [job.folder for line in lines for job in line.jobs]
     if twice := {str(folder) for folder in folders if folders.count(folder) > 1}:
         problem = f"two runs would be in {min(twice)} - give the rows labels that differ in letters"

@@ -95,8 +95,8 @@ class OHEMLoss(nn.Module):
         losses = self.loss(logits, targets)
         if losses.dim() == 0 and logits.dim() > 0:
             raise ValueError("the loss whose hardest elements are kept must have reduction='none'")
-        kept = self._kept(losses, targets)
-        return reduce_loss(torch.where(kept, losses, 0), "mean", kept.sum())
+        mask = self._kept(losses, targets)
+        return reduce_loss(torch.where(mask, losses, 0), "mean", mask.sum())
 
     def _kept(self, losses: Tensor, targets: Tensor) -> Tensor:
         if self.fraction is not None:

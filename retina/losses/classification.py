@@ -244,11 +244,11 @@ def _suppress_on_cpu(
         num_compared = min(4 * count, available)
         while True:
             falling = -torch.arange(num_compared, dtype=torch.float32)
-            kept = nms(candidates[:num_compared], falling, nms_iou)
-            if len(kept) >= count or num_compared == available:
+            survivors = nms(candidates[:num_compared], falling, nms_iou)
+            if len(survivors) >= count or num_compared == available:
                 break
             num_compared = min(4 * num_compared, available)
-        image[kept] = torch.arange(len(kept))
+        image[survivors] = torch.arange(len(survivors))
     return order
 
 

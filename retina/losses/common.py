@@ -53,15 +53,15 @@ def class_indices(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[T
     assertion stops the program, as in torch's cross entropy.)
     """
     axis, whole = class_axis(logits), list(logits.shape)
-    positions, kept = whole[:axis] + whole[axis + 1 :], [*whole[:axis], 1, *whole[axis + 1 :]]
-    if logits.dim() == 0 or list(targets.shape) not in (positions, kept):
+    positions, single = whole[:axis] + whole[axis + 1 :], [*whole[:axis], 1, *whole[axis + 1 :]]
+    if logits.dim() == 0 or list(targets.shape) not in (positions, single):
         raise ValueError(
-            f"targets must have the shape of the logits {whole}, or be class indices of shape {positions} or {kept}, "
+            f"targets must have the shape of the logits {whole}, or be class indices of shape {positions} or {single}, "
             f"got {list(targets.shape)}"
         )
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(f"class indices must be integers, got {targets.dtype}")
-    targets = targets.reshape(kept).long()
+    targets = targets.reshape(single).long()
     counted = targets != ignore_index
     wrong = counted & ((targets < 0) | (targets >= whole[axis]))
     refuse(wrong, targets, f"class indices must be in 0..{whole[axis] - 1} or ignore_index {ignore_index}")

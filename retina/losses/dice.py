@@ -99,8 +99,8 @@ def _loss(
     if counted is not None:
         p = p * counted
     p, targets = p.flatten(num_axes), targets.flatten(num_axes)
-    found, true = p.sum(-1), targets.sum(-1, dtype=p.dtype)
-    loss = 1 - ((2 * (p * targets).sum(-1) + smooth) / (found + true + smooth)) ** (1 / beta)
+    mass, area = p.sum(-1), targets.sum(-1, dtype=p.dtype)
+    loss = 1 - ((2 * (p * targets).sum(-1) + smooth) / (mass + area + smooth)) ** (1 / beta)
     return reduce_loss(loss, reduction, loss.numel())
 
 

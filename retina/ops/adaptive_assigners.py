@@ -54,8 +54,8 @@ class ATSS:
         candidates, exists = _nearest_anchors(predictions, boxes, self.topk)
         iou = torch.where(exists, paired_iou(anchors[candidates], boxes[:, :, None]), 0)
         inside = _centre_inside(anchors[candidates], boxes) & targets.valid[..., None]
-        wanted = (iou >= _threshold(iou, exists)) & exists & inside
-        matched, positive, _ = _highest_iou_wins(candidates, iou, wanted, len(anchors))
+        eligible = (iou >= _threshold(iou, exists)) & exists & inside
+        matched, positive, _ = _highest_iou_wins(candidates, iou, eligible, len(anchors))
         return Assignment(matched, positive, ~positive & _outside_crowds(predictions, targets))
 
 
@@ -98,8 +98,8 @@ class TaskAligned:
             best = self._best(*parts)
         assert best is not None
         aligned, iou, candidates = best
-        wanted = (aligned > 0) & _centre_inside(anchors[candidates], targets.boxes)
-        matched, positive, won = _highest_iou_wins(candidates, iou, wanted, len(anchors))
+        eligible = (aligned > 0) & _centre_inside(anchors[candidates], targets.boxes)
+        matched, positive, won = _highest_iou_wins(candidates, iou, eligible, len(anchors))
         aligned, iou = torch.where(won, aligned, 0), torch.where(won, iou, 0)
         quality = aligned / (aligned.amax(dim=-1, keepdim=True) + 1e-7) * iou.amax(dim=-1, keepdim=True)
         # Each anchor was won at most once; all else is 0.
@@ -151,15 +151,15 @@ def _nearest_anchors(
         raise ValueError(
             f"need anchors that know their grid (retina.ops.anchors.Anchors), got a {type(anchors).__name__}"
         )
-    found, first = [], 0
+    parts, first = [], 0
     for level, shape, stride in zip(anchors, anchors.shapes, anchors.strides, strict=True):
         per_cell = len(level) // max(1, math.prod(shape))
         from_first_cell = 0.5 * (boxes[..., :2] + boxes[..., 2:] - level[:1, :2] - level[:1, 2:])
         cells, exists = _nearest_cells(from_first_cell, sizes, shape, stride, topk)
         around = cells[..., None] * per_cell + torch.arange(per_cell, device=boxes.device)
-        found.append((around.flatten(2) + first, exists[..., None].expand_as(around).flatten(2)))
+        parts.append((around.flatten(2) + first, exists[..., None].expand_as(around).flatten(2)))
         first += len(level)
-    indices, existing = zip(*found, strict=True)
+    indices, existing = zip(*parts, strict=True)
     return torch.cat(indices, dim=-1), torch.cat(existing, dim=-1)
 
 
@@ -179,8 +179,8 @@ def _nearest_cells(
         start = (
             (place / stride - 0.5 * length).ceil().nan_to_num().clamp(min=0).minimum((covered - length).clamp(min=0))
         )
-        found = start[..., None] + torch.arange(length, device=place.device)
-        return found, found < covered[..., None]
+        indices = start[..., None] + torch.arange(length, device=place.device)
+        return indices, indices < covered[..., None]
 
     height, width = shape
     x, y = position.unbind(-1)
@@ -199,16 +199,16 @@ def _centre_inside(anchors: Float[Tensor, "B M C 4"], boxes: Float[Tensor, "B M 
 
 
 def _highest_iou_wins(
-    candidates: Int64[Tensor, "B M C"], iou: Float[Tensor, "B M C"], wanted: Bool[Tensor, "B M C"], num_anchors: int
+    candidates: Int64[Tensor, "B M C"], iou: Float[Tensor, "B M C"], eligible: Bool[Tensor, "B M C"], num_anchors: int
 ) -> tuple[Int64[Tensor, "B A"], Bool[Tensor, "B A"], Bool[Tensor, "B M C"]]:
-    """Gives each wanted anchor to the object of highest IoU, the first among equals.
+    """Gives each eligible anchor to the object of highest IoU, the first among equals.
 
     Returns the object of every anchor, whether it has one, and which candidates their objects have won."""
     num_images, num_objects, _ = candidates.shape
     place = candidates.flatten(1)
     best = iou.new_full((num_images, num_anchors), -1)
-    best = best.scatter_reduce(1, place, torch.where(wanted, iou, -1).flatten(1), "amax")
-    equal = wanted & (iou == best.gather(1, place).view_as(iou))
+    best = best.scatter_reduce(1, place, torch.where(eligible, iou, -1).flatten(1), "amax")
+    equal = eligible & (iou == best.gather(1, place).view_as(iou))
     objects = torch.arange(num_objects, dtype=torch.int32, device=iou.device)[:, None]
     owner = torch.full_like(best, num_objects, dtype=torch.int32)
     owner = owner.scatter_reduce(1, place, torch.where(equal, objects, num_objects).flatten(1), "amin")

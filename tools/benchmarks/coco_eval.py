@@ -21,9 +21,9 @@ def run(bench: Bench) -> list[Row]:
     num_images, num_classes = (20, 5) if bench.quick else (2000, 80)
     document, results = draw(num_images, objects=10, detections=100, num_classes=num_classes)
     data, truth = as_read(document, results), load_truth(document)
-    ours, reference = coco_metrics(*data), score(truth, results)
+    metrics, reference = coco_metrics(*data), score(truth, results)
     for name, value in zip(METRICS, reference, strict=True):
-        assert abs(ours[name] - value) <= 1e-12, (name, ours[name], value)
+        assert abs(metrics[name] - value) <= 1e-12, (name, metrics[name], value)
     times = bench.time({"ours": lambda: coco_metrics(*data), "reference": lambda: score(truth, results)}, warmup=0)
     size = f"{num_images} images x 10 objects x 100 detections x {num_classes} classes"
     row = speedup(f"coco_eval, {size}: vs pycocotools", times, must=8, goal=50)

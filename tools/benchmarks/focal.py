@@ -36,13 +36,13 @@ def on_cpu(bench: Bench) -> list[Row]:
     problem = random_problem((1, anchors), bench.device, torch.float32)
     name = f"focal loss, {anchors:,} x {CLASSES} fp32"
     backend = "aot_eager" if bench.quick else "inductor"  # C++ takes a minute to compile
-    ours, reference = partial(mean_loss, problem, class_focal_loss), partial(torchvision_loss, problem)
+    fused, reference = partial(mean_loss, problem, class_focal_loss), partial(torchvision_loss, problem)
     compiled = partial(mean_loss, problem, torch.compile(class_focal_loss, backend=backend))
-    for way, rtol in ((ours, 1e-6), (reference, 1e-6), (compiled, 1e-5)):  # compiled, it sums in a row
+    for way, rtol in ((fused, 1e-6), (reference, 1e-6), (compiled, 1e-5)):  # compiled, it sums in a row
         check(problem, way(), problem.positive.sum(), rtol=rtol, grad_atol=1e-8)
-    units = {name: memory(problem, way) for name, way in (("ours", ours), ("torchvision", reference))}
+    units = {name: memory(problem, way) for name, way in (("ours", fused), ("torchvision", reference))}
     return [
-        speedup(f"{name}: speed", bench.time({"ours": ours, "reference": reference}), must=6, goal=15),
+        speedup(f"{name}: speed", bench.time({"ours": fused, "reference": reference}), must=6, goal=15),
         absolute(f"{name}: memory in units of the logits", units["ours"], "x", must=2.1, goal=1.1),
         absolute(f"{name}: the same of torchvision", units["torchvision"], "x"),
         speedup(f"{name}: torch.compile of the plain formula", bench.time({"ours": compiled, "reference": reference})),
@@ -54,7 +54,7 @@ def on_gpu(bench: Bench) -> list[Row]:
     problem = random_problem((images, anchors), bench.device, torch.bfloat16)
     target = torch.empty_like(problem.logits, requires_grad=False)
 
-    def ours(divisor: float) -> Tensor:
+    def backpropagate(divisor: float) -> Tensor:
         problem.logits.grad = None
         loss = class_focal_loss(*problem) / divisor
         loss.backward()
@@ -63,9 +63,9 @@ def on_gpu(bench: Bench) -> list[Row]:
     def copy() -> None:
         target.copy_(problem.logits.detach())
 
-    check(problem, ours(1.0), 1, rtol=1e-5, grad_rtol=torch.finfo(torch.bfloat16).eps, grad_atol=1e-12)
+    check(problem, backpropagate(1.0), 1, rtol=1e-5, grad_rtol=torch.finfo(torch.bfloat16).eps, grad_atol=1e-12)
     name = f"focal loss, {images} x {anchors:,} x {CLASSES} bf16: fraction of copy bandwidth"
-    times = bench.time({"ours": partial(ours, 1.0), "mean": partial(ours, 8.0), "reference": copy})
+    times = bench.time({"ours": partial(backpropagate, 1.0), "mean": partial(backpropagate, 8.0), "reference": copy})
     mean = {"ours": times["mean"], "reference": times["reference"]}
     return [speedup(name, times, must=0.4, goal=0.8), speedup(f"{name}, where backward has to scale", mean)]
 

@@ -27,13 +27,13 @@ def run(bench: Bench) -> list[Row]:
         return _on_cuda(bench, model)
     images, height, width = (1, 128, 128) if bench.quick else (2, 512, 512)
     batch = make_batch(images, height, width, bench.device)
-    theirs = partial(_without_gradients, reference.eval(), unit_images(batch.images))
+    detections_of_reference = partial(_without_gradients, reference.eval(), unit_images(batch.images))
     detectors = {name: _detector(copy.deepcopy(model), height, width, name, bench.device) for name in ("fp32", "bf16")}
-    assert_same_detections(detectors["fp32"].predict(list(batch.images)), theirs(), pixels=1e-3)
+    assert_same_detections(detectors["fp32"].predict(list(batch.images)), detections_of_reference(), pixels=1e-3)
     _assert_logits_near(detectors["bf16"], detectors["fp32"], batch.images)
 
     ways = {name: partial(detector.predict, list(batch.images)) for name, detector in detectors.items()}
-    times = bench.time({**ways, "torchvision": theirs})
+    times = bench.time({**ways, "torchvision": detections_of_reference})
     shape = f"{images} x {height} x {width}"
     sides = {name: {"ours": times[name], "reference": times["torchvision"]} for name in detectors}
     return [

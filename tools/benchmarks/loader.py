@@ -138,5 +138,5 @@ def check(photos: Annotations, *, mean_difference: float) -> None:
 def rate(measure: str, times: Mapping[str, Times], way: str, photos: Annotations, **bars: float) -> Row:
     """Images per second of a way in units of those of the bare loop."""
     row = speedup(measure, {"ours": times[way], "reference": times["bare"]}, **bars)
-    ours, bare = (len(photos) / times[name].median for name in (way, "bare"))
-    return replace(row, ours=ours, reference=bare, unit="images/s")
+    rate, bare = (len(photos) / times[name].median for name in (way, "bare"))
+    return replace(row, ours=rate, reference=bare, unit="images/s")

@@ -39,15 +39,15 @@ def run(bench: Bench) -> list[Row]:
         write_shapes(Path(scratch, "data"), num_train=IMAGES * steps, num_val=1, image_size=[64, 64])
         annotations = read_coco(Path(scratch, "data/annotations/instances_train.json"), Path(scratch, "data/train"))
 
-        def ours(length: int) -> RetinaNet:
+        def train(length: int) -> RetinaNet:
             return loop(copy.deepcopy(model), batch, annotations, length)
 
-        def reference(length: int) -> RetinaNet:
+        def train_bare(length: int) -> RetinaNet:
             return bare(copy.deepcopy(model), batch, length)
 
-        assert_same(ours(steps), reference(steps))
+        assert_same(train(steps), train_bare(steps))
         ways: dict[str, Callable[[], object]] = {}
-        for name, way in (("ours", ours), ("reference", reference)):
+        for name, way in (("ours", train), ("reference", train_bare)):
             ways |= {f"{name}, all": partial(way, 1 + steps), f"{name}, start": partial(way, 1)}
         times = bench.time(ways, warmup=1)
     # the copy of the model, the first allocations and the last checkpoint fall out of the differences
@@ -64,14 +64,17 @@ def diagnosis(bench: Bench, model: RetinaNet, batch: Batch) -> Row:
     more for it is 1 % of the run."""
     plain = DetectionLoss()
     diagnosed, _ = with_diagnosis(plain, prior=0.01)
-    ours, reference = (bare(copy.deepcopy(model), batch, 2, criterion) for criterion in (diagnosed, plain))
-    assert_same(ours, reference)
-    ways = {"ours": partial(bare, ours, batch, 1, diagnosed), "reference": partial(bare, reference, batch, 1, plain)}
+    diagnosed_model, plain_model = (bare(copy.deepcopy(model), batch, 2, criterion) for criterion in (diagnosed, plain))
+    assert_same(diagnosed_model, plain_model)
+    ways = {
+        "ours": partial(bare, diagnosed_model, batch, 1, diagnosed),
+        "reference": partial(bare, plain_model, batch, 1, plain),
+    }
     return cost(f"update with diagnosis / without, {SHAPE}", bench.time(ways, warmup=1), must=1.2, goal=1.05)
 
 
-def assert_same(ours: RetinaNet, reference: RetinaNet) -> None:
-    for parameter, expected in zip(ours.parameters(), reference.parameters(), strict=True):
+def assert_same(model: RetinaNet, reference: RetinaNet) -> None:
+    for parameter, expected in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.equal(parameter, expected), "the two train something else"
 
 

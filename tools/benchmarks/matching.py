@@ -38,17 +38,17 @@ def compare(bench: Bench, anchors: tuple[Tensor, ...], boxes: Tensor, **bars: fl
     together = torch.cat(list(anchors))
     matcher = Matcher(0.5, 0.4, allow_low_quality_matches=True)
 
-    def ours() -> Matches:
+    def match_all() -> Matches:
         return match_boxes(anchors, boxes, valid, crowd, positive_iou=0.5, negative_iou=0.4, low_quality=True)
 
-    def reference() -> list[Tensor]:
+    def match_each() -> list[Tensor]:
         return [matcher(box_iou(image, together)) for image in boxes]
 
-    index, positive, negative = ours()
-    expected = torch.stack(reference())
+    index, positive, negative = match_all()
+    expected = torch.stack(match_each())
     assert torch.equal(positive, expected >= 0)
     assert torch.equal(negative, expected == Matcher.BELOW_LOW_THRESHOLD)
     assert torch.equal(index[positive], expected[positive])
     images = f", {len(boxes)} images" if len(boxes) > 1 else ""
-    times = bench.time({"ours": ours, "reference": reference})
+    times = bench.time({"ours": match_all, "reference": match_each})
     return speedup(f"matching {len(together):,} x {boxes.shape[1]}{images}", times, **bars)

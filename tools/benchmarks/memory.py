@@ -17,20 +17,20 @@ def run(bench: Bench) -> list[Row]:
     side = 128 if bench.quick else 512
     context = multiprocessing.get_context("spawn")  # a fork would share, and so hide, what the first has allocated
     with context.Pool(1, maxtasksperchild=1) as pool:
-        ours, theirs = (pool.apply(step_peak, (who, side, str(bench.device))) for who in ("ours", "reference"))
-    row = absolute(f"peak memory of a step, 2 x {side} x {side} fp32", ours / 2**20, "MiB", must=0.95, goal=0.87)
-    return [replace(row, reference=theirs / 2**20, ratio=ours / theirs)]
+        peak, reference_peak = (pool.apply(step_peak, (who, side, str(bench.device))) for who in ("ours", "reference"))
+    row = absolute(f"peak memory of a step, 2 x {side} x {side} fp32", peak / 2**20, "MiB", must=0.95, goal=0.87)
+    return [replace(row, reference=reference_peak / 2**20, ratio=peak / reference_peak)]
 
 
 def step_peak(who: str, side: int, device: str) -> int:
     """Bytes, of the third step."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    ours, theirs = pair(device=torch.device(device))
+    model, reference = pair(device=torch.device(device))
     batch = make_batch(2, side, side, torch.device(device))
-    check_losses(ours, theirs, batch)
-    step = our_step(ours, batch, torch.float32) if who == "ours" else torchvision_step(theirs, batch, amp=False)
-    del ours, theirs
+    check_losses(model, reference, batch)
+    step = our_step(model, batch, torch.float32) if who == "ours" else torchvision_step(reference, batch, amp=False)
+    del model, reference
     step()
     step()
     gc.collect()

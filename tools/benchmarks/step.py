@@ -24,14 +24,14 @@ def run(bench: Bench) -> list[Row]:
     images, height, width = (16, 800, 1088) if cuda else (2, 512, 512)
     if bench.quick:
         images, height, width = 2, 128, 128
-    ours, theirs = pair(device=bench.device)
+    model, reference = pair(device=bench.device)
     batch = make_batch(images, height, width, bench.device)
-    check_losses(ours, theirs, batch)
+    check_losses(model, reference, batch)
 
     precisions = ["bf16"] if bench.quick else ["fp32", "bf16"]  # a part of the work is enough to see that it runs
-    ways = {"torchvision": torchvision_step(theirs, batch, amp=cuda)}
+    ways = {"torchvision": torchvision_step(reference, batch, amp=cuda)}
     for name in precisions:
-        ways |= {name: our_step(ours, batch, DTYPES[name]), f"floor {name}": convolutions(ours, batch, DTYPES[name])}
+        ways |= {name: our_step(model, batch, DTYPES[name]), f"floor {name}": convolutions(model, batch, DTYPES[name])}
     times = bench.time(ways)
 
     floor = {"must": 1.20, "goal": 1.05} if cuda else {"must": 1.06, "goal": 1.02}
@@ -42,7 +42,7 @@ def run(bench: Bench) -> list[Row]:
         rows.append(cost(f"step {name} / its convolutions, {shape}", sides, **floor))
     if not (cuda or bench.quick):  # the size that is trained at, where the optimizer weighs less
         large = make_batch(2, 800, 1088, bench.device)
-        ways = {"ours": our_step(ours, large, torch.bfloat16), "reference": convolutions(ours, large, torch.bfloat16)}
+        ways = {"ours": our_step(model, large, torch.bfloat16), "reference": convolutions(model, large, torch.bfloat16)}
         rows.append(cost("step bf16 / its convolutions, 2 x 800 x 1088", bench.time(ways, warmup=1), **floor))
     bars = {"fp32": (1.0, 1.06), "bf16": (1.5, 2.5) if cuda else (1.8, 2.1)}
     for name in precisions:
@@ -121,13 +121,13 @@ def torchvision_step(model: nn.Module, batch: Batch, *, amp: bool) -> Callable[[
 
 
 @torch.no_grad()
-def check_losses(ours: RetinaNet, theirs: nn.Module, batch: Batch) -> None:
+def check_losses(model: RetinaNet, reference: nn.Module, batch: Batch) -> None:
     """Both losses of every image within 1e-4 of torchvision's, which divides each image by its own positives."""
-    expected = theirs(unit_images(batch.images), target_dicts(batch.targets))
+    expected = reference(unit_images(batch.images), target_dicts(batch.targets))
     means = torch.zeros(2, device=batch.images.device)
     for image in range(len(batch.images)):
         row = slice(image, image + 1)
-        losses = DetectionLoss()(ours(batch.images[row]), Targets(*(field[row] for field in batch.targets)))
+        losses = DetectionLoss()(model(batch.images[row]), Targets(*(field[row] for field in batch.targets)))
         means += torch.stack(losses[:2]) / losses.num_positives / len(batch.images)
-    reference = torch.stack([expected["classification"], expected["bbox_regression"]])
-    torch.testing.assert_close(means, reference, rtol=1e-4, atol=0)
+    expected_means = torch.stack([expected["classification"], expected["bbox_regression"]])
+    torch.testing.assert_close(means, expected_means, rtol=1e-4, atol=0)

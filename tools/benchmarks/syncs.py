@@ -35,14 +35,14 @@ class Operations(TorchDispatchMode):
 
 def run(bench: Bench) -> list[Row]:
     height, width = (128, 128) if bench.quick else (256, 256)
-    ours, theirs = pair(device=bench.device)
+    model, reference = pair(device=bench.device)
     batches = [make_batch(images, height, width, bench.device) for images in (2, 4)]
     chunk = focal_cpu._CHUNK
     focal_cpu._CHUNK = 2**40  # as on a GPU; a CPU computes the loss in chunks, the more the more images
     try:
         counted = {
-            "ours": [count(our_step(ours, batch, torch.bfloat16)) for batch in batches],
-            "reference": [count(torchvision_step(theirs, batch, amp=False)) for batch in batches],
+            "ours": [count(our_step(model, batch, torch.bfloat16)) for batch in batches],
+            "reference": [count(torchvision_step(reference, batch, amp=False)) for batch in batches],
         }
     finally:
         focal_cpu._CHUNK = chunk
@@ -57,8 +57,8 @@ def run(bench: Bench) -> list[Row]:
         for two, four in (counted["ours"], counted["reference"])
     ]
     return [
-        replace(absolute(name, float(ours), must=must, goal=goal), reference=float(reference))
-        for (name, must, goal), ours, reference in zip(measures, *values, strict=True)
+        replace(absolute(name, float(value), must=must, goal=goal), reference=float(reference))
+        for (name, must, goal), value, reference in zip(measures, *values, strict=True)
     ]
 
 

@@ -24,19 +24,19 @@ def pair(num_classes: int = 80, *, device: torch.device) -> tuple[RetinaNet, Tor
     Theirs is changed in two points, so that both do the same work on a canvas: images and boxes are not resized (they
     are normalised and batched as ever), and anchors follow the declared strides, where theirs guesses image size //
     grid size, which is off on the coarse levels of 800x1088."""
-    ours = retinanet(num_classes=num_classes, norm="frozen", frozen_stages=2, p6_from="p5", anchors_rounded=True)
-    _give_signal(ours)
+    model = retinanet(num_classes=num_classes, norm="frozen", frozen_stages=2, p6_from="p5", anchors_rounded=True)
+    _give_signal(model)
     body = resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
     p6p7 = LastLevelP6P7(256, 256)
     backbone = _resnet_fpn_extractor(body, 3, returned_layers=[2, 3, 4], extra_blocks=p6p7)
     sizes = tuple((size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))) for size in (32, 64, 128, 256, 512))
     anchors = _DeclaredStrides(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-    theirs = TorchvisionRetinaNet(backbone, num_classes, anchor_generator=anchors, detections_per_img=100)
-    theirs.transform.resize = lambda image, target: (image, target)
-    theirs.load_state_dict(to_torchvision(ours.state_dict()))
-    trained = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)]
+    reference = TorchvisionRetinaNet(backbone, num_classes, anchor_generator=anchors, detections_per_img=100)
+    reference.transform.resize = lambda image, target: (image, target)
+    reference.load_state_dict(to_torchvision(model.state_dict()))
+    trained = [sum(p.numel() for p in detector.parameters() if p.requires_grad) for detector in (model, reference)]
     assert trained[0] == trained[1], f"one trains {trained[0]} numbers, the other {trained[1]}"
-    return ours.train().to(device).to(memory_format=torch.channels_last), theirs.train().to(device)
+    return model.train().to(device).to(memory_format=torch.channels_last), reference.train().to(device)
 
 
 def unit_images(images: Tensor) -> list[Tensor]:
@@ -53,11 +53,11 @@ def target_dicts(targets: Targets) -> list[dict[str, Tensor]]:
 
 
 def assert_same_detections(
-    ours: list[Detections], theirs: list[dict[str, Tensor]], *, pixels: float, score: float = 1e-5
+    detections: list[Detections], references: list[dict[str, Tensor]], *, pixels: float, score: float = 1e-5
 ) -> None:
     """Raises AssertionError unless every detection has its one counterpart, which may stand at another place."""
-    assert len(ours) == len(theirs)
-    for (boxes, scores, labels), expected in zip(ours, theirs, strict=True):
+    assert len(detections) == len(references)
+    for (boxes, scores, labels), expected in zip(detections, references, strict=True):
         assert len(scores) == len(expected["scores"]) > 0
         distance = (boxes[:, None] - expected["boxes"]).abs().amax(dim=-1)
         distance = distance + 1e3 * (scores[:, None] - expected["scores"]).abs()

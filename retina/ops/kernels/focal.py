@@ -81,12 +81,12 @@ def _focal_kernel(
     neighbour = tl.arange(0, group_size)[None, :]
     place = index[:, None] * group_size + neighbour
     x = tl.load(logits + first * group_size + place, mask=exists[:, None], other=0.0).to(tl.float32)
-    own = neighbour == label[:, None]
-    weight = tl.where(own, positive_weight, weight[:, None])
+    is_label = neighbour == label[:, None]
+    weight = tl.where(is_label, positive_weight, weight[:, None])
 
     # With e = exp(-|z|) nothing overflows. What counts here is the number of instructions: exp2 and rsqrt are one each,
     # where exp and a division guard against numbers that cannot occur.
-    z = tl.where(own, -x, x)
+    z = tl.where(is_label, -x, x)
     e = tl.exp2(tl.abs(z) * -1.4426950408889634)
     root = tl.rsqrt(1.0 + e)
     larger = root * root
@@ -95,7 +95,7 @@ def _focal_kernel(
     complement = tl.where(z > 0, smaller, larger)
     log1p = _log1p(e)
     softplus = tl.maximum(z, 0.0) + log1p
-    power = tl.where(own, -weight, weight)  # the loss grows against x for a positive
+    power = tl.where(is_label, -weight, weight)  # the loss grows against x for a positive
     if gamma == 2:
         power = power * s * s
     elif gamma != 0:
