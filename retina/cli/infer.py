@@ -16,6 +16,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from retina.cli.build import call
 from retina.cli.compose import entry
 from retina.cli.data import progress
 from retina.cli.journal import Batch, Done, cut_batches, finish, note, open_journal, open_output, read_done, write_whole
-from retina.cli.sources import FORMATS, Source, find_images, left_out, name_sources
+from retina.cli.sources import FORMATS, Source, find_images, groups_of, left_out, name_sources
 from retina.data.checks import some
 from retina.errors import DataError, check, plain
 
@@ -115,17 +116,22 @@ def detect(detector: "Detector", batches: Sequence[Batch], config: InferConfig) 
     done = []
     with ThreadPoolExecutor() as threads, open_journal(Path(config.output), distributed.rank()) as journal:
         for batch in progress(batches, "detecting", len(batches)):
-            done.append(detect_batch(detector, batch, config, threads))
+            groups = groups_of(batch.sources, config.max_pixels)
+            parts = [detect_group(detector, group, config, threads) for group in groups]
+            records, faults = (list(chain.from_iterable(column)) for column in zip(*parts, strict=True))
+            done.append(Done(batch.key, records, faults))
             note(journal, done[-1])
     return done
 
 
-def detect_batch(detector: "Detector", batch: Batch, config: InferConfig, threads: Executor) -> Done:
+def detect_group(
+    detector: "Detector", group: Sequence[Source], config: InferConfig, threads: Executor
+) -> tuple[list[dict[str, Any]], list[str]]:
     """A record for each image, whose picture is then written, and what is wrong with the files that are none."""
     # decoding and encoding leave Python's lock
-    loaded = list(threads.map(lambda source: try_read(detector.read, source.file, config.max_pixels), batch.sources))
+    loaded = list(threads.map(lambda source: try_read(detector.read, source.file, config.max_pixels), group))
     faults = [image for image in loaded if isinstance(image, str)]
-    sources = [source for source, image in zip(batch.sources, loaded, strict=True) if not isinstance(image, str)]
+    sources = [source for source, image in zip(group, loaded, strict=True) if not isinstance(image, str)]
     images = [image for image in loaded if not isinstance(image, str)]
     detections = detector.predict(images, score_threshold=config.score_threshold, batch_size=config.batch_size)
     records: list[dict[str, Any]] = [
@@ -146,7 +152,7 @@ def detect_batch(detector: "Detector", batch: Batch, config: InferConfig, thread
                 record["picture"] = source.picture
             else:
                 faults.append(fault)
-    return Done(batch.key, records, faults)
+    return records, faults
 
 
 def try_read(read: Callable[[Path, int], Any], file: Path, max_pixels: int) -> Any:

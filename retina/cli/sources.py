@@ -2,13 +2,15 @@
 
 import glob
 import itertools
+import math
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from retina.data.image_lists import list_images, other_files
+from retina.data.images import image_size
 from retina.errors import ConfigError, DataError
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"}
@@ -57,6 +59,24 @@ def left_out(source: str, output: Path) -> list[str]:
     """Names of the files in a folder that are neither images nor texts, nor below `output`."""
     others = other_files(Path(source)) if os.path.isdir(source) else []
     return [file.name for file in others if not _real(file).is_relative_to(_real(output))]
+
+
+def groups_of(sources: Sequence[Source], max_pixels: int) -> Iterator[list[Source]]:
+    """Consecutive images, as many as have `max_pixels` pixels together: so the memory that they take is bounded by the
+    pixels, not by the number of images."""
+    group: list[Source] = []
+    held = 0
+    for source in sources:
+        try:
+            pixels = math.prod(image_size(source.file, max_pixels=max_pixels))
+        except DataError:  # reading it will tell
+            pixels = 0
+        if group and held + pixels > max_pixels:
+            yield group
+            group, held = [], 0
+        group.append(source)
+        held += pixels
+    yield group
 
 
 def expand(pattern: str) -> list[Path]:

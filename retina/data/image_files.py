@@ -2,6 +2,7 @@
 
 Every fault on the way to the pixels, whatever library it comes from, is a DataError of one line."""
 
+import math
 import os
 import stat
 import struct
@@ -17,13 +18,14 @@ from PIL import (
     GifImagePlugin,  # noqa: F401
     Image,
     ImageFile,
-    JpegImagePlugin,  # noqa: F401
+    JpegImagePlugin,
     PngImagePlugin,
     PpmImagePlugin,  # noqa: F401
     TiffImagePlugin,
     WebPImagePlugin,  # noqa: F401
 )
 
+from retina.data.metered import MeteredFile
 from retina.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -107,9 +109,10 @@ if hasattr(os, "register_at_fork"):
 def opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
     """The image with nothing but its header read. Whatever is raised in the block leaves it as a DataError."""
     try:
-        with _LIMITS.lent(max_pixels), _open_regular(path) as file:
+        with _LIMITS.lent(max_pixels), _open_regular(path, max_pixels) as file:
             image = _identify(path, file, max_pixels)
             _check_pixels(path, image.size, max_pixels)
+            file.begin_pixels(math.prod(image.size), jpeg=isinstance(image, JpegImagePlugin.JpegImageFile))
             yield image
     except DataError:
         raise
@@ -125,13 +128,13 @@ def opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
         raise fault(path, "bad-image", problem, "copy or download it again, or remove it") from error
 
 
-def _open_regular(path: Path) -> BinaryIO:
+def _open_regular(path: Path, max_pixels: int) -> MeteredFile:
     """The file opened, if it is one. Opening a pipe would wait for a writer, and opening a device may do anything."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             problem = "is a folder, pipe or device, not a file"
             raise fault(path, "not-a-file", problem, "replace it by an image, or remove it")
-        return open(path, "rb")
+        return MeteredFile(path, max_pixels)
     except FileNotFoundError as error:
         problem, fix = "no such image", "correct the file name or the image folder"
         if os.path.islink(path):

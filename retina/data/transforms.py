@@ -33,6 +33,10 @@ Boxes = Float64[ndarray, "_ 5"]
 """x1, y1, x2, y2 as fractions of the image, and the row that the object has in the sample: it travels with its box."""
 
 
+_DEFERRED = 3 << 22
+"""Bytes of an image that may wait for its resize: beyond, that costs little beside the decoding."""
+
+
 class Transform:
     """A random change of an image and its boxes, made with probability `p`. Subclasses say `apply`.
 
@@ -155,7 +159,8 @@ class Pipeline:
 
     def without_last_resize(self, sample: Sample, seed: int) -> Sample:
         """The transformed sample, except the pixels of a `ResizeShortSide` that comes last: `Sample.size` is set
-        instead, so that `collate` can resize straight onto the canvas of the batch."""
+        instead, so that `collate` can resize straight onto the canvas of the batch. Large images are resized at once,
+        so that a batch in the making holds few bytes."""
         image = sample.image
         size: tuple[int, int] = sample.size or (image.shape[0], image.shape[1])
         boxes = np.empty((len(sample.boxes), 5))
@@ -179,6 +184,8 @@ class Pipeline:
             problem = f"{', '.join(self.transforms)}: the image came out as {image.dtype} of shape {image.shape}"
             fix = "leave out normalisation and conversions, the model does them"
             raise ConfigError(f"augment: {problem} - {fix}", code="augment")
+        if image.size > _DEFERRED:
+            image = resize(image, size)
         rows = boxes[:, 4].round().astype(np.int64)
         return sample._replace(
             image=np.ascontiguousarray(image),

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from faults import refused
-from retina.cli.sources import expand, find_images, name_sources
+from retina.cli.sources import expand, find_images, groups_of, name_sources
 from retina.errors import ConfigError, DataError
 
 
@@ -146,3 +146,12 @@ def test_a_folder_whose_name_looks_like_a_glob_is_taken_literally(tmp_path: Path
     file = tmp_path / "[2024] trip" / "a.jpg"
     file.touch()
     assert [path.name for path in expand(f"{tmp_path}/[2024] trip/*.jpg")] == ["a.jpg"]
+
+
+def test_images_in_memory_are_bounded_by_their_pixels(tmp_path: Path) -> None:
+    for name, side in {"a": 10, "b": 30, "c": 50, "d": 70, "e": 10}.items():
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+    (tmp_path / "f.png").write_bytes(b"no image")
+    sources = name_sources(*find_images(str(tmp_path), tmp_path.parent / "out"))
+    groups = [[source.file.stem for source in group] for group in groups_of(sources, 4900)]
+    assert groups == [["a", "b", "c"], ["d"], ["e", "f"]]

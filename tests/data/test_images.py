@@ -7,6 +7,7 @@ import os
 import resource
 import struct
 import tempfile
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -510,6 +511,65 @@ def test_max_pixels_is_the_only_limit(tmp_path, name, monkeypatch):
         for read in (read_image, image_size):
             with refused("too-many-pixels", "50x40", "max_pixels=1999", kind=DataError):
                 read(tmp_path / name, max_pixels=1999)
+
+
+def many_scans(number: int) -> bytes:
+    """A progressive JPEG of 32x32 pixels whose first scan comes that many times."""
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)).save(
+        stream, "JPEG", progressive=True
+    )
+    content = stream.getvalue()
+    begin = content.index(b"\xff\xda")
+    end = begin + 2
+    while content[end] != 0xFF or content[end + 1] == 0:
+        end += 1
+    return content[:begin] + content[begin:end] * number + content[end:]
+
+
+def test_the_scans_of_a_jpeg_are_bounded_by_the_pixels_that_they_go_over(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(many_scans(1000))
+    for read in (read_image, lambda path, **options: read_reduced(path, lambda size: (4, 4), **options)):
+        with refused("too-many-scans", "a.jpg", "max_pixels=50000", kind=DataError):
+            read(tmp_path / "a.jpg", max_pixels=50_000)
+    assert read_image(tmp_path / "a.jpg", max_pixels=200_000).shape == (32, 32, 3)
+    (tmp_path / "b.jpg").write_bytes(many_scans(5))
+    assert read_image(tmp_path / "b.jpg", max_pixels=32 * 32).shape == (32, 32, 3)
+
+
+def test_what_metadata_hold_is_no_scan(tmp_path):
+    stream = io.BytesIO()
+    comment = b"\xff\xda" * 30_000
+    Image.new("RGB", (32, 32)).save(stream, "JPEG", comment=comment)
+    (tmp_path / "a.jpg").write_bytes(stream.getvalue())
+    assert read_image(tmp_path / "a.jpg", max_pixels=32 * 32).shape == (32, 32, 3)
+
+
+def long_headers() -> Iterator[tuple[str, bytes]]:
+    yield "comment.ppm", b"P6\n#" + b"x" * 1_000_000 + b"\n1 1\n255\n" + bytes(3)
+    # 500 fields of a TIFF that share the same 100,000 bytes
+    fields = b"".join(struct.pack("<HHII", 40000 + i, 1, 100_000, 8) for i in range(500))
+    size = b"".join(struct.pack("<HHII", tag, 4, 1, 1) for tag in (256, 257))
+    body = bytes(100_000) + struct.pack("<H", 502) + size + fields + bytes(4)
+    yield "fields.tif", b"II*\0" + struct.pack("<I", 100_008) + body
+
+
+@pytest.mark.parametrize(("name", "content"), list(long_headers()), ids=lambda value: str(value)[:11])
+@pytest.mark.parametrize("read", [read_image, image_size])
+def test_headers_have_an_end(tmp_path, name, content, read):
+    (tmp_path / name).write_bytes(content)
+    with refused("long-header", name, kind=DataError):
+        read(tmp_path / name)
+
+
+def test_an_image_that_takes_too_long_is_refused(tmp_path, monkeypatch):
+    """Whatever it is that takes so long: a clock that runs a million times as fast stands for it."""
+    a_picture().save(tmp_path / "a.png")
+    clock = time.thread_time
+    assert read_image(tmp_path / "a.png").any()
+    monkeypatch.setattr(time, "thread_time", lambda: clock() * 1e6)
+    with refused("too-slow", "a.png", "max_pixels", kind=DataError):
+        read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("name", ["a.bmp", "a.tif"])

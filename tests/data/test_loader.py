@@ -468,6 +468,21 @@ def test_a_file_that_vanishes_during_training(annotations, num_workers):
     assert "3.png: no such image - " in loader.faults[3]
 
 
+def test_a_batch_in_the_making_holds_no_large_images(tmp_path):
+    """They are resized when they are read, to the same pixels that the collate would make of them."""
+    image = np.zeros((2100, 2000, 3), np.uint8)
+    image[500:900, ::3] = 255
+    Image.fromarray(image).save(tmp_path / "a.png", compress_level=1)
+    record = {"id": 1, "file_name": "a.png", "height": 2100, "width": 2000}
+    file = tmp_path / "instances_train.json"
+    file.write_text(json.dumps({"images": [record], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}))
+    dataset = CocoDetection(read_coco(file, tmp_path), eval_pipeline(64, 64))
+    sample = dataset[0, 0]
+    assert sample.image.shape[:2] == sample.size == (64, 61)
+    batch = collate([sample], CANVAS)
+    np.testing.assert_array_equal(batch.images[0, :, :64, :61].permute(1, 2, 0), resize(image, (64, 61)))
+
+
 def workers_of(loader):
     return [worker.pid for worker in loader._iterator._workers]
 
