@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from retina import distributed
 from retina.data.annotations import Annotations
 from retina.data.sampler import DetectionBatchSampler
 from retina.engine.checkpointer import TrainState
-from retina.engine.config import to_steps
+from retina.engine.config import METRICS, to_steps
+from retina.evaluation.metrics import DetectionArrays, Scoring, coco_metrics
 
 
 def describe_run(
@@ -51,14 +53,37 @@ def _num_steps(state: TrainState, sampler: DetectionBatchSampler) -> int:
     return to_steps(state.config.length, steps_per_epoch=sampler.steps_per_epoch, total=None, key="length")
 
 
+def undefined_metric(metric: str, val: Annotations, scoring: Scoring) -> str:
+    """A warning if the metric that is to choose the best weights has no value on this data; else empty."""
+    nothing = DetectionArrays(np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
+    values = coco_metrics(val, nothing, scoring)
+    if values[metric] is not None:
+        return ""
+    defined = next((name for name in METRICS if values.get(name) is not None), None)
+    fix = f"give {defined}" if defined else "annotate some, or give train.eval_every=null"
+    problem = (
+        f"train.best_metric={metric} has no value: {val.file} has no objects that it counts, so no weights are best"
+    )
+    return f"{problem} and best.safetensors will hold the last - {fix}"
+
+
 def describe_end(folder: Path, state: TrainState, stopped: int) -> list[str]:
     """What came of the run, and what to do next."""
-    progress = state.progress
+    progress, metric, without = state.progress, state.config.best_metric, state.progress.evaluations_without_gain
     if stopped:
         return [f"told to stop: saved at step {progress.step}, the same command goes on from there"]
-    best = f", best {state.config.best_metric} {progress.best or 0:.3f} at step {progress.best_step}"
+    lines, longer = [], "train.length"
+    if progress.stopped_early:
+        longer = "train.patience"
+        lines.append(f"stopped early: {metric} has not risen in {without} evaluations (train.patience)")
+    if progress.evaluated and progress.best is None:
+        lines.append(f"warning: {metric} never had a value, so best.safetensors holds the last weights")
+    since = f" and no better in {without} evaluations since" if without else ""
+    best = "" if progress.best is None else f", best {metric} {progress.best:.3f} at step {progress.best_step}{since}"
     return [
-        f"finished at step {progress.step}{'' if progress.best is None else best}: {folder / 'best.safetensors'}",
+        *lines,
+        f"finished at step {progress.step}{best}: {folder / 'best.safetensors'}",
+        f"longer: the same command with a larger {longer} goes on from here; name=NEW init_from={folder} begins anew",
         f"next: python tools/eval.py checkpoint={folder}   |   curves: {folder / 'curves.png'}",
     ]
 

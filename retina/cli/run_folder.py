@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -225,7 +226,7 @@ def compare(
 
 def refuse_another(folder: Path, differences: Sequence[Difference]) -> None:
     """Raises ConfigError for differences that make another run; its notes are a table of them."""
-    grave = [one for one in differences if one.key not in HARMLESS]
+    grave = [one for one in differences if one.key not in HARMLESS and not _trains_longer(one)]
     if not grave:
         return
     more = f" (and {len(grave) - 1} more)" if len(grave) > 1 else ""
@@ -236,6 +237,14 @@ def refuse_another(folder: Path, differences: Sequence[Difference]) -> None:
     for row in rows:
         fault.add_note("  ".join(map(str.ljust, row, widths)).rstrip())
     raise fault
+
+
+def _trains_longer(difference: Difference) -> bool:
+    """Whether `train.length` is larger now, in the same unit: then the run goes on, at the rate of the longer one."""
+    there, now = (re.fullmatch(r"(\d+\.?\d*)(ep)?", str(value)) for value in (difference.there, difference.now))
+    if difference.key != "train.length" or not (there and now):
+        return False
+    return there[2] == now[2] and float(there[1]) < float(now[1])
 
 
 def _remove(folder: Path) -> None:

@@ -158,7 +158,7 @@ def announce(
     recorder: "RunLogger",
 ) -> None:
     """What the run will do, and what is likely not meant."""
-    from retina.cli.report import describe_run, too_low_rate
+    from retina.cli.report import describe_run, too_low_rate, undefined_metric
 
     data = settings["data"]
     for line in describe_run(folder, state, train, val, sampler):
@@ -166,6 +166,8 @@ def announce(
     if warning := too_low_rate(state, sampler):
         recorder.warn(warning)
     if warning := unreachable(train, data["short_side"], data["long_side"], stride=min(model.strides)):
+        recorder.warn(warning)
+    if state.config.eval_every and (warning := undefined_metric(state.config.best_metric, val, recipe.scoring)):
         recorder.warn(warning)
     limit = settings["postprocess"].get("max_detections")
     for line in crowding(val, recipe.scoring.max_dets, limit) if state.config.eval_every else []:

@@ -65,6 +65,7 @@ class TimmBackbone(nn.Module):
         if download or indices != tuple(net.feature_info.out_indices):
             net = _create(name, out_indices=indices, pretrained=download)
         _check_maps(net, name, available)
+        _freeze_unused(net, len(needed))
         self.net = net
         self.strides = tuple(available)
         self.channels = tuple(net.feature_info.channels())
@@ -121,6 +122,18 @@ def _check_maps(net: Any, name: str, strides: list[int]) -> None:
         problem = f"takes images of some sizes only ({first_line(fault)})"
     if problem:
         raise _unsuitable(f"timm:{name} {problem}")
+    net.train(training)
+
+
+@torch.enable_grad()
+def _freeze_unused(net: Any, num_maps: int) -> None:
+    """Parameters that none of the last maps depends on need no gradient: several processes would wait for theirs."""
+    training, parameters = net.training, list(net.parameters())
+    maps = _maps(net.eval(), torch.zeros(1, 3, *_PROBE))[-num_maps:]
+    gradients = torch.autograd.grad(torch.stack([x.sum() for x in maps]).sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            parameter.requires_grad_(False)
     net.train(training)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,24 @@ def test_what_makes_another_run_may_not_change(tmp_path: Path, key: str) -> None
     (tmp_path / "best.safetensors").touch()
     with refused("another-run", tmp_path, key, kind=ConfigError):
         open_run(tmp_path, CONFIG | {key: "other"}, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("there", "now", "goes_on"),
+    [("12ep", "24ep", True), (100, 101, True), ("2.5ep", "10ep", True), ("12ep", "6ep", False), ("12ep", 9000, False)],
+)
+def test_a_run_may_be_made_longer(tmp_path: Path, there: Any, now: Any, goes_on: bool) -> None:
+    open_run(tmp_path, CONFIG | {"train": {"length": there}}, overwrite=False)
+    (tmp_path / "best.safetensors").touch()
+    longer = CONFIG | {"train": {"length": now}}
+    if goes_on:
+        (note,) = open_run(tmp_path, longer, overwrite=False).notes
+        assert f"train.length: {there} there, {now} now" in note
+    else:
+        with refused("another-run", "train.length", kind=ConfigError):
+            open_run(tmp_path, longer, overwrite=False)
+    with refused("another-run", "levels", kind=ConfigError):
+        open_run(tmp_path, longer | {"levels": "other"}, overwrite=False)
 
 
 def test_another_run_is_never_overwritten_unasked(tmp_path: Path) -> None:

@@ -114,6 +114,24 @@ def test_a_warm_up_longer_than_the_run_is_told(train: Tool, capsys: Capture) -> 
     assert "schedule.warmup" in line
 
 
+def test_a_best_metric_without_a_value_and_an_early_stop_are_told_and_the_run_goes_on(
+    train: Tool, capsys: Capture
+) -> None:
+    """No object is large on images of 64 x 96."""
+    changes = {"train.best_metric": "APl", "train.eval_every": 1, "train.length": 3, "train.pictures": 0}
+    assert train(*tiny("large", **changes, **{"train.patience": 1})) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (first, last) = (number for number, line in enumerate(lines) if line.startswith("warning: ") and "APl" in line)
+    stopped, ended = (next(n for n, line in enumerate(lines) if word in line) for word in ("stopped early", "finished"))
+    assert first < stopped < last < ended
+    assert "finished at step 1" in lines[ended]
+    assert "train.patience" in lines[ended + 1]
+    assert train(*tiny("large", **changes | {"train.length": 4})) == 0
+    out = capsys.readouterr().out
+    assert "train.length: 3 there, 4 now" in out
+    assert "finished at step 4" in out
+
+
 def test_a_deterministic_run_leaves_the_next_of_its_process_alone(train: Tool, capsys: Capture) -> None:
     assert train(*tiny("nowhere", **{"train.deterministic": "true", "data.root": "nowhere"})) == 2
     refused_by_tool(capsys, "no-such-split", "nowhere")

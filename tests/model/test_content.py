@@ -225,3 +225,14 @@ def test_masks_are_ceilings() -> None:
             assert mask[row].sum() == -(-height // stride) * -(-width // stride)
             assert mask[row, 0, : -(-height // stride), : -(-width // stride)].eq(1).all()
     assert Content(None, (128, 256)).mask(8) is None
+
+
+def test_maps_of_one_cell_have_no_statistics_and_are_no_fault() -> None:
+    """torch's norms raise for them: one image, levels of one cell, and a GroupNorm with a group for each channel."""
+    model = signalling(norm="batch", head_norm="group").train()
+    found = model(torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8), torch.tensor([[32, 32]]))
+    outputs = torch.cat([x.flatten() for x in (*found.logits, *found.deltas)])
+    outputs.square().mean().backward()
+    assert outputs.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert all(buffer.isfinite().all() for buffer in model.buffers())

@@ -86,6 +86,17 @@ def test_parameters_outside_of_layers_are_frozen_too() -> None:
     assert any(key.endswith("gamma") for key in frozen)
 
 
+def test_what_no_map_in_use_depends_on_needs_no_gradient() -> None:
+    """DDP would wait for it. This network makes the map of every stride by layers of its own."""
+    backbone = TimmBackbone("hrnet_w18_small", weights=None, norm="batch", frozen_stages=0, first_level=3)
+    maps = backbone(torch.rand(1, 3, 64, 96))[-3:]
+    sum(x.sum() for x in maps).backward()
+    unused = {name for name, p in backbone.named_parameters() if p.grad is None}
+    assert unused == {name for name, p in backbone.named_parameters() if not p.requires_grad}
+    assert 0 < len(unused) < 50
+    assert backbone.training
+
+
 def test_weights_from_a_file_of_the_whole_network(tmp_path: Path) -> None:
     torch.manual_seed(0)
     whole = timm.create_model("test_convnext", num_classes=7).eval()
