@@ -15,7 +15,10 @@ class Content:
     convolution that pads with zeros sees the same around the image on every canvas."""
 
     def __init__(self, sizes: Int64[Tensor, "B 2"] | None, canvas: tuple[int, int]) -> None:
-        """sizes: (height, width) of the images; None: each fills the canvas, and nothing here does anything."""
+        """sizes: (height, width) of the images; None: each fills the canvas, and nothing here does anything. On a CPU
+        that is also seen from the sizes: no device waits for it, and torch's own norms take a fifth of the time."""
+        if sizes is not None and sizes.device.type == "cpu" and not torch.compiler.is_compiling():
+            sizes = None if bool((sizes == sizes.new_tensor(canvas)).all()) else sizes
         self.sizes, self.canvas = sizes, canvas
         self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
 
@@ -41,6 +44,8 @@ class GroupNorm(nn.GroupNorm):
     """A GroupNorm whose statistics are those of the cells where the mask is 1."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if mask is None:
+        if mask is None and x.device.type != "cpu":
             return super().forward(x)
+        if mask is None:  # torch's own takes three times as long in bfloat16, and twice in float32
+            mask = x.new_ones((len(x), 1, *x.shape[2:]))
         return normalize_content(x, mask, self.weight, self.bias, groups=self.num_groups, eps=self.eps)[0]
