@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retina.cli.compose import Settings
+from retina.cli.memory import in_memory
 from retina.cli.run_folder import SETTINGS, holds_work, read_settings
 from retina.engine.plan import Choice, Facts, clock, is_given, plan, steps_in, to_seconds, with_values
 from retina.errors import ConfigError, DataError
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from retina.data.annotations import Annotations
     from retina.engine.logging import RunLogger
 
-LONG = 3600.0
-"""Seconds from which a run on a CPU is called long before it starts."""
 PIXELS_OF = 64
 """Images that mean and standard deviation are measured on."""
 
@@ -92,11 +91,10 @@ def planned(
     def choose(facts: Facts) -> "tuple[list[Choice], Parts]":
         choices = plan(facts, command.settings, command.typed) if command.settings["auto"] else []
         settings = changed(command.settings, choices)
-        choices += in_memory(settings, annotations, device, may_choose=may_accumulate(command))
+        choices += in_memory(settings, annotations, device, recorder, may_choose=may_accumulate(command))
         return choices, assemble(changed(settings, choices))
 
     choices, parts = choose(facts)
-    lines: list[str] = []
     if command.settings["budget"]:
         seconds, size = parts.seconds_per_step(command.left()), parts.pixels_per_step
         left = distributed.broadcast_object(command.left())
@@ -104,13 +102,10 @@ def planned(
         if parts.pixels_per_step != size:
             seconds = parts.seconds_per_step(command.left())
         choices.append(length_in(distributed.broadcast_object(command.left()) or 0.0, seconds, parts))
-    elif device.type == "cpu":
-        total = parts.seconds_per_step(None) * parts.steps
-        lines = [f"about {clock(total)} on this CPU" + (f": {shorter(command.settings)}" if total > LONG else "")]
     settings = changed(command.settings, choices)
     # a copy, because what stands in two places would be written as an alias, which no run's file may have
     chosen = copy.deepcopy({choice.key: choice.value for choice in choices})
-    for line in table(choices) + lines:
+    for line in table(choices):
         recorder.info(line)
     return settings | {"chosen": chosen}
 
@@ -186,87 +181,6 @@ def mean_and_std(annotations: "Annotations") -> tuple[list[float], list[float]] 
 
 def may_accumulate(command: Command) -> bool:
     return bool(command.settings["auto"]) and not is_given("train.accumulate", command.typed)
-
-
-def in_memory(
-    settings: Settings, annotations: "Annotations", device: "torch.device", *, may_choose: bool
-) -> list[Choice]:
-    """Nothing, or where a step would need more memory than there is, the micro-batches with which it does not.
-
-    Raises ConfigError where none do, or `may_choose` is False."""
-    from retina import distributed
-    from retina.engine.probe import free_bytes, step_bytes
-
-    train = settings["train"]
-    model, canvas = on_meta(settings, annotations), largest_canvas(settings, annotations)
-    most_objects = int((annotations.offsets[1:] - annotations.offsets[:-1]).max(initial=0))
-    batch = train["batch_size"] // distributed.world_size()
-    if batch < 1 or batch % train["accumulate"]:  # the sampler has a word for that
-        return []
-    frees = [free for free in distributed.gather_objects(free_bytes(device)) if free is not None]
-    if not frees:
-        return []
-    free = min(frees)
-    needs: dict[int, int] = {}
-    for accumulate in (n for n in range(train["accumulate"], batch + 1) if batch % n == 0):
-        try:
-            images = (batch // accumulate, *canvas)
-            needs[accumulate] = step_bytes(model, images, objects=most_objects, precision=train["precision"])
-        except (RuntimeError, TypeError):  # parts of plugins may need values, which meta tensors have not
-            return []
-        if needs[accumulate] < 0.9 * free:
-            break
-    else:
-        raise _too_large(settings, canvas, needs, free, accumulate=None)
-    if len(needs) == 1:
-        return []
-    if not may_choose:
-        # an estimate must not refuse what may just fit
-        if needs[train["accumulate"]] / 1.5 < free:
-            return []
-        raise _too_large(settings, canvas, needs, free, accumulate=accumulate)
-    reason = f"{needs[train['accumulate']] / 1e9:.1f} GB would be needed at once, {free / 1e9:.1f} are free"
-    return [Choice("train.accumulate", accumulate, reason)]
-
-
-def _too_large(
-    settings: Settings, canvas: tuple[int, int], needs: dict[int, int], free: int, *, accumulate: int | None
-) -> ConfigError:
-    need = next(iter(needs.values()), 0)
-    problem = f"{settings['train']['batch_size']} images of {canvas[0]}x{canvas[1]} need about {need / 1e9:.0f} GB"
-    fix = "smaller data.short_side and data.long_side" if accumulate is None else f"train.accumulate={accumulate}"
-    return ConfigError(
-        f"{problem}, and {free / 1e9:.0f} GB are free - give {fix}", code="too-little-memory", key="train.batch_size"
-    )
-
-
-def on_meta(settings: Settings, annotations: "Annotations") -> Any:
-    """The detector without memory."""
-    import torch
-
-    from retina.cli.build import call
-    from retina.model.retinanet import retinanet
-
-    arguments = settings["model"] | {"weights": None}
-    with torch.device("meta"):
-        return call(retinanet, "model", **arguments, num_classes=len(annotations.classes), plugins=settings["plugins"])
-
-
-def largest_canvas(settings: Settings, annotations: "Annotations") -> tuple[int, int]:
-    """(height, width) of the largest that a batch may have: upright and wide images are never in the same batch."""
-    import numpy as np
-
-    data, stride = settings["data"], settings["data"]["pad_multiple"] or 2 ** max(settings["model"]["levels"])
-    if data["canvases"]:
-        height, width = max(data["canvases"], key=lambda canvas: canvas[0] * canvas[1])
-        return height, width
-    sizes = annotations.sizes
-    scale = np.minimum(data["short_side"] / sizes.min(axis=1), data["long_side"] / sizes.max(axis=1))
-    padded = np.ceil((sizes * scale[:, None]).round() / stride).astype(int) * stride
-    upright = np.sign(sizes[:, 1] - sizes[:, 0])
-    canvases = [padded[upright == side].max(axis=0) for side in np.unique(upright)]
-    height, width = max(canvases, key=lambda canvas: canvas[0] * canvas[1]).tolist()
-    return height, width
 
 
 def table(choices: list[Choice]) -> list[str]:

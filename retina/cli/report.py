@@ -35,21 +35,21 @@ def describe_run(
         f"data     {len(train)} images with {train.num_objects} objects; to evaluate {len(val)} with {val.num_objects}",
         f"classes  {len(train.classes)}: {shown}{more}",
         f"model    {total:.1f} M parameters, {trained:.1f} M trained",
-        f"batch    {config.batch_size} images ({parts}), {epoch}, {_num_steps(state, sampler)} in all",
+        f"batch    {config.batch_size} images ({parts}), {epoch}, {num_steps(state, sampler)} in all",
         f"lr       {lr:.3g} ({lr / scale:.3g} for {config.lr_batch_size} images x {scale:g})",
     ]
 
 
 def too_low_rate(state: TrainState, sampler: DetectionBatchSampler) -> str:
     """A warning if the schedule never reaches the learning rate, as with a warm-up longer than the run; else empty."""
-    steps = _num_steps(state, sampler)
+    steps = num_steps(state, sampler)
     some = range(0, steps, max(1, steps // 1000))
     peak = max(state.schedule(step, total=steps, steps_per_epoch=sampler.steps_per_epoch) for step in some)
     fix = f"give a schedule.warmup (or milestones) that fit {steps} steps, or a longer train.length"
     return f"the learning rate never gets beyond {peak:.0%} of that - {fix}" if peak < 0.99 else ""
 
 
-def _num_steps(state: TrainState, sampler: DetectionBatchSampler) -> int:
+def num_steps(state: TrainState, sampler: DetectionBatchSampler) -> int:
     return to_steps(state.config.length, steps_per_epoch=sampler.steps_per_epoch, total=None, key="length")
 
 

@@ -17,6 +17,7 @@ from retina.cli.auto import Command, check_budget, planned, remembered, shorter
 from retina.cli.build import build_trackers, call
 from retina.cli.compose import Result, Settings, default_settings, entry, typed_keys
 from retina.cli.data import DataConfig, load_checked, prepare_data, unreadable_images
+from retina.cli.memory import describe_duration, in_memory
 from retina.cli.recipe import Recipe, make_recipe, without_target
 from retina.cli.run_folder import Opened, folder_of, open_run, settle, where_now, write_settings
 from retina.data.advice import unreachable
@@ -158,10 +159,13 @@ def announce(
     recorder: "RunLogger",
 ) -> None:
     """What the run will do, and what is likely not meant."""
-    from retina.cli.report import describe_run, too_low_rate, undefined_metric
+    from retina.cli.report import describe_run, num_steps, too_low_rate, undefined_metric
 
     data = settings["data"]
     for line in describe_run(folder, state, train, val, sampler):
+        recorder.info(line)
+    in_memory(settings, train, state.device, recorder, may_choose=False)
+    if line := describe_duration(settings, train, state, num_steps(state, sampler), shorter(settings)):
         recorder.info(line)
     if warning := too_low_rate(state, sampler):
         recorder.warn(warning)

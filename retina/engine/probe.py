@@ -23,6 +23,9 @@ from retina.types import DTYPES, Batch, Criterion, to_device
 WARM, LEAST, MOST = 2, 2, 10
 """Steps of a probe that do not count, because the device only gets going; and how many do."""
 
+PART = 256
+"""Pixels of a side of the part of a canvas that a rough measurement takes."""
+
 
 def native_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is computed in hardware, so that it is faster than float32."""
@@ -39,16 +42,45 @@ def free_bytes(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0] + reserved
     if device.type != "cpu":
         return None
-    limits: list[int] = []
+    shared = [free for free in (_machine_bytes(), group_bytes()) if free is not None]
+    limits = [min(shared) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))] if shared else []
+    with suppress(ImportError, OSError, ValueError):  # what `ulimit -v` allows this process
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limits += [most - used] if most != resource.RLIM_INFINITY else []
+    return max(0, min(limits)) if limits else None
+
+
+def _machine_bytes() -> int | None:
     with suppress(OSError, ValueError, IndexError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        limits.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
-    groups = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
-    for limit, usage in groups:
-        with suppress(OSError, ValueError):
-            most, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in (limit, usage))
-            limits.append(most - used)
-    return max(0, min(limits)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if limits else None
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return None
+
+
+def group_bytes(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
+    """What the control groups of this process leave it, of a container, a batch system or `systemd-run`; None without.
+
+    Each limit on the way to the root counts. Pages of files count as free, because the kernel takes those first."""
+    frees: list[int] = []
+    lines = membership.read_text().splitlines() if membership.is_file() else []
+    for controllers, path in (line.split(":", 2)[1:] for line in lines if line.count(":") >= 2):
+        if controllers == "":
+            top, limit, usage, prefix = root, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            top, limit, usage, prefix = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for folder in (place for place in (group, *group.parents) if place.is_relative_to(top)):
+            with suppress(OSError, ValueError):  # not there: a container sees its own group as the root
+                most, used = (int((folder / name).read_text()) for name in (limit, usage))
+                counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                pages = sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+                frees.append(most - used + pages)
+    return min(frees, default=None)
 
 
 def keep_memory() -> None:
@@ -79,7 +111,8 @@ def step_bytes(model: nn.Module, images: tuple[int, int, int], *, objects: int, 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        predictions = model(torch.empty(count, 3, height, width, dtype=torch.uint8, device="meta"))
+        image = torch.empty(count, 3, height, width, dtype=torch.uint8, device="meta")
+        predictions = model(image, torch.empty(count, 2, dtype=torch.int64, device="meta"))
     activations = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
     outputs = [*predictions.logits, *(predictions.bins or predictions.deltas)]
     anchors = sum(level.shape[1] for level in predictions.logits)
@@ -118,6 +151,22 @@ def seconds_per_step(
     warm = seconds(WARM)
     steps = min(MOST, max(LEAST, int((patience - warm) / warm * WARM)))
     return seconds(steps) / steps
+
+
+def seconds_per_pixel(model: nn.Module, canvas: tuple[int, int], dtype: torch.dtype) -> float:
+    """Of training on a CPU, roughly: a copy of the network goes forward and back once with a part of a canvas."""
+    twin = copy.deepcopy(model).train()
+    height, width = (min(side, PART) for side in canvas)
+    image, sizes = torch.full((1, 3, height, width), 128, dtype=torch.uint8), torch.tensor([[height, width]])
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            predictions = twin(image, sizes)
+        torch.stack([level.float().mean() for level in (*predictions.logits, *predictions.deltas)]).sum().backward()
+        return time.perf_counter() - started
+
+    return min(seconds() for _ in range(2)) / (height * width)
 
 
 def _without_end(loader: Iterable[Batch]) -> Iterator[Batch]:

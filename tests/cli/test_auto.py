@@ -11,15 +11,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from faults import refused
 from retina.cli.assemble import assemble
-from retina.cli.auto import Command, in_memory, planned, remembered
+from retina.cli.auto import Command, planned, remembered
 from retina.cli.compose import compose
 from retina.cli.run_folder import write_settings
 from retina.cli.train import added_words
 from retina.data.coco import read_coco
 from retina.data.shapes import write_shapes
-from retina.engine import probe
 from retina.engine.logging import RunLogger
 
 Capture = pytest.CaptureFixture[str]
@@ -146,29 +144,3 @@ def test_budgets_that_cannot_be_kept_are_refused(
     err = capsys.readouterr().err
     assert err.startswith(f"error[{code}]: budget")
     assert err.count("\n") == 1
-
-
-@pytest.fixture
-def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """A machine with so many bytes left."""
-    return lambda size: monkeypatch.setattr(probe, "free_bytes", lambda device: int(size))
-
-
-def test_too_large_a_step_is_divided_or_what_to_give_is_told(
-    place: Path, little_memory: Callable[[float], None]
-) -> None:
-    """ResNet-50, 16 images of 800 x 1333 in float32: some 40 GB. Nothing is allocated here."""
-    settings = compose("train", ["data=coco", "data.root=shapes"])
-    train = read_coco(place / "shapes/annotations/instances_train.json", place / "shapes/train")
-    cpu = torch.device("cpu")
-    little_memory(24e9)
-    (choice,) = in_memory(settings, train, cpu, may_choose=True)
-    assert choice.key == "train.accumulate"
-    assert choice.value in (2, 4)
-    with refused("too-little-memory", "train.batch_size", f"train.accumulate={choice.value}"):
-        in_memory(settings, train, cpu, may_choose=False)
-    little_memory(1e9)
-    with refused("too-little-memory", "data.short_side"):
-        in_memory(settings, train, cpu, may_choose=True)
-    little_memory(500e9)
-    assert in_memory(settings, train, cpu, may_choose=True) == []
