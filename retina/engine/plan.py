@@ -21,6 +21,8 @@ SMALL = 32.0
 """Pixels that the smallest objects (the 5th percentile of sqrt(area)) should have: four cells of P3."""
 LEAST = 12.0
 """Pixels below which the smallest objects are lost on P3; a short budget makes images no smaller than that."""
+FEW = 2000
+"""Images below which pretrained weights decide, and are changed at a higher rate than on COCO."""
 STEP = 32
 """Sides of images are multiples of it: the stride of P5."""
 PASSES = {True: 6, False: 20}
@@ -51,6 +53,11 @@ class Facts:
     """What is left of the budget."""
     pixels_per_second: float | None = None
     """Of training, measured; None before it is."""
+
+    @property
+    def few(self) -> bool:
+        """Whether a large network would have too few images to learn from."""
+        return len(self.image_sizes) < FEW
 
 
 class Choice(NamedTuple):
@@ -150,7 +157,7 @@ def _model(facts: Facts, choices: _Choices, objects: Float64[np.ndarray, "T 2"])
     low = "a quarter of the objects is below 16 pixels" if first == 2 else f"a quarter is below {quarter:.0f} pixels"
     choices.add("model.levels", list(range(first, last + 1)), f"{low}, the largest have {largest:.0f}")
     light = facts.device == "cpu"
-    small_set = not facts.pretrained and len(facts.image_sizes) < 2000
+    small_set = not facts.pretrained and facts.few
     half = light and not facts.pretrained
     why = "a CPU" if light else "few images, and no pretrained weights" if small_set else "a GPU"
     if not re.search(r"[./]", str(value_of(choices.settings, "model.weights") or "")):  # a file is of its backbone
@@ -194,10 +201,10 @@ def _update(facts: Facts, choices: _Choices, batch: int, epochs: float) -> None:
     if optimizer["_target_"] == "torch.optim.AdamW":
         deep = "50" in str(value_of(with_chosen(choices), "model.backbone"))
         # AdamW's rate goes with the root of the batch (Malladi et al., arXiv 2205.10287)
-        base, at = (1e-4, 16) if facts.pretrained else (5e-4 if deep else 1e-3, 8)
+        base, at = (4e-4 if facts.few else 1e-4, 16) if facts.pretrained else (5e-4 if deep else 1e-3, 8)
         rate = min(2e-3, base * (batch / at) ** 0.5)
         meant = choices.add("train.lr_batch_size", batch, "the rate is meant for it")
-        start = "pretrained weights are changed little" if facts.pretrained else "from scratch"
+        start = "from pretrained weights" if facts.pretrained else "from scratch"
         choices.add("optimizer.lr", float(f"{rate * meant / batch:.2g}"), f"{start}, AdamW, {meant} images per step")
     cosine = {"_target_": "retina.engine.optim.Cosine", "warmup": 0.05, "warmup_factor": 0.001, "final_factor": 0.0}
     choices.add("schedule", cosine, "down to zero at the end; the warm-up is a twentieth of the run")

@@ -54,7 +54,8 @@ def test_levels_span_the_objects(settings: dict[str, Any]) -> None:
 def test_the_rate_depends_on_the_start(settings: dict[str, Any]) -> None:
     scratch, tuned = (chosen(facts(pretrained=one), settings) for one in (False, True))
     assert scratch["optimizer.lr"] == 1e-3
-    assert tuned["optimizer.lr"] < 2e-4
+    many = chosen(facts(pretrained=True, images=5000), settings)
+    assert many["optimizer.lr"] < 2e-4 < tuned["optimizer.lr"] < 4e-4
     assert scratch["train.lr_batch_size"] == scratch["train.batch_size"] == 8
     wide = with_values(settings, {"train.batch_size": 32})
     assert chosen(facts(), wide, "train.batch_size")["optimizer.lr"] == 2e-3, "it follows what is given"
