@@ -102,13 +102,15 @@ def planned(
         if parts.pixels_per_step != size:
             seconds = parts.seconds_per_step(command.left())
         choices.append(length_in(distributed.broadcast_object(command.left()) or 0.0, seconds, parts))
-    if facts.few and not facts.pretrained and command.settings["auto"]:
-        lines.append("few images go further with ImageNet's weights: model.weights=DEFAULT, or docs/weights.md offline")
     settings = changed(command.settings, choices)
     # a copy, because what stands in two places would be written as an alias, which no run's file may have
     chosen = copy.deepcopy({choice.key: choice.value for choice in choices})
     for line in table(choices):
         recorder.info(line)
+    if facts.few and not facts.pretrained and command.settings["auto"]:
+        recorder.info(
+            "few images go further with ImageNet's weights: model.weights=DEFAULT; offline see docs/weights.md"
+        )
     return settings | {"chosen": chosen}
 
 
