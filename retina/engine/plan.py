@@ -23,6 +23,8 @@ LEAST = 12.0
 """Pixels below which the smallest objects are lost on P3; a short budget makes images no smaller than that."""
 FEW = 2000
 """Images below which pretrained weights decide, and are changed at a higher rate than on COCO."""
+MANY = 30
+"""Epochs from which images are scaled over a wide range, because they would be learned by heart."""
 STEP = 32
 """Sides of images are multiples of it: the stride of P5."""
 PASSES = {True: 6, False: 20}
@@ -229,10 +231,9 @@ def _augmentation(facts: Facts, choices: _Choices, size: tuple[int, int], epochs
         colors = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.02}
         section["color"] = {"_target_": f"{transforms}.ColorJitter", **colors, "p": 0.8}
         reason = f"each image is seen {epochs:.0f} times: flips, colours, scales"
-        if not 0.1 < upright < 0.9:
-            height, width = (long, short) if upright > 0.5 else (short, long)
-            resize = {"_target_": f"{transforms}.LargeScaleJitter", "height": height, "width": width}
-            resize["scale"] = [0.8, 1.25]
+        height, width = (long, short) if upright > 0.5 else (short, long)
+        resize = {"_target_": f"{transforms}.LargeScaleJitter", "height": height, "width": width}
+        resize["scale"] = [0.5, 1.5] if epochs >= MANY else [0.8, 1.25]
     choices.add("augment", section | {"resize": resize}, reason)
     shares = facts.shares[facts.shares > 0]
     threshold = min(0.1, 0.5 / max(1, len(shares)))

@@ -37,6 +37,7 @@ CHANGES = {
 _ASK = ["git", "-c", "core.fsmonitor=false", "--no-optional-locks", "-C", str(TESTS.parent)]
 GIT = ([*_ASK, "rev-parse", "HEAD"], [*_ASK, "status", "--porcelain", "--untracked-files=no"])
 """How a run asks for the commit of its program, in a checkout."""
+LISTING = ("os.scandir", "pathlib.Path.glob")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 case = "imports"
@@ -49,7 +50,9 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
         note(event, arguments)
     elif case in ("imports", "between") or (event == "subprocess.Popen" and list(arguments[1]) in GIT):
         return
-    elif event in PROCESSES or any(word in repr(arguments) for word in ("CANARY", "SECRET") if event != "os.scandir"):
+    elif event == "ctypes.dlopen" and arguments == (None,):
+        return  # this process itself, whose C library is told to keep memory
+    elif event in PROCESSES or any(word in repr(arguments) for word in ("CANARY", "SECRET") if event not in LISTING):
         note(event, arguments)
     elif event == "open":
         path, _, flags = arguments
