@@ -1,10 +1,14 @@
-"""Files that are there whole or not at all, whatever happens meanwhile: a full disk, a kill, lost power."""
+"""The one place where files and folders are written (tests/test_layout.py): whole or not at all, whatever happens
+meanwhile, a full disk, a kill, lost power; and never through a link or a pipe that somebody has put in the way."""
 
 import errno
 import os
+import shutil
+import stat
 from collections import deque
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -32,12 +36,64 @@ def advice(fault: OSError) -> str:
     return _ADVICE.get(fault.errno or 0, "correct the path, or choose another disk")
 
 
-def write_whole(file: Path, data: bytes) -> None:
-    """Writes beside `file` and renames once, so that a reader sees the old file or the new one, never a half.
+def make_folder(folder: Path, within: Path | None = None, *, mode: int = 0o777) -> None:
+    """Makes a folder and its parents, unless they are there. Raises OSError.
+
+    within: a folder above it that the user named, wherever that leads. Below it a link is a fault: it could lead out.
+    mode: of what is made."""
+    if within in (None, folder):
+        folder.mkdir(mode=mode, parents=True, exist_ok=True)
+        return
+    make_folder(folder.parent, within)
+    try:
+        folder.mkdir(mode=mode)
+    except FileExistsError:
+        if not stat.S_ISDIR(folder.lstat().st_mode):
+            raise OSError(errno.EEXIST, "is a link or no folder", str(folder)) from None
+
+
+def descriptor_of(file: Path, flags: int, *, follow: bool = False) -> int:
+    """`os.open` of a plain file. What is a link (unless `follow`), a pipe or a device raises OSError at once: the one
+    leads elsewhere, the others wait for ever."""
+    try:
+        descriptor = os.open(file, open_flags(flags, "O_NONBLOCK", *(() if follow else ("O_NOFOLLOW",))), 0o666)
+    except OSError as fault:
+        if fault.errno not in (errno.ELOOP, errno.ENXIO):  # ENXIO: of a pipe that nobody reads
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    raise OSError(errno.EEXIST, "is a link or no plain file", str(file))
+
+
+def open_plain(file: Path, mode: str, *, buffering: int = -1, follow: bool = False) -> Any:
+    """`open` in a binary mode, by way of `descriptor_of`."""
+    return open(file, mode, buffering, opener=lambda _, flags: descriptor_of(file, flags, follow=follow))
+
+
+def read_plain(file: Path) -> bytes:
+    """The content of a plain file, or of one that a link leads to. Raises OSError for anything else."""
+    with open_plain(file, "rb", follow=True) as handle:
+        return bytes(handle.read())
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder with all that is in it, if there is one. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_whole(file: Path, data: bytes, temporary: Path | None = None) -> None:
+    """Writes beside `file`, or to `temporary`, and renames once, so that a reader sees the old file or the new one,
+    never a half. A link of that name is replaced, not followed.
 
     Raises OSError; then what was there before is untouched and nothing is left beside it."""
-    temporary = temporary_of(file)
+    temporary = temporary or temporary_of(file)
     try:
+        temporary.unlink(missing_ok=True)
         write_synced(temporary, data)
         temporary.replace(file)
     except BaseException:
@@ -52,8 +108,8 @@ def temporary_of(file: Path) -> Path:
 
 
 def write_synced(file: Path, data: bytes) -> None:
-    """Writes a new file and waits until it is on the disk."""
-    with file.open("wb") as handle:
+    """Writes a new file and waits until it is on the disk. Raises OSError, also where there is something already."""
+    with open_plain(file, "xb") as handle:
         handle.write(data)
         handle.flush()
         os.fsync(handle.fileno())
@@ -102,10 +158,12 @@ def lock(descriptor: int) -> bool:
 
 
 class Appender:
-    """A file that grows by whole records. One that finds no room is kept in memory, and written once there is some."""
+    """A file that grows by whole records. One that finds no room is kept in memory, and written once there is some.
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    within: as of `make_folder`, which makes the file's folder."""
+
+    def __init__(self, file: Path, within: Path | None = None) -> None:
+        self.file, self._within = file, within
         self.waiting: deque[bytes] = deque()
         """Records that are not in the file yet."""
         self._handle: FileIO | None = None
@@ -120,8 +178,8 @@ class Appender:
         if not self.waiting:
             return
         if self._handle is None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = self.file.open("ab", buffering=0)
+            make_folder(self.file.parent, self._within)
+            self._handle = self._open()
         while self.waiting:
             end = os.fstat(self._handle.fileno()).st_size
             left = memoryview(self.waiting[0])
@@ -132,6 +190,19 @@ class Appender:
                 os.ftruncate(self._handle.fileno(), end)
                 raise
             self.waiting.popleft()
+
+    def sync(self) -> None:
+        """Waits until what was written is on the disk. Raises OSError."""
+        if self._handle is not None:
+            os.fsync(self._handle.fileno())
+
+    def _open(self) -> FileIO:
+        handle = open_plain(self.file, "ab", buffering=0)
+        if os.fstat(handle.fileno()).st_nlink > 1:  # its other name, in a backup say, is not ours to add to
+            handle.close()
+            write_whole(self.file, read_plain(self.file))
+            handle = open_plain(self.file, "ab", buffering=0)
+        return handle
 
     def close(self) -> None:
         """Tries once more to write what is waiting, and lets go of the file. Raises OSError when records are lost."""

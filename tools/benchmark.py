@@ -31,6 +31,7 @@ def main(typed: list[str] | None = None) -> int:
 
     import torch
 
+    from retina.files import make_folder, write_whole
     from retina.lab.clock import Bench, machine, table
 
     torch.set_num_threads(1)
@@ -47,8 +48,8 @@ def main(typed: list[str] | None = None) -> int:
     command = " ".join(["python tools/benchmark.py", *(typed or sys.argv[1:])])
     table_rows = [asdict(row) | {"verdict": row.verdict} for row in rows]
     result = {"command": command, "machine": described, "rounds": options.rounds, "rows": table_rows}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    make_folder(options.output.parent)
+    write_whole(options.output, (json.dumps(result, indent=2) + "\n").encode())
     return 1 if any(row.verdict == "missed" for row in rows) else 0
 
 

@@ -12,6 +12,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +24,7 @@ from retina.data.convert.tables import read_csv
 from retina.data.convert.voc import DIFFICULT, read_voc
 from retina.data.convert.yolo import read_yolo
 from retina.errors import ConfigError, DataError, check, check_choice, plain
+from retina.files import make_folder, open_plain, write_synced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ def read(config: ConvertConfig) -> Records:
     if output.resolve().is_relative_to(source.resolve()):
         problem = f"{output} lies inside source, which is only read - name a folder elsewhere"
         raise ConfigError(problem, code="output-in-data", key="output")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
         problem = f"{output} exists already and is never overwritten - name another folder"
         raise ConfigError(problem, code="output-taken", key="output")
     draw: dict[str, Any] = {"val_fraction": config.val_fraction, "seed": config.seed, "classes": class_names(config)}
@@ -105,16 +107,16 @@ def write(config: ConvertConfig, data: Records) -> None:
     if shared:
         print(f"warning: {len(shared)} images are in train and in val: metrics will look too good", file=sys.stderr)
     output = Path(config.output).resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     temporary = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        (temporary / "annotations").mkdir(parents=True)
+        make_folder(temporary / "annotations")
         for split, records in splits.items():
             names = unique_names(records)
             for record, name in zip(records, names, strict=True):
                 place(record.image, temporary / split / name, copy=config.copy)
             text = json.dumps(to_coco(records, names, data.classes), allow_nan=False)
-            (temporary / "annotations" / f"instances_{split}.json").write_text(text, encoding="utf-8")
+            write_synced(temporary / "annotations" / f"instances_{split}.json", text.encode())
         os.rename(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -139,14 +141,13 @@ def unique_names(records: Sequence[Record]) -> list[str]:
 def place(image: Path, target: Path, *, copy: bool) -> None:
     """Bring an image to `target` without changing it: hard link, else symbolic link, else (or with `copy`) a copy."""
     assert ".." not in target.parts
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for put in (shutil.copyfile,) if copy else (os.link, os.symlink, shutil.copyfile):
-        try:
+    make_folder(target.parent)
+    for put in () if copy else (os.link, os.symlink):
+        with suppress(OSError):  # another file system, or one without such links
             put(image.resolve(), target)
             return
-        except OSError:  # another file system, or one without such links
-            if put is shutil.copyfile:
-                raise
+    with image.open("rb") as content, open_plain(target, "xb") as handle:
+        shutil.copyfileobj(content, handle)
 
 
 def to_coco(records: Sequence[Record], names: Sequence[str], classes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:

@@ -6,7 +6,7 @@ python tools/doctor.py data=coco data.root=DIR decode=false output=REPORT.json
 Both splits are checked, or the only one there is. The screen shows the first faults; the report file has them all.
 """
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,8 @@ from retina.data.advice import advise
 from retina.data.checks import DataReport
 from retina.engine.config import from_mapping
 from retina.errors import ConfigError, DataError, plain
+from retina.files import read_plain
+from retina.schema import parse_json
 
 if TYPE_CHECKING:
     from retina.data.coco import Annotations
@@ -105,10 +107,10 @@ def refuse_to_overwrite(output: Path, data: DataConfig) -> None:
         if output.resolve().is_relative_to(Path(folder).resolve()):
             problem = f"{output} lies in {folder}, the data set's own - choose another place"
             raise ConfigError(problem, code="output-in-data", key="output")
-    if output.exists() or output.is_symlink():
+    if os.path.lexists(output):
         try:
-            is_report = "num_faults" in json.loads(output.read_bytes())
-        except (OSError, ValueError, TypeError):
+            is_report = "num_faults" in parse_json(read_plain(output))
+        except (OSError, ValueError, TypeError, RecursionError):
             is_report = False
         if not is_report:
             problem = f"{output} is there already and is no report - choose another file"

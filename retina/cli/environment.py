@@ -14,7 +14,8 @@ import torch
 import torchvision
 
 import retina
-from retina.files import write_whole
+from retina.files import read_plain, write_whole
+from retina.schema import parse_json
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
@@ -44,8 +45,8 @@ def record_environment(folder: Path, environment: dict[str, Any]) -> None:
     file = folder / "environment.json"
     with suppress(OSError):
         try:
-            starts = json.loads(file.read_bytes())
-        except (FileNotFoundError, ValueError):
+            starts = parse_json(read_plain(file))
+        except (FileNotFoundError, FileExistsError, ValueError, RecursionError):
             starts = []
         starts = starts if isinstance(starts, list) else []
         write_whole(file, (json.dumps([*starts, environment], indent=1) + "\n").encode())

@@ -117,7 +117,7 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
         data = data_of(trained, config.data, detector.card.preprocessing)
         scoring = scoring_of(settings, config)
         output = Path(config.output) if config.output else folder / "eval"
-        distributed.on_main(lambda: open_evaluation(output))
+        distributed.on_main(lambda: open_evaluation(output, None if config.output else folder))
         annotations, loader = open_split(data, config.split, detector, output, batch_size=config.batch_size)
         metrics, detections, _ = evaluate(
             detector.model,

@@ -10,6 +10,7 @@ torchvision, timm and detectron2, each recognised by the names of its tensors. N
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from retina.cli.build import call
 from retina.cli.compose import entry
 from retina.errors import ConfigError, check_choice, plain
+from retina.files import make_folder, write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +50,10 @@ class ImportConfig:
 @entry("import_weights", ImportConfig)
 def main(config: ImportConfig) -> int:
     output = Path(config.output)
-    if (output.exists() or output.is_symlink()) and not config.overwrite:
+    if os.path.lexists(output) and not config.overwrite:
         line = f"{output} is there already - give another name, or overwrite=true"
         raise ConfigError(line, code="output-taken", key="output")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     lines = export(config, output) if config.to == "torchvision" else bring_in(config, output)
     for line in [*lines, f"written: {output}"]:
         print(plain(line))
@@ -61,7 +63,6 @@ def main(config: ImportConfig) -> int:
 def bring_in(config: ImportConfig, output: Path) -> list[str]:
     """Writes what another program's file holds, and returns lines that say what was done."""
     # torch takes seconds to load, and a wrong setting should not wait for it
-    from retina.files import write_whole
     from retina.inference import check_postprocess
     from retina.interop.convert import convert_backbone, convert_detector
     from retina.interop.read import read_foreign
@@ -92,7 +93,6 @@ def export(config: ImportConfig, output: Path) -> list[str]:
     """Writes a detector of ours under torchvision's names, and returns lines that say how to load it."""
     import torch
 
-    from retina.files import write_whole
     from retina.inference import find_weights
     from retina.interop.torchvision import check_export, describe_export, to_torchvision
     from retina.model.weights import load_detector, serialize

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from retina.cli.build import call
 from retina.cli.compose import entry
 from retina.cli.data import progress
-from retina.cli.journal import Batch, Done, cut_batches, finish, note, open_journal, open_output, read_done, write_whole
+from retina.cli.journal import Batch, Done, cut_batches, finish, note, open_journal, open_output, put, read_done
 from retina.cli.sources import FORMATS, Source, find_images, groups_of, left_out, name_sources
 from retina.data.checks import some
 from retina.errors import DataError, check, plain
@@ -182,5 +182,5 @@ def draw(config: InferConfig, classes: Sequence[str], source: Source, sample: An
         picture.save(content, FORMATS[suffix.lower()], quality=92)
     except Exception as fault:  # sides that are too long, for one; each format has its own way to say so
         return plain(f"{source.file}: no picture of it as {suffix} ({fault}) - give pictures=false, or another format")
-    write_whole(Path(config.output), source.picture, content.getvalue())
+    put(Path(config.output), source.picture, content.getvalue())
     return None

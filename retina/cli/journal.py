@@ -14,13 +14,14 @@ import json
 import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from retina.cli.sources import Source
 from retina.errors import ConfigError
-from retina.files import advice, lock, write_synced
+from retina.files import Appender, advice, descriptor_of, lock, make_folder, read_plain, remove, write_whole
+from retina.schema import parse_json
 
 STATE, DETECTIONS, FAILED = ".infer", "detections.json", "failed.txt"
 FAILED_TITLE = "# files that tools/infer.py could not finish, and why"
@@ -68,25 +69,27 @@ def open_output(output: Path, pictures: Collection[str]) -> Iterator[None]:
     in the way of a picture that this earlier inference did not write."""
     state = output / STATE
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         earlier = _earlier_pictures(output)
         if earlier is None and any(entry.name != STATE for entry in output.iterdir()):
             raise _taken(f"{output} holds other files")
         _check_way(output, pictures, earlier or set())
-        state.mkdir(exist_ok=True)
-        lock_file = (state / "lock").open("a")
+        make_folder(state, within=output)
+        lock_file = descriptor_of(state / "lock", os.O_RDWR | os.O_CREAT)
     except OSError as fault:
         raise _taken(f"{output} cannot be written ({fault.strerror}): {advice(fault)}", code="not-written") from None
-    with lock_file:
+    try:
         try:
-            if not lock(lock_file.fileno()):
+            if not lock(lock_file):
                 print(f"warning: {output} knows no locks: start no second inference into it", file=sys.stderr)
         except BlockingIOError:
             raise _taken(f"{output} is being written by another inference: wait", code="in-use") from None
         for leftover in state.glob("*.tmp"):
-            leftover.unlink()
-        write_whole(output, f"{STATE}/claims.json", json.dumps(sorted({*pictures, *(earlier or ())}, key=str)).encode())
+            remove(leftover)
+        put(output, f"{STATE}/claims.json", json.dumps(sorted({*pictures, *(earlier or ())}, key=str)).encode())
         yield
+    finally:
+        os.close(lock_file)
 
 
 def _earlier_pictures(output: Path) -> set[str] | None:
@@ -101,7 +104,7 @@ def _earlier_pictures(output: Path) -> set[str] | None:
 
 def _read(file: Path) -> Any:
     try:
-        return json.loads(file.read_bytes()) if file.is_file() else None  # a pipe would block
+        return parse_json(read_plain(file))
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -109,7 +112,7 @@ def _read(file: Path) -> Any:
 def _check_way(output: Path, pictures: Collection[str], earlier: Collection[str]) -> None:
     failed, inside = output / FAILED, os.path.realpath(output)
     foreign = [output / picture for picture in pictures if picture not in earlier]
-    if not (failed.is_file() and failed.read_bytes().startswith(FAILED_TITLE.encode())):
+    if not (failed.is_file() and read_plain(failed).startswith(FAILED_TITLE.encode())):
         foreign.append(failed)
     for file in foreign:
         if os.path.lexists(file):
@@ -133,10 +136,10 @@ def read_done(output: Path) -> dict[str, Done]:
     """The batches that an interrupted inference finished and whose pictures are still there, by key."""
     done = {}
     for journal in sorted((output / STATE).glob("*.jsonl")):
-        for line in journal.read_bytes().splitlines():
+        for line in read_plain(journal).splitlines():
             try:
-                batch = Done(**json.loads(line))
-            except (ValueError, TypeError):  # cut off by a kill, or empty
+                batch = Done(**parse_json(line))
+            except (ValueError, TypeError, RecursionError):  # cut off by a kill, or empty
                 continue
             if all(os.path.isfile(output / record["picture"]) for record in batch.records if "picture" in record):
                 done[batch.key] = batch
@@ -144,40 +147,35 @@ def read_done(output: Path) -> dict[str, Done]:
 
 
 @contextmanager
-def open_journal(output: Path, rank: int) -> Iterator[IO[str]]:
+def open_journal(output: Path, rank: int) -> Iterator[Appender]:
     """To `note` batches in, behind those of an interrupted inference."""
-    with (output / STATE / f"{rank}.jsonl").open("a") as journal:
-        journal.write("\n")  # ends a line that a kill cut off
+    journal = Appender(output / STATE / f"{rank}.jsonl", within=output)
+    with closing(journal):
+        journal.write(b"\n")  # ends a line that a kill cut off
         yield journal
 
 
-def note(journal: IO[str], batch: Done) -> None:
+def note(journal: Appender, batch: Done) -> None:
     """The batch is on the disk when this returns."""
-    journal.write(json.dumps(batch._asdict()) + "\n")
-    journal.flush()
-    os.fsync(journal.fileno())
+    journal.write(json.dumps(batch._asdict()).encode() + b"\n")
+    journal.sync()
 
 
-def write_whole(output: Path, name: str, content: bytes) -> None:
+def put(output: Path, name: str, content: bytes) -> None:
     """Writes a file of the output in one step; it is on the disk when this returns."""
     target = output / name
+    make_folder(target.parent, within=output)
     # in a place of its own, since behind a long name there may be no room for more letters
-    temporary = output / STATE / f"{hashlib.sha256(os.fsencode(name)).hexdigest()}.tmp"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write_synced(temporary, content)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(target, content, output / STATE / f"{hashlib.sha256(os.fsencode(name)).hexdigest()}.tmp")
 
 
 def finish(output: Path, records: Sequence[Mapping[str, Any]], faults: Sequence[str]) -> None:
     """Writes `detections.json`, a list with a line for each image, and `failed.txt` where there are faults; removes
     what was needed to go on."""
     lines = ",\n".join(json.dumps(record) for record in records)
-    write_whole(output, DETECTIONS, f"[\n{lines}\n]\n".encode())
+    put(output, DETECTIONS, f"[\n{lines}\n]\n".encode())
     if faults:
-        write_whole(output, FAILED, "\n".join([FAILED_TITLE, *faults, ""]).encode(errors="backslashreplace"))
+        put(output, FAILED, "\n".join([FAILED_TITLE, *faults, ""]).encode(errors="backslashreplace"))
     else:
         (output / FAILED).unlink(missing_ok=True)
     for file in (output / STATE).iterdir():

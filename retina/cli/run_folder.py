@@ -1,6 +1,5 @@
 """The folder of a run: whose it is, whether it may be continued, and what of its settings changed."""
 
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,8 @@ import yaml
 
 from retina.engine.config import REPLACED
 from retina.errors import ConfigError
-from retina.files import advice, lock, open_flags, temporary_of, write_whole
+from retina.files import advice, descriptor_of, lock, make_folder, read_plain, remove, temporary_of, write_whole
+from retina.schema import parse_json
 from retina.tracking.trackers import flatten
 
 OWN = (
@@ -22,6 +22,9 @@ OWN = (
     *("tensorboard", "trackers", "curves.png", "environment.json", "eval"),
 )
 """What a run writes beside `config.yaml`, and all that `overwrite` removes."""
+
+ADDED_TO = ("log.txt", "metrics.jsonl", "checkpoints", "tensorboard", "trackers")
+"""Those that a session finds and goes on with; the others are replaced, whatever is there."""
 
 LOCK, SETTINGS = ".lock", "config.yaml"
 
@@ -99,7 +102,7 @@ def open_run(
             raise ConfigError(f"{folder}: is a file - {another}", code="no-run")
         if folder.is_dir() and any(p.name not in leftovers for p in folder.iterdir()) and not is_run(folder):
             raise ConfigError(f"{folder}: holds files but no run of this program - {another}", code="no-run")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         notes = [] if _lock(folder, patience) else ["warning: this file system has no locks: start no second run here"]
         settle(folder)
         changed = True
@@ -110,16 +113,26 @@ def open_run(
             refuse_another(folder, differences)
             notes += [f"going on with another setting: {one}" for one in differences]
             changed = bool(differences)
+        _refuse_links(folder)
         for name in (*OWN, SETTINGS):
             temporary_of(folder / name).unlink(missing_ok=True)
         if changed:
             write_settings(folder, config)
         return Opened(has_checkpoint(folder), notes)
     except (OSError, ValueError) as fault:
-        reason = fault.strerror if isinstance(fault, OSError) else fault
+        reason = f"{Path(fault.filename or folder).name}: {fault.strerror}" if isinstance(fault, OSError) else fault
         fix = f"{advice(fault)}, or choose" if isinstance(fault, OSError) else "choose"
         problem = f"{folder}: cannot be written ({reason}) - {fix} runs=FOLDER"
         raise ConfigError(problem, code="not-written") from None
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raises OSError for a link, a pipe or a device in place of what a run adds to."""
+    for name in ADDED_TO:
+        if (path := folder / name).is_dir():
+            make_folder(path, within=folder)
+        elif os.path.lexists(path):
+            os.close(descriptor_of(path, os.O_RDONLY))
 
 
 def write_settings(folder: Path, config: Mapping[str, Any]) -> None:
@@ -170,7 +183,7 @@ def settle(folder: Path) -> None:
 def _set_aside(folder: Path) -> None:
     """`config.yaml` stays until the new one takes its place: without it, nobody would know this to be a run."""
     moving = folder / f"{REPLACED}.tmp"
-    moving.mkdir()
+    make_folder(moving, within=folder)
     write_whole(moving / SETTINGS, (folder / SETTINGS).read_bytes())
     for name in OWN:
         if os.path.lexists(folder / name):
@@ -249,15 +262,14 @@ def _trains_longer(difference: Difference) -> bool:
 
 def _remove(folder: Path) -> None:
     for name in OWN:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        remove(folder / name)
 
 
 def _lock(folder: Path, patience: float) -> bool:
     """Locks the folder for this process, which must not close the file; False where there are no locks.
 
     Raises ConfigError naming the process that has it, OSError."""
-    descriptor = os.open(folder / LOCK, open_flags(os.O_RDWR | os.O_CREAT, "O_NOFOLLOW"), 0o644)
+    descriptor = descriptor_of(folder / LOCK, os.O_RDWR | os.O_CREAT)
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -271,18 +283,21 @@ def _lock(folder: Path, patience: float) -> bool:
                 fix = "wait until it ends, stop it, or choose another name=..."
                 raise ConfigError(f"{problem} - {fix}", code="in-use") from None
             time.sleep(0.05)
+    if os.fstat(descriptor).st_nlink > 1:  # its other name may be another's
+        return locked
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
     return locked
 
 
-def open_evaluation(output: Path) -> None:
-    """Makes the folder of an evaluation. Raises ConfigError for one that holds anything but an earlier evaluation."""
+def open_evaluation(output: Path, within: Path | None = None) -> None:
+    """Makes the folder of an evaluation; `within` as of `make_folder`. Raises ConfigError for one that holds anything
+    but an earlier evaluation."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output, within)
         for pattern in (".metrics.json.tmp", ".detections.json.*tmp", ".data_report.json.*tmp"):  # what a kill left
             for leftover in output.glob(pattern):
-                leftover.unlink()
+                remove(leftover)
         others = [entry for entry in output.iterdir() if entry.name != "data_report.json"]
         strangers = others and not _is_evaluation(output / "metrics.json")
     except OSError as fault:
@@ -294,6 +309,6 @@ def open_evaluation(output: Path) -> None:
 
 def _is_evaluation(metrics: Path) -> bool:
     try:
-        return "per_class" in json.loads(metrics.read_bytes())
-    except (OSError, ValueError, TypeError):
+        return "per_class" in parse_json(read_plain(metrics))
+    except (OSError, ValueError, TypeError, RecursionError):
         return False

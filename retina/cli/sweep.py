@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
@@ -23,6 +24,7 @@ from omegaconf import DictConfig
 from retina.cli.compose import QUIET, Program, Settings, app, one_line, report, settings_of
 from retina.cli.words import as_typed, unquoted
 from retina.errors import ConfigError, RetinaError, plain
+from retina.files import make_folder, open_plain
 
 
 class Job(NamedTuple):
@@ -78,6 +80,8 @@ def run_sweep(engine: Hydra, program: Program, config_name: str, words: list[str
         hydra_words = [*QUIET]
         if "name" in settings:  # the sweep's own folder, beside those of its jobs
             folder = f"{settings.runs}/{settings.name}__sweep"
+            make_folder(Path(folder), within=Path(settings.runs))
+            open_plain(Path(folder, "multirun.yaml"), "ab").close()  # Hydra would follow a link, and wait for a pipe
             hydra_words.append(as_typed(f"hydra.sweep.dir={folder}", ["hydra.sweep.dir"]))
         if "hydra/sweeper=optuna" in words:  # which otherwise looks for the smallest metric
             hydra_words.append("hydra.sweeper.direction=maximize")

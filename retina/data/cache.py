@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ import numpy as np
 
 from retina.data.annotations import Annotations
 from retina.data.paths import folder_stamps, folders_of, is_free_of_links, links_outside
-from retina.files import advice, sync_folder, write_synced
+from retina.files import advice, make_folder, open_plain, read_plain, remove, sync_folder, write_synced
 
 CACHE_FROM_BYTES = 32 << 20
 """Bytes of JSON from which on an entry pays: parsing them takes seconds. Smaller files are not even hashed."""
@@ -112,7 +111,7 @@ def store(entry: Path, reading: CachedAnnotations, *, allow_outside: bool) -> st
         is_free = is_free_of_links(annotations.image_root, folders, {})
         notes |= {"folders": sorted(folders), "stamps": stamps if is_free else {}}
     try:
-        entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(entry.parent, mode=0o700)
         write_columns(entry, Columns({name: getattr(annotations, name) for name in _COLUMNS}, notes))
     except OSError as fault:
         problem = f"annotations cannot be kept for the next start ({fault.strerror or fault})"
@@ -121,7 +120,7 @@ def store(entry: Path, reading: CachedAnnotations, *, allow_outside: bool) -> st
     for file in (*entry.parent.glob("*.annotations"), *entry.parent.glob(".*.tmp")):  # entries, and parts of some
         with suppress(OSError):  # somebody else's, or gone meanwhile
             if time.time() - file.stat().st_mtime > _UNUSED_SECONDS:
-                _remove(file)
+                remove(file)
     return None
 
 
@@ -182,14 +181,15 @@ def write_columns(folder: Path, columns: Columns) -> None:
                 raise
     finally:
         for rest in (temporary, former):
-            _remove(rest)
+            with suppress(OSError):
+                remove(rest)
     sync_folder(folder.parent)
 
 
 def read_columns(folder: Path) -> Columns | None:
     """None if the folder is missing, damaged or cannot be read."""
     try:
-        digest, _, notes = (folder / "notes.json").read_bytes().partition(b"\n")
+        digest, _, notes = read_plain(folder / "notes.json").partition(b"\n")
         if hashlib.sha256(notes).hexdigest().encode("ascii") != digest:
             return None
         content = json.loads(notes)
@@ -201,7 +201,7 @@ def read_columns(folder: Path) -> Columns | None:
 
 def _write(file: Path, array: np.ndarray) -> str:
     """Writes one array and returns the file's digest. Raises OSError, ValueError for Python objects."""
-    with file.open("w+b") as stream:
+    with open_plain(file, "x+b") as stream:
         np.save(stream, np.ascontiguousarray(array).reshape(array.shape), allow_pickle=False)
         stream.flush()
         digest = digest_in(stream, 0, stream.tell())
@@ -215,14 +215,6 @@ def _read(file: Path, digest: str) -> np.ndarray:
         if digest_in(stream, 0, os.fstat(stream.fileno()).st_size) != digest:
             raise ValueError("damaged")
     return np.load(file, mmap_mode="c", allow_pickle=False).view(np.ndarray)
-
-
-def _remove(path: Path) -> None:
-    """Removes a file or a folder, if there is one. Raises OSError for a file that cannot be removed."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def digest_of(data: memoryview) -> str:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float64, Int64
 from retina.data.ids import is_id
 from retina.data.paths import links_outside, name_problem
 from retina.errors import DataError, plain
-from retina.files import write_whole
+from retina.files import make_folder, write_whole
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
@@ -55,7 +55,7 @@ class DataReport:
             "warnings": [plain(line) for line in self.warnings],
             "advice": [plain(line) for line in self.advice],
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         write_whole(file, (json.dumps(content, indent=2) + "\n").encode("ascii"))  # names are escaped, odd ones too
 
 

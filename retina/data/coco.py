@@ -35,7 +35,7 @@ from retina.data.document import parse_document, read_bytes
 from retina.data.ids import id_column
 from retina.data.oddities import record_oddities, rotations
 from retina.errors import DataError
-from retina.files import write_whole
+from retina.files import make_folder, write_whole
 
 
 def read_coco(
@@ -212,7 +212,7 @@ def write_results(
         for image_id, label, box, score in zip(*(column.tolist() for column in columns), strict=True)
     ]
     data = json.dumps(results, allow_nan=False).encode()
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     write_whole(file, data)
 
 

@@ -19,6 +19,8 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw
 
 from retina.errors import ConfigError, DataError
+from retina.files import make_folder, open_plain, read_plain, write_synced
+from retina.schema import parse_json
 
 _VERSION = 2  # of the pictures: raise it with any change that draws them differently
 _STAMP = "shapes.json"
@@ -60,12 +62,12 @@ def write_shapes(
     stamp = {"version": _VERSION, "num_train": num_train, "num_val": num_val, "image_size": [short, long], "seed": seed}
     if _is_complete(root, stamp):
         return
-    root.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(root.parent)
     temporary = root.parent / f".{root.name}.{uuid.uuid4().hex}.tmp"
     try:
         for number, (split, num_images) in enumerate({"train": num_train, "val": num_val}.items()):
             _write_split(temporary, split, num_images, (short, long), (seed, number))
-        (temporary / _STAMP).write_text(json.dumps(stamp), encoding="utf-8")
+        write_synced(temporary / _STAMP, json.dumps(stamp).encode())
         try:
             os.rename(temporary, root)
         except OSError:  # another process was faster: its set must be the one asked for
@@ -80,8 +82,8 @@ def _is_complete(root: Path, stamp: dict[str, Any]) -> bool:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
-        present = json.loads((root / _STAMP).read_bytes())
-    except (OSError, ValueError):
+        present = parse_json(read_plain(root / _STAMP))
+    except (OSError, ValueError, RecursionError):
         problem = "holds something that is not a shapes data set - choose another folder"
         raise DataError(f"{root}: {problem}", code="not-shapes") from None
     if present != stamp:
@@ -95,14 +97,15 @@ def _is_complete(root: Path, stamp: dict[str, Any]) -> bool:
 
 
 def _write_split(root: Path, split: str, num_images: int, image_size: tuple[int, int], seed: tuple[int, int]) -> None:
-    (root / split).mkdir(parents=True)
-    (root / "annotations").mkdir(exist_ok=True)
+    make_folder(root / split)
+    make_folder(root / "annotations")
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(num_images):
         image, labels, boxes = _draw_image(np.random.default_rng([*seed, index]), image_size)
         name = f"{index:06d}.jpg"
-        Image.fromarray(image).save(root / split / name, quality=92)
+        with open_plain(root / split / name, "xb") as content:
+            Image.fromarray(image).save(content, "JPEG", quality=92)
         images.append({"id": index + 1, "file_name": name, "width": image.shape[1], "height": image.shape[0]})
         for label, (x1, y1, x2, y2) in zip(labels, boxes, strict=True):
             box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0}
@@ -110,7 +113,7 @@ def _write_split(root: Path, split: str, num_images: int, image_size: tuple[int,
             annotations.append(ids | box)
     categories = [{"id": i, "name": name} for i, name in zip(_CATEGORY_IDS, _CLASSES, strict=True)]
     document = {"images": images, "annotations": annotations, "categories": categories}
-    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(document), encoding="utf-8")
+    write_synced(root / "annotations" / f"instances_{split}.json", json.dumps(document).encode())
 
 
 def _draw_image(

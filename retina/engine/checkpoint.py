@@ -16,12 +16,9 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +32,7 @@ from retina.engine.config import from_mapping
 from retina.engine.meter import NUM_SUMS
 from retina.engine.optim import ExponentialMovingAverage
 from retina.errors import CheckpointError, ConfigError, check
-from retina.files import open_flags, sync_folder, write_synced
+from retina.files import make_folder, open_plain, remove, sync_folder, write_synced
 from retina.model.header import LAST_STEP
 from retina.model.weights import first_non_finite, load_state, serialize
 from retina.schema import check_type, parse_json
@@ -93,7 +90,7 @@ def save_checkpoint(
     state = {"progress": asdict(progress), "optimizer": numbers}
     _refuse_non_finite(final, states, state)
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, within=folder.parent)
     sync_folder(folder.parent)
     _sweep(folder)
     try:
@@ -103,7 +100,7 @@ def save_checkpoint(
             problem = f"{final}: {fault} right after it was written - check the disk"
             raise CheckpointError(problem, code="damaged-checkpoint")
         aside = folder / f".{final.name}.aside"
-        if final.exists():
+        if os.path.lexists(final):
             final.rename(aside)
         temporary.rename(final)
         sync_folder(folder)
@@ -164,7 +161,7 @@ def _write(
         if best is not None:
             yield BEST, best
 
-    temporary.mkdir()
+    make_folder(temporary, within=temporary.parent)
     digests = {}
     for name, data in contents():
         digests[name] = hashlib.sha256(data).hexdigest()
@@ -208,16 +205,17 @@ def _sweep(folder: Path) -> None:
         if path.suffix == ".aside" and not final.exists():
             path.rename(final)
         elif path.suffix in (".tmp", ".aside", ".old"):
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                remove(path)
 
 
 def _remove(checkpoint: Path) -> None:
     """Takes the name away first: what a kill leaves of it should not look like a checkpoint."""
-    if checkpoint.exists():
+    if os.path.lexists(checkpoint):
         doomed = checkpoint.with_name(f".{checkpoint.name.removeprefix('.')}.old")
         with suppress(OSError):  # the next save tries again
             checkpoint.rename(doomed)
-            shutil.rmtree(doomed)
+            remove(doomed)
 
 
 def _read_state(file: Path) -> tuple[Progress, dict[str, Any]]:
@@ -317,7 +315,7 @@ def find_fault(checkpoint: Path) -> str | None:
     if checkpoint.is_symlink():
         return "is a symbolic link"
     try:
-        with _open_plain(checkpoint / MANIFEST) as handle:
+        with open_plain(checkpoint / MANIFEST, "rb") as handle:
             digests = _parse(handle.read(_LONGEST))
         present = set(os.listdir(checkpoint))
     except OSError:
@@ -331,7 +329,7 @@ def find_fault(checkpoint: Path) -> str | None:
         return f"{name} is not listed in {MANIFEST}"
     for name, digest in digests.items():
         try:
-            with _open_plain(checkpoint / name) as handle:
+            with open_plain(checkpoint / name, "rb") as handle:
                 if hashlib.file_digest(handle, "sha256").hexdigest() != digest:
                     return f"{name} does not match its hash"
         except OSError:
@@ -347,12 +345,3 @@ def _parse(text: bytes) -> dict[str, str] | None:
     entries = [_ENTRY.fullmatch(line) for line in lines.removesuffix(b"\n").split(b"\n")]
     digests = {entry[2].decode(): entry[1].decode() for entry in entries if entry}
     return digests if len(digests) == len(entries) and MANIFEST not in digests else None
-
-
-def _open_plain(file: Path) -> BufferedReader:
-    """Opens a plain file for reading, without following a link or waiting for a pipe. Raises OSError."""
-    descriptor = os.open(file, open_flags(os.O_RDONLY, "O_NOFOLLOW", "O_NONBLOCK"))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(f"{file} is no plain file")
-    return os.fdopen(descriptor, "rb")

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float64, Int64
 from retina.data.coco import Annotations
 from retina.errors import DataError, check, plain
 from retina.evaluation.coco_matching import THRESHOLDS, Boxes, Matches, box_areas, match
-from retina.files import write_whole
+from retina.files import make_folder, write_whole
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 """[P] recalls at which precision is sampled."""
@@ -263,7 +263,7 @@ def write_metrics(file: Path, metrics: Mapping[str, Any]) -> None:
     Raises ValueError for NaN or infinity, which JSON does not have.
     """
     text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     write_whole(file, text.encode())
 
 

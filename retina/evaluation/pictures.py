@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from retina.data.coco import Annotations
 from retina.data.images import MAX_PIXELS, read_image
 from retina.errors import DataError
 from retina.evaluation.metrics import DetectionArrays
+from retina.files import make_folder, write_whole
 from retina.types import Detections
 from retina.visualize import grid, side_by_side
 
@@ -50,12 +52,14 @@ def write_evaluation_pictures(
     """A JPEG for each of those images, named `<id, or number>_<file name>.jpg`; returns how many."""
     count = 0
     for index, picture in _pairs(annotations, detections, max_images, score_threshold, max_pixels):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, within=folder.parent)
         # the id keeps images of equal names apart; folders of the file name could lead out of `folder`
         stem = os.fsencode(Path(annotations.file_name(index)).stem)[:200].decode(errors="ignore")
         image_id = annotations.image_ids[index].item()
         name = f"{image_id if isinstance(image_id, int) else index}_{stem}.jpg"
-        Image.fromarray(picture).save(folder / name, quality=90)
+        content = BytesIO()
+        Image.fromarray(picture).save(content, "JPEG", quality=90)
+        write_whole(folder / name, content.getvalue())
         count += 1
     return count
 

@@ -12,6 +12,7 @@ again after every run.
 """
 
 import difflib
+import os
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from retina.cli.run_folder import HARMLESS, compare, holds_work, read_settings
 from retina.cli.sweep import launch
 from retina.engine.config import from_mapping
 from retina.errors import ConfigError, RetinaError
-from retina.files import write_whole
+from retina.files import make_folder, read_plain, write_whole
 from retina.lab.study import Job, Line, backbone_run, plan, read_study
 from retina.lab.table import comma_separated, markdown, measure
 
@@ -108,7 +109,7 @@ def ablate(config: AblateConfig, words: Sequence[str], hydra_words: Sequence[str
     for job in (job for batch in batches for job in batch):
         refuse_another_run(job)
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     refuse_to_overwrite(output / f"{name}.md", f"# {name}: ")
     refuse_to_overwrite(output / f"{name}.csv", "label,row,")
     faults: dict[Path, str] = {}
@@ -183,6 +184,6 @@ def refuse_another_run(job: Job) -> None:
 
 def refuse_to_overwrite(file: Path, begin: str) -> None:
     """Raises ConfigError for a file that is there and is no table of this study."""
-    if file.is_symlink() or (file.exists() and not file.read_bytes().startswith(begin.encode())):
+    if os.path.lexists(file) and not (file.is_file() and read_plain(file).startswith(begin.encode())):
         problem = f"{file} is there already and is no table of this study - choose another folder"
         raise ConfigError(problem, code="output-taken", key="output")

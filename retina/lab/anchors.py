@@ -14,6 +14,7 @@ told and nothing fitted. Writes anchors.json (all numbers) and anchors.png.
 
 import itertools
 import json
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -28,7 +29,7 @@ from retina.cli.data import SPLITS, DataConfig, load_split, prepare_data, progre
 from retina.cli.train import shapes_by_default
 from retina.engine.config import TrainConfig, from_mapping
 from retina.errors import ConfigError, DataError, check_choice, plain
-from retina.files import write_whole
+from retina.files import make_folder, write_whole
 from retina.lab.figures import check_folder, check_format, save
 
 if TYPE_CHECKING:
@@ -104,13 +105,13 @@ def run(settings: Settings, config: AnchorsConfig, data: DataConfig, command: st
         numbers = summarize(objects, coverages[name], threshold, pyramid.levels, annotations.classes)
         result[name] = {"model": model_section(pyramid), "coverage": numbers}
     folder = Path(config.figures)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_whole(folder / "anchors.json", (json.dumps(result, indent=2) + "\n").encode())
     save(draw(objects, pyramids, coverages), folder / "anchors.png")
     print(f"{describe(result)}\nall numbers and a picture: {folder}")
     if config.output and decision.change:
         file = Path(config.output)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         write_whole(file, yaml_file(settings["model"], result, file.stem).encode())
         print(f"written: {file} - use it as model={file.stem}")
     elif config.output:
@@ -131,7 +132,7 @@ def check_places(config: AnchorsConfig, data: DataConfig) -> None:
         raise ConfigError(problem, code="output-taken", key="figures")
     if output and output.suffix != ".yaml":
         raise ConfigError(f"{output} is no config file - end it in .yaml", code="wrong-value", key="output")
-    if output and (output.exists() or output.is_symlink()) and not config.overwrite:
+    if output and os.path.lexists(output) and not config.overwrite:
         problem = f"{output} is there already - choose another file, or give overwrite=true"
         raise ConfigError(problem, code="output-taken", key="output")
     check_folder(folder, "figures")

@@ -24,7 +24,7 @@ from retina.cli.data import SPLITS, data_of, open_split, progress
 from retina.cli.run_folder import read_settings
 from retina.engine.config import from_mapping
 from retina.errors import ConfigError, check_choice
-from retina.files import write_whole
+from retina.files import make_folder, write_whole
 from retina.lab.figures import draw_cumulative, draw_cumulative_by, draw_hardest, save
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def note_other_rule(trained: Mapping[str, Any] | None, loss: Mapping[str, Any]) 
 def open_output(output: Path) -> None:
     """The folder, made if need be. Raises ConfigError for one that holds anything but an earlier distribution."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         others = {path.name for path in output.iterdir()} - {"distribution.json", "data_report.json"}
     except OSError as fault:
         problem = f"{output} cannot be written ({fault.strerror}) - choose another folder"

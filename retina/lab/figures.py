@@ -1,13 +1,14 @@
 """Figures without a screen, written whole; and those of a detector's elements."""
 
 import io
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retina.errors import ConfigError, plain
-from retina.files import write_whole
+from retina.files import make_folder, read_plain, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ def check_format(output: Path, key: str) -> None:
     if output.suffix not in FORMATS:
         problem = f"{output} is of no known format - end it in {' or '.join(FORMATS)}"
         raise ConfigError(problem, code="bad-name", key=key)
-    if (output.exists() or output.is_symlink()) and not (output.is_file() and _MARK.encode() in output.read_bytes()):
+    if os.path.lexists(output) and not (output.is_file() and _MARK.encode() in read_plain(output)):
         problem = f"{output} is there already and is no figure of the lab - choose another file"
         raise ConfigError(problem, code="output-taken", key=key)
 
@@ -50,7 +51,7 @@ def save(figure: "Figure", output: Path) -> None:
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "retina"}):
         figure.savefig(buffer, format=output.suffix[1:], dpi=150, metadata=marks)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     write_whole(output, buffer.getvalue())
 
 

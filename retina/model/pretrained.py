@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from retina.errors import CheckpointError, check_choice
+from retina.files import make_folder
 
 SHARED_TIMES = 4
 """Tensors may have this many times the bytes of their file: some share theirs, as the towers of a head do."""
@@ -130,7 +131,7 @@ def fetch(url: str, name: str, otherwise: str, *, key: str = "") -> Path:
     if file is None:
         file = cached
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(file.parent)
             torch.hub.download_url_to_file(url, str(file), progress=sys.stderr.isatty())
         except (URLError, OSError, RuntimeError) as fault:
             problem = f"{name} could not be downloaded ({fault})"

@@ -33,7 +33,7 @@ class Board:
     def __init__(self, folder: Path, step: int) -> None:
         self._ahead = max(0.0, _latest(folder) + 1e-3 - time.time())
         name = f"events.out.tfevents.{time.time() + self._ahead:.6f}.{socket.gethostname()}.{os.getpid()}"
-        self.file = Appender(folder / name)
+        self.file = Appender(folder / name, within=folder.parent)
         self._head = [
             Event(step=step + 1, file_version="brain.Event:2"),
             Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)),
@@ -70,5 +70,5 @@ def _latest(folder: Path) -> float:
     times = [0.0]
     for file in folder.glob("events.out.tfevents.*"):
         stamp = re.match(r"events\.out\.tfevents\.(\d{1,12}(\.\d+)?)\.", file.name)
-        times += [float(stamp[1]), file.stat().st_mtime] if stamp else []
+        times += [float(stamp[1]), file.lstat().st_mtime] if stamp else []
     return max(times)

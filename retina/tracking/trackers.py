@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from retina.errors import ConfigError
+from retina.files import make_folder, open_plain, write_whole
 
 Pictures = Mapping[str, UInt8[np.ndarray, "_ _ 3"]]
 
@@ -90,6 +91,7 @@ class WandB(_Logged):
         import wandb
 
         place = folder / "trackers"
+        make_folder(place / "wandb", within=folder)
         self._image = wandb.Image
         self._run = wandb.init(
             project=self.project,
@@ -120,6 +122,9 @@ class MLflow:
         for name in ("mlflow", "alembic"):  # they report how they make tables
             logging.getLogger(name).setLevel(logging.WARNING)
         store = folder.parent.resolve()
+        if not self.uri:
+            make_folder(store / "mlflow", within=store)
+            open_plain(store / "mlflow.db", "ab").close()  # SQLite would follow a link, and wait for a pipe
         self._metric = Metric
         self._client = client = MlflowClient(self.uri or f"sqlite:///{store / 'mlflow.db'}")
         experiment = client.get_experiment_by_name(self.experiment)
@@ -183,9 +188,10 @@ def _require(package: str) -> None:
 def _kept_id(file: Path, step: int, make: Callable[[], str]) -> str:
     """The id under which the tracker knows the run: a resumed run goes on under the id of its first process."""
     if step and file.is_file():
-        return file.read_text()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(number := make())
+        with open_plain(file, "rb") as handle:
+            return handle.read().decode()
+    make_folder(file.parent, within=file.parents[1])
+    write_whole(file, (number := make()).encode())
     return number
 
 

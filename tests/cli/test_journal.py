@@ -19,8 +19,8 @@ from retina.cli.journal import (
     note,
     open_journal,
     open_output,
+    put,
     read_done,
-    write_whole,
 )
 from retina.cli.sources import Source, name_sources
 
@@ -72,7 +72,7 @@ def test_a_journal_cut_off_anywhere_tells_of_the_batches_before(sources: list[So
     results = {batch.key: done(batch) for batch in batches}
     with open_output(output, []):
         for source in sources:
-            write_whole(output, source.picture, b"picture")
+            put(output, source.picture, b"picture")
         with open_journal(output, 0) as journal:
             for one in results.values():
                 note(journal, one)
@@ -106,7 +106,7 @@ def test_an_output_is_clean_at_the_end_and_the_users_files_stay(sources: list[So
     ]:
         with open_output(output, ["a.jpg"]):
             assert not list((output / ".infer").glob("*.tmp"))
-            write_whole(output, "a.jpg", b"picture")
+            put(output, "a.jpg", b"picture")
             finish(output, [record], faults)
         assert sorted(digest(output)) == files
         assert json.loads((output / "detections.json").read_text()) == [record]
@@ -116,14 +116,14 @@ def test_an_output_is_clean_at_the_end_and_the_users_files_stay(sources: list[So
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
     (tmp_path / ".infer").mkdir()
-    write_whole(tmp_path, "sub/a.jpg", b"old")
+    put(tmp_path, "sub/a.jpg", b"old")
     with (tmp_path / "sub" / "a.jpg").open("rb") as old:
-        write_whole(tmp_path, "sub/a.jpg", b"new")
+        put(tmp_path, "sub/a.jpg", b"new")
         assert old.read() == b"old", "who reads it meanwhile sees the old file to its end"
     assert (tmp_path / "sub" / "a.jpg").read_bytes() == b"new"
     (tmp_path / "sub" / "b.jpg").mkdir()
     with pytest.raises(OSError, match=r"b\.jpg"):
-        write_whole(tmp_path, "sub/b.jpg", b"new")
+        put(tmp_path, "sub/b.jpg", b"new")
     assert list((tmp_path / ".infer").iterdir()) == []
 
 

@@ -204,7 +204,8 @@ def test_a_disk_that_gives_back_other_bytes_is_not_believed(tmp_path: Path) -> N
     model, optimizer, ema = parts()
 
     def flip(_: int, event: str, arguments: tuple[object, ...]) -> None:
-        if event == "open" and str(arguments[0]).endswith(MANIFEST) and int(arguments[2]) & os.O_CREAT:
+        created = event == "open" and arguments[1] is None and int(arguments[2]) & os.O_CREAT  # by `os.open`
+        if created and str(arguments[0]).endswith(MANIFEST):
             file = Path(str(arguments[0])).with_name("model.safetensors")
             damaged = bytearray(file.read_bytes())
             damaged[len(damaged) // 2] ^= 1

@@ -122,7 +122,7 @@ def test_a_finished_run_without_its_best_weights_is_not_called_finished(
 def test_the_run_stops_when_nothing_could_be_saved_for_too_long(checkpointer: Checkpointer, tmp_path: Path) -> None:
     checkpointer.state.config = TrainConfig(max_unsaved_minutes=0.0)
     (tmp_path / "checkpoints").write_text("mine")
-    with refused("nothing-saved", tmp_path, "max_unsaved_minutes", "File exists", "in the way", kind=CheckpointError):
+    with refused("nothing-saved", tmp_path, "max_unsaved_minutes", "no folder", "in the way", kind=CheckpointError):
         save(checkpointer, 1)
     assert (tmp_path / "checkpoints").read_text() == "mine"
 

@@ -21,6 +21,7 @@ import numpy as np
 from retina.data.annotations import Annotations
 from retina.data.cache import CACHE_FROM_BYTES, CachedAnnotations, Request, find_entry, store
 from retina.data.coco import read_coco
+from retina.files import make_folder, open_plain, write_synced
 from retina.lab.clock import Bench, Row, absolute
 
 NUM_CLASSES = 80
@@ -135,11 +136,11 @@ def write_annotations(folder: Path, num_images: int, num_boxes: int) -> Annotati
     file, image_root = folder / "instances_train.json", folder / "train"
     names = [NAME % (index // FOLDER, index) for index in range(num_images)]
     for first in range(0, num_images, FOLDER):
-        (image_root / names[first]).parent.mkdir(parents=True)
-        (image_root / names[first]).touch()
+        make_folder((image_root / names[first]).parent)
+        write_synced(image_root / names[first], b"")
         for name in names[first + 1 : first + FOLDER]:
             os.link(image_root / names[first], f"{image_root}/{name}")
-    with file.open("w") as stream:
+    with TextIOWrapper(open_plain(file, "xb")) as stream:
         stream.write(" " * (CACHE_FROM_BYTES if num_boxes < CHUNK else 0) + '{"images":[')
         write_records(stream, IMAGE, ids, ids // FOLDER, ids, sizes)
         stream.write('],"annotations":[')

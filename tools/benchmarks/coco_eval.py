@@ -12,6 +12,7 @@ from retina.data.coco import read_coco
 from retina.evaluation.cross_check import load_truth, score
 from retina.evaluation.metrics import METRICS, coco_metrics
 from retina.evaluation.results import read_results
+from retina.files import write_whole
 from retina.lab.clock import Bench, Row, absolute, speedup
 
 
@@ -71,7 +72,7 @@ def as_read(document: dict[str, Any], results: list[dict[str, Any]]) -> tuple[An
     """Annotations and detections, as our readers give them."""
     with TemporaryDirectory() as folder:
         truth, detections = Path(folder, "truth.json"), Path(folder, "detections.json")
-        truth.write_text(json.dumps(document))
-        detections.write_text(json.dumps(results))
+        write_whole(truth, json.dumps(document).encode())
+        write_whole(detections, json.dumps(results).encode())
         annotations = read_coco(truth, Path(folder))
         return annotations, read_results(detections, annotations)

@@ -24,6 +24,7 @@ from PIL import Image
 from retina.data.coco import Annotations, read_coco
 from retina.data.loader import BatchLoader, train_loader
 from retina.data.transforms import ColorJitter, Pipeline, ResizeShortSide
+from retina.files import make_folder, open_plain, write_whole
 from retina.lab.clock import Bench, Row, Times, speedup
 
 SHORT_SIDE, LONG_SIDE = 800, 1333
@@ -69,16 +70,17 @@ def large(bench: Bench, folder: Path) -> list[Row]:
 
 def write_photos(folder: Path, num: int, height: int, width: int) -> Annotations:
     """JPEGs of quality 90 with the spectrum of photographs, about 60 kB at 640x480, and `OBJECTS` boxes each."""
-    folder.mkdir()
+    make_folder(folder)
     rng = np.random.default_rng(0)
     document: dict[str, list[Any]] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "it"}]}
     for index in range(num):
-        Image.fromarray(photo(rng, height, width)).save(folder / f"{index}.jpg", quality=90)
+        with open_plain(folder / f"{index}.jpg", "xb") as content:
+            Image.fromarray(photo(rng, height, width)).save(content, "JPEG", quality=90)
         document["images"].append({"id": index, "file_name": f"{index}.jpg", "height": height, "width": width})
         sides = rng.uniform(0.05, 0.5, (OBJECTS, 2)) * (width, height)
         for box in np.hstack([rng.uniform(0, 1, (OBJECTS, 2)) * ((width, height) - sides), sides]).tolist():
             document["annotations"].append({"image_id": index, "category_id": 1, "bbox": box})
-    (folder / "instances.json").write_text(json.dumps(document))
+    write_whole(folder / "instances.json", json.dumps(document).encode())
     return read_coco(folder / "instances.json", folder)
 
 

@@ -25,6 +25,7 @@ from benchmarks.step import make_batch, small_model
 from retina import distributed
 from retina.engine.optim import build_optimizer
 from retina.engine.step import parallel, train_step
+from retina.files import write_whole
 from retina.lab.clock import Bench, Row, absolute
 from retina.losses.detection import DetectionLoss
 from retina.types import Batch, Targets
@@ -86,7 +87,7 @@ def work(device_type: str, side: int, rounds: int, output: Path) -> None:
     with distributed.process_group(device):
         result = {"losses": losses(device), **times(device, side, rounds)}
         if distributed.is_main():
-            output.write_text(json.dumps(result))
+            write_whole(output, json.dumps(result).encode())
 
 
 def losses(device: torch.device) -> list[list[float]]:
