@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from retina.cli.compose import QUIET, Program, Settings, app, one_line, report, settings_of
 from retina.cli.words import as_typed, unquoted
 from retina.errors import ConfigError, RetinaError, plain
-from retina.files import make_folder, open_plain
+from retina.files import make_folder
 
 
 class Job(NamedTuple):
@@ -81,7 +81,7 @@ def run_sweep(engine: Hydra, program: Program, config_name: str, words: list[str
         if "name" in settings:  # the sweep's own folder, beside those of its jobs
             folder = f"{settings.runs}/{settings.name}__sweep"
             make_folder(Path(folder), within=Path(settings.runs))
-            open_plain(Path(folder, "multirun.yaml"), "ab").close()  # Hydra would follow a link, and wait for a pipe
+            Path(folder, "multirun.yaml").unlink(missing_ok=True)  # Hydra would follow a link, and wait for a pipe
             hydra_words.append(as_typed(f"hydra.sweep.dir={folder}", ["hydra.sweep.dir"]))
         if "hydra/sweeper=optuna" in words:  # which otherwise looks for the smallest metric
             hydra_words.append("hydra.sweeper.direction=maximize")

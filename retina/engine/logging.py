@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from retina import distributed
 from retina.errors import plain
-from retina.files import Appender, advice, write_whole
+from retina.files import Appender, advice, read_plain, write_whole
+from retina.schema import parse_json
 from retina.tracking.curves import draw_curves
 from retina.tracking.screen import Counted, Pace, Screen
 from retina.tracking.trackers import Tracker, flatten
@@ -133,7 +134,7 @@ class RunLogger:
             return
         self._step = step
         file = self._metrics.file
-        whole = file.read_bytes() if file.is_file() else b""
+        whole = read_plain(file) if file.is_file() else b""
         lines = whole.splitlines(keepends=True)
         remaining = b"".join(line for line in lines if _stays(line, step, pending_evaluation))
         if remaining != whole:
@@ -199,8 +200,8 @@ def _finite(value: Any) -> Any:
 
 def _stays(line: bytes, step: int, pending_evaluation: bool) -> bool:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         again = record["step"] == step and record["kind"] == "val" and pending_evaluation
         return line.endswith(b"\n") and record["step"] <= step and not again
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False  # cut off

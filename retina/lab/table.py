@@ -3,14 +3,15 @@
 import csv
 import io
 import itertools
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median_high, stdev
 from typing import Any, NamedTuple
 
+from retina.files import read_plain
 from retina.lab.study import Job, Line, Study
+from retina.schema import parse_json
 
 METRICS = ("AP", "AP50", "AP75")
 
@@ -65,7 +66,7 @@ def _measure_line(line: Line) -> Measured:
 
 def _read_records(file: Path) -> list[dict[str, Any]]:
     """Of a finished run; none where there is no file."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    return [parse_json(line) for line in read_plain(file).splitlines()] if file.is_file() else []
 
 
 def markdown(

@@ -1,10 +1,10 @@
 """`curves.png`: what the records of a run look like over its steps."""
 
 import io
-import json
 from pathlib import Path
 
-from retina.files import write_whole
+from retina.files import read_plain, write_whole
+from retina.schema import parse_json
 
 PANELS = {
     "loss": {
@@ -23,7 +23,7 @@ def draw_curves(folder: Path) -> None:
     """Reads `metrics.jsonl` of the run and writes `curves.png`. Without any records there is nothing to draw, and
     nothing is written. Raises OSError."""
     file = folder / "metrics.jsonl"
-    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    records = [parse_json(line) for line in read_plain(file).splitlines()] if file.exists() else []
     if not records:
         return
     from matplotlib.figure import Figure  # slow to import, and without its own windows and global state
