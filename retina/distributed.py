@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from safetensors.numpy import load, save
 from torch import Tensor, nn
 
 from retina.errors import RetinaError
+from retina.printing import say
 
 T = TypeVar("T")
 
@@ -105,8 +107,8 @@ def _waiting_for_others(patience: float = 3.0) -> Iterator[None]:
     others = "rank " + ", ".join(str(other) for other in range(world) if other != here)
     others = others if world <= 9 else f"{world - 1} other ranks"
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    line = f"rank {here}: waiting for {others} at {place} (WORLD_SIZE={world})\n"
-    timer = threading.Timer(patience, sys.stderr.write, [line])
+    line = f"rank {here}: waiting for {others} at {place} (WORLD_SIZE={world})"
+    timer = threading.Timer(patience, partial(say, line, error=True, goes_on=True))
     timer.daemon = True
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}

@@ -28,6 +28,7 @@ class Mutant(NamedTuple):
 
 
 CHECKPOINT = "tests/engine/test_checkpoint.py"
+PLANTS = "tests/reliability/test_plants.py"
 MUTANTS = [
     Mutant("files are not synced", "retina/files.py", "os.fsync(handle.fileno())", "pass", CHECKPOINT),
     Mutant("folders are not synced", "retina/files.py", "        os.fsync(descriptor)\n", "        pass\n", CHECKPOINT),
@@ -171,6 +172,62 @@ MUTANTS = [
         "pass",
         "tests/cli/test_run_folder.py",
     ),
+    Mutant("links are followed", "retina/files.py", '*(() if follow else ("O_NOFOLLOW",))', "*()", PLANTS),
+    Mutant(
+        "pipes are written into", "retina/files.py", "if stat.S_ISREG(os.fstat(descriptor).st_mode):", "if 1:", PLANTS
+    ),
+    Mutant(
+        "folders that are links are entered",
+        "retina/files.py",
+        "if not stat.S_ISDIR(folder.lstat().st_mode):",
+        "if not folder.is_dir():",
+        PLANTS,
+    ),
+    Mutant("logs add to their second name", "retina/files.py", "st_nlink > 1", "st_nlink > 9", PLANTS),
+    Mutant("locks write to their second name", "retina/cli/run_folder.py", "st_nlink > 1", "st_nlink > 9", PLANTS),
+    Mutant(
+        "a temporary file that was left is in the way",
+        "retina/files.py",
+        "        temporary.unlink(missing_ok=True)\n        write_synced",
+        "        write_synced",
+        "tests/test_files.py",
+    ),
+    Mutant(
+        "a run adds to what a link leads to",
+        "retina/cli/run_folder.py",
+        "  _refuse_links(folder)\n",
+        "  pass\n",
+        PLANTS,
+    ),
+    Mutant(
+        "Hydra follows a planted link",
+        "retina/cli/sweep.py",
+        'Path(folder, "multirun.yaml").unlink(missing_ok=True)',
+        "pass",
+        PLANTS,
+    ),
+    Mutant(
+        "a terminal that cannot show a name ends the program",
+        "retina/printing.py",
+        'encode(encoding, "backslashreplace")',
+        "encode(encoding)",
+        "tests/test_printing.py",
+    ),
+    Mutant("lines are printed as they are", "retina/printing.py", "plain(text)", "text", "tests/test_printing.py"),
+    Mutant(
+        "a reader who has gone is a fault",
+        "retina/printing.py",
+        "    except BrokenPipeError:\n        mute(stream)",
+        "    except EOFError:\n        mute(stream)",
+        "tests/test_printing.py",
+    ),
+    Mutant(
+        "a record with a key that is there twice is believed",
+        "retina/schema.py",
+        "if len(values) != len(pairs):",
+        "if False:",
+        "tests/cli/test_journal.py tests/engine/test_logging.py",
+    ),
     Mutant(
         "every setting is harmless",
         "retina/cli/run_folder.py",
@@ -202,8 +259,8 @@ MUTANTS = [
     Mutant(
         "a run is set aside under its final name",
         "retina/cli/run_folder.py",
-        '    moving = folder / f"{REPLACED}.tmp"\n    moving.mkdir()',
-        "    moving = folder / REPLACED\n    moving.mkdir()",
+        '    moving = folder / f"{REPLACED}.tmp"\n    make_folder(moving, within=folder)',
+        "    moving = folder / REPLACED\n    make_folder(moving, within=folder)",
         "tests/cli/test_run_folder.py",
     ),
     Mutant(

@@ -28,7 +28,9 @@ def _run(words: Sequence[str], cwd: str, environment: Mapping[str, str], files: 
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    encoding = environment.get("PYTHONIOENCODING")
+    sys.stdout = os.fdopen(1, "w", buffering=1, encoding=encoding)
+    sys.stderr = os.fdopen(2, "w", buffering=1, encoding=encoding, errors="backslashreplace")
     sys.argv = list(words[1:] if words[0] == "-c" else words)
     try:
         if words[0] == "-c":

@@ -11,7 +11,7 @@ import pytest
 
 from children import in_child
 from retina import files
-from retina.files import Appender, lock, write_whole
+from retina.files import Appender, lock, temporary_of, write_whole
 
 
 @contextmanager
@@ -33,8 +33,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
             write_whole(file, b"n" * 100_000)
         assert file.read_bytes() == b"old"
         assert os.listdir(tmp_path) == ["numbers"]
+    temporary_of(file).write_bytes(b"half, as a kill leaves it")
     write_whole(file, b"new")
     assert file.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["numbers"]
 
 
 def test_what_is_synced_is_renamed_and_then_its_folder_is_synced(

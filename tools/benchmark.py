@@ -33,18 +33,18 @@ def main(typed: list[str] | None = None) -> int:
 
     from retina.files import make_folder, write_whole
     from retina.lab.clock import Bench, machine, table
+    from retina.printing import say
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     bench = Bench(device=torch.device(options.device), rounds=options.rounds, quick=options.quick)
     rows = []
     for name in MEASURES if "all" in options.measures else options.measures:
-        print(f"{name} ...", file=sys.stderr, flush=True)
+        say(f"{name} ...", error=True)
         torch.manual_seed(0)
         rows += importlib.import_module(f"benchmarks.{name}").run(bench)
-    print(table(rows))
     described = machine(bench.device)
-    print("\n" + ", ".join(f"{key} {value}" for key, value in described.items()))
+    say(*table(rows).splitlines(), "", ", ".join(f"{key} {value}" for key, value in described.items()))
     command = " ".join(["python tools/benchmark.py", *(typed or sys.argv[1:])])
     table_rows = [asdict(row) | {"verdict": row.verdict} for row in rows]
     result = {"command": command, "machine": described, "rounds": options.rounds, "rows": table_rows}

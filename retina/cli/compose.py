@@ -39,9 +39,10 @@ from retina.cli.signals import StopRequest
 from retina.cli.words import as_typed, read_mapping, text_keys, unconverted, unknown, unreadable
 from retina.data.checks import DataReport, RecordsError
 from retina.engine.config import TrainConfig, from_mapping
-from retina.errors import ConfigError, DataError, RetinaError, plain
+from retina.errors import ConfigError, DataError, RetinaError
 from retina.evaluation.metrics import Scoring
 from retina.files import advice
+from retina.printing import quiet_end, say
 
 PACKAGED = Path(__file__).parents[1] / "configs"
 CONFIGS = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[2] / "configs"
@@ -61,9 +62,6 @@ QUIET = (
     "hydra.sweep.subdir=.",
 )
 """Hydra's own settings, before the words of the user, which win: the programs write the logs and the folders."""
-
-BROKEN_PIPE = 128 + 13
-"""Exit code when the reader of stdout has gone, as in `... | head`: that of a program that SIGPIPE ends."""
 
 
 class Result(NamedTuple):
@@ -104,7 +102,7 @@ class Program:
 
     def __call__(self, argv: Sequence[str] | None = None) -> NoReturn:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file; ours do
-        with _process_kept(quits_for_good=argv is None):
+        with _process_kept(quits_for_good=argv is None), quiet_end():
             sys.exit(_run(self, argv))
 
 
@@ -124,8 +122,11 @@ def _run(program: Program, argv: Sequence[str] | None) -> int:
     arguments = _parser(program).parse_intermixed_args(argv)
     settings: Settings = {}
     try:
-        with _quiet_end():
-            return _dispatch(program, arguments, settings)
+        code = _dispatch(program, arguments, settings)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # of what others print
+        raise
     except (RetinaError, OSError) as fault:
         if settings.get("traceback"):
             traceback.print_exc()
@@ -143,7 +144,7 @@ def _parser(program: Program) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.error = lambda message: parser.exit(2, f"error: {message} - see --help\n")  # type: ignore[method-assign]
+    parser.error = _unknown_flag  # type: ignore[method-assign]
     add = parser.add_argument
     add("overrides", nargs="*", metavar="key=value", help="settings to change, in Hydra's syntax")
     add("-c", "--cfg", choices=["job", "hydra", "all"], help="print the settings and do nothing")
@@ -157,6 +158,11 @@ def _parser(program: Program) -> argparse.ArgumentParser:
     add("-sc", "--shell-completion", action="store_true", help="with install=bash: complete keys in the shell")
     add("--hydra-help", action="store_true", help="Hydra's own help")
     return parser
+
+
+def _unknown_flag(message: str) -> NoReturn:
+    say(f"error: {message} - see --help", error=True)
+    sys.exit(2)
 
 
 @contextmanager
@@ -177,17 +183,6 @@ def _process_kept(*, quits_for_good: bool) -> Iterator[None]:
         root.setLevel(level)
         if request and not quits_for_good:
             request.__exit__(None, None, None)
-
-
-@contextmanager
-def _quiet_end() -> Iterator[None]:
-    """Ends the program without a word when the reader of stdout has gone, as in `... | head`."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
-        sys.exit(BROKEN_PIPE)
 
 
 def _dispatch(program: Program, arguments: argparse.Namespace, settings: Settings) -> int:
@@ -222,7 +217,7 @@ def _run_one(engine: Hydra, program: Program, name: str, words: list[str], added
         try:
             settings.update(settings_of(config, program.config_name))
             if added and os.environ.get("RANK", "0") == "0":
-                print(f"{' '.join(added)}, because the command names no experiment=...", flush=True)
+                say(f"{' '.join(added)}, because the command names no experiment=...")
             outcome.append(program.run(settings))
         except Exception as fault:  # Hydra would write a line of its own
             outcome.append(fault)
@@ -323,15 +318,13 @@ def report(fault: Exception) -> None:
     """One line on stderr; of many faulty records the first, and other things there are to tell, on stdout."""
     if isinstance(fault, OSError):
         where = fault.filename or "file system"
-        print(plain(f"error: {where}: {fault.strerror or fault} - {advice(fault)}"), file=sys.stderr)
+        say(f"error: {where}: {fault.strerror or fault} - {advice(fault)}", error=True)
         return
     faults = fault.faults if isinstance(fault, RecordsError) else []
-    for line in DataReport(faults=faults).lines() if len(faults) > 1 else []:
-        print(line)
-    for note in getattr(fault, "__notes__", ()):
-        print(plain(note))
+    lines = DataReport(faults=faults).lines() if len(faults) > 1 else []
+    say(*lines, *getattr(fault, "__notes__", ()))
     code = f"[{fault.code}]" if isinstance(fault, RetinaError) and fault.code else ""
-    print(f"error{code}: {plain(str(fault))}", file=sys.stderr)
+    say(f"error{code}: {fault}", error=True)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ Exit code 0: written; 2: nothing written.
 import json
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,8 +22,9 @@ from retina.data.convert.records import Record, Records, check_classes, read_lin
 from retina.data.convert.tables import read_csv
 from retina.data.convert.voc import DIFFICULT, read_voc
 from retina.data.convert.yolo import read_yolo
-from retina.errors import ConfigError, DataError, check, check_choice, plain
+from retina.errors import ConfigError, DataError, check, check_choice
 from retina.files import make_folder, open_plain, write_synced
+from retina.printing import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +61,8 @@ def main(config: ConvertConfig) -> None:
         error = RecordsError(faults)
         error.add_note("nothing is written: correct the records, or leave them out with on_error=skip")
         raise error
-    for line in DataReport(faults).lines():
-        print(f"left out: {line}", file=sys.stderr)
-    for line in records.warnings:
-        print(plain(f"warning: {line}"), file=sys.stderr)
+    say(*(f"left out: {line}" for line in DataReport(faults).lines()), error=True)
+    say(*(f"warning: {line}" for line in records.warnings), error=True)
     write(config, records)
 
 
@@ -105,7 +103,7 @@ def write(config: ConvertConfig, data: Records) -> None:
             raise DataError(f"{config.source}: {split}: {problem}", code="no-images")
     shared = {record.image for record in data.train} & {record.image for record in data.val}
     if shared:
-        print(f"warning: {len(shared)} images are in train and in val: metrics will look too good", file=sys.stderr)
+        say(f"warning: {len(shared)} images are in train and in val: metrics will look too good", error=True)
     output = Path(config.output).resolve()
     make_folder(output.parent)
     temporary = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -121,9 +119,8 @@ def write(config: ConvertConfig, data: Records) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for split, records in splits.items():
-        print(f"{split}: {len(records)} images, {sum(len(record.objects) for record in records)} objects")
-    print(plain(f"{len(data.classes)} classes: {', '.join(data.classes)}"))
-    print(f"written: {config.output}")
+        say(f"{split}: {len(records)} images, {sum(len(record.objects) for record in records)} objects")
+    say(f"{len(data.classes)} classes: {', '.join(data.classes)}", f"written: {config.output}")
 
 
 def unique_names(records: Sequence[Record]) -> list[str]:

@@ -4,7 +4,6 @@ torch is imported only where images are loaded, so that faults of the settings a
 second."""
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +18,7 @@ from retina.data.layouts import annotation_files, locate_split
 from retina.data.pixels import FULL, PixelFormat, measured_range
 from retina.engine.config import COUNT, Ranges, TrainConfig, check_ranges, from_mapping
 from retina.errors import ConfigError, DataError, check, check_choice, under
+from retina.printing import say
 
 if TYPE_CHECKING:
     from retina.cli.recipe import Recipe
@@ -404,7 +404,7 @@ def open_split(
 
     batch_size: None for the detector's own."""
     prepare_data(data)
-    complain = partial(print, file=sys.stderr)
+    complain = partial(say, error=True)
     (annotations,) = load_checked(data, [split], output, classes=detector.classes, say=complain)
     loader = build_eval_loader(
         annotations,

@@ -19,6 +19,7 @@ from retina.data.checks import DataReport
 from retina.engine.config import from_mapping
 from retina.errors import ConfigError, DataError, plain
 from retina.files import read_plain
+from retina.printing import say
 from retina.schema import parse_json
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def main(config: DoctorConfig) -> int:
     examine_images(data, splits, report, decode=config.decode)
     report.advice += advise(splits, data.short_side, data.long_side)
     report.write(output)
-    advice = [plain(f"advice: {line}") for line in report.advice]
-    print("\n".join([*describe(report), *report.lines(), *advice, verdict(report, output)]))
+    advice = [f"advice: {line}" for line in report.advice]
+    say(*describe(report), *report.lines(), *advice, verdict(report, output))
     return 2 if report.faults else 0
 
 
@@ -90,7 +91,7 @@ def describe(report: DataReport) -> list[str]:
         for name in names:
             lines.append(f"{plain(name):<{width}}" + "".join(f"{table.get(name, 0):>12,}" for table in tables.values()))
         lines.append("")
-    return [plain(line) for line in lines]
+    return lines
 
 
 def verdict(report: DataReport, output: Path) -> str:

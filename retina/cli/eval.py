@@ -10,7 +10,6 @@ found; the exit code is then 3.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +21,8 @@ from retina.cli.data import data_of, drop_nulls, load_split, open_split, progres
 from retina.cli.run_folder import open_evaluation, read_settings
 from retina.data.oddities import crowding
 from retina.engine.config import from_mapping
-from retina.errors import ConfigError, check, check_choice, plain
+from retina.errors import ConfigError, check, check_choice
+from retina.printing import say
 
 if TYPE_CHECKING:
     from retina.data.coco import Annotations
@@ -81,8 +81,7 @@ def score_file(config: EvalConfig) -> int:
     annotations = load_split(data, config.split, needs="ids")
     warnings: list[str] = []
     metrics = coco_metrics(annotations, read_results(results, annotations, warnings), scoring)
-    for line in warnings:
-        print(plain(f"warning: {line}"), file=sys.stderr)
+    say(*(f"warning: {line}" for line in warnings), error=True)
     open_evaluation(output)
     write_metrics(output / "metrics.json", metrics)
     report(config, scoring, annotations, metrics, results, f"{output / 'metrics.json'}")
@@ -139,8 +138,7 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
             drawn = write_evaluation_pictures(folder, annotations, detections, score_threshold=threshold, **limits)
             names = f"{output}/metrics.json, detections.json{', pictures/' if drawn else ''}"
             report(config, scoring, annotations, metrics, output / "detections.json", names)
-            for line in skipped:
-                print(f"skipped: {line}", file=sys.stderr)
+            say(*(f"skipped: {line}" for line in skipped), error=True)
     return 3 if skipped else 0
 
 
@@ -163,14 +161,13 @@ def report(
     """Prints the metrics, what was written, and our numbers beside those of the other scorer."""
     from retina.evaluation.metrics import format_metrics
 
-    print(f"{format_metrics(metrics, scoring)}\n\nwritten: {written}")
-    for line in crowding(annotations, scoring.max_dets):
-        print(plain(f"warning: {line}"), file=sys.stderr)
+    say(*format_metrics(metrics, scoring).splitlines(), "", f"written: {written}")
+    say(*(f"warning: {line}" for line in crowding(annotations, scoring.max_dets)), error=True)
     if config.scorer:
         from retina.evaluation.cross_check import describe_differences, pycocotools_metrics
 
         reference = pycocotools_metrics(annotations.file, json.loads(results.read_bytes()), scoring)
-        print("", *describe_differences(metrics, reference), sep="\n")
+        say("", *describe_differences(metrics, reference))
 
 
 def keep_known(annotations: "Annotations", detections: "DetectionArrays") -> "DetectionArrays":
@@ -180,5 +177,5 @@ def keep_known(annotations: "Annotations", detections: "DetectionArrays") -> "De
 
     known = np.array([category is not None for category in annotations.category_ids])[detections.labels]
     if not known.all():
-        print(f"{np.count_nonzero(~known)} detections are of classes that {annotations.file} does not have: left out")
+        say(f"{np.count_nonzero(~known)} detections are of classes that {annotations.file} does not have: left out")
     return type(detections)(*(values[known] for values in detections))

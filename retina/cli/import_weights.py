@@ -17,8 +17,9 @@ from typing import Any
 
 from retina.cli.build import call
 from retina.cli.compose import entry
-from retina.errors import ConfigError, check_choice, plain
+from retina.errors import ConfigError, check_choice
 from retina.files import make_folder, write_whole
+from retina.printing import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,7 @@ def main(config: ImportConfig) -> int:
         raise ConfigError(line, code="output-taken", key="output")
     make_folder(output.parent)
     lines = export(config, output) if config.to == "torchvision" else bring_in(config, output)
-    for line in [*lines, f"written: {output}"]:
-        print(plain(line))
+    say(*lines, f"written: {output}")
     return 0
 
 

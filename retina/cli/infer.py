@@ -10,7 +10,6 @@ The same command after a kill goes on where it was and ends with the same files.
 
 import hashlib
 import io
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -27,6 +26,7 @@ from retina.cli.journal import Batch, Done, cut_batches, finish, note, open_jour
 from retina.cli.sources import FORMATS, Source, find_images, groups_of, left_out, name_sources
 from retina.data.checks import some
 from retina.errors import DataError, check, plain
+from retina.printing import say
 
 if TYPE_CHECKING:
     from retina.inference import Detector
@@ -91,11 +91,10 @@ def main(config: InferConfig) -> int:
             faults = [fault for batch in batches for fault in done[batch.key].faults]
             finish(output, records, faults)
             objects = sum(len(record["boxes"]) for record in records)
-            print(f"{len(records)} images, {objects} objects of score {config.score_threshold:g} or more: {output}")
+            say(f"{len(records)} images, {objects} objects of score {config.score_threshold:g} or more: {output}")
             if others := left_out(config.source, output):
-                print(plain(f"no images: left out {some(others)}"), file=sys.stderr)
-            for fault in faults:
-                print(f"skipped: {fault}", file=sys.stderr)
+                say(f"no images: left out {some(others)}", error=True)
+            say(*(f"skipped: {fault}" for fault in faults), error=True)
             return 3 if faults else 0
 
         return distributed.on_main(conclude)

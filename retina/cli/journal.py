@@ -12,7 +12,6 @@ processes.
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 from retina.cli.sources import Source
 from retina.errors import ConfigError
 from retina.files import Appender, advice, descriptor_of, lock, make_folder, read_plain, remove, write_whole
+from retina.printing import say
 from retina.schema import parse_json
 
 STATE, DETECTIONS, FAILED = ".infer", "detections.json", "failed.txt"
@@ -81,7 +81,7 @@ def open_output(output: Path, pictures: Collection[str]) -> Iterator[None]:
     try:
         try:
             if not lock(lock_file):
-                print(f"warning: {output} knows no locks: start no second inference into it", file=sys.stderr)
+                say(f"warning: {output} knows no locks: start no second inference into it", error=True)
         except BlockingIOError:
             raise _taken(f"{output} is being written by another inference: wait", code="in-use") from None
         for leftover in state.glob("*.tmp"):

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from retina.cli.main import check_name
+from retina.printing import say
 
 EXPERIMENTS = ("curves", "distribution", "ablate", "ladder", "anchors")
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words else ""
     if name in ("-h", "--help"):
-        print(__doc__)
+        say(*str(__doc__).splitlines())
         sys.exit(0)
     check_name(name, EXPERIMENTS)
     if name == "ladder":

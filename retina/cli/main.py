@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import NoReturn
 
 from retina import __version__
+from retina.printing import quiet_end, say
 
 COMMANDS = {
     "train": "train a detector; the same command again resumes",
@@ -24,19 +25,24 @@ def check_name(name: str, known: Collection[str]) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}? There are " if near else "choose one of "
-        print(f"error: {name or 'nothing to do'}: no such command - {hint}{', '.join(known)}", file=sys.stderr)
+        say(f"error: {name or 'nothing to do'}: no such command - {hint}{', '.join(known)}", error=True)
         sys.exit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
+    with quiet_end():
+        _start(argv)
+
+
+def _start(argv: Sequence[str] | None) -> NoReturn:
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words else "--help"
     if name in ("-h", "--help"):
-        rows = "\n".join(f"  {command:<16}{what}" for command, what in COMMANDS.items())
-        print(f"usage: retina COMMAND [key=value ...]\n\n{rows}\n\nretina COMMAND --help says more.")
+        rows = [f"  {command:<16}{what}" for command, what in COMMANDS.items()]
+        say("usage: retina COMMAND [key=value ...]", "", *rows, "", "retina COMMAND --help says more.")
         sys.exit(0)
     if name == "--version":
-        print(__version__)
+        say(__version__)
         sys.exit(0)
     check_name(name, COMMANDS)
     sys.argv = [f"retina {name}", *words]

@@ -212,7 +212,7 @@ class _PlainLoader(yaml.SafeLoader):
 def read_settings(file: Path) -> dict[str, Any]:
     """A run's `config.yaml`. Raises ConfigError when it is no YAML mapping."""
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainLoader)
+        values = yaml.load(read_plain(file).decode(), Loader=_PlainLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         values = None
     if not isinstance(values, dict):

@@ -25,6 +25,7 @@ from retina.cli.compose import QUIET, Program, Settings, app, one_line, report, 
 from retina.cli.words import as_typed, unquoted
 from retina.errors import ConfigError, RetinaError, plain
 from retina.files import make_folder
+from retina.printing import say
 
 
 class Job(NamedTuple):
@@ -118,7 +119,7 @@ def run_sweep(engine: Hydra, program: Program, config_name: str, words: list[str
         if not any(outcome.fault for outcome in outcomes):
             raise
     finally:
-        print("\n".join(_table(outcomes)), flush=True)
+        say(*_table(outcomes))
     callbacks.on_multirun_end(config=config, config_name=config_name)
     return 2 if any(outcome.fault for outcome in outcomes) else 0
 

@@ -31,6 +31,7 @@ from retina.errors import ConfigError, RetinaError
 from retina.files import make_folder, read_plain, write_whole
 from retina.lab.study import Job, Line, backbone_run, plan, read_study
 from retina.lab.table import comma_separated, markdown, measure
+from retina.printing import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ def ablate(config: AblateConfig, words: Sequence[str], hydra_words: Sequence[str
         write(time_inference(lines))
     else:
         write()
-    print(f"written: {output}/{name}.md, {name}.csv")
+    say(f"written: {output}/{name}.md, {name}.csv")
     if faults:
         folder, fault = next(iter(faults.items()))
         problem = f"{len(faults)} of {sum(map(len, batches))} runs failed, as {folder.name} did: {fault}"
@@ -142,7 +143,7 @@ def train_all(
     process."""
     waiting = [[job for job in batch if not job.finished()] for batch in batches]
     jobs, left = sum(map(len, batches)), sum(map(len, waiting))
-    print(f"{jobs} runs, {jobs - left} of them finished", flush=True)
+    say(f"{jobs} runs, {jobs - left} of them finished")
     started, done = time.monotonic(), 0
     for batch in filter(None, waiting):
         for job, outcome in zip(batch, launch(train.main, [job.words for job in batch], hydra_words), strict=True):
@@ -151,7 +152,7 @@ def train_all(
                 faults[job.folder] = outcome.fault
             write()
             rest = timedelta(seconds=round((time.monotonic() - started) / done * left))
-            print(f"{job.folder.name}: {outcome.fault or 'finished'}; {left} runs left, about {rest}", flush=True)
+            say(f"{job.folder.name}: {outcome.fault or 'finished'}; {left} runs left, about {rest}")
 
 
 def check(lines: Sequence[Line]) -> None:

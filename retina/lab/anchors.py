@@ -31,6 +31,7 @@ from retina.engine.config import TrainConfig, from_mapping
 from retina.errors import ConfigError, DataError, check_choice, plain
 from retina.files import make_folder, write_whole
 from retina.lab.figures import check_folder, check_format, save
+from retina.printing import say
 
 if TYPE_CHECKING:
     from retina.data.annotations import Annotations
@@ -108,14 +109,14 @@ def run(settings: Settings, config: AnchorsConfig, data: DataConfig, command: st
     make_folder(folder)
     write_whole(folder / "anchors.json", (json.dumps(result, indent=2) + "\n").encode())
     save(draw(objects, pyramids, coverages), folder / "anchors.png")
-    print(f"{describe(result)}\nall numbers and a picture: {folder}")
+    say(*describe(result).splitlines(), f"all numbers and a picture: {folder}")
     if config.output and decision.change:
         file = Path(config.output)
         make_folder(file.parent)
         write_whole(file, yaml_file(settings["model"], result, file.stem).encode())
-        print(f"written: {file} - use it as model={file.stem}")
+        say(f"written: {file} - use it as model={file.stem}")
     elif config.output:
-        print(f"not written: {config.output}")
+        say(f"not written: {config.output}")
 
 
 def check_places(config: AnchorsConfig, data: DataConfig) -> None:

@@ -21,6 +21,7 @@ from retina.cli.compose import Settings, entry
 from retina.engine.config import from_mapping
 from retina.errors import ConfigError
 from retina.lab.figures import check_format, save
+from retina.printing import say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,7 +152,7 @@ def main(settings: Settings) -> None:
     for name, (left, right) in zip(config.names, rows, strict=True):
         draw(CURVES[name], name, config.values, left, right)
     save(figure, output)
-    print(f"written: {output}")
+    say(f"written: {output}")
 
 
 def draw(curve: Curve, name: str, values: Sequence[float] | None, left: "Axes", right: "Axes") -> None:

@@ -26,6 +26,7 @@ from retina.engine.config import from_mapping
 from retina.errors import ConfigError, check_choice
 from retina.files import make_folder, write_whole
 from retina.lab.figures import draw_cumulative, draw_cumulative_by, draw_hardest, save
+from retina.printing import say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,9 +100,8 @@ def main(settings: Settings) -> int:
     files = {f"{name}.{config.figures}": draw for name, draw in FIGURES.items()}
     for name, draw in files.items():
         save(draw(result), output / name)
-    print(f"{summary(result)}\n\nwritten: {output}/{', '.join(['distribution.json', *files])}")
-    for line in collected["skipped"]:
-        print(f"skipped: {line}", file=sys.stderr)
+    say(*summary(result).splitlines(), "", f"written: {output}/{', '.join(['distribution.json', *files])}")
+    say(*(f"skipped: {line}" for line in collected["skipped"]), error=True)
     return 3 if collected["skipped"] else 0
 
 
@@ -144,7 +144,7 @@ def note_other_rule(trained: Mapping[str, Any] | None, loss: Mapping[str, Any]) 
     """Settings in a run's folder make no objects, so its assigner must be given; a line says when it was another."""
     before, now = (trained or {}).get("assigner"), loss["assigner"]
     if before and before != now:
-        print(f"note: the run was trained with loss.assigner {before}, this uses {now}", file=sys.stderr)
+        say(f"note: the run was trained with loss.assigner {before}, this uses {now}", error=True)
 
 
 def open_output(output: Path) -> None:

@@ -14,6 +14,7 @@ from retina.cli.compose import CONFIGS, Settings, compose, values_of
 from retina.cli.run_folder import WORDS, compare, read_settings
 from retina.engine.config import from_mapping
 from retina.errors import ConfigError
+from retina.files import read_plain
 from retina.tracking.trackers import flatten
 
 STUDIES = CONFIGS / "studies"
@@ -77,7 +78,7 @@ class Job(NamedTuple):
         """Whether tools/train.py has said so in the run's log, and the run is of these very settings."""
         try:
             before = read_settings(self.folder / "config.yaml")
-            last = (self.folder / "log.txt").read_text(encoding="utf-8").splitlines()[-2:]
+            last = read_plain(self.folder / "log.txt").decode().splitlines()[-2:]
         except (ConfigError, OSError, ValueError):
             return False
         same = all(difference.key in WORDS for difference in compare(before, self.settings))

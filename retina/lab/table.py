@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, median_high, stdev
 from typing import Any, NamedTuple
 
+from retina.errors import RetinaError
 from retina.files import read_plain
 from retina.lab.study import Job, Line, Study
 from retina.schema import parse_json
@@ -65,8 +66,12 @@ def _measure_line(line: Line) -> Measured:
 
 
 def _read_records(file: Path) -> list[dict[str, Any]]:
-    """Of a finished run; none where there is no file."""
-    return [parse_json(line) for line in read_plain(file).splitlines()] if file.is_file() else []
+    """Of a finished run; none where there is no file. Raises RetinaError for a damaged one."""
+    try:
+        return [parse_json(line) for line in read_plain(file).splitlines()] if file.is_file() else []
+    except (OSError, ValueError, RecursionError) as fault:
+        problem = f"{file}: is not what this program writes ({fault!r:.100}) - restore it from a copy"
+        raise RetinaError(problem, code="damaged-records") from None
 
 
 def markdown(

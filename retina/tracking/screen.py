@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from retina import distributed
+from retina.printing import mute, say, shown
 from retina.types import Batch
 
 if TYPE_CHECKING:
@@ -25,15 +26,12 @@ class Screen:
             self.terminal = terminal.Terminal()
 
     def print(self, text: str) -> None:
-        try:
-            if self.terminal is not None:
-                self.terminal.print(text)
-            else:
-                print(text, flush=True)
-        except BrokenPipeError:  # such as behind `| head`: nobody reads any more
-            _mute()
-        except OSError:  # such as a full disk behind `> out.txt`: Python keeps the line, and tries again with the next
-            pass
+        """A full disk behind `> out.txt` is no fault: Python keeps the line, and tries again with the next."""
+        if self.terminal is None:
+            say(text, goes_on=True)
+            return
+        with suppress(OSError):
+            self.terminal.print(shown(text, sys.stdout))
 
     def bar(self, name: str, done: int, total: int, eta: str, text: str | None = None) -> None:
         """Moves the bar of that name, or makes one. `text` stays until there is another."""
@@ -48,7 +46,7 @@ class Screen:
         try:
             sys.stdout.flush()
         except OSError:
-            _mute()
+            mute(sys.stdout)
 
 
 class Counted:
@@ -90,9 +88,3 @@ class Pace:
         seconds = round((now - started) / (done - begin) * (total - done))
         minutes, hours = seconds // 60 % 60, seconds // 3600
         return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
-
-
-def _mute() -> None:
-    """What is printed from here on goes nowhere. Otherwise Python would complain while it shuts down."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -39,9 +39,10 @@ def test_every_start_of_a_run_is_one_entry(tmp_path: Path) -> None:
     for start in range(3):
         record_environment(tmp_path, {"start": start})
     assert [entry["start"] for entry in json.loads((tmp_path / "environment.json").read_text())] == [0, 1, 2]
-    (tmp_path / "environment.json").write_text("cut o")
-    record_environment(tmp_path, {"start": 3})
-    assert json.loads((tmp_path / "environment.json").read_text()) == [{"start": 3}]
+    for damaged in ("cut o", '[{"start": 0, "start": 1}]', '[{"start": NaN}]', "[" * 100_000):
+        (tmp_path / "environment.json").write_text(damaged)
+        record_environment(tmp_path, {"start": 3})
+        assert json.loads((tmp_path / "environment.json").read_text()) == [{"start": 3}]
 
 
 def test_no_room_for_the_entry_stops_nothing(tmp_path: Path) -> None:

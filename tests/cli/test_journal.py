@@ -94,6 +94,23 @@ def test_a_journal_cut_off_anywhere_tells_of_the_batches_before(sources: list[So
         assert batches[2].key not in read_done(output)
 
 
+@pytest.mark.parametrize("damage", [('"key": ', '"key": "x", "key": '), ("0.1", "NaN")])
+def test_a_batch_whose_record_is_no_sound_json_is_done_again(
+    sources: list[Source], tmp_path: Path, damage: tuple[str, str]
+) -> None:
+    output = tmp_path / "out"
+    batches = cut_batches(sources, 3, {})
+    with open_output(output, []):
+        for source in sources:
+            put(output, source.picture, b"picture")
+        with open_journal(output, 0) as journal:
+            for batch in batches:
+                note(journal, done(batch))
+        file = output / ".infer" / "0.jsonl"
+        file.write_text(file.read_text().replace(*damage, 1))
+        assert list(read_done(output)) == [batch.key for batch in batches[1:]]
+
+
 def test_an_output_is_clean_at_the_end_and_the_users_files_stay(sources: list[Source], tmp_path: Path) -> None:
     output = tmp_path / "out"
     (output / ".infer").mkdir(parents=True)  # all that a kill left

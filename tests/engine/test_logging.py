@@ -55,6 +55,7 @@ def test_resume_drops_what_came_after_and_what_was_cut_off(tmp_path: Path) -> No
         logger.scalars(step, "train", {"loss": float(step)})
     logger.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "step": 1, "kind": "train", "loss": 7.0}\n{"step": 2, "kind": "train", "loss": NaN}\n')
         file.write('{"step": 2, "ki')
     again = RunLogger(tmp_path, active=True)
     again.resume(2)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from commands import Capture, Tool, one_line
+from faults import refused
 from retina.cli import train
 from retina.cli.compose import compose
 from retina.data.shapes import write_shapes
@@ -337,3 +338,12 @@ def test_speed_is_measured_of_what_a_launcher_trained(tool: Tool, place: Path) -
     with Path("out/two-shapes.csv").open() as file:
         assert all(float(record["inference_ms"]) > 0 for record in csv.DictReader(file))
     assert "published ms" in Path("out/two-shapes.md").read_text()
+
+
+@pytest.mark.parametrize("damaged", ["cut o", '{"step": 4, "step": 8}', '{"step": NaN}'])
+def test_records_that_are_damaged_are_named(place: Path, damaged: str) -> None:
+    (job, *_) = jobs_of("two.yaml")
+    pretend_finished(job, ap=0.3)
+    (job.folder / "metrics.jsonl").write_text(f"{damaged}\n")
+    with refused("damaged-records", job.folder / "metrics.jsonl"):
+        measure([Line(label="x", row="x", jobs=[job], published={})])

@@ -26,7 +26,8 @@ from retina.cli.journal import Done, finish, note, open_journal, open_output, pu
 from retina.cli.run_folder import MARK, open_evaluation, open_run
 from retina.data.cache import Columns, write_columns
 from retina.data.checks import DataReport
-from retina.data.coco import locate_split, read_coco, write_results
+from retina.data.coco import read_coco, write_results
+from retina.data.layouts import locate_split
 from retina.data.shapes import write_shapes
 from retina.engine.checkpointer import Checkpointer, TrainState
 from retina.engine.config import TrainConfig
@@ -318,7 +319,7 @@ def test_programs_end_in_one_line(tool: Tool, tiny_data: Path, tmp_path: Path, c
     run.mkdir(parents=True)
     (run / "config.yaml").write_bytes(MARK)
     os.mkfifo(run / "log.txt")
-    words = ["data=coco", f"data.root={tiny_data}", f"runs={tmp_path}/runs", "name=x", "train.device=cpu"]
+    words = ["experiment=shapes", f"data.root={tiny_data}", f"runs={tmp_path}/runs", "name=x", "train.device=cpu"]
     assert tool("train", *words) == 2
     assert "log.txt: is a link or no plain file" in one_line(capsys)
     trained = write_tiny_run(tmp_path / "trained", tiny_data)

@@ -8,6 +8,7 @@ is asserted with a small one.
 import gc
 import os
 import time
+from io import TextIOWrapper
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path

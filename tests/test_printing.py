@@ -1,0 +1,78 @@
+"""Lines reach the screen harmless, whatever it can show and whoever still reads."""
+
+import ast
+import io
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from children import in_child
+from retina.printing import BROKEN_PIPE, quiet_end, say
+
+ROOT = Path(__file__).parents[1]
+NAME = "caf\u00e9 \x1b[31m\u202e\n\x1b]0;x\x07 \u732b"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("utf-8", "caf\u00e9 \\x1b[31m\\u202e\\n\\x1b]0;x\\x07 \u732b"),
+        ("latin-1", "caf\u00e9 \\x1b[31m\\u202e\\n\\x1b]0;x\\x07 \\u732b"),
+        ("ascii", "caf\\xe9 \\x1b[31m\\u202e\\n\\x1b]0;x\\x07 \\u732b"),
+    ],
+)
+def test_each_text_is_one_harmless_line_in_any_encoding(
+    encoding: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, error in (("stdout", False), ("stderr", True)):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(written, encoding=encoding))
+        say(NAME, "next", error=error)
+        assert written.getvalue().decode(encoding) == f"{shown}\nnext\n"
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_reader_who_has_gone_ends_a_program_without_a_word(number: int, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    def task() -> None:
+        os.dup2(os.open(tmp_path / "other", os.O_WRONLY | os.O_CREAT), 3 - number)
+        os.dup2(writing, number)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        with pytest.raises(SystemExit) as ended, quiet_end():
+            say("unread", error=number == 2)
+        assert ended.value.code == BROKEN_PIPE
+        say("goes nowhere", error=number == 2)
+
+    assert in_child(task) == 0
+    assert (tmp_path / "other").read_bytes() == b""
+    os.close(writing)
+
+
+def test_what_others_print_ends_as_quietly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def task() -> None:
+        reading, writing = os.pipe()
+        os.close(reading)
+        os.dup2(writing, 1)
+        sys.stdout = open(1, "w", closefd=False, encoding="ascii")  # noqa: SIM115
+        with pytest.raises(SystemExit) as ended, quiet_end():
+            print(NAME)
+        assert ended.value.code == BROKEN_PIPE
+
+    assert in_child(task) == 0
+
+
+def test_nothing_else_prints() -> None:
+    files = [*(ROOT / "retina").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
+    others = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if (isinstance(node, ast.Name) and node.id == "print")
+        or (isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.stdout.write", "sys.stderr.write"))
+    ]
+    assert others == []
