@@ -127,7 +127,8 @@ def _iou_nearby(
 ) -> Float[ndarray, "N 1"]:
     """A lower bound of each object's highest IoU with any anchor: the highest with those nearest to its centre."""
     to_centre = (objects[:, None, :2] + objects[:, None, 2:] - grids.anchor[:, :2] - grids.anchor[:, 2:]) / 2
-    cell = np.rint(to_centre / grids.stride[:, None]).clip(0, grids.cells - 1).astype(np.int64)
+    nearest = np.nan_to_num(np.rint(to_centre / grids.stride[:, None]))  # boxes may be no numbers
+    cell = nearest.clip(0, grids.cells - 1).astype(np.int64)
     grid = np.broadcast_to(np.arange(len(grids.anchor)), cell.shape[:2])
     iou = _elementwise(pairwise_iou, _anchor_at(grids, grid, cell), objects[:, None])
     if exists is not None:
