@@ -18,7 +18,7 @@ from retina.losses.detection import DetectionLoss
 from retina.model.retinanet import RetinaNet, retinanet
 from retina.types import Batch, Losses, Predictions, Targets
 
-STEPS, IMAGES, SIDE = 10, 8, 64
+STEPS, IMAGES, SIDE = 6, 8, 64
 
 
 WEIGHTED = DetectionLoss(box_loss=giou, box_weighting="score")
@@ -55,7 +55,7 @@ def run_steps(
     prior: float = 0.01,
 ) -> torch.Tensor:
     """Losses and gradient norms [STEPS 3] of this process group. At ten times this learning rate the last digit of a
-    weight decides on units of a ReLU soon enough to differ by more than rounding within ten steps."""
+    weight decides on units of a ReLU soon enough to differ by more than rounding within so few steps."""
     model = tiny_model(prior=prior).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(partial(torch.optim.SGD, lr=lr, momentum=0.9, fused=fused), model)
     net = parallel(model, torch.device("cpu"))

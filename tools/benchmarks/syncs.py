@@ -34,7 +34,7 @@ class Operations(TorchDispatchMode):
 
 
 def run(bench: Bench) -> list[Row]:
-    height, width = (128, 128) if bench.quick else (256, 256)
+    height, width = (64, 64) if bench.quick else (256, 256)
     model, reference = pair(device=bench.device)
     batches = [make_batch(images, height, width, bench.device) for images in (2, 4)]
     chunk = focal_cpu._CHUNK
