@@ -4,7 +4,7 @@ torch is imported only where images are loaded, so that faults of the settings a
 second."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from retina.cli.build import build, call
 from retina.data.checks import DataReport, RecordsError
 from retina.data.coco import Annotations, read_coco
 from retina.data.health import Files, check_objects, examine
+from retina.data.join import join, share
 from retina.data.layouts import annotation_files, locate_split
 from retina.data.pixels import FULL, PixelFormat, measured_range
 from retina.engine.config import COUNT, Ranges, TrainConfig, check_ranges, from_mapping
@@ -46,8 +47,16 @@ _RANGES: Ranges = {
 class SplitConfig:
     """Where one split lies; null means the default place under `data.root`."""
 
-    annotations: str | None = None
-    images: str | None = None
+    annotations: str | list[str] | None = None
+    """A file, or several, whose images are joined and whose classes are united by name."""
+    images: str | list[str] | None = None
+    """The folder of all of them, or one for each."""
+    fraction: float | list[float] = 1.0
+    """Share of the images that is used, of all files or of each."""
+
+    def __post_init__(self) -> None:
+        shares = self.fraction if isinstance(self.fraction, list) else [self.fraction]
+        check(all(0 < part <= 1 for part in shares), "fraction", self.fraction, "give shares above 0, at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +116,11 @@ class DataConfig:
         for canvas in self.canvases or []:
             sides = isinstance(canvas, list) and len(canvas) == 2 and all(isinstance(s, int) and s > 0 for s in canvas)
             check(sides, "canvases", canvas, "give [height, width] of each")
+
+    @property
+    def own_folders(self) -> list[str]:
+        """The folders that the settings name. Nothing is written there."""
+        return [*several(self.root), *several(self.train.images), *several(self.val.images)]
 
 
 NEVER_OF_A_RUN = ("prepare", "allow_outside", "max_pixels")
@@ -170,25 +184,28 @@ def load_split(
     Raises ConfigError when the settings leave the place open, DataError for what is wrong there."""
     report = DataReport() if report is None else report
     try:
-        file, images = _places(config, split, needs == "images")
-        if needs == "images" and not images.is_dir():
-            fix = f"correct data.{split}.images or data.root"
-            raise DataError(f"{images}: no such folder of images - {fix}", code="no-images")
-        annotations = read_coco(
-            file,
-            images,
-            classes=classes,
-            report=report,
-            skip_faulty=config.on_error == "skip",
-            allow_outside=config.allow_outside or needs != "images",
-            ids_only=needs == "ids",
-        )
+        parts = []
+        for file, images, fraction in _places(config, split, needs):
+            if needs == "images" and not images.is_dir():
+                fix = f"correct data.{split}.images or data.root"
+                raise DataError(f"{images}: no such folder of images - {fix}", code="no-images")
+            part = read_coco(
+                file,
+                images,
+                classes=classes,
+                report=report,
+                skip_faulty=config.on_error == "skip",
+                allow_outside=config.allow_outside or needs != "images",
+                ids_only=needs == "ids",
+            )
+            parts.append(share(part, fraction))
+        annotations = join(parts)
     except DataError as fault:
         report.faults += fault.faults if isinstance(fault, RecordsError) else [str(fault)]
         raise
     report.splits[split] = {
-        "annotations": str(file),
-        "images": str(images),
+        "annotations": str(annotations.file),
+        "images": str(annotations.image_root),
         "num_images": len(annotations),
         "num_images_without_objects": int((annotations.offsets[1:] == annotations.offsets[:-1]).sum()),
         "num_objects": annotations.num_objects,
@@ -198,15 +215,33 @@ def load_split(
     return annotations
 
 
-def _places(config: DataConfig, split: str, images_needed: bool) -> tuple[Path, Path]:
+def _places(config: DataConfig, split: str, needs: str) -> Iterator[tuple[Path, Path, float]]:
+    """Annotation file, image folder and the share that is used of each part of a split."""
     places: SplitConfig = getattr(config, split)
-    if places.annotations and (places.images or not images_needed):
-        return Path(places.annotations), Path(places.images or ".")
-    if config.root:
+    files: list[Any] = [*several(places.annotations)]
+    folders: list[Any] = [*several(places.images)]
+    shares = [*several(places.fraction)]
+    if not (files and (folders or needs != "images")):
+        if not config.root:
+            fix = f"give data.root=DIR, or data.{split}.annotations=FILE and data.{split}.images=DIR"
+            raise ConfigError(f"missing - {fix}", code="missing-setting", key="data.root")
         file, images = locate_split(Path(config.root), split)
-        return Path(places.annotations or file), Path(places.images or images)
-    fix = f"give data.root=DIR, or data.{split}.annotations=FILE and data.{split}.images=DIR"
-    raise ConfigError(f"missing - {fix}", code="missing-setting", key="data.root")
+        files, folders = files or [file], folders or [images]
+    folders = folders or ["."]
+    for key, values in (("images", folders), ("fraction", shares)):
+        if len(values) not in (1, len(files)):
+            fix = f"give one, or one for each of {len(files)} annotation files"
+            raise ConfigError(f"{values} - {fix}", code="contradiction", key=f"data.{split}.{key}")
+    if needs == "ids" and len(files) > 1:
+        problem = f"{len(files)} files, but results are those of one - score them one by one"
+        raise ConfigError(problem, code="contradiction", key=f"data.{split}.annotations")
+    for number, file in enumerate(files):
+        yield Path(file), Path(folders[number % len(folders)]), float(shares[number % len(shares)])
+
+
+def several(value: T | list[T] | None) -> list[T]:
+    """What a setting holds that may be one value, a list or nothing."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def named_splits(config: DataConfig) -> list[str]:

@@ -163,6 +163,9 @@ def report(
 
     say(*format_metrics(metrics, scoring).splitlines(), "", f"written: {written}")
     say(*(f"warning: {line}" for line in crowding(annotations, scoring.max_dets)), error=True)
+    if config.scorer and not annotations.file.is_file():
+        problem = "reads one annotation file - score joined ones without it, or one by one"
+        raise ConfigError(problem, code="contradiction", key="scorer")
     if config.scorer:
         from retina.evaluation.cross_check import describe_differences, pycocotools_metrics
 

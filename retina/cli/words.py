@@ -74,7 +74,9 @@ TEXTS = frozenset(
         *("name", "runs", "init_from", "model.weights", "model.backbone", "checkpoint", "source", "output", "classes"),
     ]
 )
-LISTS = frozenset(["classes"])
+LISTS = frozenset(
+    ["classes", *(f"data.{split}.{key}" for split in ("train", "val") for key in ("annotations", "images"))]
+)
 """Of the keys that hold text, those that may hold a list as well."""
 
 
@@ -99,7 +101,8 @@ def as_typed(word: str, texts: Iterable[str] = (), *, sweep: bool = False) -> st
 
 def _quoted(value: str, key: str) -> str:
     section = value.startswith("{_target_:")  # of a part of one's own, such as model.backbone
-    verbatim = value in ("", "null") or section or QUOTED.fullmatch(value) or (key in LISTS and value.startswith("["))
+    a_list = key in LISTS and re.fullmatch(r"\[.*\]", value)
+    verbatim = value in ("", "null") or section or QUOTED.fullmatch(value) or a_list
     return value if verbatim else QuotedString(value, Quote.single).with_quotes()
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64, Shaped, UInt8
+from jaxtyping import Bool, Float64, Int, Int64, Shaped, UInt8
 
 from retina.data.pixels import AS_STORED, PixelFormat
 
@@ -77,3 +77,8 @@ class Annotations:
         for array in (*images, self.boxes, self.labels, self.crowd, self.areas):
             digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
+
+
+def offsets_of(counts: Int[np.ndarray, "N"]) -> Int64[np.ndarray, "N+1"]:
+    """Where each of so many rows begins, and the last one ends."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

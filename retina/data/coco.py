@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Int
 
 from retina.data import cache as annotation_cache
-from retina.data.annotations import Annotations
+from retina.data.annotations import Annotations, offsets_of
 from retina.data.cache import CachedAnnotations, Request
 from retina.data.checks import (
     DataReport,
@@ -176,13 +176,13 @@ def _arrange(
         category_ids=tuple(id_of.get(name) for name in classes),
         image_ids=id_column([image.id for image in sound]),
         sizes=np.array([image.size for image in sound], dtype=np.int64).reshape(-1, 2),
-        offsets=_offsets(np.bincount(rows[usable], minlength=len(sound))),
+        offsets=offsets_of(np.bincount(rows[usable], minlength=len(sound))),
         boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
         labels=labels[order],
         crowd=crowd[order],
         areas=np.where(np.isnan(areas), xywh[:, 2] * xywh[:, 3], areas),
         names=np.frombuffer(b"".join(encoded), dtype=np.uint8),
-        name_offsets=_offsets(np.array([len(name) for name in encoded], dtype=np.int64)),
+        name_offsets=offsets_of(np.array([len(name) for name in encoded], dtype=np.int64)),
     )
 
 
@@ -214,7 +214,3 @@ def write_results(
     data = json.dumps(results, allow_nan=False).encode()
     make_folder(file.parent)
     write_whole(file, data)
-
-
-def _offsets(counts: Int[np.ndarray, "N"]) -> Int64[np.ndarray, "N+1"]:
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

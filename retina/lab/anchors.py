@@ -123,8 +123,8 @@ def check_places(config: AnchorsConfig, data: DataConfig) -> None:
     """Raises ConfigError for places among the data or not to be written, and for files that are not the lab's own."""
     folder, output = Path(config.figures), Path(config.output) if config.output else None
     places = {"figures": folder} | ({"output": output} if output else {})
-    for (key, place), source in itertools.product(places.items(), (data.root, data.train.images, data.val.images)):
-        if source and place.resolve().is_relative_to(Path(source).resolve()):
+    for (key, place), source in itertools.product(places.items(), data.own_folders):
+        if place.resolve().is_relative_to(Path(source).resolve()):
             problem = f"{place} lies in {source}, the data set's own - choose another place"
             raise ConfigError(problem, code="output-in-data", key=key)
     check_format(folder / "anchors.png", "figures")

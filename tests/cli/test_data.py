@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,28 @@ def test_the_range_of_16_bit_images_is_measured_on_the_first_split_and_told(root
     for wrong in ([1], [5, 5], [-1, 5], [0, 65536]):
         with refused("out-of-range", "value_range", kind=ConfigError):
             config_of(root, value_range=wrong)
+
+
+def test_files_are_joined_and_their_shares_chosen(root: Path) -> None:
+    files = [str(root / "annotations" / f"instances_{split}.json") for split in ("train", "val")]
+    folders = [str(root / split) for split in ("train", "val")]
+    places = SplitConfig(annotations=files, images=folders, fraction=[0.5, 1])
+    report = DataReport()
+    annotations = load_split(DataConfig(name="x", train=places), "train", report=report)
+    assert len(annotations) == 5 + 2
+    assert report.splits["train"]["num_objects"] == 7
+    check_data(DataConfig(name="x", train=places), {"train": annotations}, report)
+    assert (report.faults, report.warnings) == ([], [])
+    one_folder = SplitConfig(annotations=files, images=str(root))
+    assert len(load_split(DataConfig(name="x", train=one_folder), "train")) == 12
+    for wrong, key in (({"images": folders[:1] * 3}, "images"), ({"fraction": [0.5] * 3}, "fraction")):
+        config = DataConfig(name="x", train=replace(places, **wrong))
+        with refused("contradiction", f"data.train.{key}", kind=ConfigError):
+            load_split(config, "train")
+    with refused("contradiction", "data.train.annotations", kind=ConfigError):
+        load_split(DataConfig(name="x", train=places), "train", needs="ids")
+    with refused("out-of-range", "fraction", kind=ConfigError):
+        SplitConfig(fraction=0.0)
 
 
 def test_nothing_annotated_stops_or_is_told(root: Path) -> None:

@@ -110,8 +110,9 @@ def test_first_lines_say_what_will_happen(finished: subprocess.CompletedProcess[
 
 def test_a_warm_up_longer_than_the_run_is_told(train: Tool, capsys: Capture) -> None:
     assert train(*tiny("cold", **{"schedule.warmup": 500, "train.length": 1, "train.eval_every": "null"})) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert "schedule.warmup" in line
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len([line for line in lines if "schedule.warmup" in line]) == 1
+    assert len([line for line in lines if "few objects of" in line]) == 1  # ten images
 
 
 def test_a_best_metric_without_a_value_and_an_early_stop_are_told_and_the_run_goes_on(
@@ -209,6 +210,26 @@ def test_a_run_cut_off_goes_on_bit_for_bit(place: Path, finished: subprocess.Com
         two = load_file(half / f"checkpoints/step_00000006/{name}.safetensors")
         assert one.keys() == two.keys()
         assert all(one[key].equal(two[key]) for key in one), name
+
+
+def test_joined_data_resume_bit_for_bit(place: Path, train: Tool) -> None:
+    """Two files whose image ids are the same numbers, the second in part."""
+    changes: dict[str, object] = {
+        "data.train.annotations": "[shapes/annotations/instances_train.json,shapes/annotations/instances_val.json]",
+        "data.train.images": "[shapes/train,shapes/val]",
+        "data.train.fraction": "[1,0.5]",
+        "train.eval_every": "null",
+        "train.length": 4,
+        "train.save_every": 2,
+    }
+    assert train(*tiny("joined", **changes)) == 0
+    whole, half = place / "runs" / "joined", place / "half" / "joined"
+    shutil.copytree(whole, half)
+    shutil.rmtree(half / "checkpoints" / "step_00000004")
+    assert train(*tiny("joined", runs="half", **changes)) == 0
+    one, two = (load_file(run / "checkpoints/step_00000004/model.safetensors") for run in (whole, half))
+    assert all(one[key].equal(two[key]) for key in one)
+    assert records(half) == records(whole)
 
 
 @pytest.mark.parametrize("start_two", [run_pair, pytest.param(run_torchrun, marks=pytest.mark.slow)])
