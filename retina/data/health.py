@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from retina.data.alike import thumbnails, twins
 from retina.data.checks import DataReport, some
 from retina.data.coco import Annotations
 from retina.data.image_files import SWAPPING, Header, read_header
@@ -28,6 +29,8 @@ from retina.errors import DataError
 _THREADS = 8
 """Enough to hide the latency of a network disk; reading headers is Python, which runs in one thread at a time."""
 _CHUNK = 64
+_QUICK = 5000
+"""Images of all splits up to which they are compared by looks before training too: decoding them takes seconds."""
 _HINTED = 20
 """Missing files for which a name that looks alike is searched for: it takes milliseconds each."""
 _CANDIDATES = 2000
@@ -46,8 +49,12 @@ class Files(NamedTuple):
     """Those of 16 bits per channel."""
 
 
-def examine(splits: Mapping[str, Annotations], report: DataReport, *, max_pixels: int) -> dict[str, Files]:
+def examine(
+    splits: Mapping[str, Annotations], report: DataReport, *, max_pixels: int, thorough: bool = False
+) -> dict[str, Files]:
     """The image files of every split, whether there are objects at all, and "train" against "val" if both are given.
+
+    thorough: compare images by their looks also where there are thousands.
 
     Everything found goes to `report`; what the files turned out to be is returned by split."""
     files = {}
@@ -63,6 +70,8 @@ def examine(splits: Mapping[str, Annotations], report: DataReport, *, max_pixels
     report.warnings += content_oddities(splits)
     if "train" in splits and "val" in splits and splits["train"] is not splits["val"]:
         compare_splits(splits["train"], splits["val"], report, files)
+        if thorough or sum(map(len, splits.values())) <= _QUICK:
+            report.warnings += _alike_images(splits["train"], splits["val"], max_pixels)
     return files
 
 
@@ -162,6 +171,18 @@ def _same_images(train: Annotations, val: Annotations, files: Mapping[str, Files
 
     train_rows = {digest: row for row, digest in digests(train, keys[0]) if digest}
     return {row: train_rows[digest] for row, digest in digests(val, keys[1]) if digest in train_rows}
+
+
+def _alike_images(train: Annotations, val: Annotations, max_pixels: int) -> Iterator[str]:
+    """Of `val`, those that look like one of `train`, its equal bytes included, in one line."""
+    looks = [
+        thumbnails([split.path(row) for row in range(len(split))], max_pixels=max_pixels) for split in (train, val)
+    ]
+    if pairs := twins(*looks):
+        names = some([f"{val.file_name(row)} and {train.file_name(twin)}" for row, twin in pairs.items()])
+        problem = f"{len(pairs)} look like one of {train.file} ({names}): equal, re-encoded, or frames of one video"
+        fix = "keep such pairs in one split: the detector is scored on what it has seen"
+        yield f"{val.file}: images: {problem} - {fix}"
 
 
 def _digest(file: Path) -> bytes | None:

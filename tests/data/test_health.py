@@ -138,6 +138,19 @@ def test_rotation_that_leaves_the_size_is_counted(
     assert len([line for line in report.warnings if "images: 1 are turned by EXIF" in line]) == unseen
 
 
+def test_images_that_look_alike_are_counted(tmp_path: Path) -> None:
+    splits = {name: split(tmp_path / name, ["0.jpg", "1.jpg"]) for name in ("train", "val")}
+    blobs = Image.frombytes("L", (8, 6), bytes(37 * n % 256 for n in range(48)))
+    picture = blobs.resize(SIZE, Image.Resampling.BICUBIC).convert("RGB")
+    picture.save(tmp_path / "train" / "1.jpg", quality=95)
+    picture.save(tmp_path / "val" / "0.jpg", quality=60)
+    report = DataReport()
+    examine(splits, report, max_pixels=MAX_PIXELS)
+    (line,) = [line for line in report.warnings if "look like" in line]
+    assert line.startswith(f"{tmp_path}/val.json: images: 1 look like")
+    assert "0.jpg and 1.jpg" in line
+
+
 def test_swapped_without_exif_and_otherwise_wrong(tmp_path: Path) -> None:
     annotations = split(tmp_path / "a", ["0.bmp", "1.bmp"])
     Image.new("RGB", (30, 40)).save(tmp_path / "a" / "0.bmp")

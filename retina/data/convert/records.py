@@ -9,6 +9,7 @@ from xml.parsers import expat
 
 import numpy as np
 
+from retina.data.alike import scenes
 from retina.data.checks import MAX_OVERHANG, alike_names, around_rotated, some
 from retina.data.image_files import Header, read_header
 from retina.data.image_lists import other_files
@@ -149,12 +150,20 @@ def make_object(name: str, box: Xyxy, size: tuple[int, int], *, crowd: bool = Fa
 
 
 def divide(
-    items: Iterable[T], val_fraction: float, seed: int, *, key: Callable[[T], str] = str
-) -> tuple[list[T], list[T]]:
-    """(train, val): `val_fraction` of the items, at least one, drawn for val; both keep the order given.
+    items: Iterable[T],
+    val_fraction: float,
+    seed: int,
+    *,
+    key: Callable[[T], str] = str,
+    image: Callable[[T], Path | None] = lambda item: None,
+) -> tuple[list[T], list[T], list[str]]:
+    """(train, val, warnings): `val_fraction` of the items, at least one, drawn for val; both keep the order given.
 
-    A pure function of the items' keys and the seed: neither the machine nor the order of the items matters.
-    Raises DataError for fewer than two items, since neither split may be empty.
+    image: where the image of an item lies. Those of one scene (frames of a video, say) come into one split, so there
+        may be more or fewer of them in val; a single scene is cut in two.
+
+    A pure function of the items' keys, their images and the seed: neither the machine nor the order of the items
+    matters. Raises DataError for fewer than two items, since neither split may be empty.
     """
     items = list(items)
     if len(items) < 2:
@@ -165,9 +174,24 @@ def divide(
     def rank(row: int) -> bytes:
         return hashlib.sha256(f"{seed}:{key(items[row])}".encode("utf-8", "surrogatepass")).digest()
 
-    ranked = sorted(range(len(items)), key=rank)
-    train, val = ([items[row] for row in sorted(rows)] for rows in (ranked[num_val:], ranked[:num_val]))
-    return train, val
+    groups: dict[int, list[int]] = {}
+    for row, scene in enumerate(scenes([image(item) for item in items]).tolist()):
+        groups.setdefault(scene, []).append(row)
+    ranked = sorted(groups.values(), key=lambda rows: min(map(rank, rows)))
+    drawn: list[int] = []
+    for rows in ranked:
+        drawn += rows if len(drawn) + len(rows) <= num_val else []
+    if not drawn:  # all scenes are larger than val is to be
+        drawn = min(ranked, key=len) if len(ranked) > 1 else ranked[0][-num_val:]
+    val_rows = set(drawn)
+    train, val = ([items[row] for row in range(len(items)) if (row in val_rows) == held] for held in (False, True))
+    large = [rows for rows in groups.values() if len(rows) > 1]
+    problem = (
+        f"{sum(map(len, large))} images are of {len(large)} scenes, as frames of a video are: none is in both splits"
+    )
+    if len(ranked) == 1:
+        problem = f"all {len(items)} images look like one scene: val is the end of it, and scores will look too good"
+    return train, val, [f"splits: {problem} - look at them, or divide the images yourself"] if large else []
 
 
 def check_classes(file: Path | str, names: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import csv
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from retina.data.convert.records import (
     Object,
@@ -72,8 +72,10 @@ def read_csv(
     train, val, test = (list(split.values()) for split in splits.values())
     if not val:
         val, test = test, []
+    drawn: list[str] = []
     if not (train and val):
-        train, val = divide(train or val, val_fraction, seed, key=lambda rows: rows[0].values["image"])
+        keys: dict[str, Any] = {"key": lambda rows: rows[0].values["image"], "image": lambda rows: images.of(rows[0])}
+        train, val, drawn = divide(train or val, val_fraction, seed, **keys)
     faults: list[RecordError] = []
 
     def read(rows: list[Row], faults: list[RecordError]) -> Record:
@@ -91,7 +93,7 @@ def read_csv(
     records = [read_records(split, read, faults) for split in (train, val, test)]
     everything = [record for split in records for record in split]
     names = sorted({item.name for record in everything for item in record.objects}) if classes is None else classes
-    warnings = warnings_of(root, everything, names)
+    warnings = warnings_of(root, everything, names) + drawn
     if unnamed := images.count_unused():
         warnings.append(f"{root}: {unnamed} images are in no table: left out - annotate them, or leave it so")
     return Records(records[0], records[1], tuple(names), tuple(faults), tuple(warnings), records[2])
@@ -177,14 +179,19 @@ class _Images:
         for file in list_images(root):
             self._by_name.setdefault(file.name, []).append(file)
 
+    def of(self, row: Row) -> Path | None:
+        stated = row.values["image"].replace("\\", "/")
+        places = [row.file.parent / stated, self.root / stated]
+        known = self._by_name.get(PurePosixPath(stated).name, [])
+        return next((place for place in places if place in known), None) or (known[0] if len(known) == 1 else None)
+
     def find(self, row: Row) -> Path:
         """Raises RecordError if there is none, or several of that name."""
-        stated = row.values["image"].replace("\\", "/")
-        last = stated.rpartition("/")[2]
-        places = [row.file.parent / stated, self.root / stated]
-        known = self._by_name.get(last, [])
-        image = next((place for place in places if place in known), None) or (known[0] if len(known) == 1 else None)
+        image = self.of(row)
         if image is None:
+            stated = row.values["image"]
+            last = PurePosixPath(stated.replace("\\", "/")).name
+            known = self._by_name.get(last, [])
             problem = f"{len(known)} images are called {quoted(last)}" if known else f"missing image {quoted(stated)}"
             raise RecordError(row.file, row.line, f"{problem} - add it, or write its path from the table's folder")
         self._used.add(image)

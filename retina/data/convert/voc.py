@@ -96,12 +96,12 @@ def read_voc(
         place = PurePosixPath(name).with_name(image.name).as_posix()
         return Record(image, place, header.size, tuple(objects), header.turns_unseen)
 
-    splits = _splits(source, xmls, val_fraction, seed)
+    *splits, drawn = _splits(source, xmls, images, val_fraction, seed)
     train, val, test = (read_records(split, read, faults) for split in splits)
     everything = (*train, *val, *test)
     names = sorted({item.name for record in everything for item in record.objects})
     names = names if classes is None else list(classes)
-    warnings = warnings_of(source, everything, names)
+    warnings = warnings_of(source, everything, names) + drawn
     if unlabelled := images.count_without(xmls):
         warnings.append(f"{source}: {unlabelled} images have no XML: left out - annotate them, or leave it so")
     if unlisted := len(xmls) - sum(map(len, splits)):
@@ -152,6 +152,10 @@ class _Images:
             raise RecordError(xml, _line(tree.find("filename")), f"{problem} - correct one of the two")
         return image
 
+    def of(self, name: str) -> Path | None:
+        """The image of that id, as far as ids tell."""
+        return next(iter(self._by_id.get(name, [])), None)
+
     def count_without(self, xmls: Container[str]) -> int:
         """Images that neither an XML file of their name nor one that names them stands for."""
         return sum(file not in self._used for name, files in self._by_id.items() if name not in xmls for file in files)
@@ -183,9 +187,9 @@ def parse_xml(data: bytes) -> ElementTree.Element:
 
 
 def _splits(
-    source: Path, xmls: Mapping[str, Path], val_fraction: float, seed: int
-) -> tuple[list[Listed], list[Listed], list[Listed]]:
-    """Train, val and test, which may be empty."""
+    source: Path, xmls: Mapping[str, Path], images: "_Images", val_fraction: float, seed: int
+) -> tuple[list[Listed], list[Listed], list[Listed], list[str]]:
+    """Train, val and test, which may be empty, and warnings of how they were drawn."""
     lists = source / "ImageSets" / "Main"
     listed = {split: _read_list(lists / f"{split}.txt") for split in ("train", "trainval", "val", "test")}
     everything = [(name, file, 1) for name, file in xmls.items()]
@@ -196,11 +200,13 @@ def _splits(
     held_out = {name for name, _, _ in val}
     train = listed["train"] or [item for item in listed["trainval"] if item[0] not in held_out]
     if train and val:
-        return train, val, test
+        return train, val, test, []
     if val:
         problem = "neither train.txt nor trainval.txt has an image"
         raise DataError(f"{lists}: {problem} - add one of them or remove the lists", code="no-train-list")
-    return *divide(train or everything, val_fraction, seed, key=lambda item: item[0]), []
+    keys: dict[str, Any] = {"key": lambda item: item[0], "image": lambda item: images.of(item[0])}
+    train, val, warnings = divide(train or everything, val_fraction, seed, **keys)
+    return train, val, [], warnings
 
 
 def _read_list(file: Path) -> list[Listed]:

@@ -70,8 +70,11 @@ def read_yolo(
         raise DataError(f"{source}: {problem}", code="no-train-images")
     everything = train + val + test
     faults += _orphans(everything, folders)
+    drawn: list[str] = []
     if not val:
-        train, val = divide(train, val_fraction, seed, key=lambda listed: listed[1])
+        train, val, drawn = divide(
+            train, val_fraction, seed, key=lambda listed: listed[1], image=lambda listed: listed[0]
+        )
     labels = {image: label_path(image) for image, _ in everything}
     unlabelled = sum(not file.is_file() for file in labels.values())
     if unlabelled == len(labels):
@@ -89,7 +92,7 @@ def read_yolo(
         return _read_record(*listed, names, faults)
 
     records = [read_records(split, read, faults) for split in (train, val, test)]
-    warnings = warnings_of(source, [record for split in records for record in split], names)
+    warnings = warnings_of(source, [record for split in records for record in split], names) + drawn
     if unlabelled:
         problem = f"{unlabelled} of {len(labels)} images have no label file: taken as images without objects"
         warnings.append(f"{source}: {problem} - remove them if they were never annotated")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -100,6 +101,22 @@ def test_images_turned_without_a_change_of_size_are_counted(
     reading = read_voc(tmp_path)
     assert reading.faults == ()
     assert len([line for line in reading.warnings if "1 images are turned by EXIF" in line]) == count
+
+
+def test_frames_of_a_video_come_into_one_split(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for clip in range(10):
+        scene = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        for frame in range(4):
+            add(tmp_path, f"clip{clip}_{frame:03}", an_object(1, 2, 9, 9))
+            picture = Image.fromarray(np.clip(scene.astype(int) + 2 * frame, 0, 255).astype(np.uint8))
+            picture.resize((40, 30)).save(tmp_path / "JPEGImages" / f"clip{clip}_{frame:03}.jpg")
+    for seed in range(3):
+        reading = read_voc(tmp_path, val_fraction=0.2, seed=seed)
+        clips = [{record.file_name.partition("_")[0] for record in part} for part in (reading.train, reading.val)]
+        assert (len(reading.train), len(reading.val)) == (32, 8)
+        assert clips[0].isdisjoint(clips[1])
+        assert len([line for line in reading.warnings if "40 images are of 10 scenes" in line]) == 1
 
 
 BOX = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
