@@ -16,6 +16,7 @@ from retina.cli.compose import entry
 from retina.cli.data import DataConfig, load_split, named_splits, pixel_format, progress
 from retina.data.advice import advise
 from retina.data.checks import DataReport
+from retina.data.plots import draw_plots, is_ours
 from retina.engine.config import from_mapping
 from retina.errors import ConfigError, DataError, plain
 from retina.files import read_plain
@@ -33,6 +34,7 @@ class DoctorConfig:
     data: dict[str, Any]
     decode: bool
     output: str
+    plots: bool
     traceback: bool
 
 
@@ -40,13 +42,16 @@ class DoctorConfig:
 def main(config: DoctorConfig) -> int:
     data = from_mapping(DataConfig, config.data, "data")
     output = Path(config.output)
-    refuse_to_overwrite(output, data)
+    plots = output.with_name(f"{output.stem}_plots.png") if config.plots else None
+    refuse_to_overwrite(output, plots, data)
 
     report = DataReport()
     splits = read_splits(data, report)
     examine_images(data, splits, report, decode=config.decode)
     report.advice += advise(splits, data.short_side, data.long_side)
     report.write(output)
+    if plots and splits:
+        draw_plots(plots, splits, data.short_side, data.long_side)
     advice = [f"advice: {line}" for line in report.advice]
     say(*describe(report), *report.lines(), *advice, verdict(report, output))
     return 2 if report.faults else 0
@@ -68,7 +73,7 @@ def examine_images(data: DataConfig, splits: Mapping[str, "Annotations"], report
     """Image files, every pixel of them with `decode`, and the splits against each other."""
     from retina.data.health import examine, undecodable
 
-    files = examine(splits, report, max_pixels=data.max_pixels)
+    files = examine(splits, report, max_pixels=data.max_pixels, thorough=decode)
     if splits:
         pixel_format(data, splits, files, report)
     for split, annotations in splits.items() if decode else []:
@@ -102,12 +107,16 @@ def verdict(report: DataReport, output: Path) -> str:
     return f"{state}, {count(report.warnings, 'warning')} - all in {output}"
 
 
-def refuse_to_overwrite(output: Path, data: DataConfig) -> None:
-    """Raises ConfigError for a place among the data, and for a file that is not an earlier report."""
-    for folder in filter(None, (data.root, data.train.images, data.val.images)):
-        if output.resolve().is_relative_to(Path(folder).resolve()):
-            problem = f"{output} lies in {folder}, the data set's own - choose another place"
-            raise ConfigError(problem, code="output-in-data", key="output")
+def refuse_to_overwrite(output: Path, plots: Path | None, data: DataConfig) -> None:
+    """Raises ConfigError for places among the data, and for files that are not those of an earlier report."""
+    for folder in data.own_folders:
+        for key, place in (("output", output), ("plots", plots)):
+            if place and place.resolve().is_relative_to(Path(folder).resolve()):
+                problem = f"{place} lies in {folder}, the data set's own - choose another place"
+                raise ConfigError(problem, code="output-in-data", key=key)
+    if plots and os.path.lexists(plots) and not is_ours(plots):
+        problem = f"{plots} is there already and not the doctor's - choose another output, or give plots=false"
+        raise ConfigError(problem, code="output-taken", key="plots")
     if os.path.lexists(output):
         try:
             is_report = "num_faults" in parse_json(read_plain(output))

@@ -20,7 +20,7 @@ from retina.cli.data import DataConfig, load_checked, prepare_data, unreadable_i
 from retina.cli.memory import describe_duration, in_memory
 from retina.cli.recipe import Recipe, make_recipe, without_target
 from retina.cli.run_folder import Opened, folder_of, open_run, settle, where_now, write_settings
-from retina.data.advice import unreachable
+from retina.data.advice import rare_classes, unreachable
 from retina.data.oddities import crowding
 from retina.engine.config import TrainConfig, from_mapping
 
@@ -173,6 +173,9 @@ def announce(
         recorder.warn(warning)
     if state.config.eval_every and (warning := undefined_metric(state.config.best_metric, val, recipe.scoring)):
         recorder.warn(warning)
+    for name, split in {"train": train, **({"val": val} if state.config.eval_every else {})}.items():
+        for line in rare_classes(name, split):
+            recorder.warn(f"{split.file}: categories: {line}")
     limit = settings["postprocess"].get("max_detections")
     for line in crowding(val, recipe.scoring.max_dets, limit) if state.config.eval_every else []:
         recorder.warn(line)

@@ -49,6 +49,16 @@ def unreachable(split: Annotations, short_side: int, long_side: int, *, stride: 
     return f"{split.file}: {problem}, and are trained as background with the default loss - {fix}"
 
 
+def rare_classes(name: str, split: Annotations) -> list[str]:
+    """A line if the split of that name has so few objects of some classes that little is learned, or told, of them."""
+    counts = sorted(zip(split.class_counts().tolist(), split.classes, strict=True))
+    few = [f"{label} ({count})" for count, label in counts if count < _FEW.get(name, _FEW["val"])]
+    fix = "annotate more of them, or merge classes"
+    if name == "train" and len(counts) > len(few):
+        fix += "; data.sampling=class_balanced shows them more often"
+    return [f"few objects of {some(few)} - {fix}"] if few else []
+
+
 def advise(splits: Mapping[str, Annotations], short_side: int, long_side: int, max_dets: int = 100) -> list[str]:
     """A line for each thing that a user of these splits should know before training."""
     lines = []
@@ -61,12 +71,6 @@ def advise(splits: Mapping[str, Annotations], short_side: int, long_side: int, m
             at = f"data.short_side={short_side}, data.long_side={long_side}"
             lines.append(f"{name}: objects are {low} to {high} px large at {at}, half of them above {middle}; {small}")
             lines += [line for line in (unreachable(split, short_side, long_side),) if line]
-        counts = sorted(zip(split.class_counts().tolist(), split.classes, strict=True))
-        enough = _FEW.get(name, _FEW["val"])
-        if few := [f"{label} ({count})" for count, label in counts if count < enough]:
-            fix = "annotate more of them, or merge classes"
-            if name == "train" and len(counts) > len(few):
-                fix += "; data.sampling=class_balanced shows them more often"
-            lines.append(f"{name}: few objects of {some(few)} - {fix}")
+        lines += [f"{name}: {line}" for line in rare_classes(name, split)]
         lines += crowding(split, max_dets, max_dets)
     return lines

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from programs import Program
 
@@ -41,7 +42,22 @@ def test_a_healthy_data_set(tool: Tool, data: Path, capsys: Capture) -> None:
     ]
     assert lines[-1].endswith(" - all in data_report.json")
     assert (found["healthy"], found["num_faults"], found["faults"]) == (True, 0, [])
-    assert sorted(path.name for path in Path().iterdir()) == ["data", "data_report.json"]
+    assert sorted(path.name for path in Path().iterdir()) == ["data", "data_report.json", "data_report_plots.png"]
+    with Image.open("data_report_plots.png") as picture:
+        picture.load()
+        assert picture.width > 1000
+
+
+def test_a_picture_of_somebody_else_is_not_replaced(tool: Tool, data: Path, capsys: Capture) -> None:
+    Image.new("RGB", (8, 8)).save("data_report_plots.png")
+    before = Path("data_report_plots.png").read_bytes()
+    assert tool("doctor", f"data.root={data}", "decode=false") == 2
+    assert capsys.readouterr().err.startswith("error[output-taken]: plots: ")
+    assert tool("doctor", f"data.root={data}", "decode=false", "plots=false") == 0
+    assert Path("data_report_plots.png").read_bytes() == before
+    assert tool("doctor", f"data.root={data}", "decode=false", "output=new.json") == 0
+    assert tool("doctor", f"data.root={data}", "decode=false", "output=new.json") == 0, "its own it may replace"
+    assert Path("new_plots.png").exists()
 
 
 def test_faults_of_records_and_of_pixels_come_together(tool: Tool, data: Path, capsys: Capture) -> None:
