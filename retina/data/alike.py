@@ -20,6 +20,7 @@ from PIL import Image
 from retina.data.cache import Columns, cache_folder, read_columns, write_columns
 from retina.data.image_files import MAX_PIXELS, opened, turn_of
 from retina.errors import DataError
+from retina.files import make_folder
 
 SIDE = 16
 _FEW_BITS = 12
@@ -46,7 +47,7 @@ def thumbnails(paths: Sequence[Path], *, max_pixels: int = MAX_PIXELS) -> Thumbs
     thumbs = thumbs.reshape(-1, SIDE, SIDE)
     if entry:
         with suppress(OSError):  # only time is lost
-            entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(entry.parent, mode=0o700)
             write_columns(entry, Columns({"thumbs": thumbs}, {}))
     return thumbs
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from retina.data.advice import resized_boxes
 from retina.data.annotations import Annotations
-from retina.files import write_whole
+from retina.files import make_folder, open_plain, write_whole
 
 MAKER = "retina doctor"
 """Stands in the file, so that only our own is ever overwritten."""
@@ -47,14 +47,14 @@ def draw_plots(file: Path, splits: Mapping[str, Annotations], short_side: int, l
         classes.tick_params(axis="y", labelsize=7)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=100, metadata={"Software": MAKER})
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     write_whole(file, content.getvalue())
 
 
 def is_ours(file: Path) -> bool:
     """Whether it was written by `draw_plots`."""
     try:
-        with file.open("rb") as stream:
+        with open_plain(file, "rb") as stream:
             return MAKER.encode() in stream.read(1 << 12)
     except OSError:
         return False
