@@ -64,7 +64,7 @@ def check_choice(value: object, known: Iterable[object], key: str) -> None:
     """Raises ConfigError for a value of the argument `key` that is none of the known ones."""
     if value not in known:
         choices = ", ".join("null" if choice is None else str(choice) for choice in known)
-        raise ConfigError(f"{value!r} is not known - choose one of {choices}", code="unknown-value", key=key)
+        raise ConfigError(f"{value!r:.80} is not known - choose one of {choices}", code="unknown-value", key=key)
 
 
 class DataError(RetinaError):

@@ -69,8 +69,10 @@ def examine(
             report.warnings.append(line)
     report.warnings += content_oddities(splits)
     if "train" in splits and "val" in splits and splits["train"] is not splits["val"]:
+        before = len(report.faults), len(report.warnings)
         compare_splits(splits["train"], splits["val"], report, files)
-        if thorough or sum(map(len, splits.values())) <= _QUICK:
+        equal = (len(report.faults), len(report.warnings)) != before  # they look alike too, and are to be mended first
+        if not equal and (thorough or sum(map(len, splits.values())) <= _QUICK):
             report.warnings += _alike_images(splits["train"], splits["val"], max_pixels)
     return files
 

@@ -1,6 +1,7 @@
 """What a data set looks like in numbers, drawn: sizes, shapes and places of its objects. Beside the road."""
 
 import io
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from retina.data.advice import resized_boxes
 from retina.data.annotations import Annotations
+from retina.errors import plain
 from retina.files import make_folder, open_plain, write_whole
 
 MAKER = "retina doctor"
@@ -41,12 +43,15 @@ def draw_plots(file: Path, splits: Mapping[str, Annotations], short_side: int, l
         places.set(title=f"{name}: centres", xlabel="of the image's width", ylabel="of its height")
         counts = split.class_counts()
         shown = np.argsort(-counts, kind="stable")[:_CLASSES][::-1]
-        classes.barh([split.classes[label][:24] for label in shown], counts[shown])
+        classes.barh(range(len(shown)), counts[shown])
+        names = [plain(split.classes[label])[:24] for label in shown]
+        classes.set_yticks(range(len(shown)), labels=names, parse_math=False)
         more = f" (the first {_CLASSES} of {len(counts)})" if len(counts) > _CLASSES else ""
         classes.set(title=f"{name}: objects per class{more}")
         classes.tick_params(axis="y", labelsize=7)
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=100, metadata={"Software": MAKER})
+    with warnings.catch_warnings(action="ignore"):  # a letter that the font lacks
+        figure.savefig(content, format="png", dpi=100, metadata={"Software": MAKER})
     make_folder(file.parent)
     write_whole(file, content.getvalue())
 

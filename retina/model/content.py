@@ -34,9 +34,14 @@ class Content:
             self._masks[stride, dtype] = (rows[:, None, :, None] & columns[:, None, None, :]).to(dtype)
         return self._masks[stride, dtype]
 
+    def mask_of(self, x: Float[Tensor, "B C _ _"], stride: int) -> Float[Tensor, "B 1 _ _"] | None:
+        """The mask in the type of a map, and in its size: a plugin's convolution that rounds down has a cell less."""
+        mask = self.mask(stride, x.dtype)
+        return None if mask is None else mask[..., : x.shape[2], : x.shape[3]]
+
     def keep(self, x: Float[Tensor, "B C _ _"], stride: int) -> Float[Tensor, "B C _ _"]:
         """`x` itself, with zeros written into the cells that no image covers."""
-        mask = self.mask(stride, x.dtype)
+        mask = self.mask_of(x, stride)
         return x if mask is None else x.mul_(mask)
 
 

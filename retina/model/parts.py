@@ -77,8 +77,9 @@ def run_part(part: Any, x: Any, content: Content) -> tuple[Tensor, ...]:
     """The maps of a backbone or neck, zero beyond the content, also of one that does not know what that is."""
     if takes_two(part):
         return tuple(part(x, content))
-    masks = (content.mask(stride) for stride in part.strides)
-    return tuple(y if mask is None else y * mask.to(y.dtype) for y, mask in zip(part(x), masks, strict=True))
+    maps = tuple(part(x))
+    masks = (content.mask_of(y, stride) for y, stride in zip(maps, part.strides, strict=True))
+    return tuple(y if mask is None else y * mask for y, mask in zip(maps, masks, strict=True))
 
 
 def takes_two(part: nn.Module) -> bool:

@@ -100,9 +100,9 @@ class RetinaNet(nn.Module):
     ) -> tuple[tuple[Any, ...], ...]:
         """Logits, deltas, quality and bins of every level (quality and bins empty without them), and its shape."""
         content = Content(sizes, (images.shape[2], images.shape[3]))
-        masks = tuple(content.mask(stride) for stride in self.strides)
         features = run_part(self.backbone, content.keep(self.normalize(images), 1), content)
         pyramid = run_part(self.fpn, features, content)
+        masks = tuple(map(content.mask_of, pyramid, self.strides))
         logits, deltas, quality = self.head(pyramid, masks) if takes_two(self.head) else self.head(pyramid)
         bins: tuple[Tensor, ...] = ()
         if self.bins is not None:
@@ -229,7 +229,7 @@ def retinanet(
         common |= {"channels": head_channels, "num_convs": head_convs, "norm": head_norm, "prior": prior}
         common["scaled_levels"] = len(fpn.strides) if head_scales else None
         outputs = {"head_quality": head_quality, "box_bins": box_bins, "guided_quality": guided_quality}
-        tower = build_head(head, outputs, anchors.sides(fpn.strides), **common)
+        tower = build_head(head, outputs, anchors, fpn.strides, **common)
     mean, std = [float(m) for m in mean], [float(s) for s in std]  # whole numbers would make integer tensors
     arguments |= {"norm": norm, "frozen_stages": frozen_stages, "weights": None}
     return RetinaNet(backbone=body, fpn=fpn, head=tower, anchors=anchors, mean=mean, std=std, arguments=arguments)
