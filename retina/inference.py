@@ -101,7 +101,8 @@ class Detector:
 
         Raises DataError for a file that cannot be read or when predicted numbers are not finite, TypeError for anything
         that is no image, ValueError for a threshold or batch size out of range."""
-        if isinstance(images, (str, Path, Image.Image, Sample)) or getattr(images, "ndim", 0) == 3:
+        single = isinstance(images, (str, Path, Image.Image, Sample)) or getattr(images, "ndim", 0) == 3
+        if single or not isinstance(images, Iterable):
             images = [cast(ImageLike, images)]
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}")

@@ -69,6 +69,6 @@ def _is_own(thing: Any, allowed: tuple[str, ...]) -> bool:
     home, name = f"{thing.__module__}.", thing.__qualname__
     if not home.startswith(allowed) or name.startswith("_"):
         return False
-    if home.startswith(CLASSES_ONLY) if inspect.isfunction(thing) else issubclass(thing, type):  # a maker of classes
-        return False
+    if home.startswith(CLASSES_ONLY) if inspect.isfunction(thing) else issubclass(thing, (type, BaseException)):
+        return False  # a maker of classes makes no part, nor is a fault one
     return getattr(sys.modules.get(home[:-1]), name, None) is thing

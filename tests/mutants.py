@@ -231,8 +231,8 @@ MUTANTS = [
     Mutant(
         "every setting is harmless",
         "retina/cli/run_folder.py",
-        "if one.key not in HARMLESS]",
-        "if one.key in ()]",
+        "",
+        "",
         "tests/cli/test_run_folder.py",
     ),
     Mutant(
@@ -266,8 +266,8 @@ MUTANTS = [
     Mutant(
         "nothing at all to learn is trained on",
         "retina/cli/data.py",
-        'if config.on_error == "stop" or split == "train" else',
-        'if config.on_error == "stop" else',
+        "grave += check_objects(annotations)",
+        'grave += check_objects(annotations) if config.on_error == "stop" else []',
         "tests/cli/test_data.py",
     ),
     Mutant(

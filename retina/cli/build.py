@@ -46,12 +46,23 @@ def build(section: Any, key: str, *, plugins: Sequence[str] = (), **extra: Any) 
     allowed = (*ALLOWED_TARGETS[key.partition(".")[0]], *prefixes(plugins))
     factory = find(values.pop("_target_"), allowed, key=f"{key}._target_")
     partial = values.pop("_partial_", False)
+    _refuse_no_transform(factory, key)
     check_arguments(factory, values | extra, key, partial=partial)
     arguments = {name: _build_nested(value, f"{key}.{name}", plugins) for name, value in values.items()} | extra
     if not partial:
         return call(factory, key, **arguments)
     _check_types(factory, arguments, key)
     return functools.partial(factory, **arguments)
+
+
+def _refuse_no_transform(factory: Callable[..., Any], key: str) -> None:
+    """Our own modules of transforms define more than these, and to ask for its arguments would be wrong advice."""
+    if key.startswith("augment.") and factory.__module__.startswith("retina."):
+        from retina.data.transforms import Transform
+
+        if not (inspect.isclass(factory) and issubclass(factory, Transform) and factory is not Transform):
+            problem = f"{factory.__name__} is no transform - give one, such as retina.data.transforms.HorizontalFlip"
+            raise ConfigError(problem, code="no-transform", key=f"{key}._target_")
 
 
 TRACKERS = {"tensorboard": "TensorBoard", "wandb": "WandB", "mlflow": "MLflow", "trackio": "Trackio"}
@@ -99,6 +110,9 @@ def check_arguments(factory: Callable[..., Any], arguments: Iterable[str], key: 
 def _check_types(factory: Callable[..., Any], arguments: Mapping[str, Any], key: str) -> None:
     """Raises ConfigError for the first argument that is not what a factory of this library says it takes. Others check
     their arguments themselves, or are annotated loosely."""
+    for name, value in arguments.items():
+        if type(value) is int:
+            check_type(value, int, f"{key}.{name}")  # no number of a setting has hundreds of digits
     if not factory.__module__.startswith("retina."):
         return
     hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)

@@ -274,7 +274,7 @@ def check_data(config: DataConfig, splits: Mapping[str, Annotations], report: Da
             share = f"{len(bad)} of {len(annotations)} cannot be used, {allowed} may be"
             grave.append(f"{annotations.file}: images: {share} - mend them, or raise data.max_bad_fraction")
         grave += bad if len(bad) > allowed else []
-        grave += check_objects(annotations) if config.on_error == "stop" or split == "train" else []
+        grave += check_objects(annotations)
     if grave:
         raise RecordsError(grave)
     return pixel_format(config, splits, files, report)

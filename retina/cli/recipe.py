@@ -38,6 +38,10 @@ def make_recipe(settings: Settings) -> Recipe:
     from retina.model.retinanet import retinanet
 
     data = from_mapping(DataConfig, settings["data"], "data")
+    for name, origin in (("num_classes", "the classes of the data"), ("plugins", "plugins=[...]")):
+        if name in settings["model"]:
+            problem = f"is no setting, because {origin} decide it - leave it out"
+            raise ConfigError(problem, code="not-a-setting", key=f"model.{name}")
     check_arguments(retinanet, [*settings["model"], "num_classes"], "model")
     for part in PARTS:
         section = settings["model"].get(part)

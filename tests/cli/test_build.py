@@ -6,6 +6,9 @@ import pytest
 
 from faults import refused
 from retina.cli.build import build, call
+from retina.cli.compose import compose
+from retina.cli.recipe import make_recipe
+from retina.errors import ConfigError
 from retina.model.retinanet import retinanet
 
 LOSS = "retina.losses.classification."
@@ -44,3 +47,32 @@ def test_a_value_of_a_wrong_type_is_named(section: dict[str, Any], key: str, kin
 def test_of_a_model_too(name: str, value: Any, kind: str) -> None:
     with refused("wrong-type", f"model.{name}: {value!r} ", kind):
         call(retinanet, "model", num_classes=3, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("target", "code"),
+    [
+        ("retina.data.augmentations.color_matrix", "no-transform"),
+        ("retina.data.transforms.Transform", "no-transform"),
+        ("retina.data.transforms.Sample", "no-transform"),
+        ("retina.errors.DataError", None),
+        ("albumentations.core.validation.ValidatedTransformMeta", None),
+    ],
+)
+def test_what_is_no_transform_is_told_before_its_arguments_are(target: str, code: str | None) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build({"_target_": target, "message": "x"}, "augment.x")
+    assert caught.value.key == "augment.x._target_"
+    assert code is None or caught.value.code == code
+
+
+def test_no_number_has_hundreds_of_digits() -> None:
+    with refused("wrong-type", "optimizer.lr"):
+        build({"_target_": "torch.optim.SGD", "_partial_": True, "lr": 10**400}, "optimizer")
+
+
+@pytest.mark.parametrize("name", ["num_classes", "plugins"])
+def test_what_the_data_and_the_command_decide_is_no_setting_of_the_model(name: str) -> None:
+    settings = compose("train", ["data=coco", "data.root=x", f"+model.{name}=10"])
+    with refused("not-a-setting", f"model.{name}"):
+        make_recipe(settings)
