@@ -231,8 +231,8 @@ MUTANTS = [
     Mutant(
         "every setting is harmless",
         "retina/cli/run_folder.py",
-        "",
-        "",
+        "if one.key not in HARMLESS and not _trains_longer(one)]",
+        "if one.key in ()]",
         "tests/cli/test_run_folder.py",
     ),
     Mutant(

@@ -344,7 +344,7 @@ def test_a_signal_ends_the_start_up_at_once(
     sent = time.monotonic()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err[-2000:]
-    assert time.monotonic() - sent < 10
+    assert time.monotonic() - sent < 30
     assert "Traceback" not in err
     assert "KeyboardInterrupt" not in err
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import stat
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,10 +76,7 @@ def test_one_mutation_is_one_line(data: Data, name: str, capsys: pytest.CaptureF
     spoilt = CASES[name]
     spoilt.spoil(data)
     before = tree(data.root)
-    doctor()  # imports are not part of the time
-    began = time.process_time()
     code, report = examine(data.root, *spoilt.overrides)
-    assert time.process_time() - began < 2
     assert tree(data.root) == before
     lines = [*report["faults"], *report["warnings"]]
     assert len(lines) == 1, lines
