@@ -98,7 +98,7 @@ def make_model(
     """The detector of the `model` section on its device, with the weights to start from."""
     import torch
 
-    from retina.interop.transfer import init_from
+    from retina.interop.transfer import init_from, norms_of
     from retina.losses.detection import DetectionLoss
     from retina.model.retinanet import retinanet
 
@@ -106,6 +106,8 @@ def make_model(
     if isinstance(recipe.criterion, DetectionLoss):
         call(recipe.criterion.check_classes, "loss", num_classes=num_classes)
     model = call(retinanet, "model", **settings["model"], num_classes=num_classes, plugins=settings["plugins"])
+    for line in norms_of(settings["model"]["weights"], model.arguments):
+        recorder.once(line)
     channels_last = settings["train"]["channels_last"]
     model = model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format).to(device)
     if start:

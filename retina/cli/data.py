@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from retina.cli.build import build, call
 from retina.data.checks import DataReport, RecordsError
 from retina.data.coco import Annotations, read_coco
-from retina.data.health import Files, check_objects, examine
+from retina.data.health import Files, check_objects, examine, unnamed_images
 from retina.data.join import join, share
 from retina.data.layouts import annotation_files, locate_split
 from retina.data.pixels import FULL, PixelFormat, measured_range
@@ -264,6 +264,7 @@ def check_data(config: DataConfig, splits: Mapping[str, Annotations], report: Da
     `data.on_error=skip`. The pixels are not read: tools/doctor.py does that.
 
     Raises RecordsError, which lists all that cannot be tolerated."""
+    report.warnings += left_over(config, splits, report)
     files = examine(splits, report, max_pixels=config.max_pixels)
     grave: list[str] = []
     for split, annotations in splits.items():
@@ -278,6 +279,13 @@ def check_data(config: DataConfig, splits: Mapping[str, Annotations], report: Da
     if grave:
         raise RecordsError(grave)
     return pixel_format(config, splits, files, report)
+
+
+def left_over(config: DataConfig, splits: Mapping[str, Annotations], report: DataReport) -> list[str]:
+    """Lines on images that no record names, where all records of all splits are read."""
+    shares = [*several(config.train.fraction), *several(config.val.fraction)]
+    is_whole = all(part == 1 for part in shares) and {*named_splits(config)} <= splits.keys()
+    return [*unnamed_images(splits)] if is_whole and not report.faults else []
 
 
 def pixel_format(

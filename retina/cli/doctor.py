@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retina.cli.compose import entry
-from retina.cli.data import DataConfig, load_split, named_splits, pixel_format, progress
+from retina.cli.data import DataConfig, left_over, load_split, named_splits, pixel_format, progress
 from retina.data.advice import advise
 from retina.data.checks import DataReport
 from retina.data.plots import draw_plots, is_ours
@@ -73,6 +73,7 @@ def examine_images(data: DataConfig, splits: Mapping[str, "Annotations"], report
     """Image files, every pixel of them with `decode`, and the splits against each other."""
     from retina.data.health import examine, undecodable
 
+    report.warnings += left_over(data, splits, report)
     files = examine(splits, report, max_pixels=data.max_pixels, thorough=decode)
     if splits:
         pixel_format(data, splits, files, report)

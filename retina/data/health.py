@@ -21,6 +21,7 @@ from retina.data.alike import thumbnails, twins
 from retina.data.checks import DataReport, some
 from retina.data.coco import Annotations
 from retina.data.image_files import SWAPPING, Header, read_header
+from retina.data.image_lists import has_image_suffix
 from retina.data.images import read_image
 from retina.data.oddities import content_oddities
 from retina.data.paths import Folder, is_listed, list_folders, parted
@@ -127,6 +128,30 @@ def check_objects(annotations: Annotations) -> list[str]:
         state = "are boxes without area only" if annotations.num_objects else "are crowd regions only"
     problem = f"{state}: nothing to learn and nothing to score"
     return [f"{annotations.file}: annotations: {problem} - annotate some images, or give another file"]
+
+
+def unnamed_images(splits: Mapping[str, Annotations]) -> Iterator[str]:
+    """A line for each image folder with images, by their suffix, that no record of these splits names.
+
+    Only folders that records name files in are looked at: others may hold anything."""
+    unnamed: dict[str, set[str]] = {}
+    named = set[str]()
+    for split in splits.values():
+        names = [parted(split.file_name(row)) for row in range(len(split))]
+        places = {parent: os.path.realpath(split.image_root / parent) for parent, _ in names}
+        named |= {os.path.join(places[parent], last) for parent, last in names}
+        for parent, folder in list_folders(
+            split.image_root, [f"{parent}/" if parent else "" for parent in places]
+        ).items():
+            place = places[parent]
+            unnamed[place] = {os.path.join(place, name) for name in folder.names if has_image_suffix(name)}
+    for place, files in unnamed.items():
+        if files := files - named:
+            shown = some(sorted(os.path.basename(file) for file in files))
+            problem = (
+                f"{len(files)} images are named by no record of {' and '.join(splits)} ({shown}), and are not used"
+            )
+            yield f"{place}: {problem} - add records for them: one without annotations is an image without objects"
 
 
 def compare_splits(train: Annotations, val: Annotations, report: DataReport, files: Mapping[str, Files]) -> None:

@@ -27,6 +27,11 @@ def other_files(folder: Path) -> list[Path]:
     return sorted(path for path in _files(folder) if path.suffix.lower() not in _TEXTS and not _is_image(path))
 
 
+def has_image_suffix(name: str) -> bool:
+    """Whether a file that is not hidden has one of the usual suffixes."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
 def _files(folder: Path) -> list[Path]:
     if not os.path.isdir(folder):  # Path.is_dir raises where permissions are missing
         raise fault(folder, "no-such-folder", "no such folder of images", "correct the path")

@@ -158,6 +158,12 @@ def _model(facts: Facts, choices: _Choices, objects: Float64[np.ndarray, "T 2"])
     last = next((level for level in (5, 6) if 8 * 2**level * 1.5 >= largest), 7)
     low = "a quarter of the objects is below 16 pixels" if first == 2 else f"a quarter is below {quarter:.0f} pixels"
     choices.add("model.levels", list(range(first, last + 1)), f"{low}, the largest have {largest:.0f}")
+    scales, ratios = (value_of(choices.settings, f"model.anchor_{part}") for part in ("scales", "ratios"))
+    if len(scales) * len(ratios) == 1:
+        square = "one for each cell: ATSS takes the nearest cells, and their boxes are told by distances, not by shapes"
+        choices.add("model.anchor_ratios", ratios, square)
+    else:
+        choices.add("model.anchor_ratios", ratios, "of the model section; tools/lab.py anchors fits them to the boxes")
     light = facts.device == "cpu"
     small_set = not facts.pretrained and facts.few
     half = light and not facts.pretrained

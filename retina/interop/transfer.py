@@ -138,13 +138,39 @@ _OF_TRAINING = ("num_classes", "weights", "frozen_stages", "prior")
 
 
 def other_settings(source: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """One line, as overrides, if weights were made under settings that change what they compute."""
+    """A line, as overrides, if weights were made under settings that change what they compute, and one if their norms
+    are trained from now on, or no longer."""
     other = {name: source[name] for name in source if name in settings and source[name] != settings[name]}
+    lines = []
     if _layer("norm", source.get("norm")) == _layer("norm", settings.get("norm")):
+        lines = norm_change("init_from", source, settings)
         other.pop("norm", None)
     words = overrides({name: value for name, value in other.items() if name not in _OF_TRAINING})
-    line = f"init_from: the weights were trained with other settings, to go on with those give {words}"
-    return [line] if words else []
+    if words:
+        lines.append(f"init_from: the weights were trained with other settings, to go on with those give {words}")
+    return lines
+
+
+def norm_change(origin: str, source: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """A line if the statistics of the backbone's BatchNorm were fixed in the weights' run and are not here, or the
+    other way round.
+
+    origin: the setting that names the weights."""
+    changes = {("frozen", "batch"): "were fixed there and are trained here", ("batch", "frozen"): "are fixed here"}
+    norms = source.get("norm"), settings.get("norm")
+    change = changes.get(norms)  # type: ignore[arg-type]  # what is no norm has no change
+    return [f"{origin}: the backbone's norms {change}, to go on as there give model.norm={norms[0]}"] if change else []
+
+
+def norms_of(weights: str | None, settings: Mapping[str, Any]) -> list[str]:
+    """The same of a detector's file that the backbone has its weights from (`model.weights`); nothing for others.
+
+    settings: arguments of the model."""
+    file = Path(weights or "")
+    if file.suffix != ".safetensors" or not file.is_file():
+        return []
+    card = read_file(file)[0]
+    return norm_change("model.weights", card.model, settings) if card else []
 
 
 def overrides(model: Mapping[str, Any]) -> str:

@@ -167,6 +167,19 @@ def test_files_are_joined_and_their_shares_chosen(root: Path) -> None:
         SplitConfig(fraction=0.0)
 
 
+def test_images_that_no_record_names_are_told_where_all_records_are_read(root: Path) -> None:
+    (root / "train" / "new.png").touch()
+
+    def left_over_of(**changes: Any) -> list[str]:
+        config, report = config_of(root, **changes), DataReport()
+        splits = {split: load_split(config, split, report=report) for split in named_splits(config)}
+        check_data(config, splits, report)
+        return [line for line in report.warnings if "new.png" in line]
+
+    assert len(left_over_of()) == 1
+    assert left_over_of(train=SplitConfig(fraction=0.5)) == [], "a part of the set leaves the others"
+
+
 def test_nothing_annotated_stops(root: Path) -> None:
     file = root / "annotations" / "instances_train.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from retina.data.checks import DataReport
 from retina.data.coco import Annotations, read_coco
-from retina.data.health import check_files, compare_splits, examine, undecodable
+from retina.data.health import check_files, compare_splits, examine, undecodable, unnamed_images
 from retina.data.images import MAX_PIXELS
 
 SIZE = (40, 30)
@@ -245,3 +245,23 @@ def test_a_file_that_vanishes_while_it_is_compared(tmp_path: Path) -> None:
     val.path(1).unlink()
     compare_splits(train, val, report, files)
     assert report.warnings == []
+
+
+def test_images_that_no_record_names_are_counted_by_folder(tmp_path: Path) -> None:
+    train = split(tmp_path / "a", ["0.bmp", "sub/1.bmp", "sub/2.bmp"])
+    val = split(tmp_path / "b", ["3.bmp"])
+    assert list(unnamed_images({"train": train, "val": val})) == []
+    for name in ("a/new.BMP", "a/sub/x.jpg", "a/sub/y.png", "a/notes.txt", "a/.hidden.jpg", "elsewhere.jpg"):
+        (tmp_path / name).touch()
+    lines = list(unnamed_images({"train": train, "val": val}))
+    assert [line.partition(": ")[2].split()[0] for line in lines] == ["1", "2"]
+    assert lines[0].startswith(f"{tmp_path / 'a'}: ")
+    assert all(name in lines[1] for name in ("x.jpg", "y.png"))
+
+
+def test_images_of_another_split_in_the_same_folder_are_named(tmp_path: Path) -> None:
+    train = split(tmp_path / "a", ["0.bmp", "1.bmp"])
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    val = split(tmp_path / "b", ["2.bmp", "3.bmp"], draw=True)
+    assert list(unnamed_images({"train": train, "val": val})) == []
+    assert len(list(unnamed_images({"train": train}))) == 1

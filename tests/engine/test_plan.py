@@ -51,6 +51,15 @@ def test_levels_span_the_objects(settings: dict[str, Any]) -> None:
     assert chosen(large, settings)["model.levels"] == [3, 4, 5, 6, 7]
 
 
+def test_anchors_stay_and_the_table_says_why(settings: dict[str, Any]) -> None:
+    for ratios in ([1.0], [0.5, 1.0, 2.0]):
+        values = {
+            choice.key: choice for choice in plan(facts(), with_values(settings, {"model.anchor_ratios": ratios}), NONE)
+        }
+        assert values["model.anchor_ratios"].value == ratios
+        assert values["model.anchor_ratios"].reason
+
+
 def test_the_rate_depends_on_the_start(settings: dict[str, Any]) -> None:
     scratch, tuned = (chosen(facts(pretrained=one), settings) for one in (False, True))
     assert scratch["optimizer.lr"] == 1e-3

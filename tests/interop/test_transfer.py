@@ -1,9 +1,13 @@
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from faults import refused
 from retina.errors import ConfigError
-from retina.interop.transfer import match_classes, merge_rows
+from retina.interop.transfer import match_classes, merge_rows, norms_of, other_settings
+from retina.model.weights import DetectorCard, save_detector
 
 
 def test_classes_are_matched_by_name() -> None:
@@ -46,3 +50,28 @@ def test_rows_of_matched_classes_are_taken_for_every_anchor() -> None:
 def test_other_anchors_or_inputs_cannot_be_taken() -> None:
     assert merge_rows(torch.zeros(6, 4), torch.zeros(6, 4), {0: 0}, (3, 2)) is None
     assert merge_rows(torch.zeros(6, 4), torch.zeros(4, 5), {0: 0}, (3, 2)) is None
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "is_told"),
+    [("frozen", "batch", True), ("batch", "frozen", True), ("batch", "batch", False), ("frozen", "frozen", False)],
+)
+def test_norms_that_are_trained_from_now_on_or_no_longer_are_told(
+    tmp_path: Path, there: str, here: str, is_told: bool
+) -> None:
+    """As `init_from` and as `model.weights`, whose default is to fix them."""
+    card = DetectorCard(
+        model={"norm": there}, classes=["a"], category_ids=[1], preprocessing={}, postprocess={}, environment={}
+    )
+    save_detector(tmp_path / "best.safetensors", {"x": torch.zeros(1)}, card)
+    for lines in (
+        other_settings({"norm": there}, {"norm": here}),
+        norms_of(str(tmp_path / "best.safetensors"), {"norm": here}),
+    ):
+        assert [f"model.norm={there}" in line for line in lines] == [True] * is_told
+
+
+def test_weights_without_a_detector_say_nothing_of_norms(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "bare.safetensors")
+    for weights in (None, "DEFAULT", str(tmp_path / "bare.safetensors"), str(tmp_path / "lost.safetensors")):
+        assert norms_of(weights, {"norm": "frozen"}) == []

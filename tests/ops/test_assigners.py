@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_iou
 
 import matching_cases
@@ -289,6 +290,29 @@ def test_the_best_aligned_anchor_of_an_object_has_its_highest_iou_as_quality():
     assert assigned.target_scores[0, 16 * 5 + 7].item() == pytest.approx(1, abs=1e-4)
     others = assigned.target_scores[assigned.positive].sort().values[:-1]
     torch.testing.assert_close(others, torch.full_like(others, 0.5 / torch.tensor(4.0).sigmoid()), rtol=1e-4, atol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def test_task_aligned_holds_no_matrix_of_all_anchors_and_many_objects():
+    """It grew with both: 3,000 objects in each of 4 images took 6 GB."""
+    anchors = AnchorGenerator((32.0, 64.0), (2.0,), (1.0,))(((64, 64), (32, 32)), (8, 16), "cpu")
+    targets = random_targets(0, shape=(1, 1000))
+    with LargestTensor() as largest:
+        TaskAligned()(predict(anchors, 1), targets)
+    assert largest.elements <= 2**18 + 13 * 1000, "a chunk, or what is left of two"
+    assert largest.elements < sum(map(len, anchors)) * 1000 / 10
 
 
 def test_task_aligned_is_not_differentiated():
