@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from retina.cli.assemble import Parts
     from retina.data.annotations import Annotations
+    from retina.engine.deadline import Deadline
     from retina.engine.logging import RunLogger
 
 PIXELS_OF = 64
@@ -47,6 +48,12 @@ class Command(NamedTuple):
     def left(self) -> float | None:
         budget = to_seconds(self.settings["budget"])
         return None if budget is None else budget - (time.monotonic() - self.started)
+
+    def deadline(self, **options: Any) -> "Deadline | None":
+        from retina.engine.deadline import Deadline
+
+        budget = to_seconds(self.settings["budget"])
+        return None if budget is None else Deadline(budget, self.started, **options)
 
 
 def check_budget(settings: Settings, typed: frozenset[str]) -> None:

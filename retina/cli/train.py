@@ -122,8 +122,7 @@ def main(settings: Settings) -> Result:
         optimizer = build_optimizer(recipe.optimizer, model, scale=config.batch_size / config.lr_batch_size)
         state = TrainState(model, optimizer, config, recipe.schedule)
         announce(folder, settings, state, model, recipe, sampler, train, val, recorder)
-        environment = for_weights(environment)
-        card = detector_card(model, train, preprocessing, settings["postprocess"], environment)
+        card = detector_card(model, train, preprocessing, settings["postprocess"], for_weights(environment))
         allowed = settings["allow_data_change"]
         checkpointer = Checkpointer(folder, state, card=card, recorder=recorder, allow_data_change=allowed)
         with StopRequest(lambda: config.compile and not state.learned) as request:
@@ -137,6 +136,7 @@ def main(settings: Settings) -> Result:
                 recorder=recorder,
                 annotations=train,
                 stopping=request.signal,
+                deadline=command.deadline(evaluation=0.5 * len(val) / config.batch_size, recorder=recorder),
             )
         for line in unreadable_images(loader) + unreadable_images(val_loader):
             recorder.once(f"skipped: {line}")

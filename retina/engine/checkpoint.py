@@ -63,6 +63,9 @@ class Progress:
     """Sums since the last logged line."""
     annotations: str = ""
     """Fingerprint of the training annotations."""
+    total: int | None = None
+    seconds: float = 0.0
+    """Of a run with a deadline: its steps in all, and the time that it has taken."""
     schema_version: int = SCHEMA_VERSION
 
 

@@ -19,6 +19,7 @@ from retina.data.sampler import DetectionBatchSampler
 from retina.engine.checkpoint import Progress
 from retina.engine.checkpointer import Checkpointer, TrainState
 from retina.engine.config import TrainConfig, to_steps
+from retina.engine.deadline import Deadline
 from retina.engine.logging import RunLogger
 from retina.engine.meter import LAG, PendingFlags
 from retina.engine.optim import set_learning_rate
@@ -41,6 +42,7 @@ def fit(
     recorder: RunLogger | None = None,
     annotations: Annotations | None = None,
     stopping: Callable[[], int] = lambda: 0,
+    deadline: Deadline | None = None,
 ) -> int:
     """Trains `state.model` until `config.length`, from where the newest valid checkpoint stands.
 
@@ -48,14 +50,17 @@ def fit(
     checkpointer: without one, nothing is saved.
     annotations: the training data. Messages and pictures name its files and classes.
     stopping: the number of the signal that asks to stop, or 0. If any rank is asked, all finish their step and save.
+    deadline: decides the length anew at every checkpoint.
 
     Returns the signal that stopped the run, 0 if it is finished; `state.progress` says where it stands. Raises
     ConfigError when settings contradict the data or the checkpoint, RetinaError when data, numbers or the disk fail
     for good; what was learned until then is saved first."""
-    config, recorder = state.config, recorder or RunLogger()
-    checkpointer = checkpointer or Checkpointer(None, state)
+    config, recorder, checkpointer = state.config, recorder or RunLogger(), checkpointer or Checkpointer(None, state)
     plan = _plan(config, loader, evaluates=evaluate is not None)
     progress = checkpointer.restore(annotations.fingerprint() if annotations else "")
+    if deadline:
+        plan = plan._replace(total=deadline.begin(progress, plan.total), spare=(plan.eval_every or 0) // 2)
+        evaluate = deadline.timed(evaluate) if evaluate else None
     plan.refuse_beyond(progress.step)
     recorder.resume(progress.step, pending_evaluation=plan.evaluation_due(progress))
     for module in {state.model, state.weights} if config.compile else ():
@@ -79,6 +84,8 @@ def fit(
             progress.stopped_early = progress.evaluations_without_gain >= (config.patience or math.inf)
             ends = step == plan.total or progress.stopped_early or stop or ending
             if ends or plan.save_due(progress, retry="checkpoint" in checkpointer.missing):
+                if deadline:
+                    plan = report.plan = plan._replace(total=deadline.corrected(progress, plan.eval_every, bool(ends)))
                 checkpointer.save()
             elif plan.logs(step):
                 checkpointer.write_owed()
@@ -138,6 +145,7 @@ class _Plan(NamedTuple):
     total: int
     save_every: int
     eval_every: int | None
+    spare: int = 0  # steps before the end in which only the end is evaluated
 
     def refuse_beyond(self, step: int) -> None:
         """Raises ConfigError for a checkpoint from which this run could never end."""
@@ -152,7 +160,7 @@ class _Plan(NamedTuple):
     def evaluation_due(self, progress: Progress) -> bool:
         """Whether the weights should be scored at this step, and have not been."""
         step, every = progress.step, self.eval_every
-        due = every is not None and step > 0 and (step % every == 0 or step == self.total)
+        due = every is not None and (step == self.total or (step % every == 0 and step <= self.total - self.spare))
         return due and progress.evaluated < step
 
     def save_due(self, progress: Progress, *, retry: bool) -> bool:
@@ -274,9 +282,8 @@ class _Report:
             recorder.picture(step, "train/batch", grid(pictures))
         diagnosis = self._read_diagnosis(self._diagnosis, first=step == 1) if self._diagnosis else {}
         if logs and (means := self.state.meter.read()):
-            epoch = step / self.plan.steps_per_epoch
-            values: dict[str, Any] = {"epoch": epoch, "lr": lr, **means, "diagnosis": diagnosis}
-            recorder.scalars(step, "train", values)
+            values: dict[str, Any] = {"epoch": step / self.plan.steps_per_epoch, "lr": lr} | means
+            recorder.scalars(step, "train", values | {"diagnosis": diagnosis})
             recorder.progress(step, self.plan.total, values)
             for fault in getattr(self.loader, "faults", {}).values():
                 recorder.once(f"skipped: {fault}")
