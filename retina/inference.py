@@ -82,6 +82,11 @@ class Detector:
         """Label k is `classes[k]`."""
         return tuple(self.card.classes)
 
+    @property
+    def thresholds(self) -> list[float]:
+        """The score threshold of each label at the operating point of the weights; empty where they have none."""
+        return [one["threshold"] for one in self.card.operating_point.get("classes", [])]
+
     def predict(
         self,
         images: ImageLike | Iterable[ImageLike],
@@ -95,7 +100,8 @@ class Detector:
         images: paths, uint8 arrays [H W 3], PIL images or uint8 tensors [3 H W], all RGB, in any iterable; kinds and
             sizes may differ. A single image gives a list of one. Boxes of a file are in pixels of the image after its
             EXIF rotation; the rotation of a PIL image is not applied.
-        score_threshold: None takes the detector's own (0.05 unless it was trained with another).
+        score_threshold: None takes that of each class at the operating point of the weights (`thresholds`), or, where
+            they have none, what the detector was evaluated with (0.05 unless it was trained with another).
         batch_size: images per forward, and in memory. Detections do not depend on it, except by rounding.
         max_pixels: files with more are refused before they are decoded.
 
@@ -107,15 +113,18 @@ class Detector:
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}")
         options = dict(self.card.postprocess)
+        thresholds = self.thresholds if score_threshold is None else []
         if score_threshold is not None:
             options["score_threshold"] = score_threshold
+        elif thresholds:
+            options["score_threshold"] = min(thresholds)
         check_postprocess(options)
         detections: list[Detections] = []
         remaining = iter(images)
         while chunk := list(islice(remaining, batch_size)):
             samples = [self._resize.without_last_resize(self.read(image, max_pixels), 0) for image in chunk]
             detections += self.detect(collate(samples, self.canvas), options)
-        return detections
+        return [at_thresholds(image, thresholds) for image in detections] if thresholds else detections
 
     def read(self, image: object, max_pixels: int = MAX_PIXELS) -> Sample:
         """An image as evaluation would read it, without objects: a large JPEG may be decoded smaller.
@@ -148,6 +157,12 @@ class Detector:
 
 
 load = Detector.load
+
+
+def at_thresholds(detections: Detections, thresholds: Sequence[float]) -> Detections:
+    """Those with a score of at least their label's threshold."""
+    keep = detections.scores.double() >= torch.tensor(thresholds, dtype=torch.float64)[detections.labels]
+    return Detections(*(values[keep] for values in detections))
 
 
 def find_weights(checkpoint: Path) -> Path:

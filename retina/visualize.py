@@ -20,6 +20,8 @@ CROWD_COLOUR = (230, 230, 230)
 Colour = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]
 """x1 y1 x2 y2 in whole pixels, both corners inside."""
+Limits = float | Sequence[float]
+"""The score from which on detections are drawn, or that of each label."""
 
 
 def class_colour(label: int) -> Colour:
@@ -84,11 +86,11 @@ def draw_boxes(
 
 
 def draw_detections(
-    image: UInt8[np.ndarray, "H W 3"], detections: Detections, classes: Sequence[str], *, score_threshold: float = 0.3
+    image: UInt8[np.ndarray, "H W 3"], detections: Detections, classes: Sequence[str], *, score_threshold: Limits = 0.3
 ) -> UInt8[np.ndarray, "H2 W2 3"]:
     """`draw_boxes` of the detections with score >= threshold; their boxes are in pixels of this image."""
     boxes, scores, labels = (values.detach().cpu().numpy() for values in detections)
-    rows = scores >= score_threshold
+    rows = _reach(scores, labels, score_threshold)
     return draw_boxes(image, boxes[rows], labels[rows], classes, scores=scores[rows])
 
 
@@ -100,16 +102,23 @@ def side_by_side(
     classes: Sequence[str],
     *,
     crowd: Bool[np.ndarray, "M"] | None = None,
-    score_threshold: float = 0.3,
+    score_threshold: Limits = 0.3,
 ) -> UInt8[np.ndarray, "H2 W2 3"]:
     """The ground truth (boxes, labels, crowd) on the left and the detections on the right, each under its caption."""
     truth = draw_boxes(image, boxes, labels, classes, crowd=crowd)
     predicted = draw_detections(image, detections, classes, score_threshold=score_threshold)
-    count = int((detections.scores >= score_threshold).sum())
+    count = int(_reach(detections.scores.cpu().numpy(), detections.labels.cpu().numpy(), score_threshold).sum())
+    limit = (
+        f"with score ≥ {score_threshold:g}" if isinstance(score_threshold, (int, float)) else "at the operating point"
+    )
     left = _captioned(truth, f"ground truth: {len(boxes)}")
-    right = _captioned(predicted, f"detections with score ≥ {score_threshold:g}: {count}")
+    right = _captioned(predicted, f"detections {limit}: {count}")
     gap = np.full((left.shape[0], max(4, left.shape[1] // 100), 3), BACKGROUND, dtype=np.uint8)
     return np.concatenate([left, gap, right], axis=1)
+
+
+def _reach(scores: Float[np.ndarray, "D"], labels: Int[np.ndarray, "D"], limits: Limits) -> Bool[np.ndarray, "D"]:
+    return scores >= (limits if isinstance(limits, (int, float)) else np.asarray(limits)[labels])
 
 
 def grid(images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> UInt8[np.ndarray, "H W 3"]:

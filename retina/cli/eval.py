@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from retina.cli.build import call
 from retina.cli.compose import entry
-from retina.cli.data import data_of, drop_nulls, load_split, open_split, progress, unreadable_images
-from retina.cli.run_folder import open_evaluation, read_settings
+from retina.cli.data import data_of, load_split
+from retina.cli.run_folder import open_evaluation
+from retina.cli.scoring import ScoringConfig, folder_of, score_split, scoring_of, settings_of
 from retina.data.oddities import crowding
-from retina.engine.config import from_mapping
 from retina.errors import ConfigError, check, check_choice
 from retina.printing import say
 
@@ -30,34 +30,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(ScoringConfig):
     """configs/eval.yaml says what each is."""
 
     checkpoint: str | None
     detections: str | None
     output: str | None
-    split: str
-    batch_size: int | None
-    device: str
-    precision: str | None
     scorer: str | None
     pictures: int
-    plugins: list[str]
-    score_threshold: float
-    data: dict[str, Any]
-    eval: dict[str, Any]
-    postprocess: dict[str, Any]
-    traceback: bool
+    score_threshold: float | None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.checkpoint is None) == (self.detections is None):
             problem = "give checkpoint=RUN_OR_FILE, or detections=RESULTS.json, and not both"
             raise ConfigError(problem, code="contradiction", key="checkpoint")
         if self.detections and self.output is None:
             raise ConfigError("missing - give output=DIR for metrics.json", code="missing-setting", key="output")
-        check_choice(self.split, ("train", "val"), "split")
         check_choice(self.scorer, ("pycocotools", None), "scorer")
-        check(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "give 1 or more, or null")
         check(self.pictures >= 0, "pictures", self.pictures, "give 0 or more")
         if self.scorer and find_spec("pycocotools") is None:
             problem = "pycocotools is not installed - pip install 'retina-detect[coco]', or leave scorer out"
@@ -77,7 +67,7 @@ def score_file(config: EvalConfig) -> int:
     from retina.evaluation.metrics import coco_metrics, write_metrics
     from retina.evaluation.results import read_results
 
-    scoring = scoring_of({}, config)
+    scoring = scoring_of({}, config.eval)
     annotations = load_split(data, config.split, needs="ids")
     warnings: list[str] = []
     metrics = coco_metrics(annotations, read_results(results, annotations, warnings), scoring)
@@ -90,64 +80,34 @@ def score_file(config: EvalConfig) -> int:
 
 def score_detector(config: EvalConfig, checkpoint: Path) -> int:
     """The exit code, the same on every rank."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    settings = read_settings(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
-    trained = settings.get("data", {})
-    if not isinstance(trained, dict):
-        problem = f"{folder / 'config.yaml'}: data: is no section - restore it, or give data=..."
-        raise ConfigError(problem, code="wrong-type")
+    folder = folder_of(checkpoint)
+    settings_of(checkpoint)
 
     # torch takes seconds to load, and a wrong setting should not wait for it
-    from functools import partial
-
     from retina import distributed
     from retina.data.coco import write_results
-    from retina.detections import postprocess
-    from retina.evaluation.evaluate import evaluate
     from retina.evaluation.metrics import write_metrics
     from retina.evaluation.pictures import write_evaluation_pictures
-    from retina.inference import Detector, check_postprocess
 
     device = call(distributed.choose_device, "device", name=config.device)
     with distributed.process_group(device):
-        detector = Detector.load(checkpoint, device=str(device), precision=config.precision, plugins=config.plugins)
-        options = detector.card.postprocess | drop_nulls(config.postprocess)
-        call(check_postprocess, "postprocess", options=options)
-        data = data_of(trained, config.data, detector.card.preprocessing)
-        scoring = scoring_of(settings, config)
         output = Path(config.output) if config.output else folder / "eval"
-        distributed.on_main(lambda: open_evaluation(output, None if config.output else folder))
-        annotations, loader = open_split(data, config.split, detector, output, batch_size=config.batch_size)
-        metrics, detections, _ = evaluate(
-            detector.model,
-            progress(loader, "evaluating", len(loader)),
-            annotations,
-            postprocess=partial(postprocess, **options),
-            device=device,
-            dtype=detector.dtype,
-            scoring=scoring,
-        )
-        skipped = unreadable_images(loader)
+        scored = score_split(config, checkpoint, device, output, None if config.output else folder)
+        annotations, metrics, skipped = scored.annotations, scored.evaluation.metrics, scored.skipped
         if distributed.is_main():
-            detections = keep_known(annotations, detections)
+            detections = keep_known(annotations, scored.evaluation.detections)
             write_metrics(output / "metrics.json", metrics | {"skipped_images": len(skipped)})
             write_results(output / "detections.json", annotations, *detections)
-            limits = {"max_images": config.pictures, "max_pixels": data.max_pixels}
-            threshold = config.score_threshold
+            limits = {"max_images": config.pictures, "max_pixels": scored.data.max_pixels}
+            threshold = (
+                (scored.detector.thresholds or 0.3) if config.score_threshold is None else config.score_threshold
+            )
             folder = output / "pictures"
             drawn = write_evaluation_pictures(folder, annotations, detections, score_threshold=threshold, **limits)
             names = f"{output}/metrics.json, detections.json{', pictures/' if drawn else ''}"
-            report(config, scoring, annotations, metrics, output / "detections.json", names)
+            report(config, scored.scoring, annotations, metrics, output / "detections.json", names)
             say(*(f"skipped: {line}" for line in skipped), error=True)
     return 3 if skipped else 0
-
-
-def scoring_of(settings: dict[str, Any], config: EvalConfig) -> "Scoring":
-    """As the run was scored, changed by what was typed."""
-    from retina.evaluation.metrics import Scoring
-
-    trained = settings.get("eval") or {}
-    return from_mapping(Scoring, (trained if isinstance(trained, dict) else {}) | drop_nulls(config.eval), "eval")
 
 
 def report(

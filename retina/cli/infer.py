@@ -13,7 +13,7 @@ import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -39,7 +39,7 @@ class InferConfig:
     checkpoint: str
     source: str
     output: str
-    score_threshold: float
+    score_threshold: float | None
     batch_size: int
     max_pixels: int
     device: str
@@ -49,7 +49,8 @@ class InferConfig:
     traceback: bool
 
     def __post_init__(self) -> None:
-        check(0 <= self.score_threshold < 1, "score_threshold", self.score_threshold, "give 0 or more, below 1")
+        sound = self.score_threshold is None or 0 <= self.score_threshold < 1
+        check(sound, "score_threshold", self.score_threshold, "give 0 or more, below 1, or null")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "give 1 or more")
         check(self.max_pixels >= 1, "max_pixels", self.max_pixels, "give 1 or more")
 
@@ -68,6 +69,8 @@ def main(config: InferConfig) -> int:
         stack.enter_context(distributed.process_group(device))
         checkpoint, precision = config.checkpoint, config.precision
         detector = Detector.load(checkpoint, device=str(device), precision=precision, plugins=config.plugins)
+        if config.score_threshold is None and not detector.thresholds:
+            config = replace(config, score_threshold=0.3)
         batches: list[Batch] = []
         done: dict[str, Done] = {}
 
@@ -91,7 +94,9 @@ def main(config: InferConfig) -> int:
             faults = [fault for batch in batches for fault in done[batch.key].faults]
             finish(output, records, faults)
             objects = sum(len(record["boxes"]) for record in records)
-            say(f"{len(records)} images, {objects} objects of score {config.score_threshold:g} or more: {output}")
+            limit = config.score_threshold
+            above = "at the weights' operating point" if limit is None else f"of score {limit:g} or more"
+            say(f"{len(records)} images, {objects} objects {above}: {output}")
             if others := left_out(config.source, output):
                 say(f"no images: left out {some(others)}", error=True)
             say(*(f"skipped: {fault}" for fault in faults), error=True)

@@ -12,6 +12,7 @@ from retina.printing import quiet_end, say
 COMMANDS = {
     "train": "train a detector; the same command again resumes",
     "eval": "score a detector, or a results file, on annotated images",
+    "tune-thresholds": "fit score thresholds to a goal; they go into the weights",
     "infer": "find objects in a folder of images",
     "doctor": "look a data set over before training",
     "convert": "turn Pascal VOC and YOLO labels into COCO's format",

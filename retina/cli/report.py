@@ -10,7 +10,10 @@ from retina.data.annotations import Annotations
 from retina.data.sampler import DetectionBatchSampler
 from retina.engine.checkpointer import TrainState
 from retina.engine.config import METRICS, to_steps
+from retina.errors import CheckpointError
 from retina.evaluation.metrics import DetectionArrays, Scoring, coco_metrics
+from retina.evaluation.operating_points import describe
+from retina.model.weights import read_card
 
 
 def describe_run(
@@ -82,10 +85,20 @@ def describe_end(folder: Path, state: TrainState, stopped: int) -> list[str]:
     best = "" if progress.best is None else f", best {metric} {progress.best:.3f} at step {progress.best_step}{since}"
     return [
         *lines,
+        *describe_operating_point(folder / "best.safetensors"),
         f"finished at step {progress.step}{best}: {folder / 'best.safetensors'}",
         f"longer: the same command with a larger {longer} goes on from here; name=NEW init_from={folder} begins anew",
         f"next: python tools/eval.py checkpoint={folder}   |   curves: {folder / 'curves.png'}",
     ]
+
+
+def describe_operating_point(weights: Path) -> list[str]:
+    """What the weights say of the score thresholds they are to be used at."""
+    try:
+        card = read_card(weights) if distributed.is_main() else None
+    except CheckpointError:  # bare or missing weights: others tell
+        return []
+    return describe(card.operating_point, card.classes) if card and card.operating_point else []
 
 
 def describe_device(device: torch.device) -> str:

@@ -9,6 +9,7 @@ torchrun --nproc_per_node=8 tools/train.py experiment=coco_r50_1x
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from retina.data.annotations import Annotations
     from retina.data.loader import BatchLoader
     from retina.data.sampler import DetectionBatchSampler
-    from retina.engine.checkpointer import TrainState
+    from retina.engine.checkpointer import Checkpointer, TrainState
     from retina.engine.logging import RunLogger
     from retina.evaluation.evaluate import Evaluation
     from retina.model.retinanet import RetinaNet
@@ -126,7 +127,7 @@ def main(settings: Settings) -> Result:
         allowed = settings["allow_data_change"]
         checkpointer = Checkpointer(folder, state, card=card, recorder=recorder, allow_data_change=allowed)
         with StopRequest(lambda: config.compile and not state.learned) as request:
-            scored = partial(score, state, recipe, val_loader, val, recorder, data.max_pixels, request.signal)
+            scored = partial(score, checkpointer, recipe, val_loader, val, data.max_pixels, request.signal)
             stopped = fit(
                 state,
                 recipe.criterion,
@@ -202,20 +203,22 @@ def detector_card(
 
 
 def score(
-    state: "TrainState",
+    checkpointer: "Checkpointer",
     recipe: Recipe,
     loader: "BatchLoader",
     annotations: "Annotations",
-    recorder: "RunLogger",
     max_pixels: int,
     stopping: "Callable[[], int]",
     model: "nn.Module",
 ) -> "Evaluation":
-    """The metrics of the model on the validation split, with a picture of some detections."""
+    """The metrics of the model on the validation split, with a picture of some detections. The operating point that is
+    fitted to them goes into the header of the weights, should they be the best."""
     from retina.evaluation.evaluate import evaluate
+    from retina.evaluation.operating_points import fit_operating_point
     from retina.evaluation.pictures import evaluation_pictures
     from retina.types import DTYPES
 
+    state, recorder = checkpointer.state, checkpointer.recorder
     loader.stopping = stopping
     evaluation = evaluate(
         model,
@@ -228,6 +231,9 @@ def score(
         stopping=stopping,
         scoring=recipe.scoring,
     )
+    if checkpointer.card and recorder.active:
+        point = fit_operating_point(annotations, evaluation.detections)
+        checkpointer.card = replace(checkpointer.card, operating_point=point)
     if state.config.pictures and recorder.active:
         limits = {"max_images": state.config.pictures, "max_pixels": max_pixels}
         picture = evaluation_pictures(annotations, evaluation.detections, **limits)

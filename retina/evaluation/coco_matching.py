@@ -37,6 +37,7 @@ class Matches(NamedTuple):
     ranges: Int64[np.ndarray, "E"]
     ignored: Bool[np.ndarray, "E"]
     """True where the object taken is an ignored one, so that the detection counts neither as right nor as wrong."""
+    objects: Int64[np.ndarray, "E"]
 
 
 def box_areas(boxes: Float64[np.ndarray, "N 4"]) -> Float64[np.ndarray, "N"]:
@@ -108,7 +109,7 @@ def match(
     num_pairs = len(rows)
     free = np.ones((len(crowd), len(THRESHOLDS), counts.shape[1]), dtype=bool)
     bonus = np.int32(num_pairs) * counts
-    taken = [(*np.empty((3, 0), np.int64), np.empty(0, np.bool_))]
+    taken = [(*np.empty((3, 0), np.int64), np.empty(0, np.bool_), np.empty(0, np.int64))]
     for low, high in _runs(ranks[rows]):
         candidates = columns[low:high]
         allowed = free[candidates] & (iou[low:high, None] >= THRESHOLDS)[:, :, None]
@@ -118,5 +119,5 @@ def match(
         row, threshold, area = np.nonzero(best >= 0)
         pairs = best[row, threshold, area] % np.int32(num_pairs)
         free[columns[pairs], threshold, area] = crowd[columns[pairs]]
-        taken.append((rows[pairs], threshold, area, ~counts[columns[pairs], area]))
+        taken.append((rows[pairs], threshold, area, ~counts[columns[pairs], area], columns[pairs]))
     return Matches(*(np.concatenate(parts) for parts in zip(*taken, strict=True)))

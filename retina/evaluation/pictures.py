@@ -16,7 +16,7 @@ from retina.errors import DataError
 from retina.evaluation.metrics import DetectionArrays
 from retina.files import make_folder, write_whole
 from retina.types import Detections
-from retina.visualize import grid, side_by_side
+from retina.visualize import Limits, grid, side_by_side
 
 _GRID_SIDE = 2400  # pixels: a screenful that TensorBoard still loads at once
 
@@ -26,7 +26,7 @@ def evaluation_pictures(
     detections: DetectionArrays,
     *,
     max_images: int,
-    score_threshold: float = 0.3,
+    score_threshold: Limits = 0.3,
     max_pixels: int = MAX_PIXELS,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """One picture of up to `max_images` images, each beside its detections with score >= threshold.
@@ -46,7 +46,7 @@ def write_evaluation_pictures(
     detections: DetectionArrays,
     *,
     max_images: int,
-    score_threshold: float,
+    score_threshold: Limits,
     max_pixels: int = MAX_PIXELS,
 ) -> int:
     """A JPEG for each of those images, named `<id, or number>_<file name>.jpg`; returns how many."""
@@ -65,7 +65,7 @@ def write_evaluation_pictures(
 
 
 def _pairs(
-    annotations: Annotations, detections: DetectionArrays, max_images: int, score_threshold: float, max_pixels: int
+    annotations: Annotations, detections: DetectionArrays, max_images: int, score_threshold: Limits, max_pixels: int
 ) -> Iterator[tuple[int, UInt8[np.ndarray, "_ _ 3"]]]:
     """Indices of the images, spread evenly, and their pictures."""
     for index in np.unique(np.linspace(0, len(annotations) - 1, max_images).round().astype(int)).tolist():

@@ -48,6 +48,34 @@ POSTPROCESS: Mapping[str, Rule] = {
 }
 
 
+GOALS = {
+    "f1": "the highest F1",
+    "precision": "the highest recall with a precision of at least `target`",
+    "recall": "the highest precision with a recall of at least `target`",
+    "false_alarms": "the highest recall with at most `target` false alarms of each class per image",
+    "count": "the smallest mean error of the number of objects of a class in an image",
+}
+"""What the thresholds of an operating point may be chosen for."""
+_ESTIMATES: Mapping[str, Rule] = {
+    name: (list[float] | None, lambda value: value is None or (len(value) == 3 and all(0 <= x < 1e9 for x in value)))
+    for name in ("precision", "recall", "false_alarms", "count_error")
+}
+_OF_CLASS: Mapping[str, Rule] = {
+    "threshold": (float, lambda value: 0 <= value < 1),
+    "pooled": (bool, lambda value: True),
+    "reached": (bool, lambda value: True),
+    "num_objects": (int, _within(0, LAST_STEP)),
+    **_ESTIMATES,
+}
+_OPERATING_POINT: Mapping[str, Rule] = {
+    "goal": (str, lambda value: value in GOALS),
+    "target": (float | None, lambda value: value is None or 0 <= value < 1e9),
+    "num_images": (int, _within(0, LAST_STEP)),
+    "classes": (list[dict[str, Any]], lambda value: True),
+    "overall": (dict[str, Any], lambda value: True),
+}
+
+
 def check_header(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     """Raises ConfigError for the first value of a header that a detector cannot have. Integers become floats where
     those are asked for.
@@ -70,6 +98,12 @@ def check_header(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     check(len(set(ids)) == len(ids) <= len(classes), "category_ids", ids, "give an id for each class")
     check(0 <= values["step"] <= LAST_STEP, "step", values["step"], f"give 0 to {LAST_STEP}")
     check(all(map(_is_finite, values["metrics"].values())), "metrics", values["metrics"], "give finite numbers")
+    if point := values["operating_point"]:
+        _check_record(point, _OPERATING_POINT, "operating_point")
+        check(len(point["classes"]) == len(classes), "operating_point.classes", len(point["classes"]), "one per class")
+        for label, one in enumerate(point["classes"]):
+            _check_record(one, _OF_CLASS, f"operating_point.classes.{label}")
+        _check_record(point["overall"], _ESTIMATES, "operating_point.overall")
     for section, rules in (("preprocessing", {**PREPROCESSING, **OPTIONAL}), ("postprocess", POSTPROCESS)):
         for name, value in values[section].items():
             if name in rules:
@@ -79,6 +113,17 @@ def check_header(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
                 values[section][name] = _as_floats(value, hint)
             elif section == "postprocess":
                 check(False, f"{section}.{name}", value, "there is no such setting")
+
+
+def _check_record(record: dict[str, Any], rules: Mapping[str, Rule], key: str) -> None:
+    """Raises ConfigError for the first value that is missing, unknown, of the wrong type or not allowed."""
+    for name in record:
+        check(name in rules, f"{key}.{name}", record[name], "there is no such value")
+    for name, (hint, allows) in rules.items():
+        check(name in record, f"{key}.{name}", None, "it is missing")
+        check_type(record[name], hint, f"{key}.{name}")
+        check(allows(record[name]), f"{key}.{name}", record[name], "it is out of range")
+        record[name] = _as_floats(record[name], hint)
 
 
 def _as_floats(value: Any, hint: Any) -> Any:

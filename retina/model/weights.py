@@ -50,6 +50,8 @@ class DetectorCard:
     metrics: dict[str, float | int | None] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     """Versions, commit and device it was trained with; empty in files of earlier versions."""
+    operating_point: dict[str, Any] = field(default_factory=dict)
+    """The score threshold of each class and what to expect of it (`fit_operating_point`); may be empty."""
     schema_version: int = SCHEMA_VERSION
 
 
@@ -159,7 +161,7 @@ def _card(file: Path, values: Any, data: bytes) -> DetectorCard:
     if (version := values["schema_version"]) != SCHEMA_VERSION:
         problem = f"schema version {version!r:.20}, this program reads {SCHEMA_VERSION} - use the version that wrote it"
         raise CheckpointError(f"{file}: {problem}", code="other-version")
-    values.setdefault("environment", {})
+    values = {"environment": {}, "operating_point": {}} | values
     for section, (old, new) in _RENAMED.items():
         if isinstance(part := values.get(section), dict) and old in part:
             part[new] = part.pop(old)

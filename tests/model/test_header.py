@@ -27,6 +27,24 @@ Weights = tuple[dict[str, torch.Tensor], dict[str, Any]]
 """Tensors and header."""
 
 
+EXPECTED: dict[str, Any] = {
+    "precision": [0.9, 0.8, 0.95],
+    "recall": [0.7, 0.6, 0.8],
+    "false_alarms": [0.1, 0.0, 0.2],
+    "count_error": None,
+}
+OPERATING_POINT = {
+    "goal": "recall",
+    "target": 0.7,
+    "num_images": 20,
+    "classes": [
+        {"threshold": 0.25 * (label + 1), "pooled": label == 2, "reached": True, "num_objects": 30, **EXPECTED}
+        for label in range(3)
+    ],
+    "overall": EXPECTED,
+}
+
+
 class Stub(nn.Module):
     """A backbone that takes no time to make."""
 
@@ -62,6 +80,7 @@ def make_weights(backbone: str | dict[str, Any]) -> Weights:
         postprocess={"score_threshold": 0.0, "candidates_per_level": 50, "nms_iou": 0.5, "max_detections": 20},
         metrics={"AP": 0.5, "APs": None},
         environment={"torch": "2.10", "device": "cpu"},
+        operating_point=OPERATING_POINT,
     )
     return model.state_dict(), asdict(card)
 
@@ -134,6 +153,12 @@ def test_changed_headers_are_one_line_or_work(tmp_path: Path, backbone: str | di
         (None, "step", 2**63),
         (None, "step", -1),
         (None, "metrics", {"AP": "high"}),
+        ("operating_point", "goal", "luck"),
+        ("operating_point", "target", -1),
+        ("operating_point", "classes", []),
+        ("operating_point", "classes", [{}] * 3),
+        ("operating_point", "overall", {"precision": [0.5]}),
+        ("operating_point", "code", "print()"),
     ],
 )
 def test_values_that_no_detector_has_are_refused_when_the_header_is_read(
@@ -144,6 +169,30 @@ def test_values_that_no_detector_has_are_refused_when_the_header_is_read(
     write(tmp_path / "w", {"x": torch.zeros(1)}, changed)
     with refused("bad-header", tmp_path / "w", "pad_multiple" if key == "divisor" else key):
         read_card(tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("threshold", 1.0),
+        ("threshold", True),
+        ("pooled", 1),
+        ("num_objects", -1),
+        ("recall", [0.5, 0.5]),
+        ("recall", 1),
+    ],
+)
+def test_operating_points_of_classes_are_checked_too(tmp_path: Path, weights: Weights, key: str, value: Any) -> None:
+    changed = json.loads(json.dumps(weights[1]))
+    changed["operating_point"]["classes"][1][key] = value
+    write(tmp_path / "w", {"x": torch.zeros(1)}, changed)
+    with refused("bad-header", tmp_path / "w", f"classes.1.{key}"):
+        read_card(tmp_path / "w")
+
+
+def test_files_of_earlier_versions_have_no_operating_point(tmp_path: Path, weights: Weights) -> None:
+    values = {key: value for key, value in weights[1].items() if key != "operating_point"}
+    assert read_card(write(tmp_path / "w", {"x": torch.zeros(1)}, values)).operating_point == {}
 
 
 @pytest.mark.parametrize(
