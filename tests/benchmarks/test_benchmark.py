@@ -113,3 +113,12 @@ def test_unknown_measures_are_named(load: Callable[[str], ModuleType], capsys: p
     assert ended.value.code == 2
     told = capsys.readouterr().err
     assert all(name in told for name in ("fokal", "focal", "matching", "scaling"))
+
+
+def test_the_frontier_is_drawn_from_its_table(tmp_path: Path) -> None:
+    from benchmarks.frontier import main
+
+    table = tmp_path / "points.csv"
+    table.write_text("detector,backbone,fpn_channels,train_cpu_s,AP\nsmall,,,10,0.5\n")
+    main(["--table", str(table), "--output", str(tmp_path / "points.png")])
+    assert (tmp_path / "points.png").read_bytes().startswith(b"\x89PNG")
