@@ -16,7 +16,7 @@ def say(*lines: str, error: bool = False, goes_on: bool = False) -> None:
     """Prints each text as one line, on stdout or (`error`) stderr, at once.
 
     goes_on: whatever becomes of the lines, as with a full disk behind `> out.txt`. Otherwise a reader who has gone ends
-    the program without a word, and a disk without room raises OSError."""
+    the program without a word, and a disk without room raises OSError, unless it is the error that finds no room."""
     stream = sys.stderr if error else sys.stdout
     if stream is None:  # as under pythonw
         return
@@ -28,7 +28,7 @@ def say(*lines: str, error: bool = False, goes_on: bool = False) -> None:
         if not goes_on:
             sys.exit(BROKEN_PIPE)
     except OSError:
-        if not goes_on:
+        if not (goes_on or error):
             raise
 
 
@@ -47,7 +47,15 @@ def mute(stream: Any) -> None:
 @contextmanager
 def quiet_end() -> Iterator[None]:
     """For a whole program, whatever prints in it: text that the terminal cannot encode is escaped, and a reader who has
-    gone ends the program without a word."""
+    gone ends the program without a word. Streams that are closed (`>&-`) lead nowhere, because otherwise the next file
+    to be opened would get their number, and what C libraries print."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            if getattr(sys, name) is None:
+                setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # what tests and notebooks have instead
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -55,6 +63,9 @@ def quiet_end() -> Iterator[None]:
         yield
     except BrokenPipeError:
         _end_unread()
+    except OSError as fault:
+        say(f"error: {fault.filename or 'stdout'}: {fault.strerror} - choose another place for it", error=True)
+        sys.exit(2)
     finally:
         try:
             if sys.stdout is not None:

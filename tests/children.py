@@ -1,8 +1,11 @@
 """Faults that would take the tests down with them happen in a child process: forked, so that torch is there already."""
 
 import ctypes
+import errno
 import os
+import platform
 import signal
+import struct
 import sys
 import traceback
 from collections.abc import Callable
@@ -87,6 +90,45 @@ def _mount(folder: Path, megabytes: int) -> None:
     Path("/proc/self/gid_map").write_text(f"0 {group} 1")
     _checked(_libc.mount(b"none", b"/", None, private | recursive, None))
     _checked(_libc.mount(b"none", bytes(folder), b"tmpfs", 0, f"size={megabytes}m".encode()))
+
+
+CALLS = {
+    "x86_64": (0xC000003E, {"write": 1, "fcntl": 72, "fsync": 74, "ftruncate": 77}),
+    "aarch64": (0xC00000B7, {"fcntl": 25, "ftruncate": 46, "write": 64, "fsync": 82}),
+}
+"""Linux's name of a processor for seccomp, and its numbers of system calls."""
+
+
+def fail_calls(name: str, code: int, *, argument: int | None = None, value: int = 0) -> None:
+    """From now on the kernel refuses that system call with the errno `code`, as a disk or a file system does; only
+    where an argument has that value, if one is named. It cannot be undone, so this is for children."""
+    architecture, numbers = CALLS[platform.machine()]
+    load, equal, answer, allow = 0x20, 0x15, 0x06, 0x7FFF0000
+    lines = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, allow)]
+    lines += [(load, 0, 0, 0), (equal, 1, 0, numbers[name]), (answer, 0, 0, allow)]
+    if argument is not None:
+        lines += [(load, 0, 0, 16 + 8 * argument), (equal, 1, 0, value), (answer, 0, 0, allow)]
+    lines += [(answer, 0, 0, 0x00050000 | code)]
+    program = b"".join(struct.pack("HBBI", *line) for line in lines)
+    buffer = ctypes.create_string_buffer(program)
+    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(lines), ctypes.addressof(buffer)))
+    no_new_privileges, seccomp, filtered = 38, 22, 2
+    _checked(_libc.prctl(no_new_privileges, 1, 0, 0, 0))
+    _checked(_libc.prctl(seccomp, filtered, header, 0, 0))
+
+
+def with_failing_calls(task: Callable[[], object], name: str, code: int, **where: int) -> int:
+    """`in_child` after `fail_calls`. Skips where the system has no such filters."""
+    if sys.platform != "linux" or platform.machine() not in CALLS:
+        pytest.skip("system calls are made to fail by Linux's seccomp, on x86-64 and arm64")
+    if in_child(lambda: fail_calls("ftruncate", errno.EIO)):
+        pytest.skip("seccomp is forbidden here")
+
+    def filtered() -> None:
+        fail_calls(name, code, **where)
+        task()
+
+    return in_child(filtered)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -53,6 +53,40 @@ def test_a_reader_who_has_gone_ends_a_program_without_a_word(number: int, tmp_pa
     os.close(writing)
 
 
+def test_streams_that_are_closed_lead_nowhere(tmp_path: Path) -> None:
+    """As with `>&-`: the next file to be opened must not get the number of one."""
+
+    def task() -> None:
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            os.close(number)
+            setattr(sys, name, None)
+        with quiet_end(), (tmp_path / "mine").open("w"):
+            os.write(1, b"of a library in C")
+            print("of another package")
+            say("of ours", error=True)
+
+    assert in_child(task) == 0
+    assert (tmp_path / "mine").read_bytes() == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_behind_what_is_printed_is_one_line(tmp_path: Path) -> None:
+    def task() -> None:
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, 1)
+        os.dup2(os.open(tmp_path / "err", os.O_WRONLY | os.O_CREAT), 2)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        with pytest.raises(SystemExit) as ended, quiet_end():
+            say("help")
+        assert ended.value.code == 2
+        os.dup2(full, 2)
+        say("an error that finds no room either", error=True)
+
+    assert in_child(task) == 0
+    assert (tmp_path / "err").read_text().startswith("error: stdout: No space left on device - ")
+
+
 def test_what_others_print_ends_as_quietly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def task() -> None:
         reading, writing = os.pipe()

@@ -34,6 +34,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from retina.cli import config_files  # noqa: F401  # bounds what Hydra reads
 from retina.cli.data import DataConfig
 from retina.cli.signals import StopRequest
 from retina.cli.words import as_typed, read_mapping, text_keys, unconverted, unknown, unreadable
@@ -322,7 +323,7 @@ def report(fault: Exception) -> None:
         return
     faults = fault.faults if isinstance(fault, RecordsError) else []
     lines = DataReport(faults=faults).lines() if len(faults) > 1 else []
-    say(*lines, *getattr(fault, "__notes__", ()))
+    say(*lines, *getattr(fault, "__notes__", ()), goes_on=True)
     code = f"[{fault.code}]" if isinstance(fault, RetinaError) and fault.code else ""
     say(f"error{code}: {fault}", error=True)
 

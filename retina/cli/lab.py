@@ -15,12 +15,17 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from retina.cli.main import check_name
-from retina.printing import say
+from retina.printing import quiet_end, say
 
 EXPERIMENTS = ("curves", "distribution", "ablate", "ladder", "anchors")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
+    with quiet_end():
+        _start(argv)
+
+
+def _start(argv: Sequence[str] | None) -> NoReturn:
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words else ""
     if name in ("-h", "--help"):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from retina.cli.compose import CONFIGS, Settings, compose, values_of
+from retina.cli.config_files import refuse_bomb
 from retina.cli.run_folder import WORDS, compare, read_settings
 from retina.engine.config import from_mapping
 from retina.errors import ConfigError
@@ -104,7 +105,8 @@ def read_study(name: str) -> tuple[str, Study]:
         problem = f"{name}: no such study - choose one of {known}, or give a YAML file"
         raise ConfigError(problem, code="no-such-option", key="study")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        refuse_bomb(file, content := file.read_bytes())
+        values = yaml.safe_load(content)
         study = from_mapping(Study, values, "study")
         rows = [from_mapping(Row, row, f"study.rows.{i}") for i, row in enumerate(study.rows)]
     except ConfigError as fault:

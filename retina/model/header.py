@@ -5,17 +5,27 @@ Nothing is built from a header that breaks it, so no value of a stranger costs m
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, get_type_hints
 
+import torch
 from torch import Tensor
+from torch.nn.modules import module
 
 from retina.errors import ConfigError, check
 from retina.model.retinanet import retinanet
+from retina.model.timm_backbone import PREFIX
 from retina.schema import check_type
 from retina.types import DTYPES
 
 LAST_STEP = 10**12
+MOST_LAYERS = 15_000
+"""Parameters, buffers and modules that are made to find out what a header implies; timm's largest networks have half as
+many."""
+MOST_BUFFERS = 1 << 30
+"""Bytes of buffers that a model may have and its file not hold, such as tables of positions."""
 _RESIZED = 1 << 13
 """Pixels of a side that images are resized to."""
 
@@ -143,8 +153,8 @@ def _is_finite(value: Any) -> bool:
 def check_sizes(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Raises ConfigError for the first setting of our own neck and head that contradicts the sizes of the tensors.
 
-    It bounds what building the model costs: no layer is made that the file has no tensor for. (The parts of other
-    packages are theirs to bound; ResNets have fixed sizes.)"""
+    It bounds what building the model costs: no layer is made that the file has no tensor for. ResNets have fixed sizes;
+    of parts of other packages see `model_on_meta`."""
     if "num_classes" not in arguments:
         raise ConfigError("is missing", code="other-model", key="num_classes")
     parameters = inspect.signature(retinanet).parameters.values()
@@ -173,6 +183,43 @@ def check_sizes(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> No
     for name, implied, present in numbers:
         if implied != present:
             raise ConfigError(f"implies {implied}, its tensors have {present}", code="other-model", key=name)
+
+
+def model_on_meta(arguments: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """Names and shapes of the tensors of a model with parts of timm or of plugins, made without memory for them; None
+    for a model of our own parts, and for one whose parts need values, which meta tensors have not.
+
+    Raises ConfigError for more layers than any detector has, and what `retinanet` raises."""
+    parts = [arguments.get(name) for name in ("backbone", "neck", "head")]
+    if not any(isinstance(part, Mapping) or str(part).startswith(PREFIX) for part in parts):
+        return None
+    try:
+        with torch.device("meta"), _few_layers():
+            model = retinanet(**arguments)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return None
+    state = model.state_dict()
+    buffers = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in state)
+    check(buffers <= MOST_BUFFERS, "buffers", buffers, f"give parts with at most {MOST_BUFFERS} bytes of them")
+    return state
+
+
+@contextmanager
+def _few_layers() -> Iterator[None]:
+    """Raises ConfigError for the parts of a model that this thread makes within the block, from a number on."""
+    thread, made = threading.get_ident(), 0
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += threading.get_ident() == thread
+        if made > MOST_LAYERS:
+            problem = f"implies more than {MOST_LAYERS} layers - take another copy of the file"
+            raise ConfigError(problem, code="other-model", key="model")
+
+    with ExitStack() as hooks:
+        for kind in ("parameter", "buffer", "module"):
+            hooks.callback(getattr(module, f"register_module_{kind}_registration_hook")(count).remove)
+        yield
 
 
 def _rows(state: Mapping[str, Tensor], name: str) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from retina.errors import CheckpointError, ConfigError, RetinaError
 from retina.files import write_whole
-from retina.model.header import check_header, check_sizes
+from retina.model.header import check_header, check_sizes, model_on_meta
 from retina.model.parts import missing_plugins
 from retina.model.retinanet import RetinaNet, retinanet
 from retina.schema import parse_json
@@ -111,7 +111,10 @@ def load_detector(file: Path, device: torch.device, *, plugins: Sequence[str] = 
             f"{file}: {fault}: weights of another architecture - take another copy of the file", code=fault.code
         ) from None
     try:
+        check_tensors(model_on_meta(arguments) or state, state, file)  # before anything costs memory
         model = retinanet(**arguments)
+    except CheckpointError:
+        raise
     except (TypeError, ValueError, RuntimeError, RetinaError) as fault:
         raise CheckpointError(f"{file}: header: {fault} - use the version that wrote it", code="bad-header") from None
     load_state(model, state, file)
@@ -178,8 +181,13 @@ def _bad_header(file: Path, problem: str) -> CheckpointError:
 
 def load_state(model: torch.nn.Module, state: dict[str, Tensor], file: Path) -> None:
     """Strict `load_state_dict` that fails with one line naming the first tensor that does not fit."""
-    expected = model.state_dict()
-    for key in expected | state:
+    check_tensors(model.state_dict(), state, file)
+    model.load_state_dict(state)
+
+
+def check_tensors(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], file: Path) -> None:
+    """Raises CheckpointError naming the first tensor of the `file` that is missing, unknown or of another shape."""
+    for key in {**expected, **state}:
         if key not in state:
             problem = f"lacks {key}"
         elif key not in expected:
@@ -190,4 +198,3 @@ def load_state(model: torch.nn.Module, state: dict[str, Tensor], file: Path) -> 
             continue
         fix = "weights of another architecture - use the model settings they were trained with"
         raise CheckpointError(f"{file}: {problem}: {fix}", code="other-model")
-    model.load_state_dict(state)

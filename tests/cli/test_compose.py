@@ -21,6 +21,7 @@ import retina.losses.boxes
 import retina.losses.detection
 from commands import one_line, refused_by_tool
 from faults import refused
+from reliability.hostile import laughs
 from retina.cli.build import build, call
 from retina.cli.compose import CONFIGS, compose, entry
 from retina.cli.data import DataConfig
@@ -232,6 +233,10 @@ def test_a_module_of_ones_own_can_be_allowed(monkeypatch: pytest.MonkeyPatch, tm
         ("name: a\nname: b", "name"),
         (f"name: {'[' * 3000}", ""),
         ("name: ${nowhere:1}", "nowhere"),
+        (laughs(), "aliases"),
+        (f"a: &a [{'x, ' * 110}x]\nb: [{'*a, ' * 100}*a]", "aliases"),
+        ("a: &a [x, *a]", "aliases"),
+        ("a: &a {b: 1, <<: [*a]}", ""),
     ],
 )
 def test_a_config_file_that_is_no_plain_yaml(text: str, part: str, tmp_path: Path) -> None:
@@ -441,9 +446,15 @@ def test_a_data_set_of_another_layout_is_answered_with_the_converter(
 
 def test_configs_of_ones_own(tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\nname: mine\ntrain: {length: 3ep}\n")
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [train, _self_]\nname: &name mine\nruns: *name\ntrain: {length: 3ep}\n"
+    )
     experiment = "# @package _global_\ndefaults: [/experiment/smoke, _self_]\nname: own\n"
     (tmp_path / "experiment" / "own.yaml").write_text(experiment)
+    (tmp_path / "bomb.yaml").write_text(laughs())
+    for words in (["--config-dir", tmp_path], ["--config-path", tmp_path]):
+        assert tool("train", *words, "-cn", "bomb") == 2
+        refused_by_tool(capsys, "wrong-value", tmp_path / "bomb.yaml", "aliases")
     for words in (["--config-dir", tmp_path], [f"hydra.searchpath=[file://{tmp_path}]"]):
         assert tool("train", *words, "experiment=own", "--cfg", "job") == 0
         assert "name: own\n" in capsys.readouterr().out

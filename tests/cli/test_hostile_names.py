@@ -82,16 +82,26 @@ def test_convert(place: Path) -> None:
     assert f"val {SHOWN}.txt" in text
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--cfg", "job"], ["-m", "checkpoint=a,b", "--unknown=caf\u00e9\x1b"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tools/eval.py", "--help"],
+        ["tools/eval.py", "--cfg", "job"],
+        ["tools/eval.py", "-m", "checkpoint=a,b", "--unknown=caf\u00e9\x1b"],
+        ["tools/lab.py", "--help"],
+        ["-m", "retina", "--help"],
+    ],
+)
 def test_a_pipe_that_nobody_reads_ends_every_program_without_a_word(
     words: list[str], start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    """As `... | head` does; the last one is refused before."""
-    with start(ROOT / "tools" / "eval.py", *words, cwd=tmp_path) as process:
+    """As `... | head` does; one of them is refused before."""
+    first = words[0] if words[0] == "-m" else ROOT / words[0]
+    with start(first, *words[1:], cwd=tmp_path) as process:
         assert process.stdout
         assert process.stderr
         process.stdout.close()
         err = process.stderr.read()
-    refused = words[0] == "-m"
+    refused = words[1] == "-m"
     assert process.returncode in ((2,) if refused else (0, 141))  # argparse takes no notice
     assert re.fullmatch(r"error: .*\\x1b.*\n" if refused else "", err)

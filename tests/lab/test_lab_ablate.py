@@ -15,6 +15,7 @@ import yaml
 
 from commands import Capture, Tool, one_line
 from faults import refused
+from reliability.hostile import laughs
 from retina.cli import train
 from retina.cli.compose import compose
 from retina.data.shapes import write_shapes
@@ -347,3 +348,9 @@ def test_records_that_are_damaged_are_named(place: Path, damaged: str) -> None:
     (job.folder / "metrics.jsonl").write_text(f"{damaged}\n")
     with refused("damaged-records", job.folder / "metrics.jsonl"):
         measure([Line(label="x", row="x", jobs=[job], published={})])
+
+
+def test_a_study_of_many_aliases_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "bomb.yaml").write_text(laughs())
+    with refused("unreadable-file", tmp_path / "bomb.yaml", "aliases"):
+        read_study(str(tmp_path / "bomb.yaml"))

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from altered import change, paths
+from children import in_child
 from faults import refused
 from retina.errors import RetinaError
 from retina.inference import Detector
@@ -215,6 +216,43 @@ def test_sizes_are_compared_with_the_tensors_before_anything_is_built(
     named = {"box_bins": "box_bins", "anchor_scales": "anchors"}.get(key, key)
     with refused("other-model", tmp_path / "w", named):
         Detector.load(tmp_path / "w", device="cpu")
+
+
+class Deep(Stub):
+    """A backbone of as many layers as it is told."""
+
+    def __init__(self, last_level: int, depth: int = 0, table: int = 0) -> None:
+        super().__init__(last_level)
+        self.layers = nn.ModuleList(nn.Identity() for _ in range(depth))
+        self.register_buffer("table", torch.zeros(table), persistent=False)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "code", "named"),
+    [
+        ("timm:convnextv2_huge", "other-model", "backbone."),
+        ({"_target_": f"{__name__}.Stub", "width": 2**40}, "other-model", "backbone.conv.weight"),
+        ({"_target_": f"{__name__}.Stub", "width": -1}, "bad-header", ""),
+        ({"_target_": f"{__name__}.Deep", "depth": 10**12}, "bad-header", "layers"),
+        ({"_target_": f"{__name__}.Deep", "table": 2**40}, "bad-header", "buffers"),
+    ],
+)
+def test_parts_of_other_packages_are_sized_up_without_memory(
+    tmp_path: Path, backbone: Any, code: str, named: str
+) -> None:
+    if isinstance(backbone, str):
+        pytest.importorskip("timm")
+    tensors, values = make_weights({"_target_": f"{__name__}.Deep"})
+    write(tmp_path / "w", tensors, values | {"model": values["model"] | {"backbone": backbone}})
+
+    def task() -> None:
+        torch.zeros(1)
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 30), size + (1 << 30)))
+        with refused(code, tmp_path / "w", named):
+            Detector.load(tmp_path / "w", device="cpu", plugins=[__name__])
+
+    assert in_child(task) == 0
 
 
 @pytest.mark.parametrize("text", ['"step": NaN', '"step": Infinity', '"step": 1, "step": 1'])
