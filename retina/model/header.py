@@ -8,13 +8,14 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.nn.modules import module
 
-from retina.errors import ConfigError, check
+from retina.errors import CheckpointError, ConfigError, check
 from retina.model.retinanet import retinanet
 from retina.model.timm_backbone import PREFIX
 from retina.schema import check_type
@@ -202,6 +203,21 @@ def model_on_meta(arguments: Mapping[str, Any]) -> dict[str, Tensor] | None:
     buffers = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in state)
     check(buffers <= MOST_BUFFERS, "buffers", buffers, f"give parts with at most {MOST_BUFFERS} bytes of them")
     return state
+
+
+def check_tensors(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], file: Path) -> None:
+    """Raises CheckpointError naming the first tensor of the `file` that is missing, unknown or of another shape."""
+    for key in {**expected, **state}:
+        if key not in state:
+            problem = f"lacks {key}"
+        elif key not in expected:
+            problem = f"has an unknown {key}"
+        elif expected[key].shape != state[key].shape:
+            problem = f"{key} is {list(state[key].shape)}, the model needs {list(expected[key].shape)}"
+        else:
+            continue
+        fix = "weights of another architecture - use the model settings they were trained with"
+        raise CheckpointError(f"{file}: {problem}: {fix}", code="other-model")
 
 
 @contextmanager

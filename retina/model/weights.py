@@ -20,7 +20,7 @@ from torch import Tensor
 
 from retina.errors import CheckpointError, ConfigError, RetinaError
 from retina.files import write_whole
-from retina.model.header import check_header, check_sizes, model_on_meta
+from retina.model.header import check_header, check_sizes, check_tensors, model_on_meta
 from retina.model.parts import missing_plugins
 from retina.model.retinanet import RetinaNet, retinanet
 from retina.schema import parse_json
@@ -183,18 +183,3 @@ def load_state(model: torch.nn.Module, state: dict[str, Tensor], file: Path) -> 
     """Strict `load_state_dict` that fails with one line naming the first tensor that does not fit."""
     check_tensors(model.state_dict(), state, file)
     model.load_state_dict(state)
-
-
-def check_tensors(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], file: Path) -> None:
-    """Raises CheckpointError naming the first tensor of the `file` that is missing, unknown or of another shape."""
-    for key in {**expected, **state}:
-        if key not in state:
-            problem = f"lacks {key}"
-        elif key not in expected:
-            problem = f"has an unknown {key}"
-        elif expected[key].shape != state[key].shape:
-            problem = f"{key} is {list(state[key].shape)}, the model needs {list(expected[key].shape)}"
-        else:
-            continue
-        fix = "weights of another architecture - use the model settings they were trained with"
-        raise CheckpointError(f"{file}: {problem}: {fix}", code="other-model")
