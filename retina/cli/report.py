@@ -81,13 +81,15 @@ def describe_end(folder: Path, state: TrainState, stopped: int) -> list[str]:
         lines.append(f"stopped early: {metric} has not risen in {without} evaluations (train.patience)")
     if progress.evaluated and progress.best is None:
         lines.append(f"warning: {metric} never had a value, so best.safetensors holds the last weights")
+    # a run with a budget has no length that could be raised
+    goes_on = "" if progress.total else f"the same command with a larger {longer} goes on from here; "
     since = f" and no better in {without} evaluations since" if without else ""
     best = "" if progress.best is None else f", best {metric} {progress.best:.3f} at step {progress.best_step}{since}"
     return [
         *lines,
         *describe_operating_point(folder / "best.safetensors"),
         f"finished at step {progress.step}{best}: {folder / 'best.safetensors'}",
-        f"longer: the same command with a larger {longer} goes on from here; name=NEW init_from={folder} begins anew",
+        f"longer: {goes_on}name=NEW init_from={folder} begins anew",
         f"next: python tools/eval.py checkpoint={folder}   |   curves: {folder / 'curves.png'}",
     ]
 

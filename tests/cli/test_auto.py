@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from retina.cli.assemble import assemble
 from retina.cli.auto import Command, planned, remembered
 from retina.cli.compose import compose
+from retina.cli.report import describe_end
 from retina.cli.run_folder import write_settings
 from retina.cli.train import added_words
 from retina.data.coco import read_coco
 from retina.data.shapes import write_shapes
+from retina.engine.checkpointer import TrainState
 from retina.engine.logging import RunLogger
 
 Capture = pytest.CaptureFixture[str]
@@ -144,3 +146,11 @@ def test_budgets_that_cannot_be_kept_are_refused(
     err = capsys.readouterr().err
     assert err.startswith(f"error[{code}]: budget")
     assert err.count("\n") == 1
+
+
+def test_only_a_run_whose_length_can_be_raised_is_told_to_raise_it() -> None:
+    model = torch.nn.Conv2d(1, 1, 1)
+    state = TrainState(model, torch.optim.SGD(model.parameters()))
+    assert any("train.length" in line for line in describe_end(Path("run"), state, 0))
+    state.progress.total = 100  # of a budget, beside which a length is refused
+    assert not any("train.length" in line for line in describe_end(Path("run"), state, 0))
