@@ -16,6 +16,8 @@ from retina.engine.logging import RunLogger
 T = TypeVar("T")
 KEPT = 0.02
 """Share of the budget for the last checkpoint and the curves."""
+MEMORY = 0.75
+"""What a measured step still counts when the next ones are measured: other work on a machine comes and goes."""
 TELLING = 5
 """Steps below which a measurement says nothing: the first ones are slow."""
 
@@ -64,13 +66,13 @@ class Deadline:
 
     def corrected(self, progress: Progress, eval_every: int | None, ends: bool = False) -> int:
         """The number of steps in all with which the run ends on time, at least one more; the same on all ranks. It and
-        the time that was taken are written into the progress. A step counts half as much for each time it is asked.
+        the time that was taken are written into the progress. Earlier steps count less each time.
 
         ends: only the time is written, because the run stops or is over."""
         now = self._clock()
         seconds, steps = now - self._since - self._evaluating, progress.step - self._step
         self._since, self._step, self._evaluating = now, progress.step, 0.0
-        self._seconds, self._steps = 0.5 * self._seconds + seconds, 0.5 * self._steps + steps
+        self._seconds, self._steps = MEMORY * self._seconds + seconds, MEMORY * self._steps + steps
         self._measured += steps
         before = progress.total or progress.step
         used = now - self._started
