@@ -4,7 +4,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -187,20 +186,18 @@ def test_a_second_process_is_refused_and_told_who_is_first(tmp_path: Path) -> No
         for overwrite in (False, True):
             with refused("in-use", f"process {first.pid} on {socket.gethostname()}", kind=ConfigError):
                 open_run(tmp_path / "x", CONFIG, overwrite=overwrite, patience=0.0)
-        began = time.monotonic()
         os.kill(first.pid, signal.SIGKILL)  # however it ends
-        open_run(tmp_path / "x", CONFIG, overwrite=False)
-        assert time.monotonic() - began < 4
+        open_run(tmp_path / "x", CONFIG, overwrite=False, patience=100.0)  # its child lives on
     status = in_child(lambda: open_run(tmp_path / "x", CONFIG, overwrite=False, patience=0.0))
     assert status == 1, "now the lock is ours, and no child's"
 
 
 def hold(folder: str) -> None:
-    """What the first process does: it has children, as loaders do, that outlive it."""
+    """What the first process does: it has children, as loaders do, that outlive it, here until the test is over."""
     open_run(Path(folder), CONFIG, overwrite=False)
     if os.fork() == 0:
         os.close(1)
-        time.sleep(5)
+        sys.stdin.read()
         os._exit(0)
     print("open", flush=True)
     sys.stdin.read()

@@ -16,7 +16,9 @@ from retina.cli.signals import SIGNALS, StopRequest
 # A mutex that is locked twice: the main thread waits in C, where no Python handler runs and no signal wakes it.
 STUCK = """
 import ctypes, sys
+from retina.cli import signals
 from retina.cli.signals import StopRequest
+signals.FORWARDED_WITHIN = WITHIN
 mutex = ctypes.create_string_buffer(256)
 with StopRequest(QUITS) as request:
     print("ready", flush=True)
@@ -25,7 +27,7 @@ with StopRequest(QUITS) as request:
 """
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 200.0) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
@@ -33,7 +35,9 @@ def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
 
 
 @contextmanager
-def child(code: str) -> Iterator[subprocess.Popen[str]]:
+def child(quits: str = "", within: float = 1.0) -> Iterator[subprocess.Popen[str]]:
+    """Stuck; what `StopRequest` is given, and the seconds within which a second signal is the first one again."""
+    code = STUCK.replace("QUITS", quits).replace("= WITHIN", f"= {within}")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     try:
@@ -69,21 +73,27 @@ def test_other_signals_with_a_handler_are_no_request() -> None:
 
 
 def test_a_second_interrupt_quits_though_the_process_waits_in_c() -> None:
-    with child(STUCK.replace("QUITS", "")) as process:
+    with child(within=0.0) as process:
         process.send_signal(signal.SIGINT)
-        time.sleep(0.25)
-        process.send_signal(signal.SIGINT)  # the launcher's copy of the same Ctrl-C
-        time.sleep(1.25)
+        while process.poll() is None:
+            time.sleep(0.2)  # two that wait to be delivered would be one
+            process.send_signal(signal.SIGINT)
+        assert process.returncode == 130
+
+
+def test_the_launcher_s_copy_of_the_same_interrupt_does_not_quit() -> None:
+    with child(within=1000.0) as process:
+        for _ in range(4):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
         assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 130
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_quits_where_there_is_nothing_to_save(number: signal.Signals) -> None:
-    with child(STUCK.replace("QUITS", "lambda: True")) as process:
+    with child("lambda: True") as process:
         process.send_signal(number)
-        assert process.wait(timeout=20) == 128 + number
+        assert process.wait(timeout=200) == 128 + number
 
 
 def test_a_signal_to_a_forked_process_is_none_to_its_parent() -> None:

@@ -348,8 +348,12 @@ def test_folders_are_listed_again_only_if_something_was_put_there(tmp_path: Path
         assert in_child(child) == 0
         return set((tmp_path / "seen").read_text().split()) & set(folders)
 
+    for folder in folders:
+        os.utime(folder, (time.time() + 1000,) * 2)
     read(file)
     assert listed() == set(folders), "too young to be sure"
+    for folder in folders:
+        os.utime(folder)
     time.sleep(2.1)
     shutil.rmtree(cache)
     read(file)

@@ -131,7 +131,9 @@ def test_folders_without_links_need_no_look_at_names(folder: Path) -> None:
 def test_a_folder_has_another_stamp_once_something_was_put_there(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "a.jpg").touch()
+    os.utime(tmp_path / "old", (time.time() + 1000,) * 2)
     assert folder_stamps(tmp_path, ["old", "none"]) == {}, "too young to be sure"
+    os.utime(tmp_path / "old")
     time.sleep(2.1)
     stamps = folder_stamps(tmp_path, ["old", "none"])
     assert list(stamps) == ["old"]

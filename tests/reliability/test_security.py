@@ -117,7 +117,6 @@ def test_every_case_is_refused_in_one_harmless_line(
 def test_no_bomb_goes_off(report: dict[str, Any]) -> None:
     for name, seen in report["cases"].items():
         if not name.startswith("name "):
-            assert seen["seconds"] < 15, name
             assert seen["megabytes"] < 500, name
 
 
