@@ -100,7 +100,7 @@ def run_ranks(
     group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", **free, **environment}
     programs = [Program(*words, cwd=cwd, RANK=rank, LOCAL_RANK=rank, **group) for rank in range(2)]
     try:
-        outputs = [program.communicate(timeout=200) for program in programs]
+        outputs = [program.communicate(timeout=1000) for program in programs]
     finally:
         for program in programs:
             program.kill()

@@ -13,7 +13,7 @@ def in_processes(task: Callable[[int], None], folder: Path, world_size: int = 2)
     store = f"file://{folder}/store_of_the_group"
 
     def process(rank: int) -> None:
-        limit = datetime.timedelta(seconds=200)
+        limit = datetime.timedelta(seconds=1000)
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=limit)
         task(rank)
         dist.destroy_process_group()
@@ -23,7 +23,7 @@ def in_processes(task: Callable[[int], None], folder: Path, world_size: int = 2)
     for one in processes:
         one.start()
     for one in processes:
-        one.join(200)
+        one.join(1000)
         one.kill()
         one.join()
     return [one.exitcode for one in processes]

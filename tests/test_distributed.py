@@ -139,7 +139,7 @@ def test_a_process_says_whom_it_waits_for_and_a_signal_ends_it(number: signal.Si
         line = told.readline()
     assert line.startswith(f"rank 0: waiting for rank 1 at 127.0.0.1:{place['MASTER_PORT']}"), line
     os.kill(process.pid or 0, number)
-    process.join(200)
+    process.join(1000)
     code = process.exitcode
     process.kill()
     assert code == -number

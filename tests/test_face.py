@@ -40,7 +40,7 @@ def test_type_checkers_know_every_name(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     options = ["--follow-imports=silent", "--disable-error-code=name-defined", "--no-implicit-reexport"]
     command = [sys.executable, "-m", "mypy", *options, f"--cache-dir={root / '.mypy_cache'}", str(tmp_path / "uses.py")]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=1000)
     revealed = [line for line in done.stdout.splitlines() if "Revealed type" in line]
     assert len(revealed) == len(retina.__all__), done.stdout
     assert not [line for line in revealed if '"Any"' in line or "object" in line]

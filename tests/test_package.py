@@ -14,8 +14,6 @@ import yaml
 ROOT = Path(__file__).parents[1]
 TINY = ("train.length=1", "train.eval_every=1", "train.pictures=0", "train.device=cpu")
 
-pytestmark = pytest.mark.timeout(900)  # several commands in a row, on a machine that may be busy
-
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -48,7 +46,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Command:
 
     def run(program: str, *words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
         command = [str(environment / "bin" / program), *map(str, words)]
-        done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=1000)
         assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
         return done
 

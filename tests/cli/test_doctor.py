@@ -141,6 +141,6 @@ def test_as_a_program(data: Path) -> None:
     (data / "val" / "000001.jpg").unlink()
     tool = Path(__file__).parents[2] / "tools" / "doctor.py"
     process = Program(tool, "data=coco", f"data.root={data}", cwd=data.parent)
-    out, err = process.communicate(timeout=280)
+    out, err = process.communicate(timeout=1000)
     assert (process.returncode, err) == (2, "")
     assert "image 2 (000001.jpg): no such image in " in out

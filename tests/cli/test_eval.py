@@ -428,7 +428,7 @@ def test_two_processes_tell_of_all_the_bad_images(
     for process in processes:
         process.start()
     for process in processes:
-        process.join(250)
+        process.join(1000)
     assert [process.exitcode for process in processes] == [3, 3]
     lines = (run.parent / "0.txt").read_text().splitlines()
     skipped = [line for line in lines if line.startswith("skipped: ")]

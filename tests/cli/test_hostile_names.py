@@ -47,7 +47,7 @@ def place(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def said(name: str, *words: str, place: Path, code: int = 0) -> str:
     program = Program(ROOT / "tools" / f"{name}.py", *words, cwd=place, PYTHONIOENCODING="ascii", COLUMNS=200)
-    out, err = program.communicate(timeout=280)
+    out, err = program.communicate(timeout=1000)
     assert program.returncode == code, err
     assert "Traceback" not in err
     assert set(out + err) <= PRINTED

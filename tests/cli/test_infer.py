@@ -248,7 +248,7 @@ def test_exactly_the_bad_files_are_told(
     os.mkfifo(source / bad[3])
     Image.new("RGB", (400, 300)).save(source / bad[4])
     words = [f"checkpoint={trained_run}", f"source={source}", f"output={output}", "pictures=false", "max_pixels=99999"]
-    signal.alarm(200)  # a pipe would block for ever
+    signal.alarm(1000)  # a pipe would block for ever
     assert tool("infer", *words) == 3
     signal.alarm(0)
     out, err = capsys.readouterr()
@@ -326,7 +326,7 @@ class Runs:
     def finish(self, output: Path, *words: str) -> dict[str, str]:
         """What lies in the output in the end."""
         process = self.start(output, *words)
-        process.join(250)
+        process.join(1000)
         assert process.exitcode == 3
         return digest(output)
 

@@ -32,7 +32,7 @@ for command in {commands!r}:
         print(json.dumps([command[0], ended.code, [name for name in heavy if name in sys.modules]]), file=sys.stderr)
 """
     process = start("-c", script, cwd=tmp_path)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=1000)
     outcomes = [json.loads(line) for line in err.splitlines() if line.startswith("[")]
     curves = ["matplotlib.figure"]  # draws curves.png when it ends
     assert outcomes == [["infer", 0, []], ["eval", 0, []], ["train", 0, curves]], out + err

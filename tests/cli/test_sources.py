@@ -17,7 +17,7 @@ from retina.errors import ConfigError, DataError
 @pytest.fixture(autouse=True)
 def seconds() -> Iterator[None]:
     """Nothing here may block or walk for ever."""
-    signal.alarm(200)
+    signal.alarm(1000)
     yield
     signal.alarm(0)
 

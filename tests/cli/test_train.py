@@ -28,7 +28,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [str(ROOT / "tools/train.py"), *arguments]
     program = Program(*command, cwd=folder, **ENVIRONMENT)
-    out, err = program.communicate(timeout=280)
+    out, err = program.communicate(timeout=1000)
     return subprocess.CompletedProcess(command, program.returncode or 0, out, err)
 
 
@@ -41,7 +41,7 @@ def run_torchrun(*arguments: str, folder: Path) -> subprocess.CompletedProcess[s
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(ROOT / "tools/train.py"), *arguments]
     settings = os.environ | ENVIRONMENT
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=settings, timeout=280)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=settings, timeout=1000)
 
 
 @pytest.fixture(scope="module")

@@ -500,7 +500,7 @@ def test_a_worker_that_is_killed_is_one_line_where_batches_are_taken(annotations
     assert signal.getsignal(signal.SIGCHLD) is before
     with refused("dead-worker", "num_workers: 2", killed, "signal 9"):
         list(batches)
-    assert is_gone(other, within=100)
+    assert is_gone(other, within=1000)
 
 
 def test_a_worker_that_was_killed_between_epochs(annotations, monkeypatch):
@@ -564,17 +564,17 @@ def test_workers_end_when_the_main_process_is_killed(annotations):
         loader = make_loader(CocoDetection(annotations, make_pipeline(), seed=3), num_workers=2, total_batch=1)
         next(iter(loader))
         theirs.send(workers_of(loader))
-        time.sleep(1000)
+        time.sleep(3000)
 
     process = fork.Process(target=train)
     process.start()
-    assert ours.poll(200)
+    assert ours.poll(1000)
     workers = ours.recv()
     assert len(workers) == 2
     assert not any(is_gone(worker, within=0.1) for worker in workers)
     process.kill()
     process.join()
-    assert all(is_gone(worker, within=100) for worker in workers)
+    assert all(is_gone(worker, within=1000) for worker in workers)
 
 
 class Freeze(Transform):
@@ -595,7 +595,7 @@ def test_a_worker_that_hangs_is_not_waited_for_without_end(annotations):
     (worker,) = workers_of(loader)
     with refused("data-timeout", "data.timeout: 0.5", annotations.path(first)):
         next(begun)
-    assert is_gone(worker, within=100)
+    assert is_gone(worker, within=1000)
 
 
 @pytest.mark.parametrize("batches_before", [0, 3])
@@ -613,7 +613,7 @@ def test_a_signal_is_heeded_though_a_worker_hangs(annotations, batches_before):
     with pytest.raises(StoppedError) as caught:
         list(batches)
     assert caught.value.signal == signal.SIGTERM
-    assert is_gone(worker, within=100)
+    assert is_gone(worker, within=1000)
 
 
 def test_a_worker_that_hangs_between_epochs(annotations):
@@ -637,7 +637,7 @@ def test_a_process_ends_though_it_has_workers(annotations):
 
     process = multiprocessing.get_context("fork").Process(target=train)
     process.start()
-    process.join(200)
+    process.join(1000)
     try:
         assert process.exitcode == 0
     finally:

@@ -14,6 +14,6 @@ def test_a_flag_is_seen_by_forked_processes_both_ways() -> None:
     process = context.Process(target=look)
     process.start()
     seen.set()
-    process.join(timeout=200)
+    process.join(timeout=1000)
     assert process.exitcode == 0
     assert answer.is_set()

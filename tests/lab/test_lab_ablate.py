@@ -298,7 +298,6 @@ TINY = (
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_study_goes_on(
     how: signal.Signals, start: Callable[..., "subprocess.Popen[str]"], place: Path, tool: Tool, capsys: Capture
@@ -308,7 +307,7 @@ def test_a_killed_study_goes_on(
         "title: Two\nrows: [{label: one, set: []}, {label: two, set: [train.clip_norm=1.0]}]\n"
     )
     one, two = (place / "runs" / "lab" / "two-shapes" / f"{row}-seed0" for row in ("one", "two"))
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 1000
     with start(Path(__file__).parents[2] / "tools" / "lab.py", *TINY, cwd=place) as study:
         while not (two / "checkpoints" / "step_00000002").is_dir():
             assert time.monotonic() < deadline

@@ -622,7 +622,7 @@ def test_the_default_criterion_compiles_into_one_graph():
 
 def compile_in_a_process(*names: str) -> None:
     program = Program(__file__, *names, cwd=Path(__file__).parent)
-    _, err = program.communicate(timeout=200)
+    _, err = program.communicate(timeout=1000)
     assert program.returncode == 0, err
 
 

@@ -211,7 +211,7 @@ COMPILED = {
 def test_compiles_once_per_canvas_and_mode(kind: str) -> None:
     """In a process of its own: here, every function is wrapped in type checks that a compiler cannot trace."""
     program = Program(__file__, kind, cwd=Path(__file__).parent)
-    _, err = program.communicate(timeout=280)
+    _, err = program.communicate(timeout=1000)
     assert program.returncode == 0, err
 
 

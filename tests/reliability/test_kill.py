@@ -11,10 +11,7 @@ from chaos.processes import loader_workers, ranks_change
 from chaos.runs import write_data
 from programs import Program
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="processes are found by Linux's /proc"),
-    pytest.mark.timeout(900),  # many starts of a program, on a machine that may be busy
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found by Linux's /proc")
 
 
 @pytest.fixture(autouse=True)

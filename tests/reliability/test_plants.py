@@ -249,7 +249,7 @@ def impatient() -> Iterator[None]:
         pytest.fail("hangs")  # no Exception, which a run takes for a tracker's
 
     previous = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(200)
+    signal.alarm(1000)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, previous)

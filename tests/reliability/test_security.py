@@ -43,7 +43,7 @@ def report(folder: Path) -> dict[str, Any]:
     environment = {key: value for key, value in os.environ.items() if key != "NO_ALBUMENTATIONS_UPDATE"}
     environment |= {"HOME": str(own), "TMPDIR": str(own / "tmp"), "OMP_NUM_THREADS": "1", "LEAK": "leaked"}
     command = [*isolated(), sys.executable, str(WATCHED), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "report.json").read_text())
 

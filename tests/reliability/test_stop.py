@@ -12,10 +12,7 @@ from chaos.runs import Life, command, saved_step, send, wait_for, write_data
 from chaos.signals import Trial, second_interrupt, signals_stop, steps_said
 from programs import Program
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="processes are found by Linux's /proc"),
-    pytest.mark.timeout(900),  # many starts of a program, on a machine that may be busy
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found by Linux's /proc")
 
 
 @pytest.fixture(autouse=True)

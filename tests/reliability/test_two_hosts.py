@@ -8,10 +8,7 @@ import pytest
 from chaos.hosts import hosts_fail, why_not
 from chaos.runs import write_data
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are Linux's"),
-    pytest.mark.timeout(900),  # many starts of a program, on a machine that may be busy
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are Linux's")
 
 
 @pytest.mark.slow
