@@ -55,7 +55,7 @@ def quiet_end() -> Iterator[None]:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
             if getattr(sys, name) is None:
-                setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+                setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115  # for good
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # what tests and notebooks have instead
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
