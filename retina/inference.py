@@ -12,9 +12,10 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor, nn
 
+from retina.data.channels import LIKE_RGB
 from retina.data.images import MAX_PIXELS, read_reduced
 from retina.data.loader import Canvas, collate
-from retina.data.pixels import FULL, PixelFormat
+from retina.data.pixels import FULL, PixelFormat, as_grey
 from retina.data.transforms import Sample, eval_pipeline
 from retina.detections import count_non_finite, postprocess, refuse_non_finite, to_original
 from retina.distributed import choose_device
@@ -26,7 +27,7 @@ from retina.model.weights import DetectorCard, load_detector
 from retina.types import DTYPES, Batch, Detections, Predictions, to_device
 
 ImageLike = str | Path | np.ndarray | Image.Image | Tensor | Sample
-"""A path, a uint8 array [H W 3], a PIL image, a uint8 tensor [3 H W], or what `Detector.read` makes of these."""
+"""A path, a uint8 array [H W C], a PIL image, a uint8 tensor [C H W], or what `Detector.read` makes of these."""
 
 
 class Detector:
@@ -54,7 +55,8 @@ class Detector:
             if isinstance(layer, nn.Conv2d):
                 layer.to(self.dtype)  # once; autocast would convert the weights for every level of every batch
         self.canvas = Canvas(card.preprocessing["pad_multiple"], tuple(card.preprocessing["pad_value"]))
-        self.pixels = PixelFormat(tuple(card.preprocessing.get("value_range") or FULL))
+        value_range = card.preprocessing.get("value_range") or FULL
+        self.pixels = PixelFormat(tuple(value_range), channels=len(self.canvas.pad_value))
         """How values of image files are read."""
         self._resize = eval_pipeline(card.preprocessing["short_side"], card.preprocessing["long_side"])
 
@@ -97,9 +99,9 @@ class Detector:
     ) -> list[Detections]:
         """Detections of each image, on the CPU, best first, boxes xyxy in the image's own pixels.
 
-        images: paths, uint8 arrays [H W 3], PIL images or uint8 tensors [3 H W], all RGB, in any iterable; kinds and
-            sizes may differ. A single image gives a list of one. Boxes of a file are in pixels of the image after its
-            EXIF rotation; the rotation of a PIL image is not applied.
+        images: paths, uint8 arrays [H W C], PIL images or uint8 tensors [C H W], in any iterable; kinds and sizes may
+            differ. All are RGB, unless the detector was trained on other channels. A single image gives a list of one.
+            Boxes of a file are in pixels of the image after its EXIF rotation; that of a PIL image is not applied.
         score_threshold: None takes that of each class at the operating point of the weights (`thresholds`), or, where
             they have none, what the detector was evaluated with (0.05 unless it was trained with another).
         batch_size: images per forward, and in memory. Detections do not depend on it, except by rounding.
@@ -136,7 +138,7 @@ class Detector:
             reading: Any = {"max_pixels": max_pixels, "pixels": self.pixels}
             array, size = read_reduced(Path(image).expanduser(), self._resize.least_size, **reading)
         else:
-            array = as_array(image)
+            array = as_array(image, self.pixels.channels)
             size = array.shape[0], array.shape[1]
         boxes, labels, crowd = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool)
         return Sample(array, boxes, labels, crowd, index=0, original_size=size, size=size)
@@ -182,15 +184,15 @@ def check_postprocess(options: Mapping[str, Any]) -> None:
     postprocess(empty, torch.ones(1, 2, dtype=torch.int64), **options)
 
 
-def as_array(image: object) -> UInt8[np.ndarray, "H W 3"]:
-    """Any `ImageLike` except a path as a uint8 RGB array. Raises TypeError for anything else."""
+def as_array(image: object, channels: int = 3) -> UInt8[np.ndarray, "H W C"]:
+    """Any `ImageLike` except a path as a uint8 array of so many channels. Raises TypeError for anything else."""
     if isinstance(image, Image.Image) and image.mode[0] not in "IF":  # 16 and 32 bits: PIL's conversion would saturate
-        return np.array(image.convert("RGB"))
+        image = np.array(image if channels not in LIKE_RGB else image.convert("RGB"))
+        image = as_grey(image) if channels == 1 else image
     array = image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) and image.ndim == 3 else image
-    if isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.shape[2:] == (3,) and array.size:
+    if isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.shape[2:] == (channels,) and array.size:
         return np.ascontiguousarray(array)
     known = f" {image.dtype} {list(image.shape)}" if isinstance(image, (np.ndarray, Tensor)) else ""
-    raise TypeError(
-        f"{type(image).__name__}{known} is no image: give a path, a uint8 array [H W 3], an 8-bit PIL image or a uint8 "
-        "tensor [3 H W], in RGB"
-    )
+    expected = f"a uint8 array [H W {channels}], an 8-bit PIL image or a uint8 tensor [{channels} H W]"
+    expected += ", in RGB" if channels == 3 else ""
+    raise TypeError(f"{type(image).__name__}{known} is no image: give a path, {expected}")

@@ -33,7 +33,7 @@ class Targets(NamedTuple):
 class Batch(NamedTuple):
     """What a loader yields: images on one canvas, their content at the top left."""
 
-    images: UInt8[Tensor, "B 3 H W"]
+    images: UInt8[Tensor, "B C H W"]
     sizes: Int64[Tensor, "B 2"]
     """(height, width) of the content inside the canvas; the rest is padding."""
     targets: Targets

@@ -33,7 +33,7 @@ def class_colour(label: int) -> Colour:
 
 
 def draw_boxes(
-    image: UInt8[np.ndarray, "H W 3"],
+    image: UInt8[np.ndarray, "H W C"],
     boxes: Float[np.ndarray, "M 4"],
     labels: Int[np.ndarray, "M"],
     classes: Sequence[str],
@@ -42,12 +42,14 @@ def draw_boxes(
     crowd: Bool[np.ndarray, "M"] | None = None,
     scale: float | None = None,
 ) -> UInt8[np.ndarray, "H2 W2 3"]:
-    """A copy of the image with boxes (xyxy in its pixels) and their class names, and scores as "0.87" where given.
+    """A copy of the image with boxes (xyxy in its pixels) and their class names, and scores as "0.87" where given. Of
+    other than RGB images the first three channels are shown, or the first.
 
     Crowd regions are dashed and light grey. Higher scores lie over lower ones. Lines and text grow with the image.
 
     scale: the copy is so many times as large. None enlarges an image whose longer side is under 768 px to that."""
     scale = max(1.0, LONG_SIDE / max(image.shape[:2])) if scale is None else scale
+    image = image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
     picture = Image.fromarray(np.ascontiguousarray(image))
     if scale != 1:
         size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
@@ -86,7 +88,7 @@ def draw_boxes(
 
 
 def draw_detections(
-    image: UInt8[np.ndarray, "H W 3"], detections: Detections, classes: Sequence[str], *, score_threshold: Limits = 0.3
+    image: UInt8[np.ndarray, "H W C"], detections: Detections, classes: Sequence[str], *, score_threshold: Limits = 0.3
 ) -> UInt8[np.ndarray, "H2 W2 3"]:
     """`draw_boxes` of the detections with score >= threshold; their boxes are in pixels of this image."""
     boxes, scores, labels = (values.detach().cpu().numpy() for values in detections)
@@ -95,7 +97,7 @@ def draw_detections(
 
 
 def side_by_side(
-    image: UInt8[np.ndarray, "H W 3"],
+    image: UInt8[np.ndarray, "H W C"],
     boxes: Float[np.ndarray, "M 4"],
     labels: Int[np.ndarray, "M"],
     detections: Detections,

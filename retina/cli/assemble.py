@@ -7,6 +7,7 @@ from retina.cli.compose import Settings
 from retina.cli.data import DataConfig, build_loaders
 from retina.cli.recipe import Recipe, make_recipe
 from retina.engine.config import TrainConfig, from_mapping, to_steps
+from retina.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +107,10 @@ def make_model(
     if isinstance(recipe.criterion, DetectionLoss):
         call(recipe.criterion.check_classes, "loss", num_classes=num_classes)
     model = call(retinanet, "model", **settings["model"], num_classes=num_classes, plugins=settings["plugins"])
+    channels = annotations.pixels.channels
+    if model.mean.numel() != channels:
+        problem = f"has {model.mean.numel()} numbers, and images have {channels} channels (data.channels)"
+        raise ConfigError(f"{problem} - leave it out, it is measured", code="contradiction", key="model.mean")
     for line in norms_of(settings["model"]["weights"], model.arguments):
         recorder.once(line)
     channels_last = settings["train"]["channels_last"]

@@ -17,7 +17,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from retina.cli.compose import Settings
 from retina.cli.memory import in_memory
 from retina.cli.run_folder import SETTINGS, holds_work, read_settings
-from retina.engine.plan import Choice, Facts, clock, is_given, plan, steps_in, to_seconds, with_values
+from retina.data.channels import RGB
+from retina.engine.plan import (
+    Choice,
+    Facts,
+    clock,
+    is_given,
+    plan,
+    plan_pixels,
+    steps_in,
+    to_seconds,
+    with_values,
+)
 from retina.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -43,7 +54,8 @@ class Command(NamedTuple):
 
     @property
     def plans(self) -> bool:
-        return bool(self.settings["auto"] or self.settings["budget"])
+        """Whether something is chosen: by `auto`, by a budget, or measured on images that are not RGB."""
+        return bool(self.settings["auto"] or self.settings["budget"] or self.settings["data"]["channels"] != RGB)
 
     def left(self) -> float | None:
         budget = to_seconds(self.settings["budget"])
@@ -96,7 +108,7 @@ def planned(
     facts = facts_of(command.settings, annotations, device)
 
     def choose(facts: Facts) -> "tuple[list[Choice], Parts]":
-        choices = plan(facts, command.settings, command.typed) if command.settings["auto"] else []
+        choices = (plan if command.settings["auto"] else plan_pixels)(facts, command.settings, command.typed)
         settings = changed(command.settings, choices)
         choices += in_memory(settings, annotations, device, recorder, may_choose=may_accumulate(command))
         return choices, assemble(changed(settings, choices))
@@ -152,7 +164,8 @@ def facts_of(settings: Settings, annotations: "Annotations", device: "torch.devi
     pairs = np.unique(np.stack((annotations.labels[is_object], image_of[is_object])), axis=1)
     shares = np.bincount(pairs[0], minlength=len(annotations.classes)) / len(annotations)
     pretrained = bool(settings["model"]["weights"] or settings["init_from"])
-    measure = settings["auto"] and not pretrained
+    channels = settings["data"]["channels"]
+    measure = (settings["auto"] and not pretrained) or channels != RGB
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Facts(
         image_sizes=annotations.sizes,
@@ -165,6 +178,7 @@ def facts_of(settings: Settings, annotations: "Annotations", device: "torch.devi
         cores=max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
         processes=distributed.world_size(),
         mean_std=distributed.on_main(lambda: mean_and_std(annotations)) if measure else None,
+        channels=channels,
     )
 
 
@@ -174,15 +188,15 @@ def mean_and_std(annotations: "Annotations") -> tuple[list[float], list[float]] 
 
     from retina.data.images import read_image
 
-    sums, squares, pixels = np.zeros(3), np.zeros(3), 0
+    channels = annotations.pixels.channels
+    sums, squares, pixels = np.zeros(channels), np.zeros(channels), 0
     for row in np.unique(np.linspace(0, len(annotations) - 1, PIXELS_OF).astype(int)).tolist():
         try:
-            colors = (
-                read_image(annotations.path(row), pixels=annotations.pixels)[::2, ::2].reshape(-1, 3).astype(np.float64)
-            )
+            image = read_image(annotations.path(row), pixels=annotations.pixels)
+            values = image[::2, ::2].reshape(-1, channels).astype(np.float64)
         except DataError:  # the loader says so
             continue
-        sums, squares, pixels = sums + colors.sum(axis=0), squares + (colors**2).sum(axis=0), pixels + len(colors)
+        sums, squares, pixels = sums + values.sum(axis=0), squares + (values**2).sum(axis=0), pixels + len(values)
     if not pixels:
         return None
     mean = sums / pixels

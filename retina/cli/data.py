@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from retina.cli.build import build, call
+from retina.data.channels import MOST
 from retina.data.checks import DataReport, RecordsError
 from retina.data.coco import Annotations, read_coco
 from retina.data.health import Files, check_objects, examine, unnamed_images
@@ -40,6 +41,7 @@ _RANGES: Ranges = {
     "timeout": (lambda value: value > 0, "give seconds above 0"),
     "repeat_threshold": (lambda value: 0 < value <= 1, "give a share of the images above 0, at most 1"),
     "min_size": (lambda value: value > 0, "give pixels above 0"),
+    "channels": (lambda value: 1 <= value <= MOST, f"give 1 to {MOST}"),
 }
 
 
@@ -99,6 +101,9 @@ class DataConfig:
     """Larger images are refused before they are decoded."""
     allow_outside: bool = False
     """Whether file names may lead out of the image folder."""
+    channels: int = 3
+    """3 is RGB, 1 is grey, others are those of the files: RGBN, multispectral TIFFs (`pip install
+    'retina-detect[tiff]'`)."""
     value_range: list[int] | None = None
     """Of 16-bit images, [black, white]; null: measured, where they use less than half of what 16 bits hold."""
 
@@ -134,6 +139,10 @@ def data_of(trained: Mapping[str, Any], typed: Mapping[str, Any], preprocessing:
     With `data=...` nothing but the image size is the run's; another `data.root` leaves the run's places behind."""
     typed = drop_nulls(typed)
     sizes = {key: preprocessing[key] for key in ("short_side", "long_side") if key in preprocessing}
+    sizes["channels"] = len(preprocessing.get("pad_value", "RGB"))
+    if preprocessing and typed.get("channels", sizes["channels"]) != sizes["channels"]:
+        problem = f"{typed['channels']}, but the detector was trained on {sizes['channels']} - leave it out"
+        raise ConfigError(problem, code="contradiction", key="data.channels")
     sizes["value_range"] = preprocessing.get("value_range", [*FULL])  # never measured anew
     left_out = (*NEVER_OF_A_RUN, *(SPLITS if "root" in typed else ()))
     base = {"name": "given"}
@@ -198,7 +207,7 @@ def load_split(
                 allow_outside=config.allow_outside or needs != "images",
                 ids_only=needs == "ids",
             )
-            parts.append(share(part, fraction))
+            parts.append(replace(share(part, fraction), pixels=PixelFormat(channels=config.channels)))
         annotations = join(parts)
     except DataError as fault:
         report.faults += fault.faults if isinstance(fault, RecordsError) else [str(fault)]
@@ -293,14 +302,15 @@ def pixel_format(
 ) -> PixelFormat:
     """As the settings say, or measured on the first split; `report` tells what was measured."""
     if config.value_range is not None:
-        return PixelFormat((config.value_range[0], config.value_range[1]))
+        return PixelFormat((config.value_range[0], config.value_range[1]), config.channels)
     first, annotations = next(iter(splits.items()))
     deep = files[first].deep
-    low, high = measured_range((annotations.path(row) for row in deep), max_pixels=config.max_pixels)
+    options = {"max_pixels": config.max_pixels, "channels": config.channels}
+    low, high = measured_range((annotations.path(row) for row in deep), **options)
     if (low, high) != FULL:
         problem = f"{len(deep)} have 16 bits per channel, and values of {low} to {high}: these become black and white"
         report.warnings.append(f"{annotations.file}: images: {problem} - give data.value_range=[low,high] for others")
-    return PixelFormat((low, high))
+    return PixelFormat((low, high), config.channels)
 
 
 def load_checked(
@@ -336,7 +346,8 @@ def load_checked(
             report.write(folder / "data_report.json")
     for line in report.lines() if distributed.is_main() else []:
         say(line)
-    return [replace(annotations, pixels=PixelFormat((low, high))) for annotations in loaded.values()]
+    pixels = PixelFormat((low, high), config.channels)
+    return [replace(annotations, pixels=pixels) for annotations in loaded.values()]
 
 
 def canvas_of(config: DataConfig, usual: "Canvas") -> "Canvas":

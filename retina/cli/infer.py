@@ -120,7 +120,7 @@ def detect(detector: "Detector", batches: Sequence[Batch], config: InferConfig) 
     done = []
     with ThreadPoolExecutor() as threads, open_journal(Path(config.output), distributed.rank()) as journal:
         for batch in progress(batches, "detecting", len(batches)):
-            groups = groups_of(batch.sources, config.max_pixels)
+            groups = groups_of(batch.sources, config.max_pixels, detector.pixels.channels)
             parts = [detect_group(detector, group, config, threads) for group in groups]
             records, faults = (list(chain.from_iterable(column)) for column in zip(*parts, strict=True))
             done.append(Done(batch.key, records, faults))
@@ -150,7 +150,7 @@ def detect_group(
         for source, image, (boxes, scores, labels) in zip(sources, images, detections, strict=True)
     ]
     if config.pictures:
-        drawn = threads.map(partial(draw, config, detector.classes), sources, images, detections)
+        drawn = threads.map(partial(draw, config, detector), sources, images, detections)
         for source, record, fault in zip(sources, records, drawn, strict=True):
             if fault is None:
                 record["picture"] = source.picture
@@ -167,7 +167,7 @@ def try_read(read: Callable[[Path, int], Any], file: Path, max_pixels: int) -> A
         return str(fault)
 
 
-def draw(config: InferConfig, classes: Sequence[str], source: Source, sample: Any, detections: Any) -> str | None:
+def draw(config: InferConfig, detector: "Detector", source: Source, sample: Any, detections: Any) -> str | None:
     """Writes the picture of an image; returns what is wrong where its format cannot hold it."""
     from PIL import Image
 
@@ -176,10 +176,11 @@ def draw(config: InferConfig, classes: Sequence[str], source: Source, sample: An
 
     image = sample.image
     if image.shape[:2] != sample.original_size:  # a JPEG, decoded smaller because the detector needs no more
-        image = try_read(lambda file, limit: read_image(file, max_pixels=limit), source.file, config.max_pixels)
+        reading: Any = {"max_pixels": config.max_pixels, "pixels": detector.pixels}
+        image = try_read(lambda file, _: read_image(file, **reading), source.file, config.max_pixels)
         if isinstance(image, str):
             return image
-    picture = Image.fromarray(draw_detections(image, detections, classes, score_threshold=0.0))
+    picture = Image.fromarray(draw_detections(image, detections, detector.classes, score_threshold=0.0))
     suffix = Path(source.picture).suffix
     content = io.BytesIO()
     try:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from retina.cli.build import build, call, check_arguments
 from retina.cli.compose import Settings
 from retina.cli.data import DataConfig
+from retina.data.channels import RGB
 from retina.engine.config import from_mapping
 from retina.errors import ConfigError, under
 
@@ -64,6 +65,10 @@ def make_recipe(settings: Settings) -> Recipe:
         problem = f"AR100 is not measured with eval.max_dets={scoring.max_dets} - give AP, or leave out that setting"
         raise ConfigError(problem, code="contradiction", key="train.best_metric")
     transforms = {name: make(section, f"augment.{name}") for name, section in settings["augment"].items()}
+    for name, transform in transforms.items() if data.channels != RGB else []:
+        if getattr(transform, "rgb_only", False):
+            problem = f"changes colours, which images of {data.channels} channels (data.channels) have not"
+            raise ConfigError(f"{problem} - give augment.{name}=null", code="contradiction", key=f"augment.{name}")
     sampling = data.sampling
     return Recipe(
         criterion=criterion,

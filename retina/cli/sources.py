@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from retina.data.channels import RGB, read_header_of
 from retina.data.image_lists import list_images, other_files
-from retina.data.images import image_size
 from retina.errors import ConfigError, DataError
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"}
@@ -61,14 +61,14 @@ def left_out(source: str, output: Path) -> list[str]:
     return [file.name for file in others if not _real(file).is_relative_to(_real(output))]
 
 
-def groups_of(sources: Sequence[Source], max_pixels: int) -> Iterator[list[Source]]:
+def groups_of(sources: Sequence[Source], max_pixels: int, channels: int = RGB) -> Iterator[list[Source]]:
     """Consecutive images, as many as have `max_pixels` pixels together: so the memory that they take is bounded by the
     pixels, not by the number of images."""
     group: list[Source] = []
     held = 0
     for source in sources:
         try:
-            pixels = math.prod(image_size(source.file, max_pixels=max_pixels))
+            pixels = math.prod(read_header_of(source.file, channels, max_pixels=max_pixels).size)
         except DataError:  # reading it will tell
             pixels = 0
         if group and held + pixels > max_pixels:

@@ -31,7 +31,7 @@ class ColorJitter(Transform):
     The result is within one grey level of the exact one. Raises ValueError if an amount is negative or `hue` above 0.5.
     """
 
-    keeps_sizes = scale_free = True
+    keeps_sizes = scale_free = rgb_only = True
 
     def __init__(
         self, brightness: float = 0.2, contrast: float = 0.2, saturation: float = 0.2, hue: float = 0.05, p: float = 0.5

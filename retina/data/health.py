@@ -18,9 +18,10 @@ import numpy as np
 from jaxtyping import Int64
 
 from retina.data.alike import thumbnails, twins
+from retina.data.channels import read_header_of
 from retina.data.checks import DataReport, some
 from retina.data.coco import Annotations
-from retina.data.image_files import SWAPPING, Header, read_header
+from retina.data.image_files import SWAPPING, Header
 from retina.data.image_lists import has_image_suffix
 from retina.data.images import read_image
 from retina.data.oddities import content_oddities
@@ -108,7 +109,7 @@ def undecodable(annotations: Annotations, rows: Iterable[int], *, max_pixels: in
 
     def fault(row: int) -> str | None:
         try:
-            read_image(annotations.path(row), max_pixels=max_pixels)
+            read_image(annotations.path(row), max_pixels=max_pixels, pixels=annotations.pixels)
         except DataError as error:
             return str(error)
         return None
@@ -224,7 +225,7 @@ def _check_header(annotations: Annotations, row: int, name: str, max_pixels: int
     """Bytes of the file and its header, or -1 and what is wrong with it."""
     path = annotations.image_root / name
     try:
-        header = read_header(path, max_pixels=max_pixels)
+        header = read_header_of(path, annotations.pixels.channels, max_pixels=max_pixels)
         length = path.stat().st_size
     except DataError as error:
         return -1, str(error)

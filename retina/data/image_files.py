@@ -35,7 +35,7 @@ MAX_PIXELS = 100_000_000
 """Images of more pixels than this are refused before they are decoded, unless a caller allows more."""
 
 ORIENTATION = 0x0112
-_TURNS = {
+TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -45,7 +45,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes an image of each EXIF orientation upright (Exif 2.32, tag 0x0112)."""
-SWAPPING = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))
+SWAPPING = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))
 """Those that swap width and height."""
 _MAX_EXIF = 1 << 20
 _BITS = TiffImagePlugin.BITSPERSAMPLE
@@ -62,6 +62,11 @@ class Header(NamedTuple):
     """What makes it upright, by EXIF."""
     bits: int
     """Per channel."""
+
+    @classmethod
+    def of(cls, stored: tuple[int, int], turn: Image.Transpose | None, bits: int) -> "Header":
+        """`stored`: (height, width) before it is turned."""
+        return cls(stored[::-1] if turn in SWAPPING else stored, turn, bits)
 
     @property
     def turns_unseen(self) -> bool:
@@ -108,12 +113,19 @@ if hasattr(os, "register_at_fork"):
 @contextmanager
 def opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
     """The image with nothing but its header read. Whatever is raised in the block leaves it as a DataError."""
+    with reading(path, max_pixels) as file:
+        image = _identify(path, file, max_pixels)
+        _check_pixels(path, image.size, max_pixels)
+        file.begin_pixels(math.prod(image.size), jpeg=isinstance(image, JpegImagePlugin.JpegImageFile))
+        yield image
+
+
+@contextmanager
+def reading(path: Path, max_pixels: int) -> Iterator[MeteredFile]:
+    """The file, if it is a regular one. Whatever is raised in the block leaves it as a DataError."""
     try:
         with _LIMITS.lent(max_pixels), _open_regular(path, max_pixels) as file:
-            image = _identify(path, file, max_pixels)
-            _check_pixels(path, image.size, max_pixels)
-            file.begin_pixels(math.prod(image.size), jpeg=isinstance(image, JpegImagePlugin.JpegImageFile))
-            yield image
+            yield file
     except DataError:
         raise
     except Image.DecompressionBombError as error:  # formats that Pillow itself checks before we can
@@ -160,7 +172,13 @@ def _identify(path: Path, file: BinaryIO, max_pixels: int) -> ImageFile.ImageFil
         elif name == "GIF":  # Pillow fills a whole frame while it reads the header of some
             _check_pixels(path, struct.unpack("<HH", start[6:10]), max_pixels)
         file.seek(0)
-        return Image.OPEN[name][0](file, "")
+        try:
+            return Image.OPEN[name][0](file, "")
+        except SyntaxError as error:
+            if name != "TIFF" or "pixel mode" not in str(error):
+                raise
+            problem = "is a TIFF of other channels or values than those of grey and RGB"
+            raise fault(path, "other-channels", problem, "give data.channels=N as it has, or convert it") from error
     problem = f"is not an image that can be read here ({', '.join(FORMATS)})"
     raise fault(path, "bad-image", problem, "replace or convert it, or remove it")
 
@@ -209,7 +227,7 @@ def header_of(image: ImageFile.ImageFile) -> Header:
     elif isinstance(image, PngImagePlugin.PngImageFile) and image.tile and ";16" in str(image.tile[0][3]):
         bits = 16
     turn = turn_of(image)
-    return Header((width, height) if turn in SWAPPING else (height, width), turn, bits)
+    return Header.of((height, width), turn, bits)
 
 
 def turn_of(image: ImageFile.ImageFile) -> Image.Transpose | None:
@@ -218,7 +236,7 @@ def turn_of(image: ImageFile.ImageFile) -> Image.Transpose | None:
         if isinstance(image, PngImagePlugin.PngImageFile) and "exif" not in image.info:
             image.info |= _late_exif(image.fp)  # type: ignore[arg-type] # it is open
         # not the PNG's own getexif, which decodes the pixels to see what comes behind them
-        return _TURNS.get(Image.Image.getexif(image).get(ORIENTATION, 1))
+        return TURNS.get(Image.Image.getexif(image).get(ORIENTATION, 1))
     except Exception:  # EXIF data may be anything, and are worth no image
         return None
 

@@ -7,23 +7,15 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageFile, JpegImagePlugin, TiffImagePlugin
 
-from retina.data.image_files import (
-    GREY_16,
-    MAX_PIXELS,
-    ORIENTATION,
-    SWAPPING,
-    fault,
-    header_of,
-    opened,
-    read_header,
-)
-from retina.data.pixels import AS_STORED, FULL, PixelFormat, stretched
+from retina.data.channels import LIKE_RGB
+from retina.data.image_files import GREY_16, MAX_PIXELS, ORIENTATION, SWAPPING, fault, header_of, opened, read_header
+from retina.data.pixels import AS_STORED, FULL, PixelFormat, as_grey, read_channels, stretched
 
 
 def read_image(
     path: Path, *, max_pixels: int = MAX_PIXELS, pixels: PixelFormat = AS_STORED
-) -> UInt8[np.ndarray, "H W 3"]:
-    """Decode an image file to uint8 RGB with its EXIF rotation applied; the array is writable.
+) -> UInt8[np.ndarray, "H W C"]:
+    """Decode an image file to uint8 RGB, or what `pixels` says, upright as EXIF has it; the array is writable.
 
     The content decides what kind of image it is, not the name. Grey, palette, 1-bit and CMYK images are converted;
     transparency is dropped, not blended with a colour. 16 bits per channel keep their high byte (Pillow's own
@@ -42,7 +34,7 @@ def read_reduced(
     *,
     max_pixels: int = MAX_PIXELS,
     pixels: PixelFormat = AS_STORED,
-) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]]:
+) -> tuple[UInt8[np.ndarray, "h w C"], tuple[int, int]]:
     """`read_image` for one who will shrink the image anyway, and the (height, width) that `read_image` would have.
 
     `least_size` is given that size and says which one the image must still have at least; None decodes every pixel. A
@@ -50,6 +42,9 @@ def read_reduced(
     of 12 megapixels: libjpeg then averages blocks of pixels. Only a fraction that divides both sides is taken, so that
     boxes keep their place exactly. Raises as `read_image` does, for the same files: all of a file is read still.
     """
+    if pixels.channels not in LIKE_RGB:
+        array = read_channels(path, max_pixels, pixels)
+        return array, array.shape[:2]
     with opened(path, max_pixels) as image:
         header = header_of(image)
         turn = header.turn
@@ -65,6 +60,7 @@ def read_reduced(
             upright = stretched(path, upright, header, pixels.value_range)
         array = _as_rgb(path, upright)
     height, width = array.shape[:2]
+    array = array if pixels.channels == 3 else as_grey(array)
     return array, (height * factor, width * factor)
 
 

@@ -43,6 +43,7 @@ def join(parts: Sequence[Annotations]) -> Annotations:
         areas=np.concatenate([part.areas for part in parts]),
         names=np.frombuffer(b"".join(names), dtype=np.uint8),
         name_offsets=offsets_of(np.array([len(name) for name in names], dtype=np.int64)),
+        pixels=parts[0].pixels,
     )
 
 

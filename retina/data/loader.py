@@ -35,8 +35,8 @@ class Canvas:
 
     pad_multiple: int = 128
     """Height and width are multiples of it; 128 is the largest stride of a RetinaNet with levels P3 to P7."""
-    pad_value: tuple[int, int, int] = (124, 116, 104)
-    """RGB of the padding; the default is the mean of ImageNet."""
+    pad_value: tuple[int, ...] = (124, 116, 104)
+    """Of the padding, per channel; the default is ImageNet's mean in RGB."""
     canvases: Sequence[tuple[int, int]] | None = None
     """(height, width) of the only canvases there may be, for a compiled model. None: as small as the images allow."""
 
@@ -247,7 +247,7 @@ def _collate(items: list[Read | RetinaError], canvas: Canvas) -> Read | RetinaEr
 def collate(samples: Sequence[Sample], canvas: Canvas = Canvas(), *, shared: bool = False) -> Batch:
     """Puts images at the top left of a common canvas, and pads their targets to a common count M.
 
-    Images are [B 3 H W] in channels_last memory, which is the order in which they are decoded. Each pixel is written
+    Images are [B C H W] in channels_last memory, which is the order in which they are decoded. Each pixel is written
     once, by the resize that `Sample.size` asks for or as a copy, and with `shared` to memory that other processes can
     map. Boxes and labels of padding are zero; without any object M is 0. It is also a `collate_fn` for torch's
     DataLoader: `partial(collate, canvas=Canvas(32))`.
@@ -259,11 +259,12 @@ def collate(samples: Sequence[Sample], canvas: Canvas = Canvas(), *, shared: boo
         raise ValueError("a batch needs at least one sample")
     sizes = [sample.size or sample.image.shape[:2] for sample in samples]
     height, width = canvas.fit(sizes)
-    images = _uninitialised((len(samples), height, width, 3), shared)
+    channels = samples[0].image.shape[2]
+    images = _uninitialised((len(samples), height, width, channels), shared)
     shape = (len(samples), max(len(sample.boxes) for sample in samples))
     boxes, labels = np.zeros((*shape, 4), dtype=np.float32), np.zeros(shape, dtype=np.int64)
     valid, crowd = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-    padding = np.full((width, 3), canvas.pad_value, dtype=np.uint8)
+    padding = np.full((width, channels), canvas.pad_value, dtype=np.uint8)
     for row, (sample, (bottom, right)) in enumerate(zip(samples, sizes, strict=True)):
         target = images[row].numpy()
         resize(sample.image, (bottom, right), out=target[:bottom, :right])

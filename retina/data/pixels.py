@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8, UInt16
 from PIL import Image
 
+from retina.data.channels import LIKE_RGB, RGB, read_values
 from retina.data.image_files import GREY_16, Header, opened
 from retina.errors import DataError
 
@@ -27,9 +28,21 @@ class PixelFormat(NamedTuple):
 
     value_range: tuple[int, int] = FULL
     """Of images with 16 bits per channel, the values that become 0 and 255."""
+    channels: int = RGB
+    """1 is grey; 3 is RGB."""
 
 
 AS_STORED = PixelFormat()
+
+
+def read_channels(path: Path, max_pixels: int, pixels: PixelFormat) -> UInt8[np.ndarray, "H W C"]:
+    """An image of neither 1 nor 3 channels. Raises DataError."""
+    values = read_values(path, pixels.channels, max_pixels=max_pixels)
+    if values.dtype == np.uint8:
+        return np.array(values)
+    if pixels.value_range == FULL:
+        return (values >> 8).astype(np.uint8)
+    return _table(*pixels.value_range)[values]
 
 
 def stretched(path: Path, upright: Image.Image, header: Header, value_range: tuple[int, int]) -> Image.Image:
@@ -46,13 +59,20 @@ def stretched(path: Path, upright: Image.Image, header: Header, value_range: tup
     return image if header.turn is None else image.transpose(header.turn)
 
 
-def measured_range(paths: Iterable[Path], *, max_pixels: int) -> tuple[int, int]:
+def as_grey(colors: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 1"]:
+    """What red, green and blue contribute to brightness (Rec. 601); of a grey image its own values."""
+    import cv2
+
+    return cv2.cvtColor(colors, cv2.COLOR_RGB2GRAY)[..., None]
+
+
+def measured_range(paths: Iterable[Path], *, max_pixels: int, channels: int = RGB) -> tuple[int, int]:
     """The values that 16-bit images use, but for a few outliers; `FULL` if they use half of what 16 bits can hold, or a
     single one. Files that cannot be read are left out. At most 100, evenly spread, are looked at."""
     paths = list(paths)
     counts = np.zeros(FULL[1] + 1, dtype=np.int64)
     for row in np.unique(np.linspace(0, len(paths) - 1, min(_MEASURED, len(paths))).round().astype(int)).tolist():
-        counts += _histogram(paths[row], max_pixels)
+        counts += _histogram(paths[row], max_pixels, channels)
     below = np.cumsum(counts)
     outliers = _OUTLIERS * below[-1]
     low = int(np.searchsorted(below, outliers, "right"))
@@ -60,15 +80,18 @@ def measured_range(paths: Iterable[Path], *, max_pixels: int) -> tuple[int, int]
     return FULL if not 0 < high - low <= FULL[1] // 2 else (low, high)
 
 
-def _histogram(path: Path, max_pixels: int) -> Int64[np.ndarray, "65536"]:
+def _histogram(path: Path, max_pixels: int, channels: int) -> Int64[np.ndarray, "65536"]:
     try:
+        if channels not in LIKE_RGB:
+            values = read_values(path, channels, max_pixels=max_pixels)
+            return np.bincount(values.ravel() if values.dtype == np.uint16 else [], minlength=FULL[1] + 1)
         with opened(path, max_pixels) as image:
             image.load()
             grey = np.clip(np.asarray(image), *FULL) if image.mode in GREY_16 else None
     except DataError:
         return np.zeros(FULL[1] + 1, dtype=np.int64)
-    values = _colors(path) if grey is None else grey
-    return np.bincount([] if values is None else values.ravel(), minlength=FULL[1] + 1)
+    colors = _colors(path) if grey is None else grey
+    return np.bincount([] if colors is None else colors.ravel(), minlength=FULL[1] + 1)
 
 
 def _colors(path: Path) -> UInt16[np.ndarray, "H W 3"] | None:

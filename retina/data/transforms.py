@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt8
 from numpy import ndarray
 
 from retina._lazy import lazy
+from retina.data.channels import resize_channels
 from retina.errors import ConfigError
 
 if TYPE_CHECKING:  # beside the road
@@ -28,7 +29,7 @@ else:
 # albumentations, where it is imported after this module, asks the network for its newest version unless this is set.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-Pixels = UInt8[ndarray, "_ _ 3"]
+Pixels = UInt8[ndarray, "_ _ _"]
 Boxes = Float64[ndarray, "_ 5"]
 """x1, y1, x2, y2 as fractions of the image, and the row that the object has in the sample: it travels with its box."""
 
@@ -48,6 +49,7 @@ class Transform:
     """Whether image and boxes keep their sizes."""
     scale_free = False
     """Whether it does the same before a resize and after it: then large photographs may be decoded smaller."""
+    rgb_only = False
 
     def __call__(self, image: Pixels, boxes: Boxes, seed: int) -> tuple[Pixels, Boxes]:
         generator = random.Random(seed)
@@ -71,7 +73,7 @@ class HorizontalFlip(Transform):
     def apply(self, image: Pixels, boxes: Boxes, generator: random.Random) -> tuple[Pixels, Boxes]:
         flipped = boxes.copy()
         flipped[:, self.axis], flipped[:, self.axis + 2] = 1 - boxes[:, self.axis + 2], 1 - boxes[:, self.axis]
-        return cv2.flip(image, 1 - self.axis), flipped
+        return cv2.flip(image, 1 - self.axis).reshape(image.shape), flipped
 
 
 class VerticalFlip(HorizontalFlip):
@@ -106,7 +108,7 @@ class ResizeShortSide(Transform):
 class Sample(NamedTuple):
     """One image with its objects, in numpy: what a dataset yields and a pipeline maps to another."""
 
-    image: UInt8[ndarray, "H W 3"]
+    image: UInt8[ndarray, "H W C"]
     boxes: Float32[ndarray, "M 4"]
     labels: Int64[ndarray, "M"]
     crowd: Bool[ndarray, "M"]
@@ -130,8 +132,8 @@ class Pipeline:
     does not change what the others do.
 
     Raises ValueError if `min_size` is not positive or `min_visibility` not in 0..1, ConfigError for what is no
-    transform; on use, ConfigError if an image comes out as anything but uint8 RGB, ValueError if a transform makes a
-    box NaN or infinite, and whatever a transform raises.
+    transform; on use, ConfigError if an image comes out as anything but uint8 of its channels, ValueError if a
+    transform makes a box NaN or infinite, and whatever a transform raises.
     """
 
     def __init__(self, transforms: Mapping[str, Any], *, min_size: float = 1.0, min_visibility: float = 0.1) -> None:
@@ -180,7 +182,7 @@ class Pipeline:
             checked = not transform.scale_free
             boxes = self._kept(boxes, size) if checked else boxes
         boxes = boxes if checked else self._kept(boxes, size)
-        if image.dtype != np.uint8 or image.shape[2:] != (3,):
+        if image.dtype != np.uint8 or image.shape[2:] != sample.image.shape[2:]:
             problem = f"{', '.join(self.transforms)}: the image came out as {image.dtype} of shape {image.shape}"
             fix = "leave out normalisation and conversions, the model does them"
             raise ConfigError(f"augment: {problem} - {fix}", code="augment")
@@ -260,4 +262,6 @@ def resize(
     # When it enlarges, area would repeat whole pixels.
     shrinks = height < image.shape[0] or width < image.shape[1]
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return cv2.resize(image, (width, height), dst=out, interpolation=interpolation)
+    if image.shape[2] > 4:
+        return resize_channels(image, (width, height), interpolation, out)
+    return cv2.resize(image, (width, height), dst=out, interpolation=interpolation).reshape(height, width, -1)

@@ -50,7 +50,8 @@ class Facts:
     """Processor cores for each process."""
     processes: int = 1
     mean_std: tuple[list[float], list[float]] | None = None
-    """Per channel, of the training images."""
+    """Per channel, of the training images; None where ImageNet's are right."""
+    channels: int = 3
     seconds: float | None = None
     """What is left of the budget."""
     pixels_per_second: float | None = None
@@ -104,11 +105,13 @@ class _Choices(list[Choice]):
 
 def plan(facts: Facts, settings: Mapping[str, Any], typed: frozenset[str]) -> list[Choice]:
     """The settings to change, in the order of a table. `typed` are the keys that the command gives."""
+    pixels = plan_pixels(facts, settings, typed)
     if settings.get("init_from"):
         typed |= {"model"}  # it is made for the weights
     choices = _Choices(settings, typed)
     short, long = _size(facts, choices)
     _model(facts, choices, _sides_after(facts, short, long))
+    choices += pixels
     epochs, batch = _length(facts, choices)
     _update(facts, choices, batch, epochs)
     _augmentation(facts, choices, (short, long), epochs)
@@ -174,9 +177,16 @@ def _model(facts: Facts, choices: _Choices, objects: Float64[np.ndarray, "T 2"])
     if light:
         choices.add("model.fpn_channels", 64 if half else 128, f"{why}: as wide as the backbone's finest level")
         choices.add("model.head_convs", 2, f"{why}: half of the head's work")
-    if facts.mean_std and not facts.pretrained:
+
+
+def plan_pixels(facts: Facts, settings: Mapping[str, Any], typed: frozenset[str]) -> list[Choice]:
+    """What the model is to know of the images' values."""
+    choices = _Choices(settings, typed)
+    if facts.mean_std:
+        reason = "since no pretrained weights want ImageNet's" if facts.channels == 3 else "which are not RGB"
         for key, values in zip(("mean", "std"), facts.mean_std, strict=True):
-            choices.add(f"model.{key}", values, "of these images, since no pretrained weights want ImageNet's")
+            choices.add(f"model.{key}", values, f"of these images, {reason}")
+    return list(choices)
 
 
 def _length(facts: Facts, choices: _Choices) -> tuple[float, int]:
@@ -235,8 +245,9 @@ def _augmentation(facts: Facts, choices: _Choices, size: tuple[int, int], epochs
     resize: dict[str, Any] = {"_target_": f"{transforms}.ResizeShortSide", "short_side": short, "long_side": long}
     if epochs >= 15:
         colors = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.02}
-        section["color"] = {"_target_": f"{transforms}.ColorJitter", **colors, "p": 0.8}
-        reason = f"each image is seen {epochs:.0f} times: flips, colours, scales"
+        if is_rgb := facts.channels == 3:
+            section["color"] = {"_target_": f"{transforms}.ColorJitter", **colors, "p": 0.8}
+        reason = f"each image is seen {epochs:.0f} times: flips, {'colours, ' if is_rgb else ''}scales"
         height, width = (long, short) if upright > 0.5 else (short, long)
         resize = {"_target_": f"{transforms}.LargeScaleJitter", "height": height, "width": width}
         resize["scale"] = [0.5, 1.5] if epochs >= MANY else [0.8, 1.25]

@@ -95,7 +95,7 @@ def keep_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def step_bytes(model: nn.Module, images: tuple[int, int, int], *, objects: int, precision: str) -> int:
+def step_bytes(model: Any, images: tuple[int, int, int], *, objects: int, precision: str) -> int:
     """Memory that an update with AdamW and a moving average takes beside the weights.
 
     images: count, height, width.
@@ -111,7 +111,7 @@ def step_bytes(model: nn.Module, images: tuple[int, int, int], *, objects: int, 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        image = torch.empty(count, 3, height, width, dtype=torch.uint8, device="meta")
+        image = torch.empty(count, model.mean.numel(), height, width, dtype=torch.uint8, device="meta")
         predictions = model(image, torch.empty(count, 2, dtype=torch.int64, device="meta"))
     activations = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
     outputs = [*predictions.logits, *(predictions.bins or predictions.deltas)]
@@ -153,11 +153,14 @@ def seconds_per_step(
     return seconds(steps) / steps
 
 
-def seconds_per_pixel(model: nn.Module, canvas: tuple[int, int], dtype: torch.dtype) -> float:
+def seconds_per_pixel(model: Any, canvas: tuple[int, int], dtype: torch.dtype) -> float:
     """Of training on a CPU, roughly: a copy of the network goes forward and back once with a part of a canvas."""
     twin = copy.deepcopy(model).train()
     height, width = (min(side, PART) for side in canvas)
-    image, sizes = torch.full((1, 3, height, width), 128, dtype=torch.uint8), torch.tensor([[height, width]])
+    image, sizes = (
+        torch.full((1, model.mean.numel(), height, width), 128, dtype=torch.uint8),
+        torch.tensor([[height, width]]),
+    )
 
     def seconds() -> float:
         started = time.perf_counter()

@@ -104,6 +104,8 @@ def check_export(model: Mapping[str, Any], postprocess: Mapping[str, Any]) -> No
     }
     if str(model.get("backbone", "resnet50")) not in RESNETS:
         faults["model.backbone"] = model["backbone"], "its ResNets here"
+    if len(model.get("mean", "RGB")) != 3:
+        faults["model.mean"] = model["mean"], "images of three channels"
     if postprocess.get("class_agnostic"):
         faults["postprocess.class_agnostic"] = True, False
     for key, (value, only) in faults.items():

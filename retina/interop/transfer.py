@@ -19,6 +19,7 @@ from retina.interop.convert import convert_detector
 from retina.interop.foreign import CLASS_LAYER, refusal, some
 from retina.interop.read import FOREIGN_SUFFIXES, read_foreign
 from retina.interop.torchvision import PREFIX, fetch_published
+from retina.model.input_channels import adapt_state
 from retina.model.weights import first_non_finite, read_file
 
 
@@ -93,6 +94,9 @@ _LAYERS = {  # settings that make tensors of the same name, and maybe shape, par
     "head_convs": r"head\.\w+\.(predict|quality)\..+",
     "box_bins": r"head\.box\.predict\..+",
 }
+
+
+_BODY = "backbone."
 
 
 def _layer(name: str, value: Any) -> Any:
@@ -204,6 +208,11 @@ def init_from(
     if key := first_non_finite(start.state):
         raise refusal(start.file, f"{key} is not finite - give other weights for init_from", code="not-finite")
     state, settings = model.state_dict(), getattr(model, "arguments", {})
+    if isinstance(body := getattr(model, "backbone", None), torch.nn.Module):
+        own = {key.removeprefix(_BODY): value for key, value in start.state.items() if key.startswith(_BODY)}
+        start = replace(
+            start, state=start.state | {_BODY + key: value for key, value in adapt_state(body, own).items()}
+        )
     matched = match_classes(start.classes, classes, remap or {})
     start = replace(start, state=renumber(start.state, state))
     reasons = other_layers(start.model, settings)

@@ -74,7 +74,7 @@ class ResNet(nn.Module):
     def stages(self) -> tuple[nn.Module, ...]:
         return tuple(self.children())
 
-    def forward(self, images: Float[Tensor, "B 3 H W"], content: Content | None = None) -> tuple[Tensor, ...]:
+    def forward(self, images: Float[Tensor, "B C H W"], content: Content | None = None) -> tuple[Tensor, ...]:
         """The maps, zero beyond the `content`."""
         content = content or Content(None, (images.shape[2], images.shape[3]))
         stem: Any = self.stem

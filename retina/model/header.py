@@ -30,6 +30,9 @@ MOST_BUFFERS = 1 << 30
 _RESIZED = 1 << 13
 """Pixels of a side that images are resized to."""
 
+_INPUTS = ("backbone.stem.conv1.weight", "backbone.features.0.0.weight")
+"""The first convolution of our own backbones."""
+
 Rule = tuple[Any, Callable[[Any], bool]]
 """The type of a value, and whether a value of that type is allowed."""
 
@@ -42,7 +45,7 @@ PREPROCESSING: Mapping[str, Rule] = {
     "short_side": (int, _within(1, _RESIZED)),
     "long_side": (int | None, _within(1, _RESIZED)),
     "pad_multiple": (int, _within(1, 1 << 10)),
-    "pad_value": (list[int], lambda value: len(value) == 3 and all(0 <= channel <= 255 for channel in value)),
+    "pad_value": (list[int], lambda value: 1 <= len(value) <= 256 and all(0 <= v <= 255 for v in value)),
     "precision": (str, lambda value: value in DTYPES),
     "batch_size": (int, _within(1, 1 << 16)),
 }
@@ -103,6 +106,9 @@ def check_header(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
         check_type(value, arguments[name], f"model.{name}")
         check(_is_finite(value), f"model.{name}", value, "give finite numbers")
         model[name] = _as_floats(value, arguments[name])
+    pad_value, channels = values["preprocessing"].get("pad_value"), len(model.get("mean", "RGB"))
+    if isinstance(pad_value, list):
+        check(len(pad_value) == channels, "preprocessing.pad_value", pad_value, f"the model's mean has {channels}")
     num_classes = model.get("num_classes", len(classes))
     check(num_classes == len(classes), "model.num_classes", num_classes, f"there are {len(classes)} classes")
     ids = values["category_ids"]
@@ -162,6 +168,9 @@ def check_sizes(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> No
     settings = {parameter.name: parameter.default for parameter in parameters} | dict(arguments)
     cell = len(settings["anchor_scales"]) * len(settings["anchor_ratios"])
     numbers: list[tuple[str, int, int]] = []  # setting, what it implies, what the tensors have
+    inputs = [state[name].shape[1] for name in _INPUTS if name in state and state[name].ndim == 4]
+    if isinstance(settings["backbone"], str) and inputs:
+        numbers.append(("mean", len(settings["mean"]), inputs[0]))
     if isinstance(settings["neck"], str):
         numbers.append(("fpn_channels", settings["fpn_channels"], _rows(state, "fpn.output.0.weight")))
         numbers.append(("levels", len(settings["levels"]), _count(state, r"fpn\.(output|extra)\.\d+\.weight", 4)))

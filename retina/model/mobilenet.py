@@ -64,7 +64,7 @@ class MobileNet(nn.Module):
             freeze(module)
         fold_norms(self)
 
-    def forward(self, images: Float[Tensor, "B 3 H W"], content: Content | None = None) -> tuple[Tensor, ...]:
+    def forward(self, images: Float[Tensor, "B C H W"], content: Content | None = None) -> tuple[Tensor, ...]:
         """The maps, zero beyond the `content`."""
         content = content or Content(None, (images.shape[2], images.shape[3]))
         x, stride = content.keep(images, 1), 1

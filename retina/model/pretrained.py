@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from retina.errors import CheckpointError, check_choice
 from retina.files import make_folder
+from retina.model.input_channels import adapt_state
 
 SHARED_TIMES = 4
 """Tensors may have this many times the bytes of their file: some share theirs, as the towers of a head do."""
@@ -49,11 +50,13 @@ def imagenet_state(name: str, weights: str) -> dict[str, Tensor]:
 
 
 def load_backbone(module: nn.Module, state: dict[str, Tensor], *, name: str, weights: str) -> None:
-    """Loads `state`, which may hold more than `module` (a classifier, a detector of ours).
+    """Loads `state`, which may hold more than `module` (a classifier, a detector of ours), and whose first convolution
+    may have another number of inputs (`adapt_state`).
 
     Raises CheckpointError if a tensor of the module is missing or has another shape."""
     prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    state = adapt_state(module, state)
     expected = module.state_dict()
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     wrong = [key for key in expected if key in state and expected[key].shape != state[key].shape]

@@ -10,15 +10,13 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from retina.errors import ConfigError, check_choice
-from retina.model.backbone import RESNETS, ResNet
+from retina.model.backbones import build_backbone
 from retina.model.content import Content
 from retina.model.fpn import NECKS
-from retina.model.half_resnet import HALVES
 from retina.model.heads import build_head
-from retina.model.mobilenet import MOBILENETS, MobileNet
+from retina.model.input_channels import adapt_input
 from retina.model.parts import check_backbone, make_part, run_part, takes_two
 from retina.model.pretrained import load_backbone, read_weights
-from retina.model.timm_backbone import PREFIX, TimmBackbone
 from retina.ops.anchors import AnchorGenerator
 from retina.ops.distributions import distances_to_deltas, mean_distances
 from retina.types import Predictions
@@ -27,8 +25,8 @@ from retina.types import Predictions
 class RetinaNet(nn.Module):
     """One-stage detector (Lin et al., "Focal Loss for Dense Object Detection", arXiv 1708.02002).
 
-    Takes uint8 RGB images, 0..255; mean and std are applied on the device. Returns the same predictions in training
-    and evaluation; the loss and `postprocess` are functions of them.
+    Takes uint8 images, RGB unless `mean` has other channels; mean and std are applied on the device. Returns the same
+    predictions in training and evaluation; the loss and `postprocess` are functions of them.
     """
 
     mean: Tensor
@@ -52,8 +50,8 @@ class RetinaNet(nn.Module):
         self.backbone, self.fpn, self.head, self.anchors = backbone, fpn, head, anchors
         self.arguments = arguments
         self._levels = RetinaNet._compute_levels
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.bins: int | None = getattr(head, "bins", None)
         if self.bins is not None:
             self.register_buffer("sides", anchors.sides(fpn.strides), persistent=False)
@@ -65,10 +63,9 @@ class RetinaNet(nn.Module):
         return self.fpn.strides
 
     @property
-    def pad_value(self) -> tuple[int, int, int]:
-        """RGB of the padding around images: the colour that is (nearly) zero after normalisation."""
-        r, g, b = (round(value) for value in self.mean.flatten().tolist())
-        return r, g, b
+    def pad_value(self) -> tuple[int, ...]:
+        """Of the padding around images, per channel: what is (nearly) zero after normalisation."""
+        return tuple(round(value) for value in self.mean.flatten().tolist())
 
     def compile(self, **options: Any) -> None:
         """From now on, the network runs as one compiled graph per canvas, mode and precision.
@@ -78,16 +75,16 @@ class RetinaNet(nn.Module):
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self._levels = torch.compile(RetinaNet._compute_levels, dynamic=False, **options)
 
-    def forward(self, images: UInt8[Tensor, "B 3 H W"], sizes: Int64[Tensor, "B 2"] | None = None) -> Predictions:
+    def forward(self, images: UInt8[Tensor, "B C H W"], sizes: Int64[Tensor, "B 2"] | None = None) -> Predictions:
         """sizes: (height, width) of the content of each image, at the top left; None: the whole canvas. With them, what
             is predicted within the content does not depend on the padding or the other images, except by rounding.
 
         Raises ValueError for images of another type or shape, because their predictions would be silently wrong."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(
-                f"images must be uint8 [B 3 H W], RGB from 0 to 255, got {images.dtype} {list(images.shape)} - the "
-                "model applies mean and std itself"
-            )
+        channels = self.mean.numel()
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != channels:
+            expected = f"uint8 [B {channels} H W]{', RGB' * (channels == 3)} from 0 to 255"
+            problem = f"images must be {expected}, got {images.dtype} {list(images.shape)}"
+            raise ValueError(f"{problem} - the model applies mean and std itself")
         logits, deltas, quality, bins, shapes = self._levels(self, images, sizes)
         strides: Sequence[int | tuple[int, int]] = self.strides
         if self.arguments.get("canvas_strides"):
@@ -96,7 +93,7 @@ class RetinaNet(nn.Module):
         return Predictions(logits, deltas, anchors, quality or None, bins or None, sizes)
 
     def _compute_levels(
-        self, images: UInt8[Tensor, "B 3 H W"], sizes: Int64[Tensor, "B 2"] | None
+        self, images: UInt8[Tensor, "B C H W"], sizes: Int64[Tensor, "B 2"] | None
     ) -> tuple[tuple[Any, ...], ...]:
         """Logits, deltas, quality and bins of every level (quality and bins empty without them), and its shape."""
         content = Content(sizes, (images.shape[2], images.shape[3]))
@@ -113,7 +110,7 @@ class RetinaNet(nn.Module):
             )
         return logits, deltas, quality, bins, tuple((level.shape[-2], level.shape[-1]) for level in pyramid)
 
-    def normalize(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+    def normalize(self, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         return (images - self.mean).div_(self.std)
 
 
@@ -174,7 +171,7 @@ def retinanet(
     canvas_strides: anchors are canvas // cells pixels apart on each axis, as torchvision places them and has trained
         its published weights: on 800 rows, 13 cells of stride 64 are 61 pixels apart (its detection/anchor_utils.py).
     anchor_offset: of the anchors' centres, in strides: 0.5 for centres of cells.
-    mean, std: per RGB channel on the scale 0..255; the defaults are those of ImageNet.
+    mean, std: per channel on the scale 0..255, whose number is that of the images; the defaults are ImageNet's in RGB.
     plugins: packages from which `backbone`, `neck` and `head` may be taken, as `{"_target_": "mylab.backbones.Tiny",
         "width": 16}`. See `retina.model.parts` for what they must be like.
 
@@ -188,9 +185,9 @@ def retinanet(
     frozen_stages = (2 if weights else 0) if frozen_stages is None else frozen_stages
     head_channels = head_channels or fpn_channels
     _check(num_classes >= 1, "num_classes", num_classes, "annotations must name at least one category")
-    three = len(mean) == len(std) == 3
-    _check(three and all(map(math.isfinite, mean)), "mean", mean, "give three numbers, on the scale 0..255")
-    _check(three and all(0 < s < math.inf for s in std), "std", std, "give three numbers above 0, on the scale 0..255")
+    some, each = 1 <= len(mean) <= 256, f"a number for each of {len(mean)} channels, on the scale 0..255"
+    _check(some and all(map(math.isfinite, mean)), "mean", mean, f"give {each}")
+    _check(len(std) == len(mean) and all(0 < s < math.inf for s in std), "std", std, f"give {each}, above 0")
     _check(fpn_channels >= 1, "fpn_channels", fpn_channels, "give at least 1")
     _check(head_channels >= 1, "head_channels", head_channels, "give at least 1")
     _check(head_convs >= 0, "head_convs", head_convs, "give at least 0")
@@ -202,15 +199,15 @@ def retinanet(
         raise ConfigError(problem, code="contradiction", key="canvas_strides")
     body: Any
     if isinstance(backbone, str):
-        body = _backbone(
-            backbone, weights, levels, norm=norm, frozen_stages=frozen_stages, eps=norm_eps, stride_in_1x1=stride_in_1x1
-        )
+        common: dict[str, Any] = {"channels": len(mean), "norm": norm, "frozen_stages": frozen_stages}
+        body = build_backbone(backbone, weights, levels, norm_eps=norm_eps, stride_in_1x1=stride_in_1x1, **common)
     else:
         body = make_part(backbone, "backbone", plugins, last_level=min(5, max(levels, default=5)))
         check_backbone(body, levels)
+        adapt_input(body, len(mean))
         if weights:
             load_backbone(body, read_weights(Path(weights)), name=str(backbone["_target_"]), weights=weights)
-    common: dict[str, Any] = {"in_channels": tuple(body.channels), "channels": fpn_channels, "levels": tuple(levels)}
+    common = {"in_channels": tuple(body.channels), "channels": fpn_channels, "levels": tuple(levels)}
     fpn: Any = (
         NECKS[neck](**common, p6_from=p6_from, p7_relu=p7_relu)
         if isinstance(neck, str)
@@ -238,24 +235,3 @@ def retinanet(
 def _check(ok: bool, key: str, value: object, fix: str) -> None:
     if not ok:
         raise ConfigError(f"{value} - {fix}", code="out-of-range", key=key)
-
-
-def _backbone(
-    name: str, weights: str | None, levels: Sequence[int], *, eps: float, stride_in_1x1: bool, **options: Any
-) -> ResNet | MobileNet | TimmBackbone:
-    options["last_level"] = min(5, max(levels, default=5))
-    if not name.startswith(PREFIX):
-        check_choice(name, (*RESNETS, *HALVES, *MOBILENETS), "backbone")
-    if name not in (*RESNETS, *HALVES) and (stride_in_1x1 or eps != 1e-5):
-        key = "stride_in_1x1" if stride_in_1x1 else "norm_eps"
-        raise ConfigError(f"{name:.80} has its own - leave the default", code="contradiction", key=key)
-    if name.startswith(PREFIX):
-        return TimmBackbone(name.removeprefix(PREFIX), weights=weights, first_level=min(levels, default=2), **options)
-    body: ResNet | MobileNet
-    if name in MOBILENETS:
-        body = MobileNet(name, **options)
-    else:
-        body = ResNet(name, norm_eps=eps, stride_in_1x1=stride_in_1x1, **options)
-    if weights:
-        body.load_imagenet(name, weights)
-    return body

@@ -73,7 +73,7 @@ class TimmBackbone(nn.Module):
             _load_file(net, name, weights)
         _freeze(net, name, frozen_stages, all_norms=norm == "frozen")
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, ...]:
+    def forward(self, images: Float[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
         return _maps(self.net, images)
 
 
@@ -104,7 +104,7 @@ def _unsuitable(problem: str) -> ConfigError:
     return ConfigError(f"{problem} - choose another", code="unsuitable-backbone", key="backbone")
 
 
-def _maps(net: Any, images: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, ...]:
+def _maps(net: Any, images: Float[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
     maps = net(images)
     return tuple(x.permute(0, 3, 1, 2) for x in maps) if getattr(net, "output_fmt", "") == "NHWC" else tuple(maps)
 

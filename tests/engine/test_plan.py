@@ -8,7 +8,7 @@ import pytest
 
 from faults import refused
 from retina.cli.compose import compose
-from retina.engine.plan import Facts, plan, steps_in, to_seconds, with_values
+from retina.engine.plan import Facts, plan, plan_pixels, steps_in, to_seconds, with_values
 
 NONE = frozenset[str]()
 
@@ -124,6 +124,19 @@ def test_few_epochs_leave_the_colours_alone(settings: dict[str, Any]) -> None:
     assert "color" in chosen(facts(), settings)["augment"]
     many = facts(images=2000, pretrained=True)
     assert list(chosen(many, settings)["augment"]) == ["flip", "resize"]
+
+
+def test_images_that_are_not_rgb_have_their_own_mean_and_no_colours(settings: dict[str, Any]) -> None:
+    measured = ([1.0] * 5, [2.0] * 5)
+    for changes in ({}, {"pretrained": True}):
+        five = facts(channels=5, mean_std=measured, **changes)
+        assert "color" not in chosen(five, settings)["augment"]
+        for typed in (settings, settings | {"init_from": "runs/other"}):
+            values = chosen(five, typed)
+            assert (values["model.mean"], values["model.std"]) == measured
+        assert "model.mean" not in chosen(five, settings, "model.mean"), "what is given wins"
+        assert [choice.key for choice in plan_pixels(five, settings, NONE)] == ["model.mean", "model.std"]
+    assert plan_pixels(facts(), settings, NONE) == []
 
 
 def test_steps_fill_the_budget_and_end_with_an_evaluation() -> None:
