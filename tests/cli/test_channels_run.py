@@ -104,7 +104,7 @@ def test_a_run_on_four_channels_goes_on_bit_for_bit_and_finds_the_same_everywher
     [
         (("+augment.color._target_=retina.data.transforms.ColorJitter",), "contradiction", "augment.color"),
         (("model.mean=[1.0,2.0,3.0]", "model.std=[1.0,2.0,3.0]"), "contradiction", "model.mean"),
-        (("data.channels=5",), "records", "channels"),
+        (("data.channels=5",), "records", "8 of 8"),
         (("data.channels=0",), "out-of-range", "data.channels"),
     ],
 )
