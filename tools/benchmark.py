@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 MEASURES = (
-    *("focal", "matching", "postprocess", "coco_eval", "loader", "annotations"),
+    *("focal", "losses", "matching", "postprocess", "coco_eval", "loader", "annotations"),
     *("syncs", "loop", "memory", "inference", "step", "scaling"),
 )
 

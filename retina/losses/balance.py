@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from retina.losses.common import check_range, reduce_loss, refuse
+from retina.ops.kernels.elementwise_cpu import is_fusable
 
 
 def class_balanced_weights(counts: Tensor | Sequence[int], *, beta: float = 0.999) -> Float[Tensor, "C"]:
@@ -46,7 +47,7 @@ def hardest(losses: Float[Tensor, "*shape"], *, fraction: float) -> Bool[Tensor,
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
-    return (_rank(losses) < math.ceil(fraction * losses.numel())) & (losses > 0)
+    return _greatest(losses, math.ceil(fraction * losses.numel())) & (losses > 0)
 
 
 def hardest_negatives(
@@ -60,14 +61,18 @@ def hardest_negatives(
     """
     check_range("ratio", ratio)
     negatives = losses.masked_fill(positive, 0)
-    return (positive | (_rank(negatives) < positive.sum() * ratio)) & (losses > 0)
+    return (positive | _greatest(negatives, positive.sum() * ratio)) & (losses > 0)
 
 
-def _rank(losses: Tensor) -> Tensor:
-    """0 for the greatest."""
-    order = losses.detach().flatten().argsort(descending=True)
-    places = torch.arange(len(order), device=order.device)
-    return torch.zeros_like(order).scatter(0, order, places).reshape(losses.shape)
+def _greatest(losses: Tensor, number: Tensor | int) -> Tensor:
+    """A mask of so many of all elements, rounded up. On a CPU they are not sorted, since there the number is known."""
+    values = losses.detach().flatten()
+    kept = torch.zeros_like(values, dtype=torch.bool)
+    if is_fusable(values, values):
+        places = values.topk(min(math.ceil(number), len(values)), sorted=False).indices
+        return kept.index_fill_(0, places, True).reshape(losses.shape)
+    order = values.argsort(descending=True)
+    return kept.scatter(0, order, torch.arange(len(order), device=order.device) < number).reshape(losses.shape)
 
 
 class OHEMLoss(nn.Module):

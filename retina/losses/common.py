@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from retina.ops.kernels.elementwise_cpu import Terms, fused, is_fusable
+
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -38,9 +40,14 @@ def element_targets(logits: Tensor, targets: Tensor, ignore_index: int | None = 
         counted = targets != ignore_index
         targets = torch.where(counted, targets, 0)
         allowed = f"0, 1 or ignore_index {ignore_index}"
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if is_fusable(logits, targets) and targets.numel():
+        low, high = targets.to(dtype).aminmax()
+        if low >= 0 and high <= 1:  # NaN is neither
+            return targets.to(dtype), counted
     wrong = ~((targets >= 0) & (targets <= 1))
     refuse(wrong, targets, f"targets of the logits' shape must be {allowed}")
-    return targets.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(wrong, torch.nan), counted
+    return targets.to(dtype).masked_fill(wrong, torch.nan), counted
 
 
 def class_indices(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -126,6 +133,15 @@ def reduce_loss(loss: Tensor, reduction: str, divisor: Tensor | int) -> Tensor:
     if isinstance(divisor, Tensor):
         return total / torch.where(divisor == 0, 1, divisor)
     return total / max(1, divisor)
+
+
+def fused_loss(
+    terms: Terms, plain: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor, reduction: str
+) -> Tensor:
+    """A loss of every logit from its closed form, reduced as `reduce_loss` does where all of them count."""
+    check_reduction(reduction)
+    loss = fused(terms, plain, logits, targets, summed=reduction != "none")
+    return loss / max(1, logits.numel()) if reduction == "mean" else loss
 
 
 def check_reduction(reduction: str) -> None:

@@ -13,6 +13,7 @@ Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, equations 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -31,10 +32,12 @@ from retina.losses.common import (
     class_axis,
     class_indices,
     element_targets,
+    fused_loss,
     per_class,
     reduce_loss,
 )
 from retina.ops.kernels import focal_cpu
+from retina.ops.kernels.elementwise_cpu import is_fusable, log_softmax_of_classes, sigmoid_focal_terms
 
 
 def sigmoid_focal_loss(
@@ -61,17 +64,16 @@ def sigmoid_focal_loss(
     """
     alpha = check_focal(alpha, gamma)
     logits = at_least_float32(logits)
-    positive = along_classes(alpha, logits, "alpha") if isinstance(alpha, Tensor) else 1.0 if alpha is None else alpha
-    negative = 1.0 if alpha is None else 1 - positive
     if targets.shape == logits.shape:
         targets, counted = element_targets(logits, targets, ignore_index)
-        wrong = torch.sigmoid(logits) * (1 - targets) + torch.sigmoid(-logits) * targets
-        loss = clear_of_zero(wrong) ** gamma * binary_cross_entropy(logits, targets)
-        if alpha is not None:
-            loss = loss * (positive * targets + negative * (1 - targets))
+        if counted is None and not isinstance(alpha, Tensor) and is_fusable(logits, targets):
+            plain = partial(_focal_of_targets, alpha=alpha, gamma=gamma)
+            return fused_loss(sigmoid_focal_terms(alpha, gamma), plain, logits, targets, reduction)
+        loss = _focal_of_targets(logits, targets, alpha, gamma)
     else:
         index, counted = class_indices(logits, targets, ignore_index)
         axis = class_axis(logits)
+        positive, negative = _weights(logits, alpha)
         if isinstance(positive, Tensor):
             positive = positive.expand_as(logits).gather(axis, index)
         loss_of_true = focal_of_error(-logits.gather(axis, index), gamma) * positive
@@ -80,6 +82,24 @@ def sigmoid_focal_loss(
     if counted is not None:
         loss = torch.where(counted, loss, 0)
     return reduce_loss(loss, reduction, loss.numel() if counted is None else counted.sum())
+
+
+def _weights(logits: Tensor, alpha: float | Tensor | None) -> tuple[float | Tensor, float | Tensor]:
+    """Of positives and of negatives, to be multiplied with tensors of the logits' shape."""
+    if alpha is None:
+        return 1.0, 1.0
+    positive = along_classes(alpha, logits, "alpha") if isinstance(alpha, Tensor) else alpha
+    return positive, 1 - positive
+
+
+def _focal_of_targets(logits: Tensor, targets: Tensor, alpha: float | Tensor | None, gamma: float) -> Tensor:
+    """The plain form, for targets of the logits' shape."""
+    wrong = torch.sigmoid(logits) * (1 - targets) + torch.sigmoid(-logits) * targets
+    loss = clear_of_zero(wrong) ** gamma * binary_cross_entropy(logits, targets)
+    if alpha is None:
+        return loss
+    positive, negative = _weights(logits, alpha)
+    return loss * (positive * targets + negative * (1 - targets))
 
 
 class SigmoidFocalLoss(LossModule):
@@ -129,20 +149,21 @@ def softmax_focal_loss(
     """
     check_focal(None, gamma)
     axis = class_axis(logits)
-    log_p = at_least_float32(logits).log_softmax(axis)
-    if weight is not None:
-        weight = along_classes(per_class(weight, "weight"), log_p, "weight").expand_as(log_p)
+    logits = at_least_float32(logits)
     if targets.shape == logits.shape:
+        log_p = logits.log_softmax(axis)
         labels, counted = element_targets(log_p, targets, ignore_index)
         if counted is not None:
             labels = labels * counted.all(axis, keepdim=True)
         share = labels / labels.sum(axis, keepdim=True).clamp(min=torch.finfo(labels.dtype).tiny)
     else:
         index, counted = class_indices(logits, targets, ignore_index)
-        share, log_p = counted.to(log_p.dtype), log_p.gather(axis, index)
-        weight = None if weight is None else weight.gather(axis, index)
+        # Without focusing, this is torch's cross entropy to the last bit.
+        log_p = log_softmax_of_classes(logits, index, axis) if gamma else logits.log_softmax(axis).gather(axis, index)
+        share = counted.to(log_p.dtype)
     if weight is not None:
-        share = share * weight
+        weight = along_classes(per_class(weight, "weight"), logits, "weight").expand_as(logits)
+        share = share * (weight if log_p.shape == logits.shape else weight.gather(axis, index))
     log_p = torch.where(share > 0, log_p, 0)  # infinite for a class that is masked out, and 0 times that is NaN
     # -expm1(log p) is 1 - p without the cancellation.
     loss = (share * clear_of_zero(-log_p.expm1()) ** gamma * -log_p).sum(axis)

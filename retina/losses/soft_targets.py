@@ -6,12 +6,24 @@ ValueError for shapes that do not fit and settings out of range. The functions d
 are, because a detector computes them itself; the modules do.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from retina.losses.common import LossModule, SoftTargetLoss, at_least_float32, check_range, reduce_loss, refuse
+from retina.losses.common import (
+    LossModule,
+    SoftTargetLoss,
+    at_least_float32,
+    check_range,
+    fused_loss,
+    reduce_loss,
+    refuse,
+)
 from retina.losses.focal import binary_cross_entropy, clear_of_zero
+from retina.ops.kernels.elementwise_cpu import Terms, is_fusable, quality_focal_terms, varifocal_terms
 
 
 def quality_focal_loss(
@@ -24,9 +36,12 @@ def quality_focal_loss(
     Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 2 (there beta is our gamma).
     """
     check_range("gamma", gamma)
-    logits, targets, cross_entropy = _cross_entropy(logits, targets)
-    loss = clear_of_zero(_distance(logits, targets)) ** gamma * cross_entropy
-    return reduce_loss(loss, reduction, loss.numel())
+    plain = partial(_quality_focal, gamma=gamma)
+    return _reduced(quality_focal_terms(gamma), plain, logits, targets, reduction)
+
+
+def _quality_focal(logits: Tensor, targets: Tensor, *, gamma: float) -> Tensor:
+    return clear_of_zero(_distance(logits, targets)) ** gamma * binary_cross_entropy(logits, targets)
 
 
 class QualityFocalLoss(SoftTargetLoss):
@@ -53,10 +68,13 @@ def varifocal_loss(
     Source: Zhang et al., VarifocalNet, CVPR 2021, equation 2.
     """
     _check_varifocal(alpha, gamma)
-    logits, targets, cross_entropy = _cross_entropy(logits, targets)
+    plain = partial(_varifocal, alpha=alpha, gamma=gamma)
+    return _reduced(varifocal_terms(alpha, gamma), plain, logits, targets, reduction)
+
+
+def _varifocal(logits: Tensor, targets: Tensor, *, alpha: float, gamma: float) -> Tensor:
     negative = alpha * clear_of_zero(torch.sigmoid(logits)) ** gamma
-    loss = torch.where(targets > 0, targets, negative) * cross_entropy
-    return reduce_loss(loss, reduction, loss.numel())
+    return torch.where(targets > 0, targets, negative) * binary_cross_entropy(logits, targets)
 
 
 class VarifocalLoss(SoftTargetLoss):
@@ -93,7 +111,8 @@ def ghm_loss(
     valid = torch.ones_like(logits, dtype=torch.bool) if valid is None else valid
     if valid.shape != logits.shape:
         raise ValueError(f"valid must have the shape of the logits {list(logits.shape)}, got {list(valid.shape)}")
-    logits, targets, cross_entropy = _cross_entropy(logits, targets)
+    logits, targets = _of_one_dtype(logits, targets)
+    cross_entropy = binary_cross_entropy(logits, targets)
     bins = (_distance(logits, targets).detach() * num_bins).long().clamp(max=num_bins - 1)
     bins = torch.where(valid, bins, num_bins)  # one more, for what does not count
     counts = torch.zeros(num_bins + 1, dtype=torch.int64, device=logits.device)  # float32 counts up to 2^24
@@ -158,13 +177,22 @@ class DistributionFocalLoss(LossModule):
         return super().forward(logits, targets)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits and targets in float32 or float64, and their binary cross entropy."""
+def _reduced(
+    terms: Terms, plain: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor, reduction: str
+) -> Tensor:
+    """The loss from its closed form where that may be, else from the plain one."""
+    logits, targets = _of_one_dtype(logits, targets)
+    if is_fusable(logits, targets):
+        return fused_loss(terms, plain, logits, targets, reduction)
+    return reduce_loss(plain(logits, targets), reduction, logits.numel())
+
+
+def _of_one_dtype(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32 or float64."""
     if logits.shape != targets.shape:
         raise ValueError(f"targets must have the shape of the logits {list(logits.shape)}, got {list(targets.shape)}")
     logits = at_least_float32(logits)
-    targets = targets.to(logits.dtype)
-    return logits, targets, binary_cross_entropy(logits, targets)
+    return logits, targets.to(logits.dtype)
 
 
 def _distance(logits: Tensor, targets: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def value_and_grad(function, logits: Tensor, *arguments: Tensor, **settings) -> 
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
 def test_an_alpha_for_each_class(gamma: float, compiled: bool, monkeypatch: pytest.MonkeyPatch):
     """Rows of chunks too, and what a compiler gets; equal alphas are one alpha."""
-    monkeypatch.setattr(focal_cpu, "_CHUNK", 40)
+    monkeypatch.setattr(focal_cpu, "CHUNK", 40)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
     problem, alpha = random_problem(100, 4), [0.1, 0.25, 0.9, 1.0]
     loss, grad = value_and_grad(class_focal_loss, *problem, alpha=alpha, gamma=gamma)
@@ -135,7 +135,7 @@ def test_half_precision_gradients_survive_thanks_to_the_loss_scale():
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch):
     problem = random_problem(3, 101, 7)
     loss, grad = value_and_grad(class_focal_loss, *problem)
-    monkeypatch.setattr(focal_cpu, "_CHUNK", 40)
+    monkeypatch.setattr(focal_cpu, "CHUNK", 40)
     chunked, chunked_grad = value_and_grad(class_focal_loss, *problem)
     torch.testing.assert_close(chunked, loss, rtol=1e-13, atol=0)
     torch.testing.assert_close(chunked_grad, grad, rtol=1e-13, atol=1e-15)

@@ -304,7 +304,7 @@ FORMS.remove(("ohem", False))  # on a CPU, the NMS compares as many as it takes
 def test_no_waiting_and_the_same_operations_for_any_batch(name: str, compiling: bool, monkeypatch):
     """Also in the form for GPUs and compilers."""
     monkeypatch.setattr(
-        "retina.ops.kernels.focal_cpu._CHUNK", 2**20
+        "retina.ops.kernels.focal_cpu.CHUNK", 2**20
     )  # on a CPU the loss goes by chunks: one is enough here
     counts = []
     for num_images in (2, 5):

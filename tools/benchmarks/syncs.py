@@ -37,15 +37,15 @@ def run(bench: Bench) -> list[Row]:
     height, width = (64, 64) if bench.quick else (256, 256)
     model, reference = pair(device=bench.device)
     batches = [make_batch(images, height, width, bench.device) for images in (2, 4)]
-    chunk = focal_cpu._CHUNK
-    focal_cpu._CHUNK = 2**40  # as on a GPU; a CPU computes the loss in chunks, the more the more images
+    chunk = focal_cpu.CHUNK
+    focal_cpu.CHUNK = 2**40  # as on a GPU; a CPU computes the loss in chunks, the more the more images
     try:
         counted = {
             "ours": [count(our_step(model, batch, torch.bfloat16)) for batch in batches],
             "reference": [count(torchvision_step(reference, batch, amp=False)) for batch in batches],
         }
     finally:
-        focal_cpu._CHUNK = chunk
+        focal_cpu.CHUNK = chunk
     measures = (
         ("operations that wait for the device, per step of two images", None, 0.0),
         ("operations that wait for the device, per further image", 0.0, 0.0),

@@ -19,14 +19,14 @@ from torch import Tensor
 
 # Elements per thread and chunk on CPU: a handful of float32 buffers of this size stay in the second-level cache. On
 # other devices a chunk only bounds the memory of the buffers.
-_CHUNK = 3 * 2**14
+CHUNK = 3 * 2**14
 _CHUNK_OF_DEVICE = 2**24
 _HUGE = 2**22  # two huge pages
 # exp of it is finite in float32, and sigmoid of it is 1 in float64 too.
 _SATURATED = 80.0
 
 
-def empty_like(logits: Float[Tensor, "N K"], dtype: torch.dtype) -> Float[Tensor, "N K"]:
+def empty_like(logits: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
     """On huge pages, where Linux has them: faulting in a page of 4 KiB costs as much as the loss of its 1024 logits."""
     size = logits.numel() * dtype.itemsize
     if logits.device.type == "cpu" and size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
@@ -59,13 +59,13 @@ def loss_and_grad(
     per_class = negative_weight if isinstance(negative_weight, Tensor) else None
     weights = counted if per_class is not None else counted * negative_weight
     x = logits.gather(1, labels).to(dtype)
-    power, factor, softplus = _terms(torch.where(positive, -x, x), gamma, [torch.empty_like(x) for _ in range(4)])
+    power, factor, softplus = focal_terms(torch.where(positive, -x, x), gamma, [torch.empty_like(x) for _ in range(4)])
     power *= torch.where(positive, _of_labels(positive_weight, labels), counted * _of_labels(negative_weight, labels))
     losses = [(power * softplus).sum()]
     label_grad = torch.where(positive, -power, power).mul_(factor)
     del power, factor, softplus
 
-    elements = _CHUNK * torch.get_num_threads() if logits.device.type == "cpu" else _CHUNK_OF_DEVICE
+    elements = CHUNK * torch.get_num_threads() if logits.device.type == "cpu" else _CHUNK_OF_DEVICE
     rows = max(1, elements // logits.shape[1])
     shape = (min(rows, len(logits)), logits.shape[1])
     buffers = [logits.new_empty(shape, dtype=dtype) for _ in range(4)]
@@ -79,7 +79,7 @@ def loss_and_grad(
             buffers = [buffer[: len(x)] for buffer in buffers]
         if out is not None and out.dtype == dtype:
             buffers[-1] = out  # one tensor less in the cache
-        power, factor, softplus = _terms(x.to(dtype), gamma, buffers)
+        power, factor, softplus = focal_terms(x.to(dtype), gamma, buffers)
         if per_class is not None:
             power *= per_class
         power.mul_(weight).scatter_(1, label, zeros[: len(x)])
@@ -93,22 +93,18 @@ def _of_labels(weight: float | Float[Tensor, "K"], labels: Int64[Tensor, "N 1"])
     return weight[labels] if isinstance(weight, Tensor) else weight
 
 
-def _terms(
-    z: Float[Tensor, "N k"], gamma: float, buffers: Sequence[Float[Tensor, "N k"]]
-) -> tuple[Float[Tensor, "N k"], Float[Tensor, "N k"], Float[Tensor, "N k"]]:
+def focal_terms(
+    z: Float[Tensor, "*shape"], gamma: float, buffers: Sequence[Float[Tensor, "*shape"]]
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """s^gamma, gamma (1 - s) softplus(z) + s and softplus(z), of the formulas at the top, in the four buffers given.
 
-    One exponential e and one logarithm: s = e / (1 + e), softplus(z) = log(1 + e). For a small e, 1 + e is rounded; the
-    lost part, times the slope 1 / (1 + e) of the logarithm, is given back. A z too large for e is its own softplus.
+    One exponential e and one logarithm: s = e / (1 + e), softplus(z) = log(1 + e). A z too large for e is its own
+    softplus.
     """
     power, factor, complement, softplus = buffers
-    one = z.new_ones(())  # torch would make a tensor of a number at every use
     e = torch.clamp(z, max=_SATURATED, out=factor).exp_()
-    torch.add(e, one, out=complement)
-    torch.log(complement, out=softplus)
-    lost = torch.sub(e, torch.sub(complement, one, out=power), out=power)
-    complement.reciprocal_()
-    torch.maximum(softplus.addcmul_(lost, complement), z, out=softplus)
+    torch.maximum(torch.log1p(e, out=softplus), z, out=softplus)
+    torch.add(e, z.new_ones(()), out=complement).reciprocal_()  # torch would make a tensor of a number
     s = e.mul_(complement)
     torch.pow(s, gamma, out=power)
     return power, s.addcmul_(complement, softplus, value=gamma), softplus
