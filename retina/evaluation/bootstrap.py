@@ -3,7 +3,9 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int32, Int64, UInt8
+
+from retina.evaluation.outcomes import Outcomes
 
 DRAWS = 1000
 LEVEL = 0.95
@@ -47,3 +49,72 @@ def interval(value: float, draws: Float[np.ndarray, "R"], level: float = LEVEL) 
         return None
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]).tolist()
     return Estimate(float(value), min(low, float(value)), max(high, float(value)))
+
+
+_CELLS = 1 << 22
+"""Numbers of a resampled curve that are in memory at a time."""
+
+
+def resampled_ap(outcomes: Outcomes, weights: UInt8[np.ndarray, "R N"]) -> Float[np.ndarray, "R K T"]:
+    """AP of every class at every IoU threshold, had each image been there as often as `weights` say; NaN where
+    no object is left.
+
+    Of COCO's AP up to rounding: a recall that is met to the last bit is met here, and may not be there."""
+    annotations, num_classes = outcomes.annotations, len(outcomes.annotations.classes)
+    by_image = np.ascontiguousarray(weights.T)
+    draws, num_thresholds = len(weights), outcomes.objects.shape[1]
+    values = np.full((draws, num_classes, num_thresholds), np.nan, dtype=np.float32)
+    counted, places = ~annotations.crowd, outcomes.object_images()
+    hits = np.stack([outcomes.hits(number) for number in range(num_thresholds)], axis=1)
+    ignored = np.stack([outcomes.ignored(number) for number in range(num_thresholds)], axis=1)
+    for label in range(num_classes):
+        here = places[counted & (annotations.labels == label)]
+        part = outcomes.of_class(label)
+        last = np.flatnonzero(hits[part].any(axis=1))[-1:]  # what comes after the last hit changes nothing
+        end = part.start + int(last[0]) + 1 if len(last) else part.start
+        rows = max(1, _CELLS // max(1, end - part.start, len(here)))
+        for first in range(0, draws, rows):
+            drawn = by_image[:, first : first + rows]
+            objects = drawn[here].sum(axis=0, dtype=np.int32)
+            seen = drawn[outcomes.images[part.start : end]]
+            ap = _ap(seen, hits[part.start : end], ignored[part.start : end], objects)
+            values[first : first + rows, label] = np.where(objects > 0, ap, np.nan).T
+    return values
+
+
+def _ap(
+    seen: UInt8[np.ndarray, "n r"],
+    hits: Bool[np.ndarray, "n T"],
+    ignored: Bool[np.ndarray, "n T"],
+    objects: Int32[np.ndarray, "r"],
+) -> Float[np.ndarray, "T r"]:
+    """Of one class, from how often each of its detections, best score first, is drawn."""
+    values = np.zeros((hits.shape[1], seen.shape[1]), dtype=np.float32)
+    some = np.flatnonzero(hits.any(axis=1))
+    if not len(some):
+        return values
+    begins = np.concatenate([[0], some[:-1] + 1])  # of the runs that end with a hit
+    everything = np.cumsum(np.add.reduceat(seen, begins, axis=0, dtype=np.int32), axis=0)
+    divisor = np.maximum(objects, 1)
+    for number in range(hits.shape[1]):
+        rows = np.flatnonzero(hits[:, number])
+        if not len(rows):
+            continue
+        kept = everything[np.searchsorted(some, rows)]
+        if ignored[:, number].any():
+            kept = kept - np.cumsum(seen * ignored[:, number, None], axis=0, dtype=np.int32)[rows]
+        true = np.cumsum(seen[rows], axis=0, dtype=np.int32)
+        precision = np.divide(true, np.maximum(kept, 1), dtype=np.float32)
+        envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+        # recalls of 0, 0.01, ..., 1 that each true positive is the first to reach
+        reached = (100 * true // divisor + (true > 0)).astype(np.float32)
+        reached[1:] -= reached[:-1].copy()
+        values[number] = np.einsum("nr,nr->r", envelope, reached) / 101
+    return values
+
+
+def mean_over_classes(values: Float[np.ndarray, "R K"]) -> Float[np.ndarray, "R"]:
+    """Without classes in which it is undefined; NaN where it is so in all."""
+    defined = ~np.isnan(values)
+    count = defined.sum(axis=1)
+    return np.divide(np.where(defined, values, 0).sum(axis=1), count, out=np.full(len(values), np.nan), where=count > 0)
