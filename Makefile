@@ -17,6 +17,7 @@ demo: .venv/installed
 	$(BIN)/python tools/infer.py checkpoint=runs/shapes source=data/shapes/val output=out/shapes
 	$(BIN)/python tools/eval.py checkpoint=runs/shapes
 	@echo
+	@echo "report    runs/shapes/eval/report.html"
 	@echo "metrics   runs/shapes/eval/metrics.json"
 	@echo "pictures  runs/shapes/eval/pictures/ (beside ground truth), out/shapes/ (detections)"
 	@echo "curves    $(BIN)/tensorboard --logdir runs/shapes"

@@ -26,7 +26,7 @@ ROOMS = (
     "interop",
     "losses",
 )
-ROOMS += ("model", "ops", "printing", "schema", "types", "visualize")
+ROOMS += ("model", "ops", "printing", "report", "schema", "types", "visualize")
 install_import_hook([f"retina.{room}" for room in ROOMS], "beartype.beartype")
 torch.set_num_threads(1)  # tests run side by side
 

@@ -13,6 +13,7 @@ ROOMS = {
     "cli": 0,
     "lab": 0,
     "engine": 1,
+    "report": 1,
     "evaluation": 2,
     "inference": 2,
     "interop": 2,

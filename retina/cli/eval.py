@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retina.cli.analysis import write_analysis
 from retina.cli.build import call
 from retina.cli.compose import entry
 from retina.cli.data import data_of, load_split
@@ -38,6 +39,7 @@ class EvalConfig(ScoringConfig):
     output: str | None
     scorer: str | None
     pictures: int
+    report: bool
     score_threshold: float | None
 
     def __post_init__(self) -> None:
@@ -70,11 +72,15 @@ def score_file(config: EvalConfig) -> int:
     scoring = scoring_of({}, config.eval)
     annotations = load_split(data, config.split, needs="ids")
     warnings: list[str] = []
-    metrics = coco_metrics(annotations, read_results(results, annotations, warnings), scoring)
+    detections = read_results(results, annotations, warnings)
+    metrics = coco_metrics(annotations, detections, scoring)
     say(*(f"warning: {line}" for line in warnings), error=True)
     open_evaluation(output)
     write_metrics(output / "metrics.json", metrics)
     report(config, scoring, annotations, metrics, results, f"{output / 'metrics.json'}")
+    if config.report:
+        facts = [("results", str(results)), ("annotations", str(annotations.file))]
+        write_analysis(output, annotations, detections, metrics, scoring, facts=facts)
     return 0
 
 
@@ -106,6 +112,10 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
             drawn = write_evaluation_pictures(folder, annotations, detections, score_threshold=threshold, **limits)
             names = f"{output}/metrics.json, detections.json{', pictures/' if drawn else ''}"
             report(config, scored.scoring, annotations, metrics, output / "detections.json", names)
+            if config.report:
+                about: Any = {"point": scored.detector.card.operating_point, "run": folder_of(checkpoint)}
+                facts = [("weights", str(scored.detector.file)), ("annotations", str(annotations.file))]
+                write_analysis(output, annotations, detections, metrics, scored.scoring, facts=facts, **about)
             say(*(f"skipped: {line}" for line in skipped), error=True)
     return 3 if skipped else 0
 

@@ -295,7 +295,8 @@ def open_evaluation(output: Path, within: Path | None = None) -> None:
     but an earlier evaluation."""
     try:
         make_folder(output, within)
-        for pattern in (".metrics.json.tmp", ".detections.json.*tmp", ".data_report.json.*tmp"):  # what a kill left
+        names = (".metrics.json.tmp", ".analysis.json.tmp", ".report.html.tmp")
+        for pattern in (*names, ".detections.json.*tmp", ".data_report.json.*tmp"):  # what a kill left
             for leftover in output.glob(pattern):
                 remove(leftover)
         others = [entry for entry in output.iterdir() if entry.name != "data_report.json"]

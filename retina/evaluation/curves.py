@@ -4,7 +4,7 @@ road."""
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int, Int64
+from jaxtyping import Bool, Float64, Int64
 
 from retina.evaluation.metrics import RECALLS
 from retina.evaluation.outcomes import Outcomes
@@ -70,8 +70,3 @@ def calibration(outcomes: Outcomes, num_bins: int = 10) -> dict[str, Any]:
         for low, (n, s, r) in enumerate(zip(count.tolist(), score.tolist(), right.tolist(), strict=True))
     ]
     return {"ece": float(gaps) if len(scores) else None, "bins": rows}
-
-
-def ratio(part: Int[np.ndarray, "*_"], whole: Int[np.ndarray, "*_"]) -> Float64[np.ndarray, "*_"]:
-    """NaN where the whole is nothing."""
-    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)

@@ -82,7 +82,11 @@ def test_a_run_needs_nothing_retyped(tool: Tool, run: Path, capsys: Capture) -> 
     lines = out.splitlines()
     assert lines[0] == f"AP     {metrics['AP']:.3f}  IoU 0.50:0.95"
     assert [line.split()[0] for line in lines[14:19]] == list(metrics["per_class"])
-    assert lines[-1] == f"written: {run}/eval/metrics.json, detections.json, pictures/"
+    assert f"written: {run}/eval/metrics.json, detections.json, pictures/" in lines
+    assert lines[-1] == f"report: {run}/eval/report.html"
+    analysis = strict(run / "eval" / "analysis.json")
+    assert analysis["intervals"]["overall"]["AP"][0] == pytest.approx(metrics["AP"], abs=1e-6)
+    assert (run / "eval" / "report.html").read_text().count("data:image/jpeg") == 5
 
     results = strict(run / "eval" / "detections.json")
     assert set(results[0]) == {"image_id", "category_id", "bbox", "score"}
@@ -97,7 +101,7 @@ def test_a_run_needs_nothing_retyped(tool: Tool, run: Path, capsys: Capture) -> 
     assert tool("eval", *words) == 0
     again = strict(run / "again" / "metrics.json")
     assert all(again[key] == pytest.approx(metrics[key], abs=1e-12) for key in KEYS)
-    assert [file.name for file in (run / "again").iterdir()] == ["metrics.json"]
+    assert {file.name for file in (run / "again").iterdir()} == {"metrics.json", "analysis.json", "report.html"}
 
 
 def ground_truth(run: Path) -> list[str]:
@@ -211,7 +215,7 @@ def test_pycocotools_says_the_same(tool: Tool, scored: Path, run: Path, capsys: 
     (tmp_path / "none.json").write_text("[]")
     score = [f"detections={scored}/dt.json", "data=coco", f"data.val.annotations={scored}/gt.json"]
     for words in (score, [f"detections={tmp_path}/none.json", *score[1:]], [f"checkpoint={run}", "pictures=0"]):
-        assert tool("eval", *words, f"output={tmp_path}/scores", "scorer=pycocotools") == 0
+        assert tool("eval", *words, f"output={tmp_path}/scores", "scorer=pycocotools", "report=false") == 0
         out = capsys.readouterr().out
         assert float(out.splitlines()[-1].rpartition(" ")[2]) < 1e-12
         assert "AR100 " in out.rpartition("difference\n")[2]
@@ -468,7 +472,8 @@ def test_a_model_that_has_diverged_is_refused(tool: Tool, run: Path, capsys: Cap
 
 def test_what_a_kill_left_is_swept_and_in_nobodys_way(tool: Tool, run: Path) -> None:
     (run / "eval").mkdir()
-    for name in (".metrics.json.tmp", ".detections.json.tmp", ".detections.json.4711.tmp"):
+    ours = (".metrics.json.tmp", ".detections.json.tmp", ".detections.json.4711.tmp", ".report.html.tmp")
+    for name in (*ours, ".analysis.json.tmp"):
         (run / "eval" / name).write_text("half")
-    assert tool("eval", f"checkpoint={run}", "pictures=0") == 0
+    assert tool("eval", f"checkpoint={run}", "pictures=0", "report=false") == 0
     assert sorted(path.name for path in (run / "eval").iterdir()) == ["detections.json", "metrics.json"]
