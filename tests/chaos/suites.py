@@ -9,12 +9,19 @@ from pathlib import Path
 from .runs import ROOT, Outcome
 
 SUITES: list[tuple[str, str]] = [
-    # (fault as the table names it, path or node id under the repository)
+    # (fault as the table names it, paths or node ids under the repository, the last of which names the row)
     (
         "bit flipped in a checkpoint, or its end cut off",
         "tests/engine/test_checkpoint.py::test_every_flipped_bit_and_every_cut_is_noticed_and_the_one_before_is_used",
     ),
     ("disk full at some byte of a save, of a record, of a start", "tests/reliability/test_disk.py"),
+    ("a disk that fails, became read-only, lacks locks, ...", "tests/reliability/test_errors_of_disks.py"),
+    ("links, pipes and second names where a program writes", "tests/reliability/test_plants.py"),
+    (
+        "one or two values changed in the header of a weights file, or in state.json",
+        "tests/engine/test_checkpoint.py::test_changed_states_are_one_line_or_work"
+        " tests/model/test_header.py::test_changed_headers_are_one_line_or_work",
+    ),
     (
         "inference killed with kill -9",
         "tests/cli/test_infer.py::test_killed_and_started_again_it_ends_with_the_same_bytes",
@@ -36,7 +43,7 @@ def run_suite(folder: Path, label: str, path: str) -> Outcome:
     # later options win over those of pyproject.toml; a full version may take longer than a test of `make test`
     options = ["-m", "slow or not slow", "--timeout=3600", f"--junitxml={report}"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, path],
+        [sys.executable, "-m", "pytest", *options, *path.split()],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -281,7 +281,8 @@ def test_a_state_of_another_shape_is_one_line(tmp_path: Path, text: str) -> None
         load_checkpoint(checkpoint, model=model, optimizer=optimizer, ema=ema)
 
 
-def test_changed_states_are_one_line_or_work(tmp_path: Path) -> None:
+def test_changed_states_are_one_line_or_work(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    record_property("tried", 400)
     meter = [1.0, 0.5, 0.25, 7.0, 1.5]
     checkpoint = save(tmp_path, 3, meter=meter, scaler={"scale": 1024.0, "_growth_tracker": 3})
     state = json.loads((checkpoint / "state.json").read_text())

@@ -4,6 +4,7 @@ import json
 import random
 import resource
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -95,7 +96,10 @@ def write(file: Path, tensors: dict[str, torch.Tensor], header: Any) -> Path:
 @pytest.mark.parametrize(
     ("backbone", "num_changes"), [({"_target_": f"{__name__}.Stub", "width": 4}, 1900), ("resnet18", 100)]
 )
-def test_changed_headers_are_one_line_or_work(tmp_path: Path, backbone: str | dict[str, Any], num_changes: int) -> None:
+def test_changed_headers_are_one_line_or_work(
+    tmp_path: Path, backbone: str | dict[str, Any], num_changes: int, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("tried", num_changes)
     tensors, values = make_weights(backbone)
     load = partial(Detector.load, device="cpu", plugins=[__name__])
     built = load(write(tmp_path / "sound", tensors, values))
