@@ -45,13 +45,27 @@ def launched_world_size() -> int:
     """How many processes torchrun says that it starts; 1 without torchrun.
 
     Raises RetinaError for a WORLD_SIZE that is no such number, or that stands alone in the environment."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if re.fullmatch("0*1", size) or (re.fullmatch(r"\d+", size) and int(size) > 1 and not missing):
-        return int(size)
-    problem = f"without {', '.join(missing)}" if missing else "is no number of processes"
-    fix = "unset WORLD_SIZE, or start the processes with torchrun"
-    raise RetinaError(f"{size!r} {problem} - {fix}", code="world-size", key="WORLD_SIZE")
+    size = launched_number("WORLD_SIZE", 1)
+    if size == 1:
+        return size
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise _not_launched("WORLD_SIZE", f"without {', '.join(missing)}")
+    if size < 1 or launched_number("RANK") >= size:
+        raise _not_launched("WORLD_SIZE", "is no number of processes with this RANK")
+    return size
+
+
+def launched_number(name: str, default: int = 0) -> int:
+    """The value of a variable that torchrun sets. Raises RetinaError for what is no number."""
+    value = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", value):
+        raise _not_launched(name, "is no number")
+    return int(value)
+
+
+def _not_launched(name: str, problem: str) -> RetinaError:
+    fix = f"unset {name}, or start the processes with torchrun"
+    return RetinaError(f"{os.environ[name]!r:.80} {problem} - {fix}", code="world-size", key=name)
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -66,7 +80,7 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device {name!r} does not exist - use auto, cpu, cuda, cuda:N or mps")
     if name not in ("cpu", "cuda") and launched_world_size() > 1:
         raise ValueError(f"device {name!r} cannot be shared by several processes - use cuda, one for each")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+    device = torch.device("cuda", launched_number("LOCAL_RANK")) if name == "cuda" else torch.device(name)
     missing = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
     if missing or (device.type == "mps" and not torch.backends.mps.is_available()):
         raise ValueError(f"device {name!r} is not available here - use device=cpu or device=auto")
@@ -103,7 +117,7 @@ def process_group(device: torch.device, *, timeout_minutes: float = 60) -> Itera
 def _waiting_for_others(patience: float = 3.0) -> Iterator[None]:
     """Within the block SIGINT and SIGTERM end the process at once: it waits in C++ code, where Python's handlers do not
     run. After `patience` seconds, a line on stderr says whom it waits for."""
-    here, world = int(os.environ["RANK"]), launched_world_size()
+    here, world = launched_number("RANK"), launched_world_size()
     others = "rank " + ", ".join(str(other) for other in range(world) if other != here)
     others = others if world <= 9 else f"{world - 1} other ranks"
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

@@ -22,9 +22,13 @@ _ADVICE = {
     errno.EFBIG: "raise the limit on the size of files",
     errno.EROFS: "mount the disk for writing, and look why the system made it read-only",
     errno.EIO: "the disk fails: look at the system's log, and choose another disk",
-    errno.ESTALE: "mount the network disk anew",
+    **dict.fromkeys((errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN), "mount the network disk anew"),
     errno.EACCES: "give this user the right to write there",
     errno.EPERM: "give this user the right to write there",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "raise the system's limit on open files",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOMEM: "make memory free",
     **dict.fromkeys(
         (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR, errno.ELOOP), "move what is in the way"
     ),

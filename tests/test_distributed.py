@@ -114,8 +114,23 @@ def test_a_world_size_that_was_left_in_the_environment_is_named(monkeypatch: pyt
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", size)
-    with refused("world-size", "WORLD_SIZE: ", repr(size), "RANK"), distributed.process_group(torch.device("cpu")):
+    with refused("world-size", "WORLD_SIZE: ", repr(size)), distributed.process_group(torch.device("cpu")):
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", "x"), ("RANK", "-1"), ("RANK", "2"), ("LOCAL_WORLD_SIZE", "1.5"), ("LOCAL_RANK", "9" * 400)],
+)
+def test_what_torchrun_sets_is_a_number(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for variable, number in (group | {name: value}).items():
+        monkeypatch.setenv(variable, number)
+    with refused("world-size", name, value[:40]):
+        if name.startswith("LOCAL"):
+            distributed.launched_number(name)
+        else:
+            distributed.launched_world_size()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

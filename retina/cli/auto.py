@@ -175,7 +175,7 @@ def facts_of(settings: Settings, annotations: "Annotations", device: "torch.devi
         pretrained=pretrained,
         device=device.type,
         bf16=native_bf16(device),
-        cores=max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+        cores=max(1, cores // max(1, distributed.launched_number("LOCAL_WORLD_SIZE"))),
         processes=distributed.world_size(),
         mean_std=distributed.on_main(lambda: mean_and_std(annotations)) if measure else None,
         channels=channels,

@@ -21,7 +21,7 @@ from retina.cli.sources import Source
 from retina.errors import ConfigError
 from retina.files import Appender, advice, descriptor_of, lock, make_folder, read_plain, remove, write_whole
 from retina.printing import say
-from retina.schema import parse_json
+from retina.schema import check_type, parse_json
 
 STATE, DETECTIONS, FAILED = ".infer", "detections.json", "failed.txt"
 FAILED_TITLE = "# files that tools/infer.py could not finish, and why"
@@ -41,6 +41,11 @@ class Done(NamedTuple):
     key: str
     records: list[dict[str, Any]]
     faults: list[str]
+
+
+RECORD: dict[str, Any] = {"file_name": str, "width": int, "height": int, "boxes": list[list[float]]}
+RECORD |= {"scores": list[float], "classes": list[str]}
+"""What the record of an image holds, beside the name of its picture where one was drawn."""
 
 
 def cut_batches(sources: Sequence[Source], batch_size: int, settings: Mapping[str, Any]) -> list[Batch]:
@@ -97,9 +102,14 @@ def _earlier_pictures(output: Path) -> set[str] | None:
     records, claims = _read(output / DETECTIONS), _read(output / STATE / "claims.json")
     try:
         names = {record["picture"] for record in records if record["file_name"] and "picture" in record}
-    except (TypeError, KeyError):
+        check_type([*names], list[str], "picture")
+    except (TypeError, KeyError, ConfigError):
         names = None
-    return names if claims is None else {*claims, *(names or ())}
+    try:
+        check_type(claims, list[str], "claims")
+    except ConfigError:  # none, or damaged: then what is there is the user's
+        return names
+    return {*claims, *(names or ())}
 
 
 def _read(file: Path) -> Any:
@@ -139,11 +149,22 @@ def read_done(output: Path) -> dict[str, Done]:
         for line in read_plain(journal).splitlines():
             try:
                 batch = Done(**parse_json(line))
-            except (ValueError, TypeError, RecursionError):  # cut off by a kill, or empty
+                _check_batch(batch)
+            except (ValueError, TypeError, RecursionError, ConfigError):  # cut off by a kill, empty, or not ours
                 continue
             if all(os.path.isfile(output / record["picture"]) for record in batch.records if "picture" in record):
                 done[batch.key] = batch
     return done
+
+
+def _check_batch(batch: Done) -> None:
+    """Raises ConfigError for values of other types than `detect` writes."""
+    for value, hint in ((batch.key, str), (batch.records, list[dict]), (batch.faults, list[str])):
+        check_type(value, hint, "journal")
+    for record in batch.records:
+        for name, hint in RECORD.items():
+            check_type(record.get(name), hint, name)
+        check_type(record.get("picture", ""), str, "picture")
 
 
 @contextmanager

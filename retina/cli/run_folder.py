@@ -254,7 +254,7 @@ def refuse_another(folder: Path, differences: Sequence[Difference]) -> None:
 
 def _trains_longer(difference: Difference) -> bool:
     """Whether `train.length` is larger now, in the same unit: then the run goes on, at the rate of the longer one."""
-    there, now = (re.fullmatch(r"(\d+\.?\d*)(ep)?", str(value)) for value in (difference.there, difference.now))
+    there, now = (re.fullmatch(r"(\d+(?:\.\d*)?)(ep)?", str(value)) for value in (difference.there, difference.now))
     if difference.key != "train.length" or not (there and now):
         return False
     return there[2] == now[2] and float(there[1]) < float(now[1])

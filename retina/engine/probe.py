@@ -2,7 +2,6 @@
 
 import copy
 import ctypes
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -43,7 +42,7 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     shared = [free for free in (_machine_bytes(), group_bytes()) if free is not None]
-    limits = [min(shared) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))] if shared else []
+    limits = [min(shared) // max(1, distributed.launched_number("LOCAL_WORLD_SIZE"))] if shared else []
     with suppress(ImportError, OSError, ValueError):  # what `ulimit -v` allows this process
         import resource
 

@@ -3,11 +3,14 @@
 import json
 import multiprocessing
 import os
+import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from altered import change, paths
 from commands import digest
 from faults import refused
 from retina.cli.journal import (
@@ -23,6 +26,7 @@ from retina.cli.journal import (
     read_done,
 )
 from retina.cli.sources import Source, name_sources
+from retina.errors import ConfigError
 
 
 @pytest.fixture
@@ -60,9 +64,8 @@ def test_a_key_is_of_all_that_matters_to_its_batch_and_of_nothing_else(sources: 
 
 
 def done(batch: Batch) -> Done:
-    records = [
-        {"file_name": source.name, "boxes": [[0.1, 1 / 3]], "picture": source.picture} for source in batch.sources
-    ]
+    found = {"width": 3, "height": 2, "boxes": [[0.1, 1 / 3, 2.0, 1.0]], "scores": [0.5], "classes": ["caf\u00e9"]}
+    records = [{"file_name": source.name, **found, "picture": source.picture} for source in batch.sources]
     return Done(batch.key, records, [f"{source.name}: \udcff odd" for source in batch.sources])
 
 
@@ -109,6 +112,37 @@ def test_a_batch_whose_record_is_no_sound_json_is_done_again(
         file = output / ".infer" / "0.jsonl"
         file.write_text(file.read_text().replace(*damage, 1))
         assert list(read_done(output)) == [batch.key for batch in batches[1:]]
+
+
+def test_changed_journals_are_done_again_or_refused(sources: list[Source], tmp_path: Path) -> None:
+    """One or two values of the journal, the claims and the detections of an earlier inference are others'."""
+    output, generator, outcomes = tmp_path / "out", random.Random(0), Counter[str]()
+    (batch,) = cut_batches(sources, 9, {})
+    with open_output(output, []), open_journal(output, 0) as journal:
+        for source in sources:
+            put(output, source.picture, b"picture")
+        note(journal, done(batch))
+        put(output, ".infer/claims.json", json.dumps([source.picture for source in sources]).encode())
+        put(output, "detections.json", json.dumps(done(batch).records).encode())
+    files = [output / ".infer" / "0.jsonl", output / ".infer" / "claims.json", output / "detections.json"]
+    sound = [file.read_bytes() for file in files]
+    for number in range(150):
+        for file, content in zip(files, sound, strict=True):
+            changed = [json.loads(content)]
+            for _ in range(1 + number % 2):
+                change(changed, generator.choice([*paths(changed), (0,)]), generator)
+            file.write_text("\n".join(map(json.dumps, changed)))
+        try:
+            with open_output(output, [source.picture for source in sources]):
+                for key, one in read_done(output).items():
+                    outcomes["believed" if key == batch.key else "of others"] += 1
+                    finished = [(len(record["boxes"]), record["file_name"]) for record in one.records]
+                    assert all(isinstance(fault, str) for fault in one.faults), finished
+        except ConfigError as fault:
+            outcomes[fault.code] += 1
+        assert all((output / source.picture).read_bytes() == b"picture" for source in sources)
+    assert outcomes["output-taken"] > 10, outcomes
+    assert outcomes["believed"] > 10, outcomes
 
 
 def test_an_output_is_clean_at_the_end_and_the_users_files_stay(sources: list[Source], tmp_path: Path) -> None:

@@ -61,6 +61,14 @@ def test_a_run_may_be_made_longer(tmp_path: Path, there: Any, now: Any, goes_on:
         open_run(tmp_path, longer | {"levels": "other"}, overwrite=False)
 
 
+def test_a_length_of_a_million_digits_takes_no_time(tmp_path: Path) -> None:
+    """With a pattern that can be met in many ways, it would take hours."""
+    open_run(tmp_path, {"name": "x", "train.length": f"{'1' * 1_000_000}x"}, overwrite=False)
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    with refused("another-run", "train.length"):
+        open_run(tmp_path, {"name": "x", "train.length": "12"}, overwrite=False)
+
+
 def test_another_run_is_never_overwritten_unasked(tmp_path: Path) -> None:
     open_run(tmp_path / "x", CONFIG, overwrite=False)
     weights = tmp_path / "x" / "checkpoints" / "step_00000001" / "weights"
