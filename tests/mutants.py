@@ -512,7 +512,7 @@ MUTANTS = [
         "retina/errors.py",
         'return plain(": ".join(part for part in (self.key, super().__str__()) if part))',
         'return ": ".join(part for part in (self.key, super().__str__()) if part)',
-        f"{COMPOSE}::test_a_fault_is_one_harmless_line",
+        "tests/test_printing.py::test_the_text_of_a_fault_is_one_harmless_line",
     ),
 ]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from children import in_child
+from retina.errors import ConfigError
 from retina.printing import BROKEN_PIPE, quiet_end, say
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,11 @@ def test_each_text_is_one_harmless_line_in_any_encoding(
         monkeypatch.setattr(sys, name, io.TextIOWrapper(written, encoding=encoding))
         say(NAME, "next", error=error)
         assert written.getvalue().decode(encoding) == f"{shown}\nnext\n"
+
+
+def test_the_text_of_a_fault_is_one_harmless_line() -> None:
+    """Also for programs that catch it and print it themselves."""
+    assert str(ConfigError("no \x1b[31mfile\n", key="data.\u202eroot")) == "data.\\u202eroot: no \\x1b[31mfile\\n"
 
 
 @pytest.mark.parametrize("number", [1, 2])
