@@ -8,6 +8,7 @@ Prints a table; the exit code is 1 if a mutant survives or the tests fail withou
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -532,6 +533,7 @@ def survives(copy: Path, tests: str) -> bool:
 def run_tests(copy: Path, tests: str) -> None:
     import pytest
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what runs in the background
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     os.chdir(copy)
