@@ -1,7 +1,7 @@
 """Backbones, necks and heads of other packages, described by a dotted name and keyword arguments. Beside the road.
 
 What each must be like:
-- a backbone is made with `last_level`, the last level that is needed (5 at most), takes images as float [B 3 H W],
+- a backbone is made with `last_level`, the last level that is needed (5 at most), takes images as float [B C H W],
   normalised, and returns a tuple of maps, the finest first; `channels` and `strides` say what they are. The last one
   has stride 2^last_level.
 - a neck is made with `in_channels` of these maps, `levels` and `channels`, takes the maps and returns one map of

