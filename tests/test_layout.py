@@ -14,6 +14,7 @@ ROOMS = {
     "lab": 0,
     "engine": 1,
     "report": 1,
+    "export": 1,
     "evaluation": 2,
     "inference": 2,
     "interop": 2,

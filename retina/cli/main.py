@@ -15,6 +15,8 @@ COMMANDS = {
     "tune-thresholds": "fit score thresholds to a goal; they go into the weights",
     "infer": "find objects in a folder of images",
     "doctor": "look a data set over before training",
+    "export": "write a detector as one file for other runtimes, and prove it",
+    "verify": "repeat the proof of an exported file, without torch",
     "convert": "turn Pascal VOC and YOLO labels into COCO's format",
     "import-weights": "take over the weights of other programs",
     "lab": "losses, detectors and recipes, measured",

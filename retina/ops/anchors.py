@@ -92,7 +92,8 @@ class AnchorGenerator:
                 f"{len(self.sizes)} sizes, {len(shapes)} shapes and {len(strides)} strides: not one per level"
             )
         pairs = tuple(s if isinstance(s, tuple) else (s, s) for s in strides)
-        return _pyramid(self, tuple((h, w) for h, w in shapes), pairs, torch.device(device))
+        make = _pyramid.__wrapped__ if torch.compiler.is_exporting() else _pyramid  # sizes are symbols there
+        return make(self, tuple((h, w) for h, w in shapes), pairs, torch.device(device))
 
     def sides(self, strides: Sequence[int]) -> Float[Tensor, "L N 2"]:
         """Width and height of a cell's anchors on each level, in strides; float32."""

@@ -73,7 +73,7 @@ def test_defaults_are_those_of_the_classes() -> None:
 
 def test_folders_are_the_groups() -> None:
     assert {file.parts[0] for file in FILES if len(file.parts) == 2} == {*GROUPS, "studies"}
-    programs = ["convert", "doctor", "eval", "import_weights", "infer", "train", "tune_thresholds"]
+    programs = ["convert", "doctor", "eval", "export", "import_weights", "infer", "train", "tune_thresholds", "verify"]
     assert [f.stem for f in FILES if len(f.parts) == 1 and not f.stem.startswith("lab_")] == programs
     assert len(OPTIONS) > 15
 
@@ -196,7 +196,7 @@ def test_commands_in_headers_compose(file: Path) -> None:
         assert any(choice in words for words in typed) or file.stem == "shapes", "a header states the exact command"
 
 
-@pytest.mark.parametrize("tool", ["train", "eval", "infer", "doctor", "convert"])
+@pytest.mark.parametrize("tool", ["train", "eval", "infer", "doctor", "convert", "export", "verify"])
 def test_commands_in_help_compose(tool: str) -> None:
     text = (CONFIGS.parent / "retina" / "cli" / f"{tool}.py").read_text().split('"""')[1]
     assert commands(text)

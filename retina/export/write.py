@@ -1,0 +1,184 @@
+"""From a detector to a file that another runtime runs, and the proof that it finds the same there."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from retina import __version__
+from retina.data.annotations import Annotations
+from retina.data.join import select
+from retina.errors import CheckpointError
+from retina.evaluation.metrics import COCO, DetectionArrays, coco_metrics
+from retina.export.description import SCHEMA_VERSION
+from retina.export.formats import ProgramFile, onnx_bytes, onnx_model, program_bytes, trace
+from retina.export.graph import ExportedDetector
+from retina.export.onnx_runtime import OnnxFile
+from retina.export.proof import (
+    Entry,
+    Image,
+    Run,
+    Table,
+    Times,
+    Tolerance,
+    as_values,
+    digest,
+    look_again,
+    read_entry,
+    timed,
+    value_range_of,
+)
+from retina.inference import Detector
+from retina.types import DTYPES
+
+_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+class Pictures(NamedTuple):
+    """Images that a file is proved with."""
+
+    folder: Path
+    names: Sequence[str]
+    annotations: Annotations | None = None
+    """Of a split whose images these are in the same order, to be scored."""
+
+    @classmethod
+    def of(cls, annotations: Annotations) -> "Pictures":
+        names = [annotations.file_name(row) for row in range(len(annotations))]
+        return cls(annotations.image_root, names, annotations)
+
+    def some(self, count: int) -> "Pictures":
+        """So many of them, evenly spread; all if there are fewer."""
+        rows = np.unique(np.linspace(0, len(self.names) - 1, min(count, len(self.names))).round().astype(np.int64))
+        annotations = self.annotations and select(self.annotations, rows)
+        return Pictures(self.folder, [self.names[row] for row in rows], annotations)
+
+
+def describe(
+    detector: Detector, *, format: str, raw: bool, thresholds: Sequence[float] | None, weights: str
+) -> dict[str, Any]:
+    """What a file says about itself. weights: SHA-256 of what it was made from."""
+    card = detector.card
+    options = {"score_threshold": 0.05, "candidates_per_level": 1000, "nms_iou": 0.5, "max_detections": 100}
+    options |= {"class_agnostic": False} | card.postprocess
+    boxes = "boxes [B A 4] as x1, y1, x2, y2 in pixels of the images, and scores [B A K]"
+    table = "detections [B D 6], best first: x1, y1, x2, y2 in pixels of the images, score, label (-1: no more)"
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "format": format,
+        "raw": raw,
+        "inputs": "images [B H W 3], uint8, RGB, each at the top left of the canvas; sizes [B 2], int64: their "
+        "(height, width)",
+        "outputs": boxes if raw else f"{table}; counts [B]",
+        "classes": list(card.classes),
+        "category_ids": list(card.category_ids),
+        **options,
+        "thresholds": list(thresholds or [0.0] * len(card.classes)),
+        "preprocessing": {
+            key: card.preprocessing[key]
+            for key in ("short_side", "long_side", "pad_multiple", "value_range")
+            if key in card.preprocessing
+        },
+        "precision": next(name for name, dtype in DTYPES.items() if dtype == detector.dtype),
+        "weights": {"sha256": weights, "step": card.step},
+        "versions": {"retina": __version__, "torch": torch.__version__},
+    }
+
+
+def look(detector: Detector, image: Image) -> Table:
+    """What the detector itself finds, with the thresholds of its card."""
+    (found,) = detector.predict(image)
+    labels = found.labels.double()[:, None]
+    return torch.cat([found.boxes.double(), found.scores.double()[:, None], labels], dim=1).numpy()
+
+
+class Graph(NamedTuple):
+    """A detector in the format of a runtime."""
+
+    run: Run
+    runtime: str
+    sealed: Callable[[dict[str, Any]], bytes]
+    """The bytes of the file, with a description."""
+
+
+def build(detector: Detector, description: dict[str, Any]) -> Graph:
+    """The graph that the description describes. Raises ConfigError where a package is missing."""
+    raw = description["raw"]
+    make = partial(ExportedDetector, detector, raw=raw, thresholds=description["thresholds"])
+    if description["format"] == "pt2":
+        program = trace(make())
+        return Graph(ProgramFile(program, description), f"torch {torch.__version__}", partial(program_bytes, program))
+    model = onnx_model(make, ("boxes", "scores") if raw else ("detections", "counts"))
+    file = OnnxFile(onnx_bytes(model, description), description)
+    return Graph(file, file.runtime, partial(onnx_bytes, model))
+
+
+def prove(
+    detector: Detector,
+    graph: Graph,
+    pictures: Pictures,
+    description: dict[str, Any],
+    *,
+    tolerance: Tolerance,
+    num_images: int,
+    num_scored: int,
+    progress: Callable[[Sequence[Any], str], Any],
+) -> dict[str, Any]:
+    """Runs the file and the detector over the same images, and returns what came of it.
+
+    num_images: to be compared detection by detection. num_scored: of a split, to be scored.
+
+    Raises CheckpointError where they part by more than the tolerance, DataError for images that cannot be read."""
+    value_range = value_range_of(description)
+    read = partial(read_part, value_range=value_range)
+    chosen = pictures.some(num_images)
+    parts = [read(chosen.folder / name, number) for number, name in enumerate(chosen.names)]
+    predict = partial(look, detector)
+    predict(parts[0])  # the first call is slower
+    tables, seconds = timed(predict, progress(parts, "looking"))
+    entries = [
+        Entry(name, digest(chosen.folder / name), [*part.shape[:2]], table.tolist())
+        for name, part, table in zip(chosen.names, parts, tables, strict=True)
+    ]
+    differences, times = look_again(entries, parts, graph.run, tolerance, description)
+    if differences.faults:
+        problem = f"{len(differences.faults)} of {differences.matched + len(differences.faults)} detections differ"
+        line = f"{graph.runtime}: {problem}, the first: {differences.faults[0]} - nothing was written"
+        raise CheckpointError(f"{line}; a wider tolerance= would accept it, or report it", code="not-equal")
+    proof: dict[str, Any] = {"runtime": graph.runtime, "folder": str(chosen.folder), "tolerance": tolerance._asdict()}
+    proof |= as_values(differences) | {"ap": None}
+    proof["milliseconds"] = {"retina": Times.of(seconds)._asdict(), "file": times._asdict()}
+    if pictures.annotations is not None and num_scored:
+        proof["ap"] = scored(pictures.some(num_scored), predict, graph.run, value_range, progress)
+    return proof | {"images": [entry._asdict() for entry in entries]}
+
+
+def read_part(file: Path, number: int, value_range: Sequence[int]) -> Image:
+    """An image, or of every third one the part at the top left, so that images have several sizes."""
+    image = read_entry(file.parent, file.name, digest(file), [1 << 30] * 2, value_range)
+    height, width = image.shape[:2]
+    return image if number % 3 != 2 else np.ascontiguousarray(image[: -(-3 * height // 4), : -(-2 * width // 3)])
+
+
+def scored(
+    pictures: Pictures, predict: Callable[[Image], Table], run: Run, value_range: Sequence[int], progress: Any
+) -> dict[str, Any]:
+    """COCO's AP of the detector and of the file over the same images."""
+    assert pictures.annotations is not None
+    found: dict[str, list[Table]] = {"retina": [], "file": []}
+    for name in progress(pictures.names, "scoring"):
+        file = pictures.folder / name
+        image = read_entry(file.parent, file.name, digest(file), [1 << 30] * 2, value_range)
+        found["retina"].append(predict(image))
+        found["file"] += run([image])
+    result: dict[str, Any] = {"images": len(pictures.names)}
+    for key, tables in found.items():
+        indices = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+        rows = np.concatenate([*tables, np.zeros((0, 6))])
+        arrays = DetectionArrays(indices, rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int64))
+        metrics = coco_metrics(pictures.annotations, arrays, COCO)
+        result[key] = {name: metrics[name] for name in _METRICS}
+    return result

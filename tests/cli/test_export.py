@@ -1,0 +1,181 @@
+"""Exported files: that they find what the detector finds, prove it, and say so where they do not.
+
+One export of the tiny detector serves all slow tests here; it is made in a process of its own, because the shape checks
+of tests would fix the sizes that must stay free."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from commands import Capture, Tool, digest, refused_by_tool
+
+ROOT = Path(__file__).parents[2]
+Start = Callable[..., "subprocess.Popen[str]"]
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+MISSING = [name for name in PACKAGES if find_spec(name) is None]
+
+
+@pytest.fixture
+def export(tool: Tool) -> Tool:
+    return partial(tool, "export")
+
+
+def run(start: Start, *words: object, cwd: Path) -> tuple[int, str, str]:
+    process = start(*words, cwd=cwd)
+    out, err = process.communicate(timeout=1200)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def exported(trained_run: Path, start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `mine.onnx`, its proof, and what the program said."""
+    if MISSING:
+        pytest.skip(f"not installed: {', '.join(MISSING)} (retina-detect[export])")
+    folder = tmp_path_factory.mktemp("exported")
+    words = [f"checkpoint={trained_run}", "output=mine.onnx", "score_threshold=0.3"]
+    code, out, err = run(start, ROOT / "tools" / "export.py", *words, cwd=folder)
+    assert code == 0, out + err
+    (folder / "out.txt").write_text(out)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_an_export_proves_itself(exported: Path, tiny_data: Path) -> None:
+    proof = json.loads((exported / "mine.proof.json").read_text())
+    assert proof["sha256"] == digest(exported)["mine.onnx"]
+    assert proof["matched"] > 50
+    assert proof["pixels"] <= 0.25
+    assert proof["score"] <= 0.005
+    assert len({tuple(image["size"]) for image in proof["images"]}) >= 3
+    assert proof["ap"]["images"] == 5
+    assert proof["ap"]["file"] == pytest.approx(proof["ap"]["retina"], abs=0.02)
+    assert proof["milliseconds"]["file"]["median"] > 0
+    out = (exported / "out.txt").read_text()
+    assert "mine.onnx" in out
+    assert f"{proof['matched']} detections" in out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_verify_repeats_it_without_torch(exported: Path, start: Start, tmp_path: Path) -> None:
+    file = shutil.copy(exported / "mine.onnx", tmp_path)
+    script = f"""
+import sys
+sys.modules["torch"] = None  # to import it is an ImportError
+sys.argv = ["retina", "verify", {str(file)!r}]
+from retina.cli.main import main
+main()
+"""
+    code, out, err = run(start, "-c", script, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert f"verified: {file}" in out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_verify_tells_other_images_and_other_files(
+    exported: Path, tool: Tool, tiny_data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    file = Path(shutil.copy(exported / "mine.onnx", tmp_path))
+    photos = Path(shutil.copytree(tiny_data / "val", tmp_path / "photos"))
+    assert tool("verify", f"file={file}", f"images={photos}") == 0
+    image = sorted(photos.iterdir())[0]
+    Image.fromarray(np.zeros((64, 96, 3), np.uint8)).save(image)
+    capsys.readouterr()
+    assert tool("verify", f"file={file}", f"images={photos}") == 2
+    refused_by_tool(capsys, "other-image", image)
+    image.unlink()
+    assert tool("verify", f"file={file}", f"images={photos}") == 2
+    refused_by_tool(capsys, "no-file", image)
+    shutil.copy(exported / "mine.proof.json", tmp_path)
+    beside = tmp_path / "mine.proof.json"
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"sha256": "0" * 64}))
+    assert tool("verify", f"file={file}", f"images={tiny_data / 'val'}") == 2
+    refused_by_tool(capsys, "damaged-file", file)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_example_needs_no_torch(
+    exported: Path, trained_run: Path, start: Start, tiny_data: Path, tmp_path: Path
+) -> None:
+    import retina
+
+    images = sorted((tiny_data / "val").iterdir())
+    script = f"""
+import runpy, sys
+sys.modules["torch"] = sys.modules["retina"] = None
+sys.argv = ["onnx_only.py", {str(exported / "mine.onnx")!r}, *{[str(image) for image in images]!r}]
+runpy.run_path({str(ROOT / "examples" / "onnx_only.py")!r}, run_name="__main__")
+"""
+    code, out, err = run(start, "-c", script, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    detector = retina.load(trained_run, device="cpu", precision="fp32")
+    expected = []
+    for image, found in zip(images, detector.predict(images, score_threshold=0.3), strict=True):
+        rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
+        expected += [(str(image), detector.classes[label], score, *box) for label, score, box in rows]
+    printed = [line.split() for line in out.splitlines()]
+    assert [words[:2] for words in printed] == [[*row[:2]] for row in expected]
+    numbers = np.array([words[2:] for words in printed], dtype=float)
+    np.testing.assert_allclose(numbers, np.array([row[2:] for row in expected]), atol=0.02)
+
+
+def test_the_example_is_short() -> None:
+    text = (ROOT / "examples" / "onnx_only.py").read_text()
+    assert len(text.splitlines()) <= 40
+    assert "torch" not in text
+    assert "import retina" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "named"),
+    [
+        (["format=coreml"], "unknown-value", "format"),
+        (["output=mine.pt"], "bad-name", "output"),
+        (["precision=bf16"], "unknown-value", "precision"),
+        (["num_images=0"], "out-of-range", "num_images"),
+        (["tolerance.pixels=0"], "out-of-range", "tolerance.pixels"),
+    ],
+)
+def test_wrong_settings_are_one_line(
+    export: Tool, trained_run: Path, words: list[str], code: str, named: str, capsys: Capture
+) -> None:
+    assert export(f"checkpoint={trained_run}", *words) == 2
+    refused_by_tool(capsys, code, named)
+
+
+def test_an_output_is_replaced_only_if_asked(export: Tool, trained_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    output = tmp_path / "mine.onnx"
+    output.write_text("mine")
+    assert export(f"checkpoint={trained_run}", f"output={output}") == 2
+    refused_by_tool(capsys, "output-taken", output)
+    output.rename(tmp_path / "mine.proof.json")
+    assert export(f"checkpoint={trained_run}", f"output={output}") == 2
+    refused_by_tool(capsys, "output-taken", tmp_path / "mine.proof.json")
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.proof.json"]
+
+
+@pytest.mark.skipif(not MISSING, reason="all of the packages are installed")
+def test_a_missing_package_is_told(export: Tool, trained_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert export(f"checkpoint={trained_run}", f"output={tmp_path / 'mine.onnx'}") == 2
+    refused_by_tool(capsys, "missing-package", MISSING[0])
+    assert not any(tmp_path.iterdir())
+
+
+def test_verify_refuses_what_is_no_export(tool: Tool, tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "mine.onnx"
+    assert tool("verify", str(file)) == 2
+    refused_by_tool(capsys, "no-file", file)
+    file.write_bytes(b"no graph")
+    assert tool("verify", str(file)) == 2
+    refused_by_tool(capsys, "missing-package" if "onnxruntime" in MISSING else "unreadable-file")

@@ -1,0 +1,124 @@
+"""The graph finds what `Detector.predict` finds, image by image and in any company. (That its file does too is shown in
+test_export.py.)"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import retina
+from retina.data.transforms import resize
+from retina.export.graph import ExportedDetector, enlarged, shrunk
+from retina.export.proof import Differences, Tolerance, choose, compare, pack
+from retina.export.write import describe, look
+from retina.inference import Detector
+from retina.ops.boxes import pairwise_iou
+
+SIZES = [(64, 96), (96, 64), (200, 130), (40, 90), (33, 33), (128, 192)]
+RULES = {
+    "candidates": {"candidates_per_level": 7},
+    "agnostic": {"class_agnostic": True, "nms_iou": 0.3},
+    "few": {"score_threshold": 0.9, "max_detections": 50},
+    "many": {"max_detections": 3000, "score_threshold": 0.0},
+}
+
+
+def detector(run: Path, **options: object) -> Detector:
+    made = retina.load(run, device="cpu", precision="fp32")
+    made.card = replace(made.card, postprocess=made.card.postprocess | options)
+    return made
+
+
+def images(sizes: list[tuple[int, int]] = SIZES) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    # smooth, as photographs are: what rounds differently in a resize then makes little difference
+    return [cv2.resize(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8), (w, h)) for h, w in sizes]
+
+
+def run(model: ExportedDetector, batch: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    packed = {name: torch.from_numpy(value) for name, value in pack(batch).items()}
+    with torch.no_grad():
+        return model.eval()(packed["images"], packed["sizes"])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_it_finds_what_the_detector_finds(trained_run: Path, rule: str) -> None:
+    ours = detector(trained_run, **RULES[rule])
+    every = [image for image in images() if min(image.shape[:2]) >= 64]  # not enlarged: the same pixels to the bit
+    settings = describe(ours, format="onnx", raw=False, thresholds=None, weights="")
+    model = ExportedDetector(ours)
+    for group in ([0], [0, 1, 2, 3]):
+        tables, counts = run(model, [every[number] for number in group])
+        for table, count, number in zip(tables, counts.tolist(), group, strict=True):
+            differences = Differences()
+            known = look(ours, every[number])
+            compare("", known, table[:count].numpy(), differences, Tolerance(1e-3, 1e-5), settings)
+            assert (differences.faults, differences.edges, differences.matched) == ([], 0, len(known))
+            assert count == len(known)
+            assert (table[:count, 4].diff() <= 0).all()
+            assert (table[count:] == torch.tensor([0.0, 0, 0, 0, 0, -1])).all()
+
+
+def test_each_class_has_a_threshold(trained_run: Path) -> None:
+    ours = detector(trained_run)
+    limits = [0.2, 0.9, 0.4, 0.99, 0.6]
+    (found,) = ours.predict(images()[0])
+    expected = [(s, k) for s, k in zip(found.scores.tolist(), found.labels.tolist(), strict=True) if s >= limits[k]]
+    assert 0 < len(expected) < len(found.scores)
+    table, count = run(ExportedDetector(ours, thresholds=limits), images()[:1])
+    assert table[0, : int(count), 5].tolist() == [label for _, label in expected]
+
+
+def test_raw_outputs_lead_to_the_same_detections(trained_run: Path) -> None:
+    ours = detector(trained_run, candidates_per_level=100_000)
+    settings = describe(ours, format="onnx", raw=True, thresholds=None, weights="")
+    boxes, scores = run(ExportedDetector(ours, raw=True), images()[:2])
+    for image, anchors, values in zip(images()[:2], boxes.numpy(), scores.numpy(), strict=True):
+        (found,) = ours.predict(image)
+        table = choose(anchors, values, settings)
+        np.testing.assert_allclose(table[:, :4], found.boxes.numpy(), atol=1e-3)
+        np.testing.assert_allclose(table[:, 4], found.scores.numpy(), atol=1e-5)
+        assert table[:, 5].tolist() == found.labels.tolist()
+
+
+def test_what_is_no_number_is_not_found(trained_run: Path) -> None:
+    ours = detector(trained_run)
+    with torch.no_grad():
+        ours.model.head.classification.predict.bias[0] = torch.nan
+    table, count = run(ExportedDetector(ours), images()[:1])
+    assert table.isfinite().all()
+    assert int(count) == 0
+
+
+@pytest.mark.parametrize(("size", "new"), [((128, 192), (64, 96)), ((300, 401), (64, 86)), ((64, 97), (63, 96))])
+def test_images_are_shrunk_as_opencv_does(size: tuple[int, int], new: tuple[int, int]) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    out = shrunk(torch.from_numpy(image)[None], torch.tensor([size]), torch.tensor([new]), (96, 128))
+    gap = np.abs(out[0].numpy()[: new[0], : new[1]].astype(int) - resize(image, new))
+    assert gap.max() <= 1
+    assert (gap > 0).mean() < 1e-3
+    assert (out[0, new[0] :] == 0).all()
+    assert (out[0, :, new[1] :] == 0).all()
+
+
+@pytest.mark.parametrize(("size", "new"), [((40, 50), (64, 80)), ((63, 96), (64, 97)), ((20, 20), (90, 90))])
+def test_images_are_enlarged_as_opencv_does(size: tuple[int, int], new: tuple[int, int]) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    out = enlarged(torch.from_numpy(image)[None], torch.tensor([size]), torch.tensor([new]), (96, 128))
+    gap = np.abs(out[0].numpy()[: new[0], : new[1]].astype(int) - resize(image, new))
+    assert gap.max() <= 1
+    assert (gap > 0).mean() < 0.02  # with plain rounding it is every eighth
+
+
+def test_an_image_does_not_depend_on_its_company(trained_run: Path) -> None:
+    model = ExportedDetector(detector(trained_run))
+    together, counts = run(model, images())
+    for number, image in enumerate(images()):
+        (alone,), (count,) = run(model, [image])
+        assert counts[number] == count
+        torch.testing.assert_close(together[number], alone, rtol=0, atol=1e-3)
+        overlaps = pairwise_iou(together[number, :count, :4], alone[:count, :4])
+        assert (overlaps.diagonal() > 0.999).all()
