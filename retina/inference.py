@@ -109,9 +109,6 @@ class Detector:
 
         Raises DataError for a file that cannot be read or when predicted numbers are not finite, TypeError for anything
         that is no image, ValueError for a threshold or batch size out of range."""
-        single = isinstance(images, (str, Path, Image.Image, Sample)) or getattr(images, "ndim", 0) == 3
-        if single or not isinstance(images, Iterable):
-            images = [cast(ImageLike, images)]
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}")
         options = dict(self.card.postprocess)
@@ -122,7 +119,7 @@ class Detector:
             options["score_threshold"] = min(thresholds)
         check_postprocess(options)
         detections: list[Detections] = []
-        remaining = iter(images)
+        remaining = iter(listed(images))
         while chunk := list(islice(remaining, batch_size)):
             samples = [self._resize.without_last_resize(self.read(image, max_pixels), 0) for image in chunk]
             detections += self.detect(collate(samples, self.canvas), options)
@@ -159,6 +156,13 @@ class Detector:
 
 
 load = Detector.load
+
+
+def listed(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
+    """A single image in a list."""
+    is_image = isinstance(images, (str, Path, Image.Image, Sample)) or getattr(images, "ndim", 0) == 3
+    single = is_image or not isinstance(images, Iterable)
+    return [cast(ImageLike, images)] if single else cast(Iterable[ImageLike], images)
 
 
 def at_thresholds(detections: Detections, thresholds: Sequence[float]) -> Detections:

@@ -94,8 +94,9 @@ def main(config: ExportConfig) -> int:
     check_packages(config.format)
     reference, subject, notes = load_twice(config)
     pictures = find_pictures(config, reference, output)
+    threshold = {"score_threshold": config.score_threshold}
     description = write.describe(
-        subject, format=config.format, raw=config.raw, thresholds=None, weights=digest(reference.file)
+        subject, format=config.format, raw=config.raw, weights=digest(reference.file), **threshold
     )
     say(*notes, f"writing {config.format} ...")
     graph = write.build(subject, description)
@@ -108,6 +109,7 @@ def main(config: ExportConfig) -> int:
         tolerance=tolerance,
         num_images=config.num_images,
         num_scored=config.num_scored,
+        **threshold,
         progress=lambda items, what: progress(items, what, len(items)),
     )
     content = graph.sealed(description | {"proof": proof})
@@ -137,7 +139,7 @@ def load_twice(config: ExportConfig) -> "tuple[Detector, Detector, list[str]]":
         make, notes = foreign(config)
     else:
         make = partial(Detector.load, config.checkpoint, device="cpu", plugins=config.plugins)
-    options = drop_nulls(config.postprocess | {"score_threshold": config.score_threshold})
+    options = drop_nulls(config.postprocess)
     detectors = []
     for precision in ("fp32", config.precision):
         detector: Detector = make(precision=precision)

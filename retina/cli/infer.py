@@ -25,6 +25,7 @@ from retina.cli.data import progress
 from retina.cli.journal import Batch, Done, cut_batches, finish, note, open_journal, open_output, put, read_done
 from retina.cli.sources import FORMATS, Source, find_images, groups_of, left_out, name_sources
 from retina.data.checks import some
+from retina.data.windows import Tiling
 from retina.errors import DataError, check, plain
 from retina.printing import say
 
@@ -45,6 +46,9 @@ class InferConfig:
     device: str
     precision: str | None
     pictures: bool
+    tile: list[int] | None
+    tile_overlap: float
+    tile_whole: bool
     plugins: list[str]
     traceback: bool
 
@@ -53,6 +57,12 @@ class InferConfig:
         check(sound, "score_threshold", self.score_threshold, "give 0 or more, below 1, or null")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "give 1 or more")
         check(self.max_pixels >= 1, "max_pixels", self.max_pixels, "give 1 or more")
+        if self.tiling:
+            self.tiling.check()
+
+    @property
+    def tiling(self) -> Tiling | None:
+        return Tiling((*self.tile,), self.tile_overlap, self.tile_whole) if self.tile is not None else None
 
 
 @entry("infer", InferConfig)
@@ -69,6 +79,10 @@ def main(config: InferConfig) -> int:
         stack.enter_context(distributed.process_group(device))
         checkpoint, precision = config.checkpoint, config.precision
         detector = Detector.load(checkpoint, device=str(device), precision=precision, plugins=config.plugins)
+        if config.tiling:
+            from retina.tiles import TiledDetector
+
+            detector = TiledDetector(detector, config.tiling)
         if config.score_threshold is None and not detector.thresholds:
             config = replace(config, score_threshold=0.3)
         batches: list[Batch] = []
@@ -110,6 +124,7 @@ def detection_settings(config: InferConfig, detector: "Detector") -> dict[str, A
     with detector.file.open("rb") as weights:
         digest = hashlib.file_digest(weights, "sha256").hexdigest()
     settings = {key: getattr(config, key) for key in ("score_threshold", "max_pixels", "pictures")}
+    settings |= {"tiling": [*config.tiling]} if config.tiling else {}
     return settings | {"weights": digest, "dtype": str(detector.dtype), "device": detector.device.type}
 
 

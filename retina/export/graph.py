@@ -4,7 +4,7 @@ to a fixed number of detections of each, without loops or branches over what the
 What it computes is what `Detector.predict` computes of arrays, step for step: the resize of `retina.data.transforms`,
 the canvas of `retina.data.loader`, the network, and `retina.detections.postprocess` and `to_original`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -48,33 +48,26 @@ def keep_best(
 class ExportedDetector(nn.Module):
     """From images to detections, or with `raw` to what they are chosen from.
 
-    thresholds: the score that a detection of each class must reach; None: the postprocess's own for all.
+    settings: the description of the file (`retina.export.write.describe`).
     keep: non-maximum suppression; a format may have an operator of its own for it."""
 
     thresholds: Tensor
 
-    def __init__(
-        self,
-        detector: Detector,
-        *,
-        raw: bool = False,
-        thresholds: Sequence[float] | None = None,
-        keep: Keep = keep_best,
-    ) -> None:
+    def __init__(self, detector: Detector, settings: Mapping[str, Any], *, keep: Keep = keep_best) -> None:
         super().__init__()
-        self.model, self.dtype, self.raw, self.keep = detector.model, detector.dtype, raw, keep
-        preprocessing, options = detector.card.preprocessing, detector.card.postprocess
+        self.model, self.dtype, self.keep = detector.model, detector.dtype, keep
+        preprocessing = settings["preprocessing"]
         self.short_side: int = preprocessing["short_side"]
         self.long_side: int | None = preprocessing["long_side"]
         self.pad_multiple: int = preprocessing["pad_multiple"]
-        self.score_threshold: float = options.get("score_threshold", 0.05)
-        self.candidates_per_level: int = options.get("candidates_per_level", 1000)
-        self.nms_iou: float = options.get("nms_iou", 0.5)
-        self.max_detections: int = options.get("max_detections", 100)
-        self.class_agnostic: bool = options.get("class_agnostic", False)
-        self.num_classes = len(detector.classes)
-        limits = [0.0] * self.num_classes if thresholds is None else thresholds
-        self.register_buffer("thresholds", torch.tensor(limits), persistent=False)
+        self.raw: bool = settings["raw"]
+        self.score_threshold: float = settings["score_threshold"]
+        self.candidates_per_level: int = settings["candidates_per_level"]
+        self.nms_iou: float = settings["nms_iou"]
+        self.max_detections: int = settings["max_detections"]
+        self.class_agnostic: bool = settings["class_agnostic"]
+        self.num_classes = len(settings["classes"])
+        self.register_buffer("thresholds", torch.tensor(settings["thresholds"]), persistent=False)
 
     def forward(self, images: UInt8[Tensor, "B H W 3"], sizes: Int64[Tensor, "B 2"]) -> tuple[Tensor, Tensor]:
         """images: RGB, each at the top left of the common canvas; what is beyond does not matter.

@@ -58,12 +58,20 @@ class Pictures(NamedTuple):
 
 
 def describe(
-    detector: Detector, *, format: str, raw: bool, thresholds: Sequence[float] | None, weights: str
+    detector: Detector, *, format: str, raw: bool, weights: str, score_threshold: float | None = None
 ) -> dict[str, Any]:
-    """What a file says about itself. weights: SHA-256 of what it was made from."""
+    """What a file says about itself.
+
+    weights: SHA-256 of what it was made from.
+    score_threshold: None takes that of each class, as `Detector.predict` does."""
     card = detector.card
     options = {"score_threshold": 0.05, "candidates_per_level": 1000, "nms_iou": 0.5, "max_detections": 100}
     options |= {"class_agnostic": False} | card.postprocess
+    thresholds = detector.thresholds if score_threshold is None else []
+    if score_threshold is not None:
+        options["score_threshold"] = score_threshold
+    elif thresholds:
+        options["score_threshold"] = min(thresholds)
     boxes = "boxes [B A 4] as x1, y1, x2, y2 in pixels of the images, and scores [B A K]"
     table = "detections [B D 6], best first: x1, y1, x2, y2 in pixels of the images, score, label (-1: no more)"
     return {
@@ -76,7 +84,7 @@ def describe(
         "classes": list(card.classes),
         "category_ids": list(card.category_ids),
         **options,
-        "thresholds": list(thresholds or [0.0] * len(card.classes)),
+        "thresholds": thresholds or [0.0] * len(card.classes),
         "preprocessing": {
             key: card.preprocessing[key]
             for key in ("short_side", "long_side", "pad_multiple", "value_range")
@@ -88,9 +96,9 @@ def describe(
     }
 
 
-def look(detector: Detector, image: Image) -> Table:
-    """What the detector itself finds, with the thresholds of its card."""
-    (found,) = detector.predict(image)
+def look(detector: Detector, image: Image, score_threshold: float | None = None) -> Table:
+    """What the detector itself finds."""
+    (found,) = detector.predict(image, score_threshold=score_threshold)
     labels = found.labels.double()[:, None]
     return torch.cat([found.boxes.double(), found.scores.double()[:, None], labels], dim=1).numpy()
 
@@ -106,12 +114,11 @@ class Graph(NamedTuple):
 
 def build(detector: Detector, description: dict[str, Any]) -> Graph:
     """The graph that the description describes. Raises ConfigError where a package is missing."""
-    raw = description["raw"]
-    make = partial(ExportedDetector, detector, raw=raw, thresholds=description["thresholds"])
+    make = partial(ExportedDetector, detector, description)
     if description["format"] == "pt2":
         program = trace(make())
         return Graph(ProgramFile(program, description), f"torch {torch.__version__}", partial(program_bytes, program))
-    model = onnx_model(make, ("boxes", "scores") if raw else ("detections", "counts"))
+    model = onnx_model(make, ("boxes", "scores") if description["raw"] else ("detections", "counts"))
     file = OnnxFile(onnx_bytes(model, description), description)
     return Graph(file, file.runtime, partial(onnx_bytes, model))
 
@@ -125,6 +132,7 @@ def prove(
     tolerance: Tolerance,
     num_images: int,
     num_scored: int,
+    score_threshold: float | None = None,
     progress: Callable[[Sequence[Any], str], Any],
 ) -> dict[str, Any]:
     """Runs the file and the detector over the same images, and returns what came of it.
@@ -136,7 +144,7 @@ def prove(
     read = partial(read_part, value_range=value_range)
     chosen = pictures.some(num_images)
     parts = [read(chosen.folder / name, number) for number, name in enumerate(chosen.names)]
-    predict = partial(look, detector)
+    predict = partial(look, detector, score_threshold=score_threshold)
     predict(parts[0])  # the first call is slower
     tables, seconds = timed(predict, progress(parts, "looking"))
     entries = [

@@ -3,6 +3,7 @@ test_export.py.)"""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -32,6 +33,10 @@ def detector(run: Path, **options: object) -> Detector:
     return made
 
 
+def described(ours: Detector) -> dict[str, Any]:
+    return describe(ours, format="onnx", raw=False, weights="")
+
+
 def images(sizes: list[tuple[int, int]] = SIZES) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     # smooth, as photographs are: what rounds differently in a resize then makes little difference
@@ -48,8 +53,8 @@ def run(model: ExportedDetector, batch: list[np.ndarray]) -> tuple[torch.Tensor,
 def test_it_finds_what_the_detector_finds(trained_run: Path, rule: str) -> None:
     ours = detector(trained_run, **RULES[rule])
     every = [image for image in images() if min(image.shape[:2]) >= 64]  # not enlarged: the same pixels to the bit
-    settings = describe(ours, format="onnx", raw=False, thresholds=None, weights="")
-    model = ExportedDetector(ours)
+    settings = described(ours)
+    model = ExportedDetector(ours, settings)
     for group in ([0], [0, 1, 2, 3]):
         tables, counts = run(model, [every[number] for number in group])
         for table, count, number in zip(tables, counts.tolist(), group, strict=True):
@@ -65,17 +70,21 @@ def test_it_finds_what_the_detector_finds(trained_run: Path, rule: str) -> None:
 def test_each_class_has_a_threshold(trained_run: Path) -> None:
     ours = detector(trained_run)
     limits = [0.2, 0.9, 0.4, 0.99, 0.6]
+    count_of_all = len(ours.predict(images()[0])[0].scores)
+    ours.card = replace(ours.card, operating_point={"classes": [{"threshold": limit} for limit in limits]})
+    settings = described(ours)
+    assert (settings["thresholds"], settings["score_threshold"]) == (limits, 0.2)
     (found,) = ours.predict(images()[0])
-    expected = [(s, k) for s, k in zip(found.scores.tolist(), found.labels.tolist(), strict=True) if s >= limits[k]]
-    assert 0 < len(expected) < len(found.scores)
-    table, count = run(ExportedDetector(ours, thresholds=limits), images()[:1])
-    assert table[0, : int(count), 5].tolist() == [label for _, label in expected]
+    assert 0 < len(found.scores) < count_of_all
+    table, count = run(ExportedDetector(ours, settings), images()[:1])
+    assert table[0, : int(count), 5].tolist() == found.labels.tolist()
+    assert set(describe(ours, format="onnx", raw=False, weights="", score_threshold=0.5)["thresholds"]) == {0.0}
 
 
 def test_raw_outputs_lead_to_the_same_detections(trained_run: Path) -> None:
     ours = detector(trained_run, candidates_per_level=100_000)
-    settings = describe(ours, format="onnx", raw=True, thresholds=None, weights="")
-    boxes, scores = run(ExportedDetector(ours, raw=True), images()[:2])
+    settings = described(ours) | {"raw": True}
+    boxes, scores = run(ExportedDetector(ours, settings), images()[:2])
     for image, anchors, values in zip(images()[:2], boxes.numpy(), scores.numpy(), strict=True):
         (found,) = ours.predict(image)
         table = choose(anchors, values, settings)
@@ -88,7 +97,7 @@ def test_what_is_no_number_is_not_found(trained_run: Path) -> None:
     ours = detector(trained_run)
     with torch.no_grad():
         ours.model.head.classification.predict.bias[0] = torch.nan
-    table, count = run(ExportedDetector(ours), images()[:1])
+    table, count = run(ExportedDetector(ours, described(ours)), images()[:1])
     assert table.isfinite().all()
     assert int(count) == 0
 
@@ -114,7 +123,8 @@ def test_images_are_enlarged_as_opencv_does(size: tuple[int, int], new: tuple[in
 
 
 def test_an_image_does_not_depend_on_its_company(trained_run: Path) -> None:
-    model = ExportedDetector(detector(trained_run))
+    ours = detector(trained_run)
+    model = ExportedDetector(ours, described(ours))
     together, counts = run(model, images())
     for number, image in enumerate(images()):
         (alone,), (count,) = run(model, [image])
