@@ -22,7 +22,7 @@ from retina.inference import Detector, ImageLike, listed
 from retina.ops.boxes import box_area, pairwise_intersection
 from retina.types import Detections
 
-Image = UInt8[np.ndarray, "H W 3"]
+Image = UInt8[np.ndarray, "H W C"]
 Predict = Callable[[Sequence[Image]], Sequence[Detections]]
 
 _AT_EDGE = 0.01

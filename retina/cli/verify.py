@@ -17,7 +17,7 @@ from retina.cli.compose import entry
 from retina.errors import CheckpointError
 from retina.export.description import check_description
 from retina.export.onnx_runtime import OnnxFile
-from retina.export.proof import Entry, Tolerance, digest, look_again, read_entry, value_range_of
+from retina.export.proof import Entry, Tolerance, digest, look_again, pixels_of, read_entry
 from retina.printing import say
 from retina.schema import parse_json
 
@@ -48,8 +48,8 @@ def program(config: VerifyConfig) -> int:
     proof = settings["proof"]
     folder = Path(config.images or proof["folder"])
     entries = [Entry(**values) for values in proof["images"]]
-    value_range = value_range_of(settings)
-    images = [read_entry(folder, one.name, one.sha256, one.size, value_range) for one in entries]
+    pixels = pixels_of(settings)
+    images = [read_entry(folder, one.name, one.sha256, one.size, pixels) for one in entries]
     tolerance = Tolerance(**proof["tolerance"])
     differences, times = look_again(entries, images, subject, tolerance, settings)
     if differences.faults:

@@ -12,6 +12,7 @@ _TYPES: Mapping[str, Any] = {
     "schema_version": int,
     "format": str,
     "raw": bool,
+    "channels": int,
     "classes": list[str],
     "category_ids": list[int],
     "thresholds": list[float],

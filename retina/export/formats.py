@@ -63,7 +63,9 @@ def _keep_in_onnx(boxes: Any, scores: Any, labels: Any, num_classes: int, iou: f
 
 def trace(model: ExportedDetector) -> torch.export.ExportedProgram:
     """The graph, for any number of images of any sizes."""
-    images = torch.zeros(2, 70, 90, 3, dtype=torch.uint8)  # two of different sizes, so that nothing is taken for fixed
+    images = torch.zeros(
+        2, 70, 90, model.channels, dtype=torch.uint8
+    )  # two of different sizes, so that nothing is taken for fixed
     sizes = torch.tensor([[70, 90], [60, 80]])
     dynamic = torch.export.Dim.DYNAMIC
     with torch.no_grad(), _quiet():

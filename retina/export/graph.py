@@ -60,6 +60,7 @@ class ExportedDetector(nn.Module):
         self.short_side: int = preprocessing["short_side"]
         self.long_side: int | None = preprocessing["long_side"]
         self.pad_multiple: int = preprocessing["pad_multiple"]
+        self.channels: int = settings["channels"]
         self.raw: bool = settings["raw"]
         self.score_threshold: float = settings["score_threshold"]
         self.candidates_per_level: int = settings["candidates_per_level"]
@@ -69,8 +70,8 @@ class ExportedDetector(nn.Module):
         self.num_classes = len(settings["classes"])
         self.register_buffer("thresholds", torch.tensor(settings["thresholds"]), persistent=False)
 
-    def forward(self, images: UInt8[Tensor, "B H W 3"], sizes: Int64[Tensor, "B 2"]) -> tuple[Tensor, Tensor]:
-        """images: RGB, each at the top left of the common canvas; what is beyond does not matter.
+    def forward(self, images: UInt8[Tensor, "B H W C"], sizes: Int64[Tensor, "B 2"]) -> tuple[Tensor, Tensor]:
+        """images: RGB, or as it was trained, each at the top left of the common canvas; what is beyond does not matter.
         sizes: (height, width) of each.
 
         Returns detections [B D 6], best first, as (x1, y1, x2, y2, score, label) with boxes in pixels of the images
@@ -105,8 +106,8 @@ class ExportedDetector(nn.Module):
         return (sizes * scale[:, None] + 0.5).floor().long().clamp(min=1)
 
     def resize(
-        self, images: UInt8[Tensor, "B H W 3"], sizes: Int64[Tensor, "B 2"], new: Int64[Tensor, "B 2"]
-    ) -> UInt8[Tensor, "B 3 h w"]:
+        self, images: UInt8[Tensor, "B H W C"], sizes: Int64[Tensor, "B 2"], new: Int64[Tensor, "B 2"]
+    ) -> UInt8[Tensor, "B C h w"]:
         """Each image at its new size, on a canvas that holds all."""
         # the canvas depends on the values of `sizes`; the checks tell the exporter what they can be
         rows, columns = (-(-new.amax(dim=0) // self.pad_multiple)).tolist()
@@ -118,7 +119,7 @@ class ExportedDetector(nn.Module):
         small, large = shrunk(images, sizes, new, (rows, columns)), enlarged(images, sizes, new, (rows, columns))
         return torch.where(shrinks, small, large).permute(0, 3, 1, 2)
 
-    def predict(self, images: UInt8[Tensor, "B 3 h w"], sizes: Int64[Tensor, "B 2"]) -> Predictions:
+    def predict(self, images: UInt8[Tensor, "B C h w"], sizes: Int64[Tensor, "B 2"]) -> Predictions:
         """What the network says, as float32."""
         context: AbstractContextManager[Any] = torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
         with context:
@@ -171,19 +172,20 @@ class ExportedDetector(nn.Module):
 
 
 def shrunk(
-    images: UInt8[Tensor, "B H W 3"], sizes: Int64[Tensor, "B 2"], new: Int64[Tensor, "B 2"], canvas: tuple[int, int]
-) -> UInt8[Tensor, "B h w 3"]:
+    images: UInt8[Tensor, "B H W C"], sizes: Int64[Tensor, "B 2"], new: Int64[Tensor, "B 2"], canvas: tuple[int, int]
+) -> UInt8[Tensor, "B h w C"]:
     """cv2.INTER_AREA: means over areas, as two products with matrices of weights."""
-    count, height, width = images.shape[:3]
+    count, height, width, channels = images.shape
     down = _areas(sizes[:, 0], new[:, 0], height, canvas[0])
     across = _areas(sizes[:, 1], new[:, 1], width, canvas[1])
-    # Rows first: the memory of an image [H W 3] is a matrix [H, 3 W] as it is.
-    x = down.bmm(images.reshape(count, height, width * 3).float()).reshape(count, canvas[0], width, 3)
-    x = x.transpose(2, 3).reshape(count, canvas[0] * 3, width).bmm(across.transpose(1, 2))
+    # Rows first: the memory of an image [H W C] is a matrix [H, W C] as it is.
+    x = down.bmm(images.reshape(count, height, width * channels).float())
+    x = x.reshape(count, canvas[0], width, channels)
+    x = x.transpose(2, 3).reshape(count, canvas[0] * channels, width).bmm(across.transpose(1, 2))
     halved = (2 * new == sizes).all(dim=1)[:, None, None]
     # Halves go up where OpenCV adds four pixels as integers, else to the even number.
     x = torch.where(halved, (x + 0.5).floor(), x.round())
-    return x.clamp(0, 255).to(torch.uint8).reshape(count, canvas[0], 3, canvas[1]).transpose(2, 3)
+    return x.clamp(0, 255).to(torch.uint8).reshape(count, canvas[0], channels, canvas[1]).transpose(2, 3)
 
 
 def _areas(size: Int64[Tensor, "B"], new: Int64[Tensor, "B"], length: int, new_length: int) -> Float[Tensor, "B n N"]:
@@ -197,15 +199,15 @@ def _areas(size: Int64[Tensor, "B"], new: Int64[Tensor, "B"], length: int, new_l
 
 
 def enlarged(
-    images: UInt8[Tensor, "B H W 3"], sizes: Int64[Tensor, "B 2"], new: Int64[Tensor, "B 2"], canvas: tuple[int, int]
-) -> UInt8[Tensor, "B h w 3"]:
+    images: UInt8[Tensor, "B H W C"], sizes: Int64[Tensor, "B 2"], new: Int64[Tensor, "B 2"], canvas: tuple[int, int]
+) -> UInt8[Tensor, "B h w C"]:
     """cv2.INTER_LINEAR: between the four nearest pixels, in integers with the weights and roundings of OpenCV."""
     top, bottom, high, low = _neighbours(sizes[:, 0], new[:, 0], canvas[0])
     left, right, near, far = (values[:, None, :, None] for values in _neighbours(sizes[:, 1], new[:, 1], canvas[1]))
 
     def row(index: Tensor) -> Tensor:
-        line = images.gather(1, index[..., None, None].expand(-1, -1, images.shape[2], 3)).int()
-        one, other = (line.gather(2, side.expand(-1, canvas[0], -1, 3)) for side in (left, right))
+        line = images.gather(1, index[..., None, None].expand(-1, -1, *images.shape[2:])).int()
+        one, other = (line.gather(2, side.expand(-1, canvas[0], -1, images.shape[3])) for side in (left, right))
         return (one * near + other * far) // 16
 
     high, low = high[..., None, None], low[..., None, None]

@@ -19,7 +19,7 @@ from retina.data.images import read_image
 from retina.data.pixels import FULL, PixelFormat
 from retina.errors import DataError
 
-Image = UInt8[np.ndarray, "H W 3"]
+Image = UInt8[np.ndarray, "H W C"]
 Table = Float[np.ndarray, "D 6"]
 """x1, y1, x2, y2, score, label of each detection, best first."""
 Run = Callable[[Sequence[Image]], list[Table]]
@@ -122,9 +122,9 @@ def overlap(boxes: Float[np.ndarray, "N 4"], others: Float[np.ndarray, "M 4"]) -
 
 
 def pack(images: Sequence[Image]) -> dict[str, np.ndarray]:
-    """The inputs of an exported file: images [B H W 3] at the top left of one canvas, and their sizes [B 2]."""
+    """The inputs of an exported file: images [B H W C] at the top left of one canvas, and their sizes [B 2]."""
     sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
-    canvas = np.zeros((len(images), *sizes.max(axis=0), 3), dtype=np.uint8)
+    canvas = np.zeros((len(images), *sizes.max(axis=0), images[0].shape[2]), dtype=np.uint8)
     for place, image in zip(canvas, images, strict=True):
         place[: image.shape[0], : image.shape[1]] = image
     return {"images": canvas, "sizes": sizes}
@@ -168,13 +168,13 @@ class Entry(NamedTuple):
     detections: list[list[float]]
 
 
-def read_entry(folder: Path, name: str, sha256: str, size: Sequence[int], value_range: Sequence[int]) -> Image:
+def read_entry(folder: Path, name: str, sha256: str, size: Sequence[int], pixels: PixelFormat) -> Image:
     """The part of an image that a proof looks at. Raises DataError for another file than then."""
     file = folder / name
     if digest(file) != sha256:
         problem = "is not the image that the proof was made with - give images=, the folder with those"
         raise DataError(f"{file}: {problem}", code="other-image")
-    image = read_image(file, pixels=PixelFormat((value_range[0], value_range[1])))
+    image = read_image(file, pixels=pixels)
     return np.ascontiguousarray(image[: size[0], : size[1]])
 
 
@@ -246,9 +246,10 @@ def as_values(differences: Differences) -> dict[str, Any]:
     return values
 
 
-def value_range_of(settings: dict[str, Any]) -> Sequence[int]:
-    """Of 16-bit images."""
-    return settings["preprocessing"].get("value_range") or FULL
+def pixels_of(settings: dict[str, Any]) -> PixelFormat:
+    """How images are read for a file of this description."""
+    low, high = settings["preprocessing"].get("value_range") or FULL
+    return PixelFormat((low, high), channels=settings["channels"])
 
 
 def summary(proof: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from retina import __version__
 from retina.data.annotations import Annotations
 from retina.data.join import select
+from retina.data.pixels import PixelFormat
 from retina.errors import CheckpointError
 from retina.evaluation.metrics import COCO, DetectionArrays, coco_metrics
 from retina.export.description import SCHEMA_VERSION
@@ -27,9 +28,9 @@ from retina.export.proof import (
     as_values,
     digest,
     look_again,
+    pixels_of,
     read_entry,
     timed,
-    value_range_of,
 )
 from retina.inference import Detector
 from retina.types import DTYPES
@@ -78,8 +79,9 @@ def describe(
         "schema_version": SCHEMA_VERSION,
         "format": format,
         "raw": raw,
-        "inputs": "images [B H W 3], uint8, RGB, each at the top left of the canvas; sizes [B 2], int64: their "
-        "(height, width)",
+        "channels": detector.pixels.channels,
+        "inputs": "images [B H W C], uint8, RGB or as trained, each at the top left of the canvas; sizes [B 2], int64: "
+        "their (height, width)",
         "outputs": boxes if raw else f"{table}; counts [B]",
         "classes": list(card.classes),
         "category_ids": list(card.category_ids),
@@ -140,8 +142,8 @@ def prove(
     num_images: to be compared detection by detection. num_scored: of a split, to be scored.
 
     Raises CheckpointError where they part by more than the tolerance, DataError for images that cannot be read."""
-    value_range = value_range_of(description)
-    read = partial(read_part, value_range=value_range)
+    pixels = pixels_of(description)
+    read = partial(read_part, pixels=pixels)
     chosen = pictures.some(num_images)
     parts = [read(chosen.folder / name, number) for number, name in enumerate(chosen.names)]
     predict = partial(look, detector, score_threshold=score_threshold)
@@ -160,26 +162,26 @@ def prove(
     proof |= as_values(differences) | {"ap": None}
     proof["milliseconds"] = {"retina": Times.of(seconds)._asdict(), "file": times._asdict()}
     if pictures.annotations is not None and num_scored:
-        proof["ap"] = scored(pictures.some(num_scored), predict, graph.run, value_range, progress)
+        proof["ap"] = scored(pictures.some(num_scored), predict, graph.run, pixels, progress)
     return proof | {"images": [entry._asdict() for entry in entries]}
 
 
-def read_part(file: Path, number: int, value_range: Sequence[int]) -> Image:
+def read_part(file: Path, number: int, pixels: PixelFormat) -> Image:
     """An image, or of every third one the part at the top left, so that images have several sizes."""
-    image = read_entry(file.parent, file.name, digest(file), [1 << 30] * 2, value_range)
+    image = read_entry(file.parent, file.name, digest(file), [1 << 30] * 2, pixels)
     height, width = image.shape[:2]
     return image if number % 3 != 2 else np.ascontiguousarray(image[: -(-3 * height // 4), : -(-2 * width // 3)])
 
 
 def scored(
-    pictures: Pictures, predict: Callable[[Image], Table], run: Run, value_range: Sequence[int], progress: Any
+    pictures: Pictures, predict: Callable[[Image], Table], run: Run, pixels: PixelFormat, progress: Any
 ) -> dict[str, Any]:
     """COCO's AP of the detector and of the file over the same images."""
     assert pictures.annotations is not None
     found: dict[str, list[Table]] = {"retina": [], "file": []}
     for name in progress(pictures.names, "scoring"):
         file = pictures.folder / name
-        image = read_entry(file.parent, file.name, digest(file), [1 << 30] * 2, value_range)
+        image = read_entry(file.parent, file.name, digest(file), [1 << 30] * 2, pixels)
         found["retina"].append(predict(image))
         found["file"] += run([image])
     result: dict[str, Any] = {"images": len(pictures.names)}

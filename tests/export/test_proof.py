@@ -10,6 +10,7 @@ from retina.export.proof import Differences, Tolerance, at_edge, batches, choose
 
 SETTINGS = {
     "raw": False,
+    "channels": 3,
     "classes": ["a", "b"],
     "thresholds": [0.0, 0.4],
     "score_threshold": 0.05,
