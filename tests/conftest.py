@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 from jaxtyping import install_import_hook
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
@@ -28,10 +27,9 @@ ROOMS = (
 )
 ROOMS += ("model", "ops", "printing", "report", "schema", "types", "visualize")
 install_import_hook([f"retina.{room}" for room in ROOMS], "beartype.beartype")
-torch.set_num_threads(1)  # tests run side by side
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side
 
-from programs import run_ranks  # noqa: E402
-from tiny import write_tiny_data, write_tiny_run  # noqa: E402  # after the hook
+from programs import run_ranks  # noqa: E402  # after the hook
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -99,12 +97,16 @@ def start() -> Callable[..., subprocess.Popen[str]]:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import write_tiny_data  # not above: the process that only hands tests to others needs no torch
+
     return write_tiny_data(tmp_path_factory.mktemp("tiny") / "data")
 
 
 @pytest.fixture(scope="session")
 def trained_run(tiny_data: Path) -> Path:
     """A run folder that no test writes into."""
+    from tiny import write_tiny_run
+
     return write_tiny_run(tiny_data.parent / "runs" / "tiny", tiny_data)
 
 

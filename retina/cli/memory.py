@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 SURE = 1.4
 """The estimate of memory was 0.94 to 1.39 of what was used: what is so much larger than there is, will not fit."""
+AMPLE = 4e9, 20_000
+"""Bytes, and bytes per pixel of all images, that no usual network reaches (a ResNet-50 takes 1,300): where there are so
+many, nothing is counted, which would take half a second."""
 LONG = 3600.0
 """Seconds from which a run on a CPU is called long before it starts."""
 
@@ -33,7 +36,7 @@ def in_memory(
     from retina.engine.probe import free_bytes, step_bytes
 
     train = settings["train"]
-    model, canvas = on_meta(settings, annotations), largest_canvas(settings, annotations)
+    canvas = largest_canvas(settings, annotations)
     most_objects = int((annotations.offsets[1:] - annotations.offsets[:-1]).max(initial=0))
     batch = train["batch_size"] // distributed.world_size()
     if batch < 1 or batch % train["accumulate"]:  # the sampler has a word for that
@@ -42,7 +45,9 @@ def in_memory(
     if not frees:
         return []
     free = min(frees)
-    needs: dict[int, int] = {}
+    if AMPLE[0] + AMPLE[1] * batch // train["accumulate"] * canvas[0] * canvas[1] < free:
+        return []
+    model, needs = on_meta(settings, annotations), dict[int, int]()
     for accumulate in (n for n in range(train["accumulate"], batch + 1) if batch % n == 0):
         try:
             images = (batch // accumulate, *canvas)

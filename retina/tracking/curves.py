@@ -28,7 +28,8 @@ def draw_curves(folder: Path) -> None:
         return
     from matplotlib.figure import Figure  # slow to import, and without its own windows and global state
 
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(11, 3.2))
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.16, top=0.9)  # a layout that is computed draws all twice
     for axes, (title, curves) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for label, (kind, name) in curves.items():
             points = [(r["step"], r[name]) for r in records if r["kind"] == kind and r.get(name) is not None]

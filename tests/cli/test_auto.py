@@ -1,6 +1,8 @@
 """The automatic recipe as a user runs it, on a tiny data set."""
 
+import contextlib
 import functools
+import io
 import shutil
 import time
 from collections.abc import Callable
@@ -47,10 +49,19 @@ def settings_of(folder: Path) -> dict[str, object]:
     return settings
 
 
-def test_a_recipe_is_told_and_recorded(train: Tool, place: Path, capsys: Capture) -> None:
-    assert train("name=plain", "auto=true", "train.length=12", "train.eval_every=null") == 0
-    out = capsys.readouterr().out
-    settings = settings_of(place / "runs/plain")
+CUT = ("name=cut", "auto=true", "train.length=12", "train.eval_every=0.5", "train.save_every=0.5")
+
+
+@pytest.fixture(scope="module")
+def told(place: Path, tool: Tool) -> str:
+    """What a run with chosen settings says, from its start to its end."""
+    with contextlib.chdir(place), contextlib.redirect_stdout(io.StringIO()) as out:
+        assert tool("train", "data=coco", "data.root=shapes", *SMALL, *CUT) == 0
+    return out.getvalue()
+
+
+def test_a_recipe_is_told_and_recorded(told: str, place: Path) -> None:
+    settings = settings_of(place / "runs/cut")
     chosen = settings["chosen"]
     assert isinstance(chosen, dict)
     assert chosen["model.backbone"] == settings["model"]["backbone"] == "resnet18_half"  # type: ignore[index]
@@ -58,18 +69,16 @@ def test_a_recipe_is_told_and_recorded(train: Tool, place: Path, capsys: Capture
     given = ("data.short_side", "model.fpn_channels", "train.batch_size", "train.length", "train.eval_every")
     assert not set(given) & chosen.keys()
     assert settings["data"]["short_side"] == 64  # type: ignore[index]
-    assert all(f"\n  {key} " in out for key in chosen), "each is told, with a reason"
-    assert "on this CPU" in out
-    assert "after 10 steps: " in out
+    assert all(f"\n  {key} " in told for key in chosen), "each is told, with a reason"
+    assert "on this CPU" in told
+    assert "after 10 steps: " in told
 
 
-def test_nothing_is_chosen_with_an_experiment_or_auto_false(train: Tool, place: Path) -> None:
-    words = ("model.backbone=resnet18", "train.length=1", "train.eval_every=null")
-    assert train("name=off", "auto=false", *words) == 0
+def test_nothing_is_chosen_with_an_experiment(train: Tool, place: Path) -> None:
+    words = ("model.backbone=resnet18_half", "train.length=1", "train.eval_every=null")
     assert train("name=recipe", "experiment=paper", *words) == 0
-    for name in ("off", "recipe"):
-        settings = settings_of(place / "runs" / name)
-        assert (settings["auto"], settings["chosen"]) == (False, {})
+    settings = settings_of(place / "runs/recipe")
+    assert (settings["auto"], settings["chosen"]) == (False, {})
 
 
 @pytest.mark.parametrize(
@@ -87,15 +96,13 @@ def test_data_without_a_recipe_imply_auto(typed: list[str], added: list[str]) ->
     assert added_words(typed) == added
 
 
+@pytest.mark.usefixtures("told")
 def test_a_run_with_chosen_settings_goes_on_bit_for_bit(train: Tool, place: Path, capsys: Capture) -> None:
-    words = ("name=cut", "auto=true", "train.length=12", "train.eval_every=0.5", "train.save_every=0.5")
-    assert train(*words) == 0
     folder = place / "runs/cut"
     settings, last = settings_of(folder), folder / "checkpoints/step_00000012"
     whole = load_file(last / "model.safetensors")
     shutil.rmtree(last)
-    capsys.readouterr()
-    assert train(*words) == 0
+    assert train(*CUT) == 0
     assert "resumed at step 6" in capsys.readouterr().out
     assert settings_of(folder) == settings
     again = load_file(last / "model.safetensors")
@@ -103,9 +110,10 @@ def test_a_run_with_chosen_settings_goes_on_bit_for_bit(train: Tool, place: Path
 
 
 def test_a_run_that_began_without_auto_goes_on(train: Tool, place: Path, capsys: Capture) -> None:
-    words = ("name=before", "model.backbone=resnet18", "train.length=2", "train.eval_every=null")
+    words = ("name=before", "model.backbone=resnet18_half", "train.length=2", "train.eval_every=null")
     assert train(*words, "auto=false") == 0
     before = settings_of(place / "runs/before")
+    assert (before["auto"], before["chosen"]) == (False, {})
     assert train(*words) == 0
     assert "another setting: auto" in capsys.readouterr().out
     assert settings_of(place / "runs/before") == before | {"auto": True}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from retina.cli.signals import SIGNALS, StopRequest
+from retina.cli.signals import FORWARDED_WITHIN, SIGNALS, StopRequest
 
 # A mutex that is locked twice: the main thread waits in C, where no Python handler runs and no signal wakes it.
 STUCK = """
@@ -82,6 +82,7 @@ def test_a_second_interrupt_quits_though_the_process_waits_in_c() -> None:
 
 
 def test_the_launcher_s_copy_of_the_same_interrupt_does_not_quit() -> None:
+    assert 0.5 <= FORWARDED_WITHIN <= 2  # a launcher's copy comes sooner than that, a person's second wish later
     with child(within=1000.0) as process:
         for _ in range(4):
             process.send_signal(signal.SIGINT)

@@ -22,7 +22,7 @@ CLASSES, LEVELS, PRIOR = 5, [3, 4, 5], 0.01
 
 def tiny_model(**arguments: object) -> RetinaNet:
     torch.manual_seed(0)
-    sizes = {"fpn_channels": 16, "head_convs": 1, "levels": LEVELS, "backbone": "resnet18", "norm": "group"}
+    sizes = {"fpn_channels": 16, "head_convs": 1, "levels": LEVELS, "backbone": "resnet18_half", "norm": "group"}
     return retinanet(num_classes=CLASSES, **sizes | arguments)
 
 
