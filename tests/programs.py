@@ -13,7 +13,10 @@ import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
+
+import pytest
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["retina.cli.train", "retina.cli.eval", "retina.cli.infer", "retina.engine.loop"])
@@ -85,6 +88,16 @@ class Program:
 
     def kill(self) -> None:
         self._process.kill()
+
+
+def interpret(*words: object, cwd: Path) -> None:
+    """A Python in which Triton interprets its kernels; a new one, because Triton decides that when it is imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1000)
+    if "only 0-dimensional arrays" in done.stderr and version("triton").startswith("3.6."):
+        pytest.skip("the interpreter of Triton 3.6 does not work with NumPy 2.4")
+    assert done.returncode == 0, done.stderr
 
 
 def run_ranks(

@@ -22,7 +22,7 @@ LOSSES: dict[str, Loss] = {
 
 
 def problem(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Logits and targets of 101 x 7; the targets hard, soft, or soft in few places, so that chunks are of both kinds."""
+    """Logits and targets of 101 x 7; targets hard, soft, or soft in few places, so that chunks are of both kinds."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(101, 7, generator=generator, dtype=dtype) * 4
     targets = (torch.rand(101, 7, generator=generator) < 0.3).to(dtype)
@@ -56,7 +56,9 @@ def test_chunks_equal_the_plain_form(name: str, kind: str, monkeypatch: pytest.M
     grad = torch.autograd.grad((losses * weights).sum(), logits)[0]
     torch.testing.assert_close(grad.double(), slope, rtol=1e-5, atol=10 * atol)
     for reduction, total in (("sum", expected.sum()), ("mean", expected.mean())):
-        torch.testing.assert_close(LOSSES[name](logits, targets, reduction=reduction).double(), total, rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            LOSSES[name](logits, targets, reduction=reduction).double(), total, rtol=1e-6, atol=0
+        )
 
 
 @pytest.mark.parametrize("name", ["focal", "focal without alpha", "quality", "varifocal"])

@@ -4,9 +4,6 @@ What that cannot show is the precision of a GPU's own exp2 and rsqrt, and its ro
 """
 
 import math
-import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from programs import interpret
 from retina.losses.focal import class_focal_loss, sigmoid_focal_loss
 
 GAMMAS = [0.0, 0.5, 1.0, 2.0, 5.0]
@@ -87,9 +85,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor,
     pytest.importorskip("triton")
     folder = tmp_path_factory.mktemp("triton")
     torch.save(list(cases().values()), folder / "cases.pt")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", INTERPRETER, str(folder / "cases.pt"), str(folder / "answers.pt")]
-    subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[2])
+    interpret("-c", INTERPRETER, folder / "cases.pt", folder / "answers.pt", cwd=Path(__file__).parents[2])
     return dict(zip(cases(), torch.load(folder / "answers.pt"), strict=True))
 
 

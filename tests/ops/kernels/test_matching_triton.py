@@ -1,7 +1,5 @@
 """The kernels without a GPU: run by Triton's interpreter, and compiled for a GPU that is not there."""
 
-import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,14 +9,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # for the process of its own
 import matching_cases
+from programs import interpret
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
 
 def test_interpreted_kernels_equal_the_matrix():
-    """In a process of its own: Triton reads the variable when it is imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, __file__], check=True, timeout=1000, env=environment)
+    interpret(__file__, cwd=Path(__file__).parent)
 
 
 def interpret_and_compare() -> None:
