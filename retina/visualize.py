@@ -42,15 +42,13 @@ def draw_boxes(
     crowd: Bool[np.ndarray, "M"] | None = None,
     scale: float | None = None,
 ) -> UInt8[np.ndarray, "H2 W2 3"]:
-    """A copy of the image with boxes (xyxy in its pixels) and their class names, and scores as "0.87" where given. Of
-    other than RGB images the first three channels are shown, or the first.
+    """A copy of the image with boxes (xyxy in its pixels) and their class names, and scores as "0.87" where given.
 
     Crowd regions are dashed and light grey. Higher scores lie over lower ones. Lines and text grow with the image.
 
     scale: the copy is so many times as large. None enlarges an image whose longer side is under 768 px to that."""
     scale = max(1.0, LONG_SIDE / max(image.shape[:2])) if scale is None else scale
-    image = image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
-    picture = Image.fromarray(np.ascontiguousarray(image))
+    picture = Image.fromarray(shown_channels(image))
     if scale != 1:
         size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
         picture = picture.resize(size, Image.Resampling.BICUBIC)
@@ -85,6 +83,11 @@ def draw_boxes(
         middle = ((tag[0] + tag[2]) / 2, (tag[1] + tag[3]) / 2)
         draw.text(middle, text, fill=_contrast(colour), font=font, anchor="mm")
     return np.asarray(picture).copy()
+
+
+def shown_channels(image: UInt8[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W 3"]:
+    """What a picture shows of an image of any channels: the first three, or the first in grey."""
+    return np.ascontiguousarray(image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2))
 
 
 def draw_detections(

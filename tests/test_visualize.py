@@ -3,7 +3,16 @@ import pytest
 import torch
 
 from retina.types import Batch, Detections, Targets
-from retina.visualize import LONG_SIDE, batch_pictures, class_colour, draw_boxes, draw_detections, grid, side_by_side
+from retina.visualize import (
+    LONG_SIDE,
+    batch_pictures,
+    class_colour,
+    draw_boxes,
+    draw_detections,
+    grid,
+    shown_channels,
+    side_by_side,
+)
 
 CLASSES = ("cell", "platelet")
 
@@ -158,3 +167,11 @@ def test_batch_pictures_show_content_and_real_targets_only() -> None:
     assert not has_colour(second, class_colour(0))
     assert second.any()
     assert len(batch_pictures(batch, CLASSES, max_images=1)) == 1
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (3, [0, 1, 2]), (5, [0, 1, 2])])
+def test_of_many_channels_the_first_are_shown(channels: int, shown: list[int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (800, 9, channels), dtype=np.uint8)
+    np.testing.assert_array_equal(shown_channels(image), image[..., shown])
+    none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+    np.testing.assert_array_equal(draw_boxes(image, *none, ["a"], scale=1.0), image[..., shown])

@@ -14,6 +14,7 @@ from retina.errors import DataError
 from retina.evaluation.analysis import Analysis, mistakes_per_image
 from retina.evaluation.error_types import KINDS
 from retina.report.html import Markup, join, tag
+from retina.visualize import shown_channels
 
 SIDE, QUALITY = 480, 72
 MOST_BOXES = 80
@@ -78,7 +79,7 @@ def figures(analysis: Analysis, *, max_images: int, max_bytes: int, max_pixels: 
             pixels = read_image(annotations.path(image), max_pixels=max_pixels, pixels=annotations.pixels)
         except DataError:
             continue
-        content = _jpeg(pixels)
+        content = _jpeg(shown_channels(pixels))
         used += len(content)
         if used > max_bytes:
             return
