@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -527,12 +528,16 @@ def survives(copy: Path, tests: str) -> bool:
     process = FORKED.Process(target=run_tests, args=(copy, tests))
     process.start()
     process.join()
+    assert process.pid
+    with suppress(ProcessLookupError):  # what the tests of a mutant leave behind
+        os.killpg(process.pid, signal.SIGKILL)
     return process.exitcode == 0
 
 
 def run_tests(copy: Path, tests: str) -> None:
     import pytest
 
+    os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what runs in the background
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -540,7 +545,8 @@ def run_tests(copy: Path, tests: str) -> None:
     sys.path[:] = [str(copy), *(path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "tests"))]
     os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
-    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests.split()]))
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests.split()])
+    os._exit(code)  # without waiting for a worker that hangs
 
 
 def main(words: Sequence[str]) -> int:
