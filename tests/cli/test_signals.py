@@ -72,6 +72,14 @@ def test_other_signals_with_a_handler_are_no_request() -> None:
         signal.signal(signal.SIGUSR1, previous)
 
 
+def test_a_copy_of_an_interrupt_that_a_launcher_passes_on_is_the_first_one_again() -> None:
+    with child(within=1000.0) as process:
+        for _ in range(3):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)  # two that wait to be delivered would be one
+        assert process.poll() is None
+
+
 def test_a_second_interrupt_quits_though_the_process_waits_in_c() -> None:
     with child(within=0.0) as process:
         process.send_signal(signal.SIGINT)
