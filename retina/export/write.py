@@ -12,7 +12,7 @@ from retina import __version__
 from retina.data.annotations import Annotations
 from retina.data.join import select
 from retina.data.pixels import PixelFormat
-from retina.errors import CheckpointError
+from retina.errors import CheckpointError, DataError
 from retina.evaluation.metrics import COCO, DetectionArrays, coco_metrics
 from retina.export.description import SCHEMA_VERSION
 from retina.export.formats import ProgramFile, onnx_bytes, onnx_model, program_bytes, trace
@@ -141,7 +141,8 @@ def prove(
 
     num_images: to be compared detection by detection. num_scored: of a split, to be scored.
 
-    Raises CheckpointError where they part by more than the tolerance, DataError for images that cannot be read."""
+    Raises CheckpointError where they part by more than the tolerance, DataError for images that cannot be read, or in
+    which nothing is found."""
     pixels = pixels_of(description)
     read = partial(read_part, pixels=pixels)
     chosen = pictures.some(num_images)
@@ -158,6 +159,10 @@ def prove(
         problem = f"{len(differences.faults)} of {differences.matched + len(differences.faults)} detections differ"
         line = f"{graph.runtime}: {problem}, the first: {differences.faults[0]} - nothing was written"
         raise CheckpointError(f"{line}; a wider tolerance= would accept it, or report it", code="not-equal")
+    if not differences.matched:
+        problem = f"{len(entries)} images of {chosen.folder} hold nothing that it finds: they prove nothing"
+        fix = "give images= with objects, or a lower score_threshold"
+        raise DataError(f"{problem} - {fix}", code="no-detections", key="images")
     proof: dict[str, Any] = {"runtime": graph.runtime, "folder": str(chosen.folder), "tolerance": tolerance._asdict()}
     proof |= as_values(differences) | {"ap": None}
     proof["milliseconds"] = {"retina": Times.of(seconds)._asdict(), "file": times._asdict()}

@@ -132,7 +132,7 @@ def _pyramid(
             columns = torch.arange(width, device=device, dtype=torch.float32) * right
             y, x = torch.meshgrid(rows, columns, indexing="ij")
             levels.append((torch.stack((x, y, x, y), dim=-1)[..., None, :] + cell).reshape(-1, 4))
-    if any(down != right for down, right in strides):
+    if torch.compiler.is_exporting() or any(down != right for down, right in strides):  # symbols there
         return tuple(levels)
     return Anchors(levels, shapes, tuple(down for down, _ in strides))
 

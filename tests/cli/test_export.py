@@ -7,15 +7,18 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from commands import Capture, Tool, digest, refused_by_tool
+from retina.model.weights import load_detector, save_detector
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -128,6 +131,25 @@ runpy.run_path({str(ROOT / "examples" / "onnx_only.py")!r}, run_name="__main__")
     assert [words[:2] for words in printed] == [[*row[:2]] for row in expected]
     numbers = np.array([words[2:] for words in printed], dtype=float)
     np.testing.assert_allclose(numbers, np.array([row[2:] for row in expected]), atol=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_program_of_torch_proves_itself_too(
+    trained_run: Path, start: Start, tiny_data: Path, tool: Tool, tmp_path: Path, capsys: Capture
+) -> None:
+    """Raw outputs, in half precision, of a model whose strides depend on the canvas, as torchvision's v1's do."""
+    model, card = load_detector(trained_run / "best.safetensors", torch.device("cpu"))
+    card = replace(card, model=card.model | {"canvas_strides": True})
+    save_detector(tmp_path / "a.safetensors", model.state_dict(), card)
+    words = ["checkpoint=a.safetensors", f"images={tiny_data / 'val'}", "format=pt2", "raw=true", "precision=fp16"]
+    code, out, err = run(start, ROOT / "tools" / "export.py", *words, "postprocess.class_agnostic=true", cwd=tmp_path)
+    assert code == 0, out + err
+    proof = json.loads((tmp_path / "a.proof.json").read_text())
+    assert proof["matched"] > 50
+    assert proof["ap"] is None
+    assert tool("verify", f"file={tmp_path / 'a.pt2'}") == 0
+    assert "verified" in capsys.readouterr().out
 
 
 def test_the_example_is_short() -> None:
