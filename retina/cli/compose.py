@@ -298,12 +298,18 @@ def _top_keys(config_name: str) -> list[str]:
 
 
 def typed_keys() -> frozenset[str]:
-    """Keys that the command of the running job gives; a group (`model=gfl`) stands for all of its section, except
-    `data`, which says where things lie."""
+    """Keys that the command of the running job gives; a group stands for all of its section, except `data`, which says
+    where things lie, and `model`, which stands for what its own file says: `model=tood` is a head, no ResNet-50."""
     if not HydraConfig.initialized():
         return frozenset()
     overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
-    return frozenset(override.key_or_group for override in overrides) - {"data", "experiment"}
+    keys = {override.key_or_group for override in overrides} - {"data", "experiment"}
+    if "model" in keys and GlobalHydra.instance().is_initialized():
+        name = HydraConfig.get().runtime.choices["model"]
+        file = GlobalHydra.instance().config_loader().repository.load_config(f"model/{name}")  # type: ignore[attr-defined]
+        if file is not None:
+            keys = (keys - {"model"}) | {f"model.{key}" for key in file.config}
+    return frozenset(keys)
 
 
 def values_of(word: str) -> list[str]:

@@ -74,6 +74,14 @@ def test_a_recipe_is_told_and_recorded(told: str, place: Path) -> None:
     assert "after 10 steps: " in told
 
 
+def test_a_model_group_gives_what_its_file_says_and_leaves_the_rest_open(train: Tool, place: Path) -> None:
+    words = ("auto=true", "model=tood", "loss=tal", "train.length=1", "train.eval_every=null")
+    assert train("name=tood", *words) == 0
+    model = settings_of(place / "runs/tood")["model"]
+    assert isinstance(model, dict)
+    assert (model["head"], model["backbone"]) == ("task_aligned", "resnet18_half")
+
+
 def test_nothing_is_chosen_with_an_experiment(train: Tool, place: Path) -> None:
     words = ("model.backbone=resnet18_half", "train.length=1", "train.eval_every=null")
     assert train("name=recipe", "experiment=paper", *words) == 0
