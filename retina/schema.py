@@ -15,6 +15,14 @@ from retina.errors import ConfigError
 
 LARGEST = 2**63
 """Integers from here on fit no tensor."""
+GOALS = {
+    "f1": "the highest F1",
+    "precision": "the highest recall with a precision of at least `target`",
+    "recall": "the highest precision with a recall of at least `target`",
+    "false_alarms": "the highest recall with at most `target` false alarms of each class per image",
+    "count": "the smallest mean error of the number of objects of a class in an image",
+}
+"""What the thresholds of an operating point may be chosen for."""
 
 
 def parse_json(text: str | bytes) -> Any:

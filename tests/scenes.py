@@ -31,7 +31,7 @@ def annotations_of(
         crowd=np.array([row in crowd for row in range(len(objects))], dtype=bool),
         areas=(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]),
         names=np.frombuffer(b"".join(names), dtype=np.uint8),
-        name_offsets=offsets_of(np.array([len(name) for name in names])),
+        name_offsets=offsets_of(np.array([len(name) for name in names], dtype=np.int64)),
     )
 
 

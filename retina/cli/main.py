@@ -19,6 +19,7 @@ COMMANDS = {
     "verify": "repeat the proof of an exported file, without torch",
     "convert": "turn Pascal VOC and YOLO labels into COCO's format",
     "import-weights": "take over the weights of other programs",
+    "compare": "tell whether one detector is better than another",
     "lab": "losses, detectors and recipes, measured",
 }
 

@@ -15,7 +15,7 @@ from retina.errors import check, check_choice
 from retina.evaluation.bootstrap import DRAWS, Estimate, interval, resamples, weighted_sums
 from retina.evaluation.metrics import DetectionArrays
 from retina.evaluation.outcomes import Outcomes, find_outcomes
-from retina.model.header import GOALS
+from retina.schema import GOALS
 
 FEW_OBJECTS = 20
 """Classes with fewer take the pooled threshold."""
@@ -55,7 +55,7 @@ def fit_operating_point(
     draws: int = DRAWS,
 ) -> dict[str, Any]:
     """Thresholds for the goal and what is expected of them, as it stands in the header of weights
-    (`retina.model.header.check_operating_point`).
+    (`retina.model.header` checks it there).
 
     draws: resamples of the images that intervals are made from.
 

@@ -18,7 +18,7 @@ from torch.nn.modules import module
 from retina.errors import CheckpointError, ConfigError, check
 from retina.model.retinanet import retinanet
 from retina.model.timm_backbone import PREFIX
-from retina.schema import check_type
+from retina.schema import GOALS, check_type
 from retina.types import DTYPES
 
 LAST_STEP = 10**12
@@ -62,14 +62,6 @@ POSTPROCESS: Mapping[str, Rule] = {
 }
 
 
-GOALS = {
-    "f1": "the highest F1",
-    "precision": "the highest recall with a precision of at least `target`",
-    "recall": "the highest precision with a recall of at least `target`",
-    "false_alarms": "the highest recall with at most `target` false alarms of each class per image",
-    "count": "the smallest mean error of the number of objects of a class in an image",
-}
-"""What the thresholds of an operating point may be chosen for."""
 _ESTIMATES: Mapping[str, Rule] = {
     name: (list[float] | None, lambda value: value is None or (len(value) == 3 and all(0 <= x < 1e9 for x in value)))
     for name in ("precision", "recall", "false_alarms", "count_error")

@@ -14,7 +14,7 @@ from retina.evaluation.curves import GRID, counts_over_thresholds, precision_cur
 from retina.evaluation.metrics import RECALLS
 from retina.files import make_folder, write_whole
 from retina.report.charts import Line, chart, heat
-from retina.report.gallery import KEY, figures
+from retina.report.gallery import KEY, figures, worst_images
 from retina.report.html import Markup, embedded, join, number, page, percent, table, tag, text
 from retina.report.look import SCRIPT, STYLE
 
@@ -238,7 +238,8 @@ def _breakdown(values: dict[str, Any]) -> Markup:
 
 
 def _gallery(analysis: Analysis, max_pixels: int) -> Markup:
-    shots = list(figures(analysis, max_images=MAX_IMAGES, max_bytes=MAX_BYTES, max_pixels=max_pixels))
+    worst = worst_images(analysis, MAX_IMAGES)
+    shots = list(figures(analysis, images=worst, max_bytes=MAX_BYTES, max_pixels=max_pixels))
     if not shots:
         return tag("p", "No image with a mistake could be shown.")
     classes = [tag("option", "all", value="")]

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -67,10 +67,12 @@ def worst_images(analysis: Analysis, limit: int) -> list[int]:
     return [int(image) for image in order if missed[image] + false[image] > 0]
 
 
-def figures(analysis: Analysis, *, max_images: int, max_bytes: int, max_pixels: int = MAX_PIXELS) -> Iterator[Markup]:
-    """Pictures of the worst images, until their bytes reach the limit. What cannot be read is left out."""
+def figures(
+    analysis: Analysis, *, images: Sequence[int], max_bytes: int, max_pixels: int = MAX_PIXELS
+) -> Iterator[Markup]:
+    """Pictures of these images, until their bytes reach the limit. What cannot be read is left out."""
     used = 0
-    for image in worst_images(analysis, max_images):
+    for image in images:
         annotations = analysis.outcomes.annotations
         name = PurePosixPath(annotations.file_name(image))
         if name.is_absolute() or ".." in name.parts:  # results are scored whatever the names; pictures are not shown

@@ -63,9 +63,9 @@ body{max-width:none;color:#000;background:#fff}figure,tr{break-inside:avoid}.wid
 SCRIPT = """
 'use strict';
 (()=>{
-const source=document.getElementById('data');if(!source)return;
-const data=JSON.parse(source.textContent),by=id=>document.getElementById(id);
 document.body.classList.add('scripted');
+const by=id=>document.getElementById(id),source=by('data');
+const data=source?JSON.parse(source.textContent):{thresholds:[]};
 const slider=by('threshold'),which=by('which'),back=by('back'),out=by('shown');
 const show=(v,d)=>v===null||!isFinite(v)?'\\u2013':v.toFixed(d);
 const percent=v=>v===null||!isFinite(v)?'\\u2013':(100*v).toFixed(1)+' %';
@@ -98,7 +98,7 @@ const update=()=>{
  gallery();
 };
 const kind=by('kind'),of=by('of');
-const gallery=()=>{for(const shot of document.querySelectorAll('.gallery figure')){
+const gallery=()=>{if(!kind)return;for(const shot of document.querySelectorAll('.gallery figure')){
  let h=0,m=0,f=0,some=false;
  for(const g of shot.querySelectorAll('g[data-label]')){
   const k=+g.dataset.label,score=g.dataset.score===undefined?null:+g.dataset.score,own=g.dataset.kind;let on;
@@ -119,7 +119,7 @@ if(slider){
   slider.value=Math.round(t*100);out.textContent=t.toFixed(2);});
  back.addEventListener('click',()=>{data.thresholds.forEach((t,k)=>{limits[k]=t;});
   out.textContent='operating point';update();});
- for(const filter of [kind,of])filter.addEventListener('change',gallery);
+ if(kind)for(const filter of [kind,of])filter.addEventListener('change',gallery);
 }
 for(const table of document.querySelectorAll('table.sorts')){
  [...table.tHead.rows[0].cells].forEach((th,column)=>{const button=document.createElement('button');

@@ -73,7 +73,18 @@ def test_defaults_are_those_of_the_classes() -> None:
 
 def test_folders_are_the_groups() -> None:
     assert {file.parts[0] for file in FILES if len(file.parts) == 2} == {*GROUPS, "studies"}
-    programs = ["convert", "doctor", "eval", "export", "import_weights", "infer", "train", "tune_thresholds", "verify"]
+    programs = [
+        "compare",
+        "convert",
+        "doctor",
+        "eval",
+        "export",
+        "import_weights",
+        "infer",
+        "train",
+        "tune_thresholds",
+        "verify",
+    ]
     assert [f.stem for f in FILES if len(f.parts) == 1 and not f.stem.startswith("lab_")] == programs
     assert len(OPTIONS) > 15
 
