@@ -233,7 +233,7 @@ def test_a_module_of_ones_own_can_be_allowed(monkeypatch: pytest.MonkeyPatch, tm
         ("name: a\nname: b", "name"),
         (f"name: {'[' * 3000}", ""),
         ("name: ${nowhere:1}", "nowhere"),
-        (laughs(5), "aliases"),
+        (laughs(4), "aliases"),
         (f"a: &a [{'x, ' * 110}x]\nb: [{'*a, ' * 100}*a]", "aliases"),
         ("a: &a [x, *a]", "aliases"),
         ("a: &a {b: 1, <<: [*a]}", ""),
@@ -449,7 +449,7 @@ def test_configs_of_ones_own(tool: Callable[..., int], tmp_path: Path, capsys: p
     )
     experiment = "# @package _global_\ndefaults: [/experiment/smoke, _self_]\nname: own\n"
     (tmp_path / "experiment" / "own.yaml").write_text(experiment)
-    (tmp_path / "bomb.yaml").write_text(laughs(5))
+    (tmp_path / "bomb.yaml").write_text(laughs(4))
     for words in (["--config-dir", tmp_path], ["--config-path", tmp_path]):
         assert tool("train", *words, "-cn", "bomb") == 2
         refused_by_tool(capsys, "wrong-value", tmp_path / "bomb.yaml", "aliases")

@@ -350,6 +350,6 @@ def test_records_that_are_damaged_are_named(place: Path, damaged: str) -> None:
 
 
 def test_a_study_of_many_aliases_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "bomb.yaml").write_text(laughs(5))
+    (tmp_path / "bomb.yaml").write_text(laughs(4))
     with refused("unreadable-file", tmp_path / "bomb.yaml", "aliases"):
         read_study(str(tmp_path / "bomb.yaml"))
