@@ -4,7 +4,6 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,17 +38,16 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from Linux's /proc")
-@pytest.mark.parametrize("number", [150, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [60, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.timeout(3600)
 def test_inferences_in_a_row_find_the_same_in_constant_memory(
-    detector: Detector, images: list[Path], number: int, record_property: Callable[[str, object], None]
+    detector: Detector, images: list[Path], number: int
 ) -> None:
     expected = [found(detector, image) for image in images]
     for k in range(number):
         if k == number // 3:
             before = resident()
         assert found(detector, images[k % len(images)]) == expected[k % len(images)]
-    record_property("grown", resident() - before)
     assert resident() - before < 20_000_000
 
 
@@ -87,6 +85,6 @@ def test_a_fork_reads_while_the_threads_of_its_parent_do(images: list[Path]) -> 
         for _ in range(8):
             threads.submit(read_on)
         try:
-            assert [in_child(task) for _ in range(30)] == [0] * 30
+            assert [in_child(task) for _ in range(8)] == [0] * 8
         finally:
             stop.set()
