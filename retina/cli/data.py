@@ -273,8 +273,8 @@ def check_data(config: DataConfig, splits: Mapping[str, Annotations], report: Da
     `data.on_error=skip`. The pixels are not read: tools/doctor.py does that.
 
     Raises RecordsError, which lists all that cannot be tolerated."""
-    report.warnings += left_over(config, splits, report)
     files = examine(splits, report, max_pixels=config.max_pixels)
+    report.warnings += left_over(config, splits, report)
     grave: list[str] = []
     for split, annotations in splits.items():
         bad = list(files[split].bad.values())
@@ -291,7 +291,9 @@ def check_data(config: DataConfig, splits: Mapping[str, Annotations], report: Da
 
 
 def left_over(config: DataConfig, splits: Mapping[str, Annotations], report: DataReport) -> list[str]:
-    """Lines on images that no record names, where all records of all splits are read."""
+    """Lines on images that no record names, where all records of all splits are read.
+
+    Where there are faults they have nothing to add: a name that is misspelt leaves an image over as well."""
     shares = [*several(config.train.fraction), *several(config.val.fraction)]
     is_whole = all(part == 1 for part in shares) and {*named_splits(config)} <= splits.keys()
     return [*unnamed_images(splits)] if is_whole and not report.faults else []

@@ -73,8 +73,8 @@ def examine_images(data: DataConfig, splits: Mapping[str, "Annotations"], report
     """Image files, every pixel of them with `decode`, and the splits against each other."""
     from retina.data.health import examine, undecodable
 
-    report.warnings += left_over(data, splits, report)
     files = examine(splits, report, max_pixels=data.max_pixels, thorough=decode)
+    report.warnings += left_over(data, splits, report)
     if splits:
         pixel_format(data, splits, files, report)
     for split, annotations in splits.items() if decode else []:

@@ -4,6 +4,7 @@ import contextlib
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from retina.evaluation.error_types import KINDS, error_costs, find_errors

@@ -401,7 +401,7 @@ def test_arguments_rebuild_the_model() -> None:
         ({"norm_eps": -1.0}, "out-of-range", "norm_eps"),
         ({"stride_in_1x1": True}, "contradiction", "stride_in_1x1"),
         ({"num_classes": 0}, "out-of-range", "num_classes"),
-        ({"mean": (1.0, 2.0)}, "out-of-range", "mean"),
+        ({"mean": (1.0, 2.0)}, "out-of-range", "std"),  # mean says how many channels there are
         ({"mean": (1.0, 2.0, math.nan)}, "out-of-range", "mean"),
         ({"std": (1.0, 1.0, 0.0)}, "out-of-range", "std"),
         ({"fpn_channels": 0}, "out-of-range", "fpn_channels"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import HOSTILE, build, with_images
+from test_evaluation_page import HOSTILE, build, with_images
 
 from retina.evaluation.confusion import confusion_matrix
 from retina.evaluation.curves import GRID, counts_over_thresholds
