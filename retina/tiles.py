@@ -48,17 +48,17 @@ def detect_in_tiles(
     cut: list[Bool[Tensor, "D"]] = []
     windows = iter(tiling.windows(size))
     while batch := list(islice(windows, batch_size)):
-        found = predict([image[top:bottom, left:right] for top, left, bottom, right in batch])
-        for window, one in zip(batch, found, strict=True):
-            corner = one.boxes.new_tensor([window[1], window[0]] * 2)
-            parts.append(one._replace(boxes=one.boxes + corner))
-            cut.append(_is_cut(one.boxes, window, size))
+        tiles = [image[top:bottom, left:right] for top, left, bottom, right in batch]
+        for window, part in zip(batch, predict(tiles), strict=True):
+            corner = part.boxes.new_tensor([window[1], window[0]] * 2)
+            parts.append(part._replace(boxes=part.boxes + corner))
+            cut.append(_is_cut(part.boxes, window, size))
     if tiling.whole:
-        (one,) = predict([image])
-        parts.append(one)
-        cut.append(torch.zeros(len(one.scores), dtype=torch.bool))
-    found_all = Detections(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
-    return merge(found_all, torch.cat(cut), nms_iou=nms_iou, class_agnostic=class_agnostic)
+        (part,) = predict([image])
+        parts.append(part)
+        cut.append(torch.zeros(len(part.scores), dtype=torch.bool))
+    detections = Detections(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    return merge(detections, torch.cat(cut), nms_iou=nms_iou, class_agnostic=class_agnostic)
 
 
 def _is_cut(boxes: Float[Tensor, "D 4"], window: tuple[int, int, int, int], size: tuple[int, int]) -> Bool[Tensor, "D"]:

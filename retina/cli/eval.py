@@ -87,7 +87,7 @@ def score_file(config: EvalConfig) -> int:
 def score_detector(config: EvalConfig, checkpoint: Path) -> int:
     """The exit code, the same on every rank."""
     folder = folder_of(checkpoint)
-    settings_of(checkpoint)
+    settings_of(checkpoint)  # what is wrong in them is told at once
 
     # torch takes seconds to load, and a wrong setting should not wait for it
     from retina import distributed

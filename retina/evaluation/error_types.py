@@ -100,11 +100,10 @@ def error_costs(outcomes: Outcomes, errors: Errors) -> dict[str, dict[str, Any]]
     A wrong class or place is mended, unless its object is taken already or a detection of a higher score is mended to
     take it; then, as with the other kinds, the detection is left out. A missed object is left out of the count. None
     where no object defines AP."""
-    base = _mean_ap(
-        outcomes, outcomes.hits(), ~outcomes.ignored(), outcomes.labels, outcomes.annotations.class_counts()
-    )
-    costs: dict[str, dict[str, Any]] = {}
     taken, hits, counts = _taken(outcomes), outcomes.hits(), outcomes.annotations.class_counts()
+    scored = ~outcomes.ignored()
+    base = _mean_ap(outcomes, hits, scored, outcomes.labels, counts)
+    costs: dict[str, dict[str, Any]] = {}
     aimed = np.flatnonzero(errors.objects != NO_OBJECT)
     aimed = aimed[~taken[errors.objects[aimed]]]
     aimed = aimed[np.argsort(-outcomes.scores[aimed], kind="stable")]
@@ -112,12 +111,12 @@ def error_costs(outcomes: Outcomes, errors: Errors) -> dict[str, dict[str, Any]]
     for number, kind in enumerate(KINDS):
         wrong = errors.kinds == number
         rows = aimed[wrong[aimed]]
-        hit, counted, labels = hits.copy(), ~outcomes.ignored() & ~wrong, outcomes.labels.copy()
+        hit, counted, labels = hits.copy(), scored & ~wrong, outcomes.labels.copy()
         hit[rows], counted[rows], labels[rows] = True, True, outcomes.annotations.labels[errors.objects[rows]]
         ap = _mean_ap(outcomes, hit, counted, labels, counts)
         costs[kind] = {"count": int(wrong.sum()), "ap50": _difference(ap, base)}
     left = counts - np.bincount(outcomes.annotations.labels[errors.missed], minlength=len(counts))
-    ap = _mean_ap(outcomes, hits, ~outcomes.ignored(), outcomes.labels, left)
+    ap = _mean_ap(outcomes, hits, scored, outcomes.labels, left)
     costs[MISSED] = {"count": int(errors.missed.sum()), "ap50": _difference(ap, base)}
     return costs
 

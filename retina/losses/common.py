@@ -42,9 +42,10 @@ def element_targets(logits: Tensor, targets: Tensor, ignore_index: int | None = 
         allowed = f"0, 1 or ignore_index {ignore_index}"
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if is_fusable(logits, targets) and targets.numel():
-        low, high = targets.to(dtype).aminmax()
+        values = targets.to(dtype)
+        low, high = values.aminmax()
         if low >= 0 and high <= 1:  # NaN is neither
-            return targets.to(dtype), counted
+            return values, counted
     wrong = ~((targets >= 0) & (targets <= 1))
     refuse(wrong, targets, f"targets of the logits' shape must be {allowed}")
     return targets.to(dtype).masked_fill(wrong, torch.nan), counted
