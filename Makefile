@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml Makefile $(shell find retina tools tests examples configs -name '*.py' -o -name '*.yaml')
 
-.PHONY: demo test test-lab test-slow bench chaos mutants lint types
+NULL_GPU ?= ../shared/gpu/null
+.PHONY: demo test test-lab test-slow bench null-gpu chaos mutants lint types
 
 # made again only when the list of dependencies changes
 .venv/installed: pyproject.toml
@@ -40,6 +41,11 @@ test-slow: .venv/installed
 # speed and memory beside the oracles, on an otherwise idle machine; docs/performance.md has the figures
 bench: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark.py all
+
+# kernels, waits, memory and traffic of a training step, counted on a CUDA device that computes nothing: docs/performance.md
+null-gpu: .venv/installed
+	@[ -x $(NULL_GPU)/null ] || { echo "$(NULL_GPU)/null: no null CUDA device there - make null-gpu NULL_GPU=its folder"; exit 2; }
+	OMP_NUM_THREADS=1 $(NULL_GPU)/null $(BIN)/python tools/benchmark.py launches --device cuda --output out/null_gpu.json
 
 # real kills, signals, full disks, flipped bits, hostile files: one table
 chaos: .venv/installed

@@ -14,7 +14,7 @@ from pathlib import Path
 
 MEASURES = (
     *("focal", "losses", "matching", "postprocess", "coco_eval", "loader", "annotations"),
-    *("syncs", "loop", "memory", "inference", "step", "scaling"),
+    *("syncs", "launches", "loop", "memory", "inference", "step", "scaling"),
 )
 
 
