@@ -285,6 +285,20 @@ MUTANTS = [
         f"{COMPOSE}::test_configs_of_ones_own",
     ),
     Mutant(
+        "interpolations may stand for anything",
+        "retina/cli/config_files.py",
+        "            cls.spent += _size(value)\n",
+        "",
+        f"{COMPOSE}::test_a_few_lines_that_stand_for_much",
+    ),
+    Mutant(
+        "lists of defaults may load any number of files",
+        "retina/cli/config_files.py",
+        "        self.loaded += 1\n",
+        "",
+        f"{COMPOSE}::test_a_few_lines_that_stand_for_much",
+    ),
+    Mutant(
         "Hydra reads files as it likes",
         "retina/cli/config_files.py",
         "SourcesRegistry.instance().register(FileConfigSource)\n",

@@ -34,7 +34,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from retina.cli import config_files  # noqa: F401  # bounds what Hydra reads
+from retina.cli.config_files import Interpolations
 from retina.cli.data import DataConfig
 from retina.cli.signals import StopRequest
 from retina.cli.words import as_typed, read_mapping, text_keys, unconverted, unknown, unreadable
@@ -244,6 +244,7 @@ def app(config_dir: str | None = None, config_path: str | None = None) -> Iterat
     outer = current.hydra  # of a job that composes settings itself
     current.clear()
     hydra.version.setbase("1.3")
+    Interpolations.spent = 0
     try:
         yield Hydra.create_main_hydra2("retina", search_path)
     finally:
@@ -268,6 +269,7 @@ def default_settings() -> Settings:
 
 def settings_of(config: DictConfig, config_name: str) -> Settings:
     """The job's own settings, resolved. Raises ConfigError for missing ones and for unknown keys at the top."""
+    Interpolations.spent = 0
     try:
         config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         missing = sorted(OmegaConf.missing_keys(config))
@@ -356,8 +358,13 @@ def one_line(config_name: str, words: Sequence[str]) -> Iterator[None]:
 
 
 def _wrong_value(fault: OmegaConfBaseException) -> ConfigError:
-    line = f"{fault.full_key or 'settings'}: {str(fault).splitlines()[0]} - correct this setting"
+    line = f"{fault.full_key or 'settings'}: {_first_line(fault)} - correct this setting"
     return ConfigError(line, code="wrong-value")
+
+
+def _first_line(fault: Exception) -> str:
+    """What it says, or without words what it is."""
+    return next(filter(None, str(fault).splitlines()), type(fault.__cause__ or fault).__name__)
 
 
 def _explain(fault: HydraException, config_name: str, words: Sequence[str]) -> ConfigError:
@@ -370,7 +377,7 @@ def _explain(fault: HydraException, config_name: str, words: Sequence[str]) -> C
         return ConfigError("exists already - leave out the +", code="exists", key=present[1])
     named = re.search(r"(?:Could not override|Could not delete from config\.|Could not delete) '([^']+)'", text)
     if not named:
-        return ConfigError(f"{text.splitlines()[0]} - see configs/{config_name}.yaml", code="wrong-value")
+        return ConfigError(f"{_first_line(fault)} - see configs/{config_name}.yaml", code="wrong-value")
     key = named[1].split("@")[0]
     groups = GlobalHydra.instance().config_loader().list_groups("")
     chosen = [word for word in words if word.partition("=")[0] in groups and word.partition("=")[0] != key]

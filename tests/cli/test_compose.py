@@ -22,6 +22,7 @@ import retina.losses.detection
 from commands import one_line, refused_by_tool
 from faults import refused
 from reliability.hostile import laughs
+from retina.cli import config_files
 from retina.cli.build import build, call
 from retina.cli.compose import CONFIGS, compose, entry
 from retina.cli.data import DataConfig
@@ -233,6 +234,7 @@ def test_a_module_of_ones_own_can_be_allowed(monkeypatch: pytest.MonkeyPatch, tm
         ("name: a\nname: b", "name"),
         (f"name: {'[' * 3000}", ""),
         ("name: ${nowhere:1}", "nowhere"),
+        (f"name: {'${' * 50}{'}' * 50}", ""),
         (laughs(4), "aliases"),
         (f"a: &a [{'x, ' * 110}x]\nb: [{'*a, ' * 100}*a]", "aliases"),
         ("a: &a [x, *a]", "aliases"),
@@ -241,6 +243,38 @@ def test_a_module_of_ones_own_can_be_allowed(monkeypatch: pytest.MonkeyPatch, tm
 )
 def test_a_config_file_that_is_no_plain_yaml(text: str, part: str, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "theirs.yaml").write_text(f"# @package _global_\n{text}\n")
+    with refused("wrong-value", part, kind=ConfigError):
+        compose("train", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=theirs"])
+
+
+def doubled(first: str, again: str, levels: int = 11) -> str:
+    """Settings of `augment.all`, each of which stands twice for the one before, as `again` writes it."""
+    lines = [f"a0: {first}", *(f"a{n}: {again.format(f'${{augment.all.a{n - 1}}}')}" for n in range(1, levels))]
+    return "\n    ".join(["augment:\n  all:", *lines])
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (doubled("xxxxxxxx", "'{0}{0}'"), "interpolations"),
+        (doubled("''", "'{0}{0}'"), "interpolations"),
+        (doubled("[x]", "['{0}', '{0}']"), "interpolations"),
+        (doubled("x", "'${{oc.create:[{0},{0}]}}'"), "interpolations"),
+        (f"name: {'x' * 9000}\nruns: {'${name}' * 20}", "interpolations"),
+        ("defaults: [/augment@b: l5]", "lists of defaults"),
+    ],
+)
+def test_a_few_lines_that_stand_for_much(text: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_files, "MOST_RESOLVED", config_files.MOST_RESOLVED // 10)
+    monkeypatch.setattr(config_files, "MOST_LOADED", config_files.MOST_LOADED // 5)
+    for folder in ("experiment", "augment"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "augment" / "l0.yaml").write_text("x: 1\n")
+    for n in range(1, 6):
+        (tmp_path / "augment" / f"l{n}.yaml").write_text(
+            f"defaults: [{{/augment@x: l{n - 1}}}, {{/augment@y: l{n - 1}}}]\n"
+        )
     (tmp_path / "experiment" / "theirs.yaml").write_text(f"# @package _global_\n{text}\n")
     with refused("wrong-value", part, kind=ConfigError):
         compose("train", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=theirs"])
