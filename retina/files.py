@@ -20,6 +20,7 @@ _ADVICE = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room within your quota",
     errno.EFBIG: "raise the limit on the size of files",
+    errno.ENOENT: "put it back where it was, or correct the path",
     errno.EROFS: "mount the disk for writing, and look why the system made it read-only",
     errno.EIO: "the disk fails: look at the system's log, and choose another disk",
     **dict.fromkeys((errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN), "mount the network disk anew"),
@@ -54,6 +55,33 @@ def make_folder(folder: Path, within: Path | None = None, *, mode: int = 0o777) 
     except FileExistsError:
         if not stat.S_ISDIR(folder.lstat().st_mode):
             raise OSError(errno.EEXIST, "is a link or no folder", str(folder)) from None
+
+
+class Place:
+    """A folder that may be made, but only once: whoever moves or deletes it meanwhile does not get it anew, half full,
+    and another that takes its name is not written into."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._inode: int | None = None
+        self._descriptor: int | None = None  # while it is open, no other folder gets this inode
+
+    def check(self) -> None:
+        """Raises OSError when the folder is not the one that was there at the first call, if there was one."""
+        try:
+            inode = self.folder.stat().st_ino
+        except FileNotFoundError:
+            inode = None
+        if self._inode is None:
+            self._inode = inode
+            if inode is not None and hasattr(os, "O_DIRECTORY"):
+                self._descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        elif inode != self._inode:
+            raise OSError(errno.ENOENT, "was moved or deleted", str(self.folder))
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
 
 
 def descriptor_of(file: Path, flags: int, *, follow: bool = False) -> int:

@@ -172,6 +172,20 @@ MUTANTS = [
         "tests/engine/test_checkpointer.py",
     ),
     Mutant(
+        "a run folder that was moved is made anew",
+        "retina/engine/checkpointer.py",
+        "                    self._place.check()",
+        "                    pass",
+        "tests/reliability/test_moved.py",
+    ),
+    Mutant(
+        "another folder of the same name and number is taken for the run's",
+        "retina/files.py",
+        "self._descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)",
+        "pass",
+        "tests/reliability/test_moved.py -k place",
+    ),
+    Mutant(
         "a checkpoint beyond the end is trained on",
         "retina/engine/loop.py",
         "    plan.refuse_beyond(progress.step)\n",

@@ -6,6 +6,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import yaml
 
 from retina.engine.config import REPLACED
 from retina.errors import ConfigError
-from retina.files import advice, descriptor_of, lock, make_folder, read_plain, remove, temporary_of, write_whole
+from retina.files import Place, advice, descriptor_of, lock, make_folder, read_plain, remove, temporary_of, write_whole
 from retina.schema import parse_json
 from retina.tracking.trackers import flatten
 
@@ -162,6 +163,13 @@ def is_run(folder: Path) -> bool:
         return False
     train = values.get("train")
     return values.keys() >= EARLIER and isinstance(train, dict) and "lr_batch_size" in train
+
+
+def settle_at_end(place: Place) -> None:
+    """`settle`, unless the folder was moved meanwhile: what stands there now is not ours. Raises OSError."""
+    with suppress(FileNotFoundError):
+        place.check()
+        settle(place.folder)
 
 
 def settle(folder: Path) -> None:

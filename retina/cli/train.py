@@ -20,10 +20,11 @@ from retina.cli.compose import Result, Settings, default_settings, entry, typed_
 from retina.cli.data import DataConfig, load_checked, prepare_data, unreadable_images
 from retina.cli.memory import describe_duration, in_memory
 from retina.cli.recipe import Recipe, make_recipe, without_target
-from retina.cli.run_folder import Opened, folder_of, open_run, settle, where_now, write_settings
+from retina.cli.run_folder import Opened, folder_of, open_run, settle_at_end, where_now, write_settings
 from retina.data.advice import rare_classes, unreachable
 from retina.data.oddities import crowding
 from retina.engine.config import TrainConfig, from_mapping
+from retina.files import Place
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -102,7 +103,8 @@ def main(settings: Settings) -> Result:
         opening = {"overwrite": settings["overwrite"], "defaults": default_settings}
         run = Opened(*distributed.on_main(lambda: open_run(folder, settings, **opening)))
         if distributed.is_main():
-            stack.callback(settle, folder)
+            stack.callback(settle_at_end, place := Place(folder))
+            place.check()
         prepare_data(data, settings["plugins"])
         options: dict[str, Any] = {"trackers": trackers, "settings": settings, "advice": shorter(settings)}
         recorder = RunLogger(folder, active=distributed.is_main(), **options)

@@ -18,7 +18,7 @@ from retina.engine.logging import RunLogger
 from retina.engine.meter import Meter
 from retina.engine.optim import ExponentialMovingAverage, Schedule, as_schedule, constant
 from retina.errors import CheckpointError, ConfigError
-from retina.files import advice, write_whole
+from retina.files import Place, advice, write_whole
 from retina.model.weights import DetectorCard, detector_bytes, serialize
 
 
@@ -86,6 +86,7 @@ class Checkpointer:
         self._best: bytes | None = None
         """On rank 0: the best weights until they are on the disk."""
         self._saved: tuple[int, int] | None = None
+        self._place = Place(folder) if folder else None
 
     def restore(self, annotations: str = "") -> Progress:
         """Puts everything as the newest valid checkpoint has it; without a checkpoint, as it is. Returns the progress.
@@ -201,6 +202,8 @@ class Checkpointer:
 
         def attempt() -> str:
             try:
+                if self._place:
+                    self._place.check()
                 write()
             except OSError as fault:
                 return self._explain(what, fault)
