@@ -5,7 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retina.ops.kernels.norm import normalize_content
+from retina.ops.kernels.norm import NormalizeWhole, normalize_content
+from retina.ops.kernels.norm_cpu import NormalizeByImage, goes_by_image
+
+Form = type[torch.autograd.Function]
+FORMS = pytest.mark.parametrize("form", [NormalizeWhole, NormalizeByImage])
 
 SIZES = [(5, 7), (3, 2), (6, 4)]
 
@@ -30,14 +34,15 @@ def of_crops(x: Tensor, weight: Tensor, bias: Tensor, groups: int | None) -> lis
     return [part.view(8, *size) for part, size in zip(parts, SIZES, strict=True)]
 
 
+@FORMS
 @pytest.mark.parametrize("groups", [1, 4, 8, None])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_equals_the_norm_of_each_crop(groups: int | None, dtype: torch.dtype) -> None:
+def test_equals_the_norm_of_each_crop(groups: int | None, dtype: torch.dtype, form: Form) -> None:
     x, mask = batch(dtype, mean=3.0)
     weight, bias = torch.linspace(0.5, 2, 8), torch.linspace(-1, 1, 8)
     inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_(), bias.clone().requires_grad_()]
     exact = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
-    found, mean, var = normalize_content(inputs[0], mask, *inputs[1:], groups=groups, eps=1e-5)
+    found, mean, var = form.apply(inputs[0], mask, *inputs[1:], groups, 1e-5)
     assert found.dtype == dtype
     expected = of_crops(exact[0], exact[1], exact[2], groups)
     tolerance = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 5e-2}[dtype]
@@ -60,30 +65,49 @@ def test_equals_the_norm_of_each_crop(groups: int | None, dtype: torch.dtype) ->
         torch.testing.assert_close(var[0], crops.var(dim=1, correction=0), rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_are_those_of_differences() -> None:
+@FORMS
+def test_gradients_are_those_of_differences(form: Form) -> None:
     x, mask = batch(torch.float64)
     weight, bias = torch.linspace(0.5, 2, 8).double(), torch.linspace(-1, 1, 8).double()
     inputs = [tensor.requires_grad_() for tensor in (x[:, :4, :3, :3].clone(), weight[:4].clone(), bias[:4].clone())]
     for groups in (2, None):
 
         def norm(*tensors: Tensor, groups: int | None = groups) -> Tensor:
-            result = normalize_content(tensors[0], mask[..., :3, :3], *tensors[1:], groups=groups, eps=1e-5)[0]
+            result = form.apply(tensors[0], mask[..., :3, :3], *tensors[1:], groups, 1e-5)[0]
             return result * mask[..., :3, :3]
 
         assert torch.autograd.gradcheck(norm, inputs)
 
 
+@FORMS
 @pytest.mark.parametrize("groups", [4, None])
-def test_large_means_lose_no_precision(groups: int | None) -> None:
+def test_large_means_lose_no_precision(groups: int | None, form: Form) -> None:
     """The variance is not the difference of two large numbers in float32."""
     x, mask = batch(torch.float32, mean=300.0)
-    found, *_ = normalize_content(x, mask, torch.ones(8), torch.zeros(8), groups=groups, eps=1e-5)
+    found, *_ = form.apply(x, mask, torch.ones(8), torch.zeros(8), groups, 1e-5)
     expected = of_crops(x.double(), torch.ones(8).double(), torch.zeros(8).double(), groups)
     for image, (height, width) in enumerate(SIZES):
         torch.testing.assert_close(found[image, :, :height, :width].double(), expected[image], rtol=1e-2, atol=1e-2)
 
 
-def test_an_image_without_content_is_the_bias() -> None:
+@FORMS
+def test_an_image_without_content_is_the_bias(form: Form) -> None:
     x = torch.randn(1, 8, 2, 2)
-    found, *_ = normalize_content(x, torch.zeros(1, 1, 2, 2), torch.ones(8), torch.ones(8), groups=2, eps=1e-5)
+    found, *_ = form.apply(x, torch.zeros(1, 1, 2, 2), torch.ones(8), torch.ones(8), 2, 1e-5)
     assert (found == 1).all()
+
+
+@pytest.mark.parametrize("groups", [4, None])
+def test_large_maps_go_image_by_image_and_are_as_whole_ones(groups: int | None) -> None:
+    large = torch.randn(2, 8, 256, 136).contiguous(memory_format=torch.channels_last)
+    mask = torch.ones(2, 1, 256, 136)
+    assert goes_by_image(large)
+    assert not goes_by_image(large[:, :, :100])
+    weight, bias = torch.linspace(0.5, 2, 8), torch.linspace(-1, 1, 8)
+    found, mean, var = normalize_content(large, mask, weight, bias, groups=groups, eps=1e-5)
+    same = F.group_norm(large, groups, weight, bias) if groups else F.batch_norm(large, None, None, weight, bias, True)
+    torch.testing.assert_close(found, same, rtol=1e-4, atol=1e-4)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    if groups is None:
+        torch.testing.assert_close(mean[0].float(), large.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(var[1].float(), large.var(dim=(0, 2, 3), correction=0), rtol=1e-4, atol=1e-5)
