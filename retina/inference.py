@@ -1,7 +1,9 @@
 """A trained detector as a Python object: from images to detections in their pixels."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +18,9 @@ from retina.data.channels import LIKE_RGB
 from retina.data.images import MAX_PIXELS, read_reduced
 from retina.data.loader import Canvas, collate
 from retina.data.pixels import FULL, PixelFormat, as_grey
+from retina.data.regions import Regions, regions_of
 from retina.data.transforms import Sample, eval_pipeline
+from retina.data.windows import Tiling
 from retina.detections import count_non_finite, postprocess, refuse_non_finite, to_original
 from retina.distributed import choose_device
 from retina.errors import CheckpointError, check_choice
@@ -24,6 +28,7 @@ from retina.model.folding import merge_norms
 from retina.model.header import PREPROCESSING
 from retina.model.retinanet import RetinaNet
 from retina.model.weights import DetectorCard, load_detector
+from retina.ops.seams import is_cut, merge
 from retina.types import DTYPES, Batch, Detections, Predictions, to_device
 
 ImageLike = str | Path | np.ndarray | Image.Image | Tensor | Sample
@@ -58,6 +63,8 @@ class Detector:
         value_range = card.preprocessing.get("value_range") or FULL
         self.pixels = PixelFormat(tuple(value_range), channels=len(self.canvas.pad_value))
         """How values of image files are read."""
+        self.tiling = tiling_of(card.preprocessing)
+        """How large images are cut; None: they are looked at as a whole."""
         self._resize = eval_pipeline(card.preprocessing["short_side"], card.preprocessing["long_side"])
 
     @classmethod
@@ -89,6 +96,14 @@ class Detector:
         """The score threshold of each label at the operating point of the weights; empty where they have none."""
         return [one["threshold"] for one in self.card.operating_point.get("classes", [])]
 
+    def in_tiles(self, tiling: Tiling | None) -> "Detector":
+        """The same detector with other tiles, or none. Raises ConfigError for tiles out of range."""
+        if tiling:
+            tiling.check()
+        other = copy.copy(self)
+        other.tiling = tiling
+        return other
+
     def predict(
         self,
         images: ImageLike | Iterable[ImageLike],
@@ -104,13 +119,26 @@ class Detector:
             Boxes of a file are in pixels of the image after its EXIF rotation; that of a PIL image is not applied.
         score_threshold: None takes that of each class at the operating point of the weights (`thresholds`), or, where
             they have none, what the detector was evaluated with (0.05 unless it was trained with another).
-        batch_size: images per forward, and in memory. Detections do not depend on it, except by rounding.
+        batch_size: images (or tiles) per forward, and in memory. Detections do not depend on it, except by rounding.
         max_pixels: files with more are refused before they are decoded.
 
         Raises DataError for a file that cannot be read or when predicted numbers are not finite, TypeError for anything
         that is no image, ValueError for a threshold or batch size out of range."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}")
+        predict = partial(self._predict, score_threshold=score_threshold, batch_size=batch_size, max_pixels=max_pixels)
+        if not self.tiling:
+            return predict(listed(images))
+        rules = {
+            key: self.card.postprocess[key] for key in ("nms_iou", "class_agnostic") if key in self.card.postprocess
+        }
+        options: Any = {"tiling": self.tiling, "batch_size": batch_size, **rules}
+        return [detect_in_tiles(predict, self.read(image, max_pixels).image, **options) for image in listed(images)]
+
+    def _predict(
+        self, images: Iterable[ImageLike], *, score_threshold: float | None, batch_size: int, max_pixels: int
+    ) -> list[Detections]:
+        """Of images that are not cut."""
         options = dict(self.card.postprocess)
         thresholds = self.thresholds if score_threshold is None else []
         if score_threshold is not None:
@@ -119,16 +147,23 @@ class Detector:
             options["score_threshold"] = min(thresholds)
         check_postprocess(options)
         detections: list[Detections] = []
-        remaining = iter(listed(images))
+        remaining = iter(images)
         while chunk := list(islice(remaining, batch_size)):
-            samples = [self._resize.without_last_resize(self.read(image, max_pixels), 0) for image in chunk]
+            samples = [self._resize.without_last_resize(self._read(image, max_pixels), 0) for image in chunk]
             detections += self.detect(collate(samples, self.canvas), options)
         return [at_thresholds(image, thresholds) for image in detections] if thresholds else detections
 
     def read(self, image: object, max_pixels: int = MAX_PIXELS) -> Sample:
-        """An image as evaluation would read it, without objects: a large JPEG may be decoded smaller.
+        """An image as evaluation would read it, without objects: a large JPEG may be decoded smaller, and where the
+        detector works in tiles, a TIFF may be left on the disk (`retina.data.regions`).
 
         Raises DataError for a file that cannot be read, TypeError for anything that is no image."""
+        if self.tiling and isinstance(image, (str, Path)):
+            regions = regions_of(Path(image).expanduser(), max_pixels=max_pixels, pixels=self.pixels)
+            return _sample(regions, (regions.shape[0], regions.shape[1]))
+        return self._read(image, max_pixels)
+
+    def _read(self, image: object, max_pixels: int) -> Sample:
         if isinstance(image, Sample):
             return image
         if isinstance(image, (str, Path)):
@@ -137,8 +172,7 @@ class Detector:
         else:
             array = as_array(image, self.pixels.channels)
             size = array.shape[0], array.shape[1]
-        boxes, labels, crowd = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool)
-        return Sample(array, boxes, labels, crowd, index=0, original_size=size, size=size)
+        return _sample(array, size)
 
     @torch.no_grad()
     def detect(self, batch: Batch, options: Mapping[str, Any]) -> list[Detections]:
@@ -156,6 +190,51 @@ class Detector:
 
 
 load = Detector.load
+
+
+def detect_in_tiles(
+    predict: Callable[[Sequence[np.ndarray]], Sequence[Detections]],
+    image: np.ndarray | Regions,
+    tiling: Tiling,
+    *,
+    nms_iou: float = 0.5,
+    class_agnostic: bool = False,
+    batch_size: int = 8,
+) -> Detections:
+    """Detections of a large image, best first, boxes in its pixels. At most `batch_size` tiles are in memory.
+
+    predict: finds objects in images, such as `Detector.predict`."""
+    size = image.shape[0], image.shape[1]
+    parts: list[Detections] = []
+    cut: list[Tensor] = []
+    windows = iter(tiling.windows(size))
+    while batch := list(islice(windows, batch_size)):
+        tiles = [image[top:bottom, left:right] for top, left, bottom, right in batch]
+        for window, part in zip(batch, predict(tiles), strict=True):
+            corner = part.boxes.new_tensor([window[1], window[0]] * 2)
+            parts.append(part._replace(boxes=part.boxes + corner))
+            cut.append(is_cut(part.boxes, window, size))
+    if tiling.whole:
+        shrunk, factor = image.shrunk(MAX_PIXELS) if isinstance(image, Regions) else (image, 1)
+        (part,) = predict([shrunk])
+        parts.append(part._replace(boxes=part.boxes * factor))
+        cut.append(torch.zeros(len(part.scores), dtype=torch.bool))
+    detections = Detections(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    return merge(detections, torch.cat(cut), nms_iou=nms_iou, class_agnostic=class_agnostic)
+
+
+def tiling_of(preprocessing: Mapping[str, Any]) -> Tiling | None:
+    """What the weights were trained and evaluated with."""
+    if not preprocessing.get("tile"):
+        return None
+    rest = [preprocessing[key] for key in ("tile_overlap", "tile_whole") if key in preprocessing]
+    return Tiling((*preprocessing["tile"],), *rest)
+
+
+def _sample(image: Any, size: tuple[int, int]) -> Sample:
+    """Without objects."""
+    boxes, labels, crowd = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool)
+    return Sample(image, boxes, labels, crowd, index=0, original_size=size, size=size)
 
 
 def listed(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:

@@ -15,7 +15,6 @@ ROOMS = {
     "engine": 1,
     "report": 1,
     "export": 1,
-    "tiles": 1,
     "evaluation": 2,
     "inference": 2,
     "interop": 2,

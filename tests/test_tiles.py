@@ -18,7 +18,8 @@ import retina
 from commands import Capture, refused_by_tool
 from faults import refused
 from retina.data.windows import Tiling
-from retina.tiles import TiledDetector, detect_in_tiles, merge
+from retina.inference import detect_in_tiles
+from retina.ops.seams import merge
 from retina.types import Detections
 
 Box = tuple[int, int, int, int]
@@ -106,15 +107,14 @@ def test_neighbours_of_other_classes_stay() -> None:
 @pytest.mark.parametrize(("tile", "overlap", "key"), [((8, 64), 0.2, "tile"), ((64, 64), 0.95, "tile_overlap")])
 def test_wrong_tiles_are_refused(tile: tuple[int, int], overlap: float, key: str, trained_run: Path) -> None:
     with refused("out-of-range", key):
-        TiledDetector(retina.load(trained_run, device="cpu"), Tiling(tile, overlap))
+        retina.load(trained_run, device="cpu").in_tiles(Tiling(tile, overlap))
 
 
 def test_an_image_within_a_tile_is_found_as_without(trained_run: Path, tiny_data: Path) -> None:
     detector = retina.load(trained_run, device="cpu", precision="fp32")
     images = sorted((tiny_data / "val").iterdir())[:2]
-    for one, other in zip(
-        TiledDetector(detector, Tiling((96, 96))).predict(images), detector.predict(images), strict=True
-    ):
+    tiled = detector.in_tiles(Tiling((96, 96)))
+    for one, other in zip(tiled.predict(images), detector.predict(images), strict=True):
         torch.testing.assert_close(one.boxes, other.boxes)
         assert one.labels.tolist() == other.labels.tolist()
 

@@ -30,6 +30,7 @@ class Parts(NamedTuple):
     val_loader: "BatchLoader"
     preprocessing: dict[str, Any]
     evaluated_images: int
+    """Or tiles."""
 
     @property
     def images(self) -> int:
@@ -83,8 +84,9 @@ def assemble(
     recipe = make_recipe(settings)
     torch.manual_seed(config.seed)
     model = make_model(settings, recipe, train, device, recorder, start=start)
-    loaders = build_loaders(data, config, recipe, train, val, model)
-    return Parts(config, recipe, model, *loaders, len(val))
+    loader, sampler, val_loader, preprocessing = build_loaders(data, config, recipe, train, val, model)
+    evaluated = len(val_loader.annotations)
+    return Parts(config, recipe, model, loader, sampler, val_loader, preprocessing, evaluated)
 
 
 def make_model(

@@ -14,10 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from retina.cli.compose import Settings
+from retina.cli.compose import Settings, typed_keys
+from retina.cli.data import DataConfig, as_seen, with_tile
 from retina.cli.memory import in_memory
 from retina.cli.run_folder import SETTINGS, holds_work, read_settings
 from retina.data.channels import RGB
+from retina.engine.config import from_mapping
 from retina.engine.plan import (
     Choice,
     Facts,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from retina.engine.deadline import Deadline
     from retina.engine.logging import RunLogger
 
+AUTO = "auto"
 PIXELS_OF = 64
 """Images that mean and standard deviation are measured on."""
 
@@ -52,10 +55,17 @@ class Command(NamedTuple):
     started: float
     """`time.monotonic()` at its start, from when a budget counts."""
 
+    @classmethod
+    def begin(cls, settings: Settings) -> "Command":
+        left_open = {"data.tile"} if settings["data"]["tile"] == AUTO else set()
+        return cls(settings, typed_keys() - left_open, time.monotonic())
+
     @property
     def plans(self) -> bool:
-        """Whether something is chosen: by `auto`, by a budget, or measured on images that are not RGB."""
-        return bool(self.settings["auto"] or self.settings["budget"] or self.settings["data"]["channels"] != RGB)
+        """Whether something is chosen: by `auto`, by a budget, for tiles, or measured on images that are not RGB."""
+        data = self.settings["data"]
+        chosen = data["channels"] != RGB or data["tile"] == AUTO
+        return bool(self.settings["auto"] or self.settings["budget"] or chosen)
 
     def left(self) -> float | None:
         budget = to_seconds(self.settings["budget"])
@@ -105,12 +115,16 @@ def planned(
     Raises ConfigError for a budget that is too small, and where not even one image fits into memory."""
     from retina import distributed
 
-    facts = facts_of(command.settings, annotations, device)
+    tiles = choose_tiles(command.settings, annotations)
+    command = command._replace(settings=changed(command.settings, tiles))
+    data = from_mapping(DataConfig, command.settings["data"], "data")
+    seen = as_seen(data, annotations, with_objects=True)
+    facts = facts_of(command.settings, seen, device, annotations)
 
     def choose(facts: Facts) -> "tuple[list[Choice], Parts]":
         choices = (plan if command.settings["auto"] else plan_pixels)(facts, command.settings, command.typed)
         settings = changed(command.settings, choices)
-        choices += in_memory(settings, annotations, device, recorder, may_choose=may_accumulate(command))
+        choices += in_memory(settings, seen, device, recorder, may_choose=may_accumulate(command))
         return choices, assemble(changed(settings, choices))
 
     choices, parts = choose(facts)
@@ -121,7 +135,7 @@ def planned(
         if parts.pixels_per_step != size:
             seconds = parts.seconds_per_step(command.left())
         choices.append(length_in(distributed.broadcast_object(command.left()) or 0.0, seconds, parts))
-    settings = changed(command.settings, choices)
+    settings, choices = changed(command.settings, choices), tiles + choices
     # a copy, because what stands in two places would be written as an alias, which no run's file may have
     chosen = copy.deepcopy({choice.key: choice.value for choice in choices})
     for line in table(choices):
@@ -131,6 +145,16 @@ def planned(
             "few images go further with ImageNet's weights: model.weights=DEFAULT; offline see docs/weights.md"
         )
     return settings | {"chosen": chosen}
+
+
+def choose_tiles(settings: Settings, annotations: "Annotations") -> list[Choice]:
+    """Raises ConfigError for tiles that are larger than all images."""
+    data = from_mapping(DataConfig, settings["data"], "data")
+    tile = with_tile(data, annotations).tile
+    if data.tile != AUTO:
+        return []
+    what = "the smallest objects would be lost in whole images" if tile else "objects are large enough in whole images"
+    return [Choice("data.tile", tile, what)]
 
 
 def changed(settings: Settings, choices: list[Choice]) -> Settings:
@@ -152,7 +176,8 @@ def length_in(left: float, seconds: float, parts: "Parts") -> Choice:
     return Choice("train.length", steps, f"{clock(left)} left, {seconds:.2g} s for each step: {epochs:.1f} epochs")
 
 
-def facts_of(settings: Settings, annotations: "Annotations", device: "torch.device") -> Facts:
+def facts_of(settings: Settings, annotations: "Annotations", device: "torch.device", images: "Annotations") -> Facts:
+    """annotations: of what the detector sees, `images` or their tiles."""
     import numpy as np
 
     from retina import distributed
@@ -177,7 +202,7 @@ def facts_of(settings: Settings, annotations: "Annotations", device: "torch.devi
         bf16=native_bf16(device),
         cores=max(1, cores // max(1, distributed.launched_number("LOCAL_WORLD_SIZE"))),
         processes=distributed.world_size(),
-        mean_std=distributed.on_main(lambda: mean_and_std(annotations)) if measure else None,
+        mean_std=distributed.on_main(lambda: mean_and_std(images)) if measure else None,
         channels=channels,
     )
 

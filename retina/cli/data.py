@@ -18,6 +18,7 @@ from retina.data.health import Files, check_objects, examine, unnamed_images
 from retina.data.join import join, share
 from retina.data.layouts import annotation_files, locate_split
 from retina.data.pixels import FULL, PixelFormat, measured_range
+from retina.data.windows import Tiling
 from retina.engine.config import COUNT, Ranges, TrainConfig, check_ranges, from_mapping
 from retina.errors import ConfigError, DataError, check, check_choice, under
 from retina.printing import say
@@ -42,6 +43,7 @@ _RANGES: Ranges = {
     "repeat_threshold": (lambda value: 0 < value <= 1, "give a share of the images above 0, at most 1"),
     "min_size": (lambda value: value > 0, "give pixels above 0"),
     "channels": (lambda value: 1 <= value <= MOST, f"give 1 to {MOST}"),
+    "tile_empty": (lambda value: 0 <= value <= 0.9, "give a share of the crops, from 0 to 0.9"),
 }
 
 
@@ -106,6 +108,16 @@ class DataConfig:
     'retina-detect[tiff]'`)."""
     value_range: list[int] | None = None
     """Of 16-bit images, [black, white]; null: measured, where they use less than half of what 16 bits hold."""
+    tile: list[int] | str | bool | None = None
+    """[height, width] in pixels: training sees crops of that size, evaluation and inference overlapping tiles, each of
+    which is resized as an image is (docs/tiles.md). auto: from the sizes of objects and images. false: no tiles,
+    whatever the weights were trained with."""
+    tile_overlap: float = 0.25
+    """Of neighbours, as a share of a tile: objects up to that size are whole in one of them."""
+    tile_whole: bool = False
+    """Whole images as well, shrunk: for objects larger than the overlap."""
+    tile_empty: float = 0.1
+    """Share of the crops in training that show no object."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, dict):
@@ -118,9 +130,20 @@ class DataConfig:
         if self.value_range is not None:
             sound = len(self.value_range) == 2 and 0 <= self.value_range[0] < self.value_range[1] <= 65535
             check(sound, "value_range", self.value_range, "give two ascending values from 0 to 65535, or null")
+        if self.tiling:
+            self.tiling.check()
+        elif self.tile:
+            check(self.tile == "auto", "tile", self.tile, "give [height, width], auto, false or null")
         for canvas in self.canvases or []:
             sides = isinstance(canvas, list) and len(canvas) == 2 and all(isinstance(s, int) and s > 0 for s in canvas)
             check(sides, "canvases", canvas, "give [height, width] of each")
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """None also for `auto`, which `with_tile` settles."""
+        if not isinstance(self.tile, list):
+            return None
+        return Tiling((*self.tile,), self.tile_overlap, self.tile_whole)
 
     @property
     def own_folders(self) -> list[str]:
@@ -128,6 +151,8 @@ class DataConfig:
         return [*several(self.root), *several(self.train.images), *several(self.val.images)]
 
 
+TILE = ("tile", "tile_overlap", "tile_whole")
+"""Settings of data that the weights' header holds."""
 NEVER_OF_A_RUN = ("prepare", "allow_outside", "max_pixels")
 """Settings of data that are not taken from a run's config.yaml, which may be a stranger's: they make files and open
 doors. Only the command line gives them."""
@@ -144,12 +169,35 @@ def data_of(trained: Mapping[str, Any], typed: Mapping[str, Any], preprocessing:
         problem = f"{typed['channels']}, but the detector was trained on {sizes['channels']} - leave it out"
         raise ConfigError(problem, code="contradiction", key="data.channels")
     sizes["value_range"] = preprocessing.get("value_range", [*FULL])  # never measured anew
+    if preprocessing:
+        sizes["tile"] = False
+        sizes |= {key: preprocessing[key] for key in TILE if key in preprocessing}
     left_out = (*NEVER_OF_A_RUN, *(SPLITS if "root" in typed else ()))
     base = {"name": "given"}
     if "name" not in typed:
         base |= {key: value for key, value in trained.items() if key not in left_out}
     from_mapping(DataConfig, base, "data")
     return from_mapping(DataConfig, merge(base | sizes, typed), "data")
+
+
+def with_tile(config: DataConfig, annotations: Annotations) -> DataConfig:
+    """With `tile=auto` settled for this data. Raises ConfigError for tiles that are larger than all images."""
+    from retina.data.tiled import choose_tile
+
+    if config.tile == "auto":
+        tile = choose_tile(annotations, config.short_side, config.long_side)
+        return replace(config, tile=list(tile) if tile else False)
+    if config.tiling and not (annotations.sizes > config.tiling.tile).any():
+        problem = f"{config.tile} is larger than all images of {annotations.file} - give a smaller one, or false"
+        raise ConfigError(problem, code="tile-too-large", key="data.tile")
+    return config
+
+
+def as_seen(config: DataConfig, annotations: Annotations, *, with_objects: bool = False) -> Annotations:
+    """In tiles, where the settings cut images; or only those tiles that have objects."""
+    from retina.data.tiled import tiles_of
+
+    return tiles_of(annotations, config.tiling, with_objects=with_objects) if config.tiling else annotations
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -387,13 +435,15 @@ def build_loaders(
     pin_memory = next(model.parameters()).is_cuda
     canvas = canvas_of(config, Canvas(pad_multiple, model.pad_value))
     draws = call(recipe.sampler, "data.sampling", annotations=train) if recipe.sampler else None
+    with_tile(config, train)
     loader, sampler = build_train_loader(
         train, recipe.pipeline, config, training, canvas, draws=draws, pin_memory=pin_memory
     )
     batch_size = config.eval_batch_size or sampler.micro_batch
-    val_loader = build_eval_loader(val, config, canvas, batch_size=batch_size, pin_memory=pin_memory)
+    val_loader = build_eval_loader(as_seen(config, val), config, canvas, batch_size=batch_size, pin_memory=pin_memory)
     preprocessing: dict[str, Any] = {key: getattr(config, key) for key in ("short_side", "long_side")}
     preprocessing |= {"value_range": list(train.pixels.value_range)} if train.pixels.value_range != FULL else {}
+    preprocessing |= {key: getattr(config, key) for key in TILE} if config.tiling else {}
     preprocessing |= {"pad_multiple": pad_multiple, "pad_value": list(model.pad_value)}
     return loader, sampler, val_loader, preprocessing | {"precision": training.precision, "batch_size": batch_size}
 
@@ -411,18 +461,24 @@ def build_train_loader(
     """This rank's micro-batches. Raises ConfigError when the batch size cannot be cut evenly.
 
     draws: the sampler that a section `sampling` describes; its order is kept, that of others is shuffled."""
+    import numpy as np
+
     from retina import distributed
     from retina.data.loader import train_loader
-    from retina.data.repeats import repeats_of
+    from retina.data.repeats import Repeats, repeats_of
     from retina.data.sampler import DetectionBatchSampler
+    from retina.data.tiled import Crops
 
-    repeats = draws
+    repeats: Draws | Repeats | None = draws
+    crops = Crops(config.tiling, config.tile_empty) if config.tiling else None
     if repeats is None:
-        repeats = repeats_of(annotations, config.sampling, threshold=config.repeat_threshold)
+        rare = repeats_of(annotations, config.sampling, threshold=config.repeat_threshold)
+        repeats = crops.repeats(annotations, rare) if crops else rare
+    sizes = np.minimum(annotations.sizes, crops.tiling.tile) if crops else annotations.sizes
     try:
         with under("data"):
             sampler = DetectionBatchSampler(
-                annotations.sizes,
+                sizes,
                 total_batch=train.batch_size,
                 rank=distributed.rank(),
                 world_size=distributed.world_size(),
@@ -435,7 +491,8 @@ def build_train_loader(
     except ValueError as fault:
         raise ConfigError(f"{fault}", code="batch-size", key="train.batch_size") from None
     reading = _loader_config(config, pin_memory)
-    loader = train_loader(annotations, pipeline, seed=train.seed, canvas=canvas, config=reading, sampler=sampler)
+    options: dict[str, Any] = {"seed": train.seed, "canvas": canvas, "config": reading}
+    loader = train_loader(annotations, pipeline, sampler=sampler, crops=crops, **options)
     loader.section = "data"
     return loader, sampler
 
@@ -462,8 +519,10 @@ def open_split(
     prepare_data(data)
     complain = partial(say, error=True)
     (annotations,) = load_checked(data, [split], output, classes=detector.classes, say=complain)
+    if data.tile == "auto":
+        data = with_tile(data, annotations)
     loader = build_eval_loader(
-        annotations,
+        as_seen(data, annotations),
         data,
         canvas_of(data, detector.canvas),
         batch_size=batch_size or detector.card.preprocessing["batch_size"],
@@ -477,7 +536,7 @@ def unreadable_images(loader: "BatchLoader") -> list[str]:
     from retina import distributed
 
     faults = dict(one for part in distributed.gather_objects(list(loader.faults.items())) for one in part)
-    return [line for _, line in sorted(faults.items())]
+    return [*dict.fromkeys(line for _, line in sorted(faults.items()))]  # tiles of one image have the same
 
 
 def progress(items: Iterable[T], what: str, total: int) -> Iterable[T]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retina.cli.compose import entry
-from retina.cli.data import DataConfig, left_over, load_split, named_splits, pixel_format, progress
+from retina.cli.data import DataConfig, as_seen, left_over, load_split, named_splits, pixel_format, progress, with_tile
 from retina.data.advice import advise
 from retina.data.checks import DataReport
 from retina.data.plots import draw_plots, is_ours
@@ -48,13 +48,24 @@ def main(config: DoctorConfig) -> int:
     report = DataReport()
     splits = read_splits(data, report)
     examine_images(data, splits, report, decode=config.decode)
-    report.advice += advise(splits, data.short_side, data.long_side)
+    report.advice += advise_tiles(data, splits)
+    seen = {split: as_seen(data, annotations) for split, annotations in splits.items()}
+    report.advice += advise(seen, data.short_side, data.long_side)
     report.write(output)
     if plots and splits:
         draw_plots(plots, splits, data.short_side, data.long_side)
     advice = [f"advice: {line}" for line in report.advice]
     say(*describe(report), *report.lines(), *advice, verdict(report, output))
     return 2 if report.faults else 0
+
+
+def advise_tiles(data: DataConfig, splits: Mapping[str, "Annotations"]) -> list[str]:
+    """A line if the objects of the training images call for tiles that the settings have not."""
+    train = splits.get("train")
+    tile = with_tile(replace(data, tile="auto"), train).tile if train is not None and not data.tiling else None
+    if not tile:
+        return []
+    return [f"train: the smallest objects are lost in whole images - give 'data.tile={tile}', see docs/tiles.md"]
 
 
 def read_splits(data: DataConfig, report: DataReport) -> dict[str, "Annotations"]:

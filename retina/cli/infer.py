@@ -25,7 +25,7 @@ from retina.cli.data import progress
 from retina.cli.journal import Batch, Done, cut_batches, finish, note, open_journal, open_output, put, read_done
 from retina.cli.sources import FORMATS, Source, find_images, groups_of, left_out, name_sources
 from retina.data.checks import some
-from retina.data.windows import Tiling
+from retina.data.windows import Tiling, changed
 from retina.errors import DataError, check, plain
 from retina.printing import say
 
@@ -46,9 +46,9 @@ class InferConfig:
     device: str
     precision: str | None
     pictures: bool
-    tile: list[int] | None
-    tile_overlap: float
-    tile_whole: bool
+    tile: list[int] | bool | None
+    tile_overlap: float | None
+    tile_whole: bool | None
     plugins: list[str]
     traceback: bool
 
@@ -57,12 +57,14 @@ class InferConfig:
         check(sound, "score_threshold", self.score_threshold, "give 0 or more, below 1, or null")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "give 1 or more")
         check(self.max_pixels >= 1, "max_pixels", self.max_pixels, "give 1 or more")
-        if self.tiling:
-            self.tiling.check()
+        check(self.tile is not True, "tile", self.tile, "give [height, width], false or null")
+        if tiling := self.tiling(None):
+            tiling.check()
 
-    @property
-    def tiling(self) -> Tiling | None:
-        return Tiling((*self.tile,), self.tile_overlap, self.tile_whole) if self.tile is not None else None
+    def tiling(self, trained: Tiling | None) -> Tiling | None:
+        """That of the command, or where it leaves it open, of the weights."""
+        tile = self.tile if isinstance(self.tile, list) else None
+        return changed(None if self.tile is False else trained, tile, self.tile_overlap, self.tile_whole)
 
 
 @entry("infer", InferConfig)
@@ -79,10 +81,7 @@ def main(config: InferConfig) -> int:
         stack.enter_context(distributed.process_group(device))
         checkpoint, precision = config.checkpoint, config.precision
         detector = Detector.load(checkpoint, device=str(device), precision=precision, plugins=config.plugins)
-        if config.tiling:
-            from retina.tiles import TiledDetector
-
-            detector = TiledDetector(detector, config.tiling)
+        detector = detector.in_tiles(config.tiling(detector.tiling))
         if config.score_threshold is None and not detector.thresholds:
             config = replace(config, score_threshold=0.3)
         batches: list[Batch] = []
@@ -124,7 +123,7 @@ def detection_settings(config: InferConfig, detector: "Detector") -> dict[str, A
     with detector.file.open("rb") as weights:
         digest = hashlib.file_digest(weights, "sha256").hexdigest()
     settings = {key: getattr(config, key) for key in ("score_threshold", "max_pixels", "pictures")}
-    settings |= {"tiling": [*config.tiling]} if config.tiling else {}
+    settings |= {"tiling": [*detector.tiling]} if detector.tiling else {}
     return settings | {"weights": digest, "dtype": str(detector.dtype), "device": detector.device.type}
 
 
@@ -187,10 +186,16 @@ def draw(config: InferConfig, detector: "Detector", source: Source, sample: Any,
     from PIL import Image
 
     from retina.data.images import read_image
+    from retina.data.regions import Regions
     from retina.visualize import draw_detections
 
     image = sample.image
-    if image.shape[:2] != sample.original_size:  # a JPEG, decoded smaller because the detector needs no more
+    if isinstance(image, Regions):
+        image, factor = image.shrunk(config.max_pixels)
+        detections = detections._replace(boxes=detections.boxes / factor)
+    if (
+        not isinstance(sample.image, Regions) and image.shape[:2] != sample.original_size
+    ):  # a JPEG, decoded smaller because the detector needs no more
         reading: Any = {"max_pixels": config.max_pixels, "pixels": detector.pixels}
         image = try_read(lambda file, _: read_image(file, **reading), source.file, config.max_pixels)
         if isinstance(image, str):

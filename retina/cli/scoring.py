@@ -98,5 +98,6 @@ def score_split(
         device=device,
         dtype=detector.dtype,
         scoring=scoring,
+        tiles=loader.annotations,
     )
     return Scored(detector, data, annotations, evaluation, scoring, unreadable_images(loader))

@@ -6,7 +6,6 @@ python tools/train.py data=coco data.root=DIR budget=30min     # in half an hour
 torchrun --nproc_per_node=8 tools/train.py experiment=coco_r50_1x
 """
 
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from retina.cli.assemble import assemble
 from retina.cli.auto import Command, check_budget, planned, remembered, shorter
 from retina.cli.build import build_trackers, call
-from retina.cli.compose import Result, Settings, default_settings, entry, typed_keys
-from retina.cli.data import DataConfig, load_checked, prepare_data, unreadable_images
+from retina.cli.compose import Result, Settings, default_settings, entry
+from retina.cli.data import DataConfig, as_seen, load_checked, prepare_data, unreadable_images
 from retina.cli.memory import describe_duration, in_memory
 from retina.cli.recipe import Recipe, make_recipe, without_target
 from retina.cli.run_folder import Opened, folder_of, open_run, settle_at_end, where_now, write_settings
@@ -74,7 +73,7 @@ def check(settings: Settings) -> None:
 
 @entry("train", default=added_words, check=check)
 def main(settings: Settings) -> Result:
-    command = Command(settings, typed_keys(), time.monotonic())
+    command = Command.begin(settings)
     config = from_mapping(TrainConfig, settings["train"], "train")
     data = from_mapping(DataConfig, settings["data"], "data")
     folder = folder_of(settings)
@@ -121,7 +120,7 @@ def main(settings: Settings) -> Result:
         if command.plans and not run.resumes:
             settings |= planned(command, train, device, start, recorder)
             distributed.on_main(lambda: write_settings(folder, settings))
-        config, recipe, model, loader, sampler, val_loader, preprocessing, _ = start(settings)
+        config, recipe, model, loader, sampler, val_loader, preprocessing, evaluated = start(settings)
         optimizer = build_optimizer(recipe.optimizer, model, scale=config.batch_size / config.lr_batch_size)
         state = TrainState(model, optimizer, config, recipe.schedule)
         announce(folder, settings, state, model, recipe, sampler, train, val, recorder)
@@ -139,7 +138,7 @@ def main(settings: Settings) -> Result:
                 recorder=recorder,
                 annotations=train,
                 stopping=request.signal,
-                deadline=command.deadline(evaluation=0.5 * len(val) / config.batch_size, recorder=recorder),
+                deadline=command.deadline(evaluation=0.5 * evaluated / config.batch_size, recorder=recorder),
             )
         for line in unreadable_images(loader) + unreadable_images(val_loader):
             recorder.once(f"skipped: {line}")
@@ -167,6 +166,7 @@ def announce(
     data = settings["data"]
     for line in describe_run(folder, state, train, val, sampler):
         recorder.info(line)
+    images, train = train, as_seen(from_mapping(DataConfig, data, "data"), train, with_objects=True)
     in_memory(settings, train, state.device, recorder, may_choose=False)
     if line := describe_duration(settings, train, state, num_steps(state, sampler), shorter(settings)):
         recorder.info(line)
@@ -176,7 +176,7 @@ def announce(
         recorder.warn(warning)
     if state.config.eval_every and (warning := undefined_metric(state.config.best_metric, val, recipe.scoring)):
         recorder.warn(warning)
-    for name, split in {"train": train, **({"val": val} if state.config.eval_every else {})}.items():
+    for name, split in {"train": images, **({"val": val} if state.config.eval_every else {})}.items():
         for line in rare_classes(name, split):
             recorder.warn(f"{split.file}: categories: {line}")
     limit = settings["postprocess"].get("max_detections")
@@ -224,7 +224,7 @@ def score(
     loader.stopping = stopping
     evaluation = evaluate(
         model,
-        recorder.evaluating(loader, len(annotations)),
+        recorder.evaluating(loader, len(loader.annotations)),
         annotations,
         postprocess=recipe.postprocess,
         criterion=recipe.criterion,
@@ -232,6 +232,7 @@ def score(
         dtype=DTYPES[state.config.precision],
         stopping=stopping,
         scoring=recipe.scoring,
+        tiles=loader.annotations,
     )
     if checkpointer.card and recorder.active:
         point = fit_operating_point(annotations, evaluation.detections)

@@ -85,7 +85,7 @@ def _read_tiff(path: Path, file: Any, channels: int, max_pixels: int, *, pixels:
             problem = f"has values of type {first.dtype}"
             raise fault(path, "bad-image", problem, "convert it to 8 or 16 bits")
         for page in pages:
-            _check_segments(path, page, path.stat().st_size)
+            check_segments(path, page, path.stat().st_size)
         tag = first.tags.get(_ORIENTATION)
         header = Header.of((height, width), TURNS.get(int(tag.value)) if tag else None, 8 * first.dtype.itemsize)
         if not pixels:
@@ -101,7 +101,7 @@ def _check_channels(path: Path, present: int, wanted: int) -> None:
         raise fault(path, "other-channels", f"has {present} channels, not {wanted}", fix)
 
 
-def _check_segments(path: Path, page: Any, size: int) -> None:
+def check_segments(path: Path, page: Any, size: int) -> None:
     """Raises DataError for strips or tiles that are missing or beyond the end, which tifffile would leave black, and
     for any that may unpack to far more than an image of that size."""
     ends = [offset + count for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False)]

@@ -38,9 +38,9 @@ class CocoDetection(Dataset[Sample]):
     def __getitem__(self, key: SupportsIndex | tuple[int, int]) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         index = range(len(self))[index]
-        sample = self.read(index)
+        seed = stable_hash(self.seed, epoch, self.annotations.image_ids[index].item())
+        sample = self.sample(index, seed)
         try:
-            seed = stable_hash(self.seed, epoch, self.annotations.image_ids[index].item())
             transform = self.pipeline.without_last_resize if isinstance(key, tuple) else self.pipeline
             return transform(sample, seed)
         except RetinaError:  # the settings are at fault, not this image
@@ -52,6 +52,10 @@ class CocoDetection(Dataset[Sample]):
             file = self.annotations.path(index)
             raise DataError(f"{file}: {problem} - {fix}", code="failed-transform") from error
 
+    def sample(self, index: int, seed: int) -> Sample:
+        """What is augmented; `TileDetection` shows parts of images."""
+        return self.read(index)
+
     def read(self, index: int) -> Sample:
         """The image and its objects as they are on disk, before any transform.
 
@@ -59,15 +63,10 @@ class CocoDetection(Dataset[Sample]):
         `original_size` and boxes are those of the file.
         """
         annotations = self.annotations
-        image, (height, width) = read_reduced(
+        image, size = read_reduced(
             annotations.path(index), self.pipeline.least_size, max_pixels=self.max_pixels, pixels=annotations.pixels
         )
-        stated_height, stated_width = map(int, annotations.sizes[index])
-        if (height, width) != (stated_height, stated_width):
-            record = f"{annotations.file}: image id {annotations.image_ids[index]} ({annotations.file_name(index)})"
-            problem = f"stated as {stated_width}x{stated_height}, but the file is {width}x{height} after EXIF rotation"
-            fix = "correct the image's width, height and boxes"
-            raise DataError(f"{record}: {problem} - {fix}", code="image-size")
+        self.check_size(size, annotations, index)
         rows = slice(annotations.offsets[index], annotations.offsets[index + 1])
         return Sample(
             image=image,
@@ -75,6 +74,15 @@ class CocoDetection(Dataset[Sample]):
             labels=annotations.labels[rows],
             crowd=annotations.crowd[rows],
             index=index,
-            original_size=(height, width),
-            size=(height, width),
+            original_size=size,
+            size=size,
         )
+
+    def check_size(self, size: tuple[int, int], annotations: Annotations, index: int) -> None:
+        """Raises DataError for an image file that is not as large as its record in `annotations` states."""
+        height, width = map(int, annotations.sizes[index])
+        if size != (height, width):
+            record = f"{annotations.file}: image id {annotations.image_ids[index]} ({annotations.file_name(index)})"
+            problem = f"stated as {width}x{height}, but the file is {size[1]}x{size[0]} after EXIF rotation"
+            fix = "correct the image's width, height and boxes"
+            raise DataError(f"{record}: {problem} - {fix}", code="image-size")

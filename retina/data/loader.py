@@ -19,6 +19,8 @@ from retina.data.dataset import CocoDetection
 from retina.data.guarded import GuardedDataset, Read
 from retina.data.images import MAX_PIXELS
 from retina.data.sampler import DetectionBatchSampler, EvalSampler
+from retina.data.tile_dataset import dataset_of
+from retina.data.tiled import Crops
 from retina.data.transforms import Pipeline, Sample, default_pipeline, eval_pipeline, resize
 from retina.data.workers import end_workers, patiently, too_late, worker_options, workers_started
 from retina.errors import ConfigError, DataError, RetinaError, under
@@ -106,6 +108,7 @@ class BatchLoader(DataLoader[Any]):
     ) -> None:
         self.faults = {}
         self.config, self.num_images = config, len(dataset)
+        self.annotations = dataset.annotations
         # 0.29 * 100 is 28.999...; and if all images could be bad, there would be endless epochs without a batch
         self.max_bad = min(int(config.max_bad_fraction * len(dataset) + 1e-9), len(dataset) - 1)
         self._guarded = GuardedDataset(dataset, self.max_bad, config.num_workers, substitute=training)
@@ -186,6 +189,7 @@ def train_loader(
     canvas: Canvas = Canvas(),
     config: LoaderConfig = LoaderConfig(),
     sampler: DetectionBatchSampler | None = None,
+    crops: Crops | None = None,
 ) -> BatchLoader:
     """Batches of one epoch per iteration, for training; call `set_epoch` before each. They are always full.
 
@@ -196,13 +200,15 @@ def train_loader(
         batch_size: images of an optimizer step, over all processes.
         seed: of the order and the augmentation.
         sampler: which images in which order, instead of all of them shuffled; then `batch_size` is not used.
+        crops: which part of an image is shown.
     """
     if sampler is None:
         rank, world_size = distributed.rank(), distributed.world_size()
         sampler = DetectionBatchSampler(
             annotations.sizes, total_batch=batch_size, rank=rank, world_size=world_size, seed=seed
         )
-    dataset = CocoDetection(annotations, pipeline or default_pipeline(), seed=seed, max_pixels=config.max_pixels)
+    options: Any = {"seed": seed, "max_pixels": config.max_pixels, "crops": crops}
+    dataset = dataset_of(annotations, pipeline or default_pipeline(), **options)
     return BatchLoader(dataset, sampler, canvas, config, training=True)
 
 
@@ -216,10 +222,11 @@ def eval_loader(
 ) -> BatchLoader:
     """This process's share of all images in batches, each image once over all processes, except bad ones.
 
+    annotations: also those of tiles, `retina.data.tiled.tiles_of`.
     pipeline: None resizes to 800 x 1333 pixels at most."""
     share = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     sampler = EvalSampler(annotations.sizes, batch_size=batch_size, **share)
-    dataset = CocoDetection(annotations, pipeline or eval_pipeline(), max_pixels=config.max_pixels)
+    dataset = dataset_of(annotations, pipeline or eval_pipeline(), max_pixels=config.max_pixels)
     return BatchLoader(dataset, sampler, canvas, config, training=False)
 
 

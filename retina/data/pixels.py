@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8, UInt16
 from PIL import Image
 
-from retina.data.channels import LIKE_RGB, RGB, read_values
+from retina.data.channels import LIKE_RGB, RGB, Values, read_values
 from retina.data.image_files import GREY_16, Header, opened
 from retina.errors import DataError
 
@@ -37,12 +37,16 @@ AS_STORED = PixelFormat()
 
 def read_channels(path: Path, max_pixels: int, pixels: PixelFormat) -> UInt8[np.ndarray, "H W C"]:
     """An image of neither 1 nor 3 channels. Raises DataError."""
-    values = read_values(path, pixels.channels, max_pixels=max_pixels)
+    return to_bytes(read_values(path, pixels.channels, max_pixels=max_pixels), pixels.value_range)
+
+
+def to_bytes(values: Values, value_range: tuple[int, int]) -> UInt8[np.ndarray, "H W C"]:
+    """Values of 8 bits as a copy, of 16 bits with those of the range over 0..255."""
     if values.dtype == np.uint8:
         return np.array(values)
-    if pixels.value_range == FULL:
+    if value_range == FULL:
         return (values >> 8).astype(np.uint8)
-    return _table(*pixels.value_range)[values]
+    return _table(*value_range)[values]
 
 
 def stretched(path: Path, upright: Image.Image, header: Header, value_range: tuple[int, int]) -> Image.Image:

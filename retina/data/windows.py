@@ -1,9 +1,13 @@
 """How a large image is cut into overlapping tiles. Beside the road."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from retina.errors import check
+
+Window = tuple[int, int, int, int]
+"""Top, left, bottom, right in pixels of an image."""
 
 
 class Tiling(NamedTuple):
@@ -22,12 +26,21 @@ class Tiling(NamedTuple):
         check(sound, "tile", [*self.tile], "give [height, width] in pixels, from 16 to 32767, e.g. [800, 800]")
         check(0 <= self.overlap <= 0.9, "tile_overlap", self.overlap, "give a share of the tile, from 0 to 0.9")
 
-    def windows(self, size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+    def windows(self, size: tuple[int, int]) -> list[Window]:
         """Top, left, bottom, right of each tile of an image of that (height, width): evenly spread, and together all of
         it. An image that is smaller than a tile is a tile of its own size."""
         rows, columns = (_starts(side, tile, self.overlap) for side, tile in zip(size, self.tile, strict=True))
         height, width = (min(side, tile) for side, tile in zip(size, self.tile, strict=True))
         return [(top, left, top + height, left + width) for top in rows for left in columns]
+
+
+def changed(
+    tiling: Tiling | None, tile: Sequence[int] | None, overlap: float | None, whole: bool | None
+) -> Tiling | None:
+    """With what is not None; None where there is no tile."""
+    given = {"tile": tile and (*tile,), "overlap": overlap, "whole": whole}
+    new: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    return Tiling(**new) if tile else tiling and tiling._replace(**new)
 
 
 def _starts(side: int, tile: int, overlap: float) -> list[int]:

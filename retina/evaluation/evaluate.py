@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from retina import distributed
 from retina.data.coco import Annotations
+from retina.data.tiled import TiledAnnotations
 from retina.detections import count_non_finite, postprocess, refuse_non_finite, to_original
 from retina.errors import StoppedError
 from retina.evaluation.metrics import COCO, DetectionArrays, Scoring, coco_metrics
+from retina.evaluation.tiles import merge_tiles
 from retina.types import Batch, Criterion, Detections, Postprocess, to_device
 
 
@@ -39,6 +41,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     stopping: Callable[[], int] = lambda: 0,
     scoring: Scoring = COCO,
+    tiles: Annotations | None = None,
 ) -> Evaluation:
     """Detections of this rank's images, gathered from all ranks and scored against `annotations`.
 
@@ -48,6 +51,7 @@ def evaluate(
     postprocess: with other thresholds: `functools.partial(retina.postprocess, score_threshold=0.01)`.
     device: None takes that of the model's first parameter.
     criterion: None computes no losses.
+    tiles: those of the loader, where it may show tiles (`TiledAnnotations`): what they show is put together.
     stopping: asked once per batch for the number of a signal to stop, 0 for none.
 
     Raises any error of the loader or the model on this rank (the other ranks then exit with code 2), DataError on rank
@@ -88,6 +92,8 @@ def evaluate(
         raise StoppedError(verdict.stop)
     count = int(distributed.all_reduce_sum(non_finite))
     gathered = collector.gather()
+    if isinstance(tiles, TiledAnnotations):
+        gathered = merge_tiles(gathered, tiles, **getattr(postprocess, "keywords", {}))
 
     def score() -> dict[str, Any]:
         refuse_non_finite(count, annotations.file)

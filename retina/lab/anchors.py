@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from retina.cli.build import build, call
 from retina.cli.compose import Settings, entry
-from retina.cli.data import SPLITS, DataConfig, load_split, prepare_data, progress
+from retina.cli.data import SPLITS, DataConfig, as_seen, load_split, prepare_data, progress, with_tile
 from retina.cli.train import shapes_by_default
 from retina.engine.config import TrainConfig, from_mapping
 from retina.errors import ConfigError, DataError, check_choice, plain
@@ -193,6 +193,10 @@ def read(
     prepare_data(data, settings["plugins"])
     pipeline, notes = resize_of(settings, data)
     annotations = load_split(data, config.split, needs="sizes")
+    data = with_tile(data, annotations)
+    if data.tiling and annotations.num_objects:
+        notes.append(f"objects are seen in tiles of {data.tile}, as an evaluation cuts them")
+        annotations = as_seen(data, annotations, with_objects=True)
     images = progress(range(len(annotations)), "resizing", len(annotations))
     objects = resized_objects(annotations, pipeline, seed=seed, divisor=divisor, images=images)
     if not len(objects.boxes):

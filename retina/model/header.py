@@ -37,7 +37,7 @@ Rule = tuple[Any, Callable[[Any], bool]]
 """The type of a value, and whether a value of that type is allowed."""
 
 
-def _within(low: int, high: int) -> Callable[[Any], bool]:
+def _within(low: int, high: int | float) -> Callable[[Any], bool]:
     return lambda value: value is None or low <= value <= high  # NaN is not
 
 
@@ -51,6 +51,9 @@ PREPROCESSING: Mapping[str, Rule] = {
 }
 OPTIONAL: Mapping[str, Rule] = {
     "value_range": (list[int], lambda value: len(value) == 2 and 0 <= value[0] < value[1] <= 65535),
+    "tile": (list[int], lambda value: len(value) == 2 and all(16 <= side < 1 << 15 for side in value)),
+    "tile_overlap": (float, _within(0, 0.9)),
+    "tile_whole": (bool, lambda value: True),
 }
 """Of preprocessing, what earlier versions do not write."""
 POSTPROCESS: Mapping[str, Rule] = {
