@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8, UInt64
 from PIL import Image
 
-from retina.data.cache import Columns, cache_folder, read_columns, write_columns
+from retina.data.cache import cache_folder
+from retina.data.columns import Columns, read_columns, write_columns
 from retina.data.image_files import MAX_PIXELS, opened, turn_of
 from retina.errors import DataError
 from retina.files import make_folder

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from children import in_child
-from retina.data.cache import Columns, digest_in, digest_of, read_columns, write_columns
+from retina.data.columns import Columns, digest_in, digest_of, read_columns, write_columns
 
 CHUNK = 4 << 20
 

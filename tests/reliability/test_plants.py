@@ -24,9 +24,9 @@ from faults import refused
 from retina.cli.environment import record_environment
 from retina.cli.journal import Done, finish, note, open_journal, open_output, put, read_done
 from retina.cli.run_folder import MARK, open_evaluation, open_run
-from retina.data.cache import Columns, write_columns
 from retina.data.checks import DataReport
 from retina.data.coco import read_coco, write_results
+from retina.data.columns import Columns, write_columns
 from retina.data.layouts import locate_split
 from retina.data.shapes import write_shapes
 from retina.engine.checkpointer import Checkpointer, TrainState
