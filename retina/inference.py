@@ -1,12 +1,14 @@
 """A trained detector as a Python object: from images to detections in their pixels."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from retina.data.channels import LIKE_RGB
 from retina.data.images import MAX_PIXELS, read_reduced
 from retina.data.loader import Canvas, collate
 from retina.data.pixels import FULL, PixelFormat, as_grey
+from retina.data.prefetch import run_ahead
 from retina.data.regions import Regions, regions_of
 from retina.data.transforms import Sample, eval_pipeline
 from retina.data.windows import Tiling
@@ -31,6 +34,7 @@ from retina.model.weights import DetectorCard, load_detector
 from retina.ops.seams import is_cut, merge
 from retina.types import DTYPES, Batch, Detections, Predictions, to_device
 
+T = TypeVar("T")
 ImageLike = str | Path | np.ndarray | Image.Image | Tensor | Sample
 """A path, a uint8 array [H W C], a PIL image, a uint8 tensor [C H W], or what `Detector.read` makes of these."""
 
@@ -124,8 +128,7 @@ class Detector:
 
         Raises DataError for a file that cannot be read or when predicted numbers are not finite, TypeError for anything
         that is no image, ValueError for a threshold or batch size out of range."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be positive, got {batch_size}")
+        check_batch_size(batch_size)
         predict = partial(self._predict, score_threshold=score_threshold, batch_size=batch_size, max_pixels=max_pixels)
         if not self.tiling:
             return predict(listed(images))
@@ -139,6 +142,66 @@ class Detector:
         self, images: Iterable[ImageLike], *, score_threshold: float | None, batch_size: int, max_pixels: int
     ) -> list[Detections]:
         """Of images that are not cut."""
+        rules = self._rules(score_threshold)
+        batches = (
+            self._batch([self._read(image, max_pixels) for image in chunk]) for chunk in chunked(images, batch_size)
+        )
+        return [detections for batch in batches for detections in self._find(batch, *rules)]
+
+    def predict_batches(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        score_threshold: float | None = None,
+        batch_size: int = 8,
+        max_pixels: int = MAX_PIXELS,
+        prefetch: int = 2,
+    ) -> Iterator[list[Detections]]:
+        """What `predict` returns, `batch_size` images at a time, for more images than there is room for at once.
+
+        prefetch: batches that threads read, and put on their canvas, ahead of the one that is looked at.
+
+        The threads live as long as the iteration, which goes on in the process that began it alone: in a fork it raises
+        RuntimeError. An image that cannot be read raises DataError in its turn and ends the iteration. Otherwise as
+        `predict`, which threads may call at the same time, and forks of the process unless it uses CUDA."""
+        if prefetch < 0:
+            raise ValueError(f"prefetch must be 0 or more, got {prefetch}")
+        chunks = chunked(listed(images), batch_size)
+        self._rules(score_threshold)
+        find = partial(self.find, score_threshold=score_threshold, batch_size=batch_size)
+        return self._find_ahead(chunks, find, max_pixels, prefetch)
+
+    def _find_ahead(
+        self,
+        chunks: Iterable[list[ImageLike]],
+        find: Callable[[Any], list[Detections]],
+        max_pixels: int,
+        prefetch: int,
+    ) -> Iterator[list[Detections]]:
+        process = os.getpid()
+        with ThreadPoolExecutor() as threads:
+
+            def begin(chunk: list[ImageLike]) -> Future[Any]:
+                images = [threads.submit(self.read, image, max_pixels) for image in chunk]
+                return threads.submit(lambda: self.prepare([image.result() for image in images]))
+
+            for batch in run_ahead(begin, chunks, prefetch + 1):
+                yield find(batch)
+                if os.getpid() != process:
+                    raise RuntimeError("predict_batches goes on in the process that began it only: begin anew here")
+
+    def prepare(self, samples: Sequence[Sample]) -> Any:
+        """What `find` takes, of images that `read` has read; any thread may make it."""
+        return list(samples) if self.tiling else self._batch(samples)
+
+    def find(self, batch: Any, *, score_threshold: float | None = None, batch_size: int = 8) -> list[Detections]:
+        """`predict` for images that `prepare` has put together; batch_size: tiles per forward."""
+        if self.tiling:
+            return self.predict(batch, score_threshold=score_threshold, batch_size=batch_size)
+        return self._find(batch, *self._rules(score_threshold))
+
+    def _rules(self, score_threshold: float | None) -> tuple[dict[str, Any], list[float]]:
+        """Options of `postprocess`, and the threshold of each label where the weights' own apply."""
         options = dict(self.card.postprocess)
         thresholds = self.thresholds if score_threshold is None else []
         if score_threshold is not None:
@@ -146,11 +209,13 @@ class Detector:
         elif thresholds:
             options["score_threshold"] = min(thresholds)
         check_postprocess(options)
-        detections: list[Detections] = []
-        remaining = iter(images)
-        while chunk := list(islice(remaining, batch_size)):
-            samples = [self._resize.without_last_resize(self._read(image, max_pixels), 0) for image in chunk]
-            detections += self.detect(collate(samples, self.canvas), options)
+        return options, thresholds
+
+    def _batch(self, samples: Sequence[Sample]) -> Batch:
+        return collate([self._resize.without_last_resize(sample, 0) for sample in samples], self.canvas)
+
+    def _find(self, batch: Batch, options: Mapping[str, Any], thresholds: Sequence[float]) -> list[Detections]:
+        detections = self.detect(batch, options)
         return [at_thresholds(image, thresholds) for image in detections] if thresholds else detections
 
     def read(self, image: object, max_pixels: int = MAX_PIXELS) -> Sample:
@@ -235,6 +300,18 @@ def _sample(image: Any, size: tuple[int, int]) -> Sample:
     """Without objects."""
     boxes, labels, crowd = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool)
     return Sample(image, boxes, labels, crowd, index=0, original_size=size, size=size)
+
+
+def check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
+
+
+def chunked(images: Iterable[T], batch_size: int) -> Iterator[list[T]]:
+    """So many at a time. Raises ValueError, before any is asked for, for no positive number."""
+    check_batch_size(batch_size)
+    remaining = iter(images)
+    return iter(lambda: list(islice(remaining, batch_size)), [])
 
 
 def listed(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:

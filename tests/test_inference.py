@@ -195,7 +195,7 @@ def test_thresholds(detector: Detector, files: list[Path]) -> None:
     assert all((found.scores > 0.9).all() for found in high)
     with pytest.raises(ValueError, match="score_threshold"):
         detector.predict(files, score_threshold=2.0)
-    with pytest.raises(ValueError, match="batch_size"):
+    with pytest.raises(ValueError, match=r"batch_size"):
         detector.predict(files, batch_size=0)
 
 
@@ -418,3 +418,40 @@ print([name for name in ("torch", "numpy", "hydra", "omegaconf") if name in sys.
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+def test_batches_are_found_as_they_come(detector: Detector, files: list[Path]) -> None:
+    """Read ahead, but not further than asked for, from an iterable without end."""
+    asked: list[Path] = []
+
+    def endless() -> Iterator[Path]:
+        while True:
+            for file in files:
+                asked.append(file)
+                yield file
+
+    batches = detector.predict_batches(endless(), batch_size=2, prefetch=1)
+    assert not asked
+    expected = detector.predict(files, batch_size=2)
+    for number in range(0, 4, 2):
+        assert_equal(next(batches), expected[number : number + 2])
+        assert len(asked) <= number + 6
+    batches.close()  # type: ignore[attr-defined]  # it is a generator
+
+    assert_equal([found for batch in detector.predict_batches(files, batch_size=2) for found in batch], expected)
+    (whole,) = detector.predict_batches(files, batch_size=9, prefetch=0)
+    assert_equal(whole, detector.predict(files))
+    assert [*detector.predict_batches([])] == []
+
+
+def test_batches_tell_of_mistakes_at_once_and_of_files_in_their_turn(
+    detector: Detector, files: list[Path], tmp_path: Path
+) -> None:
+    for wrong in ({"batch_size": 0}, {"prefetch": -1}, {"score_threshold": 1.5}):
+        with pytest.raises(ValueError, match=r"batch_size|prefetch|score_threshold"):
+            detector.predict_batches(files, **wrong)  # type: ignore[arg-type]
+    (tmp_path / "bad.jpg").write_bytes(files[0].read_bytes()[:500])
+    batches = detector.predict_batches([files[0], tmp_path / "bad.jpg", files[1]], batch_size=1)
+    assert len(next(batches)) == 1
+    with refused("bad-image", f"{tmp_path}/bad.jpg"):
+        next(batches)

@@ -9,24 +9,21 @@ The same command after a kill goes on where it was and ends with the same files.
 """
 
 import hashlib
-import io
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retina.cli.build import call
 from retina.cli.compose import entry
 from retina.cli.data import progress
-from retina.cli.journal import Batch, Done, cut_batches, finish, note, open_journal, open_output, put, read_done
-from retina.cli.sources import FORMATS, Source, find_images, groups_of, left_out, name_sources
+from retina.cli.journal import Batch, Done, cut_batches, finish, open_output, read_done
+from retina.cli.looking import look
+from retina.cli.sources import Source, find_images, left_out, name_sources
 from retina.data.checks import some
 from retina.data.windows import Tiling, changed
-from retina.errors import DataError, check, plain
+from retina.errors import check
 from retina.printing import say
 
 if TYPE_CHECKING:
@@ -131,81 +128,4 @@ def detect(detector: "Detector", batches: Sequence[Batch], config: InferConfig) 
     """Looks at the images, writes their pictures, and notes each batch as done."""
     from retina import distributed
 
-    done = []
-    with ThreadPoolExecutor() as threads, open_journal(Path(config.output), distributed.rank()) as journal:
-        for batch in progress(batches, "detecting", len(batches)):
-            groups = groups_of(batch.sources, config.max_pixels, detector.pixels.channels)
-            parts = [detect_group(detector, group, config, threads) for group in groups]
-            records, faults = (list(chain.from_iterable(column)) for column in zip(*parts, strict=True))
-            done.append(Done(batch.key, records, faults))
-            note(journal, done[-1])
-    return done
-
-
-def detect_group(
-    detector: "Detector", group: Sequence[Source], config: InferConfig, threads: Executor
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """A record for each image, whose picture is then written, and what is wrong with the files that are none."""
-    # decoding and encoding leave Python's lock
-    loaded = list(threads.map(lambda source: try_read(detector.read, source.file, config.max_pixels), group))
-    faults = [image for image in loaded if isinstance(image, str)]
-    sources = [source for source, image in zip(group, loaded, strict=True) if not isinstance(image, str)]
-    images = [image for image in loaded if not isinstance(image, str)]
-    detections = detector.predict(images, score_threshold=config.score_threshold, batch_size=config.batch_size)
-    records: list[dict[str, Any]] = [
-        {
-            "file_name": source.name,
-            "width": image.original_size[1],
-            "height": image.original_size[0],
-            "boxes": boxes.tolist(),
-            "scores": scores.tolist(),
-            "classes": [detector.classes[label] for label in labels.tolist()],
-        }
-        for source, image, (boxes, scores, labels) in zip(sources, images, detections, strict=True)
-    ]
-    if config.pictures:
-        drawn = threads.map(partial(draw, config, detector), sources, images, detections)
-        for source, record, fault in zip(sources, records, drawn, strict=True):
-            if fault is None:
-                record["picture"] = source.picture
-            else:
-                faults.append(fault)
-    return records, faults
-
-
-def try_read(read: Callable[[Path, int], Any], file: Path, max_pixels: int) -> Any:
-    """The image, or what is wrong with it."""
-    try:
-        return read(file, max_pixels)
-    except DataError as fault:
-        return str(fault)
-
-
-def draw(config: InferConfig, detector: "Detector", source: Source, sample: Any, detections: Any) -> str | None:
-    """Writes the picture of an image; returns what is wrong where its format cannot hold it."""
-    from PIL import Image
-
-    from retina.data.images import read_image
-    from retina.data.regions import Regions
-    from retina.visualize import draw_detections
-
-    image = sample.image
-    if isinstance(image, Regions):
-        image, factor = image.shrunk(config.max_pixels)
-        detections = detections._replace(boxes=detections.boxes / factor)
-    if (
-        not isinstance(sample.image, Regions) and image.shape[:2] != sample.original_size
-    ):  # a JPEG, decoded smaller because the detector needs no more
-        reading: Any = {"max_pixels": config.max_pixels, "pixels": detector.pixels}
-        image = try_read(lambda file, _: read_image(file, **reading), source.file, config.max_pixels)
-        if isinstance(image, str):
-            return image
-    picture = Image.fromarray(draw_detections(image, detections, detector.classes, score_threshold=0.0))
-    suffix = Path(source.picture).suffix
-    content = io.BytesIO()
-    try:
-        picture.save(content, FORMATS[suffix.lower()], quality=92)
-    except Exception as fault:  # sides that are too long, for one; each format has its own way to say so
-        return plain(f"{source.file}: no picture of it as {suffix} ({fault}) - give pictures=false, or another format")
-    put(Path(config.output), source.picture, content.getvalue())
-    return None
+    return [*progress(look(detector, batches, config, distributed.rank()), "detecting", len(batches))]

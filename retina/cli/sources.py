@@ -61,9 +61,9 @@ def left_out(source: str, output: Path) -> list[str]:
     return [file.name for file in others if not _real(file).is_relative_to(_real(output))]
 
 
-def groups_of(sources: Sequence[Source], max_pixels: int, channels: int = RGB) -> Iterator[list[Source]]:
-    """Consecutive images, as many as have `max_pixels` pixels together: so the memory that they take is bounded by the
-    pixels, not by the number of images."""
+def groups_of(sources: Sequence[Source], max_pixels: int, channels: int = RGB) -> Iterator[tuple[list[Source], int]]:
+    """Consecutive images, as many as have `max_pixels` pixels together, and their pixels: so the memory that they take
+    is bounded by the pixels, not by the number of images."""
     group: list[Source] = []
     held = 0
     for source in sources:
@@ -72,11 +72,11 @@ def groups_of(sources: Sequence[Source], max_pixels: int, channels: int = RGB) -
         except DataError:  # reading it will tell
             pixels = 0
         if group and held + pixels > max_pixels:
-            yield group
+            yield group, held
             group, held = [], 0
         group.append(source)
         held += pixels
-    yield group
+    yield group, held
 
 
 def expand(pattern: str) -> list[Path]:

@@ -351,6 +351,33 @@ def runs(load: Callable[[str], ModuleType], trained_run: Path, tiny_data: Path, 
     return Runs(load("infer").main, trained_run, source, tmp_path)
 
 
+def test_what_is_under_way_together_comes_out_as_one_after_the_other(
+    runs: Runs, trained_run: Path, tmp_path: Path
+) -> None:
+    """Bit for bit and in order, also where no two images have room in memory together."""
+    detector, source = retina.load(trained_run, device="cpu"), tmp_path / "photos"
+    files = [file for file in sorted(source.rglob("*.*")) if file.stem != "broken"]
+    runs.finish(tmp_path / "out", "score_threshold=0.3")
+    seen = records(tmp_path / "out")
+    assert [record["file_name"] for record in seen] == [file.relative_to(source).as_posix() for file in files]
+    pairs = list_of_pairs(sorted(source.rglob("*.*")))
+    expected = [found for pair in pairs for found in detector.predict(pair, score_threshold=0.3)]
+    assert [record["boxes"] for record in seen] == [found.boxes.tolist() for found in expected]
+    assert [record["scores"] for record in seen] == [found.scores.tolist() for found in expected]
+
+    runs.finish(tmp_path / "alone", "score_threshold=0.3", "max_pixels=400000")
+    alone = [found for file in files for found in detector.predict(file, score_threshold=0.3)]
+    assert [record["boxes"] for record in records(tmp_path / "alone")] == [found.boxes.tolist() for found in alone]
+    pictures = digest(tmp_path / "alone").keys()
+    assert pictures == digest(tmp_path / "out").keys()
+
+
+def list_of_pairs(files: list[Path]) -> list[list[Path]]:
+    """Two at a time, as batches are cut; the broken one is left out of its pair."""
+    pairs = [files[first : first + 2] for first in range(0, len(files), 2)]
+    return [[file for file in pair if file.stem != "broken"] for pair in pairs]
+
+
 def noted(output: Path) -> dict[str, Done]:
     """Done batches of an interrupted inference, by key."""
     return read_done(output) if (output / ".infer").is_dir() else {}

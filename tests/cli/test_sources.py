@@ -153,5 +153,5 @@ def test_images_in_memory_are_bounded_by_their_pixels(tmp_path: Path) -> None:
         Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
     (tmp_path / "f.png").write_bytes(b"no image")
     sources = name_sources(*find_images(str(tmp_path), tmp_path.parent / "out"))
-    groups = [[source.file.stem for source in group] for group in groups_of(sources, 4900)]
+    groups = [[source.file.stem for source in group] for group, _ in groups_of(sources, 4900)]
     assert groups == [["a", "b", "c"], ["d"], ["e", "f"]]

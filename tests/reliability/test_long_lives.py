@@ -88,3 +88,17 @@ def test_a_fork_reads_while_the_threads_of_its_parent_do(images: list[Path]) -> 
             assert [in_child(task) for _ in range(8)] == [0] * 8
         finally:
             stop.set()
+
+
+def test_batches_go_on_where_they_began_and_not_in_a_fork(detector: Detector, images: list[Path]) -> None:
+    batches = detector.predict_batches(images * 4, batch_size=2)
+    next(batches)
+
+    def task() -> None:
+        signal.alarm(60)
+        with pytest.raises(RuntimeError):
+            next(batches)
+        assert len([*detector.predict_batches(images, batch_size=2)]) == 3
+
+    assert in_child(task) == 0
+    assert len([*batches]) == 9
