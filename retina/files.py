@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 from collections import deque
+from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,9 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_whole(file: Path, data: bytes, temporary: Path | None = None) -> None:
-    """Writes beside `file`, or to `temporary`, and renames once, so that a reader sees the old file or the new one,
-    never a half. A link of that name is replaced, not followed.
+def write_whole(file: Path, data: bytes | Iterable[bytes], temporary: Path | None = None) -> None:
+    """Writes `data`, or one part of it after the other, beside `file`, or to `temporary`, and renames once, so that a
+    reader sees the old file or the new one, never a half. A link of that name is replaced, not followed.
 
     Raises OSError; then what was there before is untouched and nothing is left beside it."""
     temporary = temporary or temporary_of(file)
@@ -139,10 +140,11 @@ def temporary_of(file: Path) -> Path:
     return file.with_name(f".{file.name}.tmp")
 
 
-def write_synced(file: Path, data: bytes) -> None:
+def write_synced(file: Path, data: bytes | Iterable[bytes]) -> None:
     """Writes a new file and waits until it is on the disk. Raises OSError, also where there is something already."""
     with open_plain(file, "xb") as handle:
-        handle.write(data)
+        for part in [data] if isinstance(data, bytes) else data:
+            handle.write(part)
         handle.flush()
         os.fsync(handle.fileno())
 

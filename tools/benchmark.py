@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 MEASURES = (
-    *("focal", "losses", "matching", "postprocess", "coco_eval", "loader", "annotations"),
-    *("syncs", "launches", "loop", "memory", "inference", "step", "scaling"),
+    *("focal", "losses", "matching", "postprocess", "coco_eval", "loader", "packs", "annotations"),
+    *("syncs", "launches", "loop", "memory", "inference", "infer", "step", "scaling"),
 )
 
 

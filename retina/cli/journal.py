@@ -18,7 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from retina.cli.sources import Source
-from retina.errors import ConfigError
+from retina.data.packs import version_of
+from retina.errors import ConfigError, DataError
 from retina.files import Appender, advice, descriptor_of, lock, make_folder, read_plain, remove, write_whole
 from retina.printing import say
 from retina.schema import check_type, parse_json
@@ -60,10 +61,9 @@ def cut_batches(sources: Sequence[Source], batch_size: int, settings: Mapping[st
 
 def _version(file: Path) -> tuple[int, int]:
     try:
-        status = file.stat()
-    except OSError:  # gone, or out of reach: reading it will tell
+        return version_of(file)
+    except (OSError, DataError):  # gone, or out of reach: reading it will tell
         return 0, 0
-    return status.st_size, status.st_mtime_ns
 
 
 @contextmanager

@@ -17,6 +17,7 @@ COMMANDS = {
     "doctor": "look a data set over before training",
     "export": "write a detector as one file for other runtimes, and prove it",
     "verify": "repeat the proof of an exported file, without torch",
+    "pack": "put the images of a data set into a few large files",
     "convert": "turn Pascal VOC and YOLO labels into COCO's format",
     "import-weights": "take over the weights of other programs",
     "compare": "tell whether one detector is better than another",

@@ -48,6 +48,7 @@ PLACES = {
     "eval": "checkpoint",
     "infer": "source",
     "doctor": "data=coco data.root",
+    "pack": "data=coco data.root",
     "import_weights": "source",
 }
 """The setting that a path alone is most likely meant for, by command."""

@@ -20,6 +20,7 @@ from PIL import Image
 from retina.data.cache import cache_folder
 from retina.data.columns import Columns, read_columns, write_columns
 from retina.data.image_files import MAX_PIXELS, opened, turn_of
+from retina.data.packs import version_of
 from retina.errors import DataError
 from retina.files import make_folder
 
@@ -60,10 +61,10 @@ def _entry(paths: Sequence[Path]) -> Path | None:
     digest = hashlib.sha256()
     for path in paths:
         try:
-            status = path.stat()
-        except OSError:
+            version = version_of(path)
+        except (OSError, DataError):
             return None
-        digest.update(json.dumps([str(path.absolute()), status.st_size, status.st_mtime_ns]).encode())
+        digest.update(json.dumps([str(path.absolute()), *version]).encode())
     return folder / f"{digest.hexdigest()}.thumbs"
 
 

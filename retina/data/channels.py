@@ -15,6 +15,7 @@ from jaxtyping import UInt8, UInt16
 from PIL import Image
 
 from retina.data.image_files import TURNS, Header, fault, format_of, header_of, opened, read_header, reading
+from retina.data.packs import version_of
 
 RGB = 3
 LIKE_RGB = (1, RGB)
@@ -46,12 +47,12 @@ def read_values(path: Path, channels: int, *, max_pixels: int) -> Values:
 
 def _read(path: Path, channels: int, max_pixels: int, *, pixels: bool) -> tuple[Header, Values | None]:
     """The header, and the values, not turned yet."""
-    with reading(path, max_pixels) as file:
+    with reading(path, max_pixels, whole=pixels) as file:
         is_tiff = format_of(file.read(16)) == "TIFF"
         file.seek(0)
         if is_tiff:
             return _read_tiff(path, file, channels, max_pixels, pixels=pixels)
-    with opened(path, max_pixels) as image:
+    with opened(path, max_pixels, whole=pixels) as image:
         header = header_of(image)
         _check_channels(path, _COLORS.get(image.mode, len(image.getbands())), channels)
         if image.mode not in _COLORS:
@@ -85,7 +86,7 @@ def _read_tiff(path: Path, file: Any, channels: int, max_pixels: int, *, pixels:
             problem = f"has values of type {first.dtype}"
             raise fault(path, "bad-image", problem, "convert it to 8 or 16 bits")
         for page in pages:
-            check_segments(path, page, path.stat().st_size)
+            check_segments(path, page, version_of(path)[0])
         tag = first.tags.get(_ORIENTATION)
         header = Header.of((height, width), TURNS.get(int(tag.value)) if tag else None, 8 * first.dtype.itemsize)
         if not pixels:

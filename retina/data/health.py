@@ -25,7 +25,8 @@ from retina.data.image_files import SWAPPING, Header
 from retina.data.image_lists import has_image_suffix
 from retina.data.images import read_image
 from retina.data.oddities import content_oddities
-from retina.data.paths import Folder, is_listed, list_folders, parted
+from retina.data.packs import list_folders, open_stored, version_of
+from retina.data.paths import Folder, is_listed, parted
 from retina.errors import DataError
 
 _THREADS = 8
@@ -215,9 +216,9 @@ def _alike_images(train: Annotations, val: Annotations, max_pixels: int) -> Iter
 
 def _digest(file: Path) -> bytes | None:
     try:
-        with file.open("rb") as stream:
+        with open_stored(file) as stream:
             return hashlib.file_digest(stream, "sha256").digest()
-    except OSError:  # gone meanwhile: whoever reads it next says so
+    except (OSError, DataError):  # gone meanwhile: whoever reads it next says so
         return None
 
 
@@ -226,7 +227,7 @@ def _check_header(annotations: Annotations, row: int, name: str, max_pixels: int
     path = annotations.image_root / name
     try:
         header = read_header_of(path, annotations.pixels.channels, max_pixels=max_pixels)
-        length = path.stat().st_size
+        length = version_of(path)[0]
     except DataError as error:
         return -1, str(error)
     except OSError as error:

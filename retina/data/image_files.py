@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 # importing a plugin registers its format; what is not imported (EPS runs Ghostscript) is never tried on a file
 from PIL import (
@@ -26,6 +26,7 @@ from PIL import (
 )
 
 from retina.data.metered import MeteredFile
+from retina.data.packs import find_stored
 from retina.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -111,9 +112,11 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
-    """The image with nothing but its header read. Whatever is raised in the block leaves it as a DataError."""
-    with reading(path, max_pixels) as file:
+def opened(path: Path, max_pixels: int, *, whole: bool = True) -> Iterator[ImageFile.ImageFile]:
+    """The image with nothing but its header read. Whatever is raised in the block leaves it as a DataError.
+
+    whole: whether its pixels will be read too."""
+    with reading(path, max_pixels, whole=whole) as file:
         image = _identify(path, file, max_pixels)
         _check_pixels(path, image.size, max_pixels)
         file.begin_pixels(math.prod(image.size), jpeg=isinstance(image, JpegImagePlugin.JpegImageFile))
@@ -121,10 +124,11 @@ def opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
 
 
 @contextmanager
-def reading(path: Path, max_pixels: int) -> Iterator[MeteredFile]:
-    """The file, if it is a regular one. Whatever is raised in the block leaves it as a DataError."""
+def reading(path: Path, max_pixels: int, *, whole: bool = True) -> Iterator[MeteredFile]:
+    """The file, if it is a regular one, or what a pack holds under its path. Whatever is raised in the block leaves it
+    as a DataError."""
     try:
-        with _LIMITS.lent(max_pixels), _open_regular(path, max_pixels) as file:
+        with _LIMITS.lent(max_pixels), _open_regular(path, max_pixels, whole=whole) as file:
             yield file
     except DataError:
         raise
@@ -140,14 +144,17 @@ def reading(path: Path, max_pixels: int) -> Iterator[MeteredFile]:
         raise fault(path, "bad-image", problem, "copy or download it again, or remove it") from error
 
 
-def _open_regular(path: Path, max_pixels: int) -> MeteredFile:
-    """The file opened, if it is one. Opening a pipe would wait for a writer, and opening a device may do anything."""
+def _open_regular(path: Path, max_pixels: int, *, whole: bool) -> MeteredFile:
+    """The file opened, if it is one, or what a pack holds under its path. Opening a pipe would wait for a writer, and
+    opening a device may do anything."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             problem = "is a folder, pipe or device, not a file"
             raise fault(path, "not-a-file", problem, "replace it by an image, or remove it")
         return MeteredFile(path, max_pixels)
     except FileNotFoundError as error:
+        if stored := find_stored(path):
+            return MeteredFile(path, max_pixels, stored.open(whole=whole))
         problem, fix = "no such image", "correct the file name or the image folder"
         if os.path.islink(path):
             problem, fix = f"is a link to {os.readlink(path)}, which is missing", "restore or remove it"
@@ -157,7 +164,7 @@ def _open_regular(path: Path, max_pixels: int) -> MeteredFile:
         raise fault(path, "unreadable-image", problem, "correct its name or give read permission") from error
 
 
-def _identify(path: Path, file: BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
+def _identify(path: Path, file: MeteredFile, max_pixels: int) -> ImageFile.ImageFile:
     """`Image.open` for `FORMATS`, without its own limit of pixels, which warns of images up to twice as large.
 
     Pillow is given no file name, or it would map some files into memory; a mapped file that another process shortens
@@ -213,7 +220,7 @@ def _check_pixels(path: Path, size: tuple[int, ...], max_pixels: int) -> None:
 
 def read_header(path: Path, *, max_pixels: int = MAX_PIXELS) -> Header:
     """Raises DataError."""
-    with opened(path, max_pixels) as image:
+    with opened(path, max_pixels, whole=False) as image:
         return header_of(image)
 
 
@@ -241,7 +248,7 @@ def turn_of(image: ImageFile.ImageFile) -> Image.Transpose | None:
         return None
 
 
-def _late_exif(file: BinaryIO) -> dict[str, bytes]:
+def _late_exif(file: IO[bytes]) -> dict[str, bytes]:
     """The eXIf chunk of a PNG whose header has none, as `exif`. (Loading the pixels begins with a seek to them.)"""
     file.seek(8)
     while len(head := file.read(8)) == 8:

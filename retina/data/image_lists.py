@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from retina.data.image_files import fault, format_of
+from retina.data.packs import INDEX, is_shard, packed_paths
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 _TEXTS = (".txt", ".xml", ".json", ".jsonl", ".yaml", ".yml", ".csv", ".tsv", ".md", ".names", ".data", ".cfg", ".log")
@@ -16,15 +17,17 @@ def list_images(folder: Path) -> list[Path]:
     """All image files under a folder and its sub-folders, sorted; hidden files left out.
 
     Those with a usual suffix, in any case, and those with another or none that begin as an image does. Links to folders
-    are not followed, so loops of them end; links to files are listed, wherever they lead. Raises DataError if there is
-    no such folder, or a folder in it may not be read.
+    are not followed, so loops of them end; links to files are listed, wherever they lead. So are the images of packs.
+    Raises DataError if there is no such folder, or a folder in it may not be read, or a pack is damaged.
     """
-    return sorted(path for path in _files(folder) if _is_image(path))
+    files = [path for path in _files(folder) if _is_image(path)]
+    return sorted({*files, *packed_paths(folder)})
 
 
 def other_files(folder: Path) -> list[Path]:
     """The files that `list_images` leaves out, except texts as labels are written in, and hidden ones."""
-    return sorted(path for path in _files(folder) if path.suffix.lower() not in _TEXTS and not _is_image(path))
+    others = (path for path in _files(folder) if path.suffix.lower() not in _TEXTS and not _is_image(path))
+    return sorted(path for path in others if not is_shard(path) and path.parent.name != INDEX)
 
 
 def has_image_suffix(name: str) -> bool:

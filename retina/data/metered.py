@@ -7,6 +7,7 @@ import io
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from retina.errors import DataError
 
@@ -21,11 +22,13 @@ _SECONDS_PER_MILLION, _LEAST_SECONDS = 1.0, 10.0
 class MeteredFile(io.BufferedReader):
     """Raises DataError from `read`, which decoders call again and again."""
 
-    def __init__(self, path: Path, max_pixels: int) -> None:
-        super().__init__(io.FileIO(path))
+    def __init__(self, path: Path, max_pixels: int, content: Any = None) -> None:
+        """content: what lies under that path, if it is no file."""
+        super().__init__(io.FileIO(path) if content is None else content)
         self._path, self._max_pixels = path, max_pixels
         self._reads = self._bytes = self._scans = 0
-        self._room = _HEADER_COPIES * os.fstat(self.fileno()).st_size + _HEADER_ROOM
+        self._room = _HEADER_COPIES * self.seek(0, os.SEEK_END) + _HEADER_ROOM
+        self.seek(0)
         self._header, self._most_scans = True, 0
         self._until = time.thread_time() + max(_LEAST_SECONDS, _SECONDS_PER_MILLION * max_pixels / 1e6)
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from retina.data.channels import LIKE_RGB, RGB, Values, read_values
 from retina.data.image_files import GREY_16, Header, opened
+from retina.data.packs import open_stored
 from retina.errors import DataError
 
 FULL = (0, 65535)
@@ -102,7 +103,8 @@ def _colors(path: Path) -> UInt16[np.ndarray, "H W 3"] | None:
     """RGB at 16 bits, which Pillow does not have; it has read the file before, because OpenCV tells of no damage."""
     import cv2  # takes longer to load than most annotation files to check
 
-    array = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+    with open_stored(path) as file:
+        array = cv2.imdecode(np.frombuffer(file.read(), dtype=np.uint8), cv2.IMREAD_UNCHANGED)
     if array is None or array.dtype != np.uint16:
         return None
     if array.ndim == 2:

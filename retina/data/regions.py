@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from retina.data.channels import check_segments
 from retina.data.image_files import MAX_PIXELS, fault, format_of, reading
 from retina.data.images import read_image
+from retina.data.packs import version_of
 from retina.data.pixels import AS_STORED, PixelFormat, as_grey, to_bytes
 from retina.data.windows import Window
 
@@ -63,7 +64,7 @@ class Regions:
         import tifffile  # type: ignore[import-not-found, unused-ignore]
 
         top, left, bottom, right = window
-        with reading(self.path, self.max_pixels) as file, tifffile.TiffFile(file, is_ome=False) as tiff:
+        with reading(self.path, self.max_pixels, whole=False) as file, tifffile.TiffFile(file, is_ome=False) as tiff:
             page: Any = tiff.pages[0]
             rows, columns = page.chunks[:2]
             values = np.zeros((bottom - top, right - left, page.samplesperpixel), page.dtype)
@@ -115,7 +116,7 @@ def regions_of(
 
 def _tiff(path: Path, max_pixels: int, pixels: PixelFormat) -> Regions | None:
     """None for what is read whole: other formats, and kinds of TIFF that Pillow knows better."""
-    with reading(path, max_pixels) as file:
+    with reading(path, max_pixels, whole=False) as file:
         if format_of(file.read(16)) != "TIFF":
             return None
         try:
@@ -129,7 +130,7 @@ def _tiff(path: Path, max_pixels: int, pixels: PixelFormat) -> Regions | None:
                 shape = (int(page.imagelength), int(page.imagewidth), int(page.samplesperpixel))
                 if not _is_usual(page, pixels.channels) or max(shape) > _MOST_SIDE:
                     return None
-                check_segments(path, page, path.stat().st_size)
+                check_segments(path, page, version_of(path)[0])
                 _check_pixels(path, page.chunks[:2], max_pixels)
         except tifffile.TiffFileError:
             return None  # Pillow has the word

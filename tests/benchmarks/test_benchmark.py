@@ -12,7 +12,7 @@ import torch
 from benchmarks.syncs import Operations
 from retina.lab.clock import Bench, Row, Times, cost, speedup, table
 
-FAST = ("focal", "losses", "matching", "coco_eval", "loader", "annotations")
+FAST = ("focal", "losses", "matching", "coco_eval", "loader", "packs", "infer", "annotations")
 SLOW = ("postprocess", "inference", "step", "memory", "loop", "scaling")
 
 

@@ -81,6 +81,7 @@ def test_folders_are_the_groups() -> None:
         "export",
         "import_weights",
         "infer",
+        "pack",
         "train",
         "tune_thresholds",
         "verify",
@@ -207,7 +208,7 @@ def test_commands_in_headers_compose(file: Path) -> None:
         assert any(choice in words for words in typed) or file.stem == "shapes", "a header states the exact command"
 
 
-@pytest.mark.parametrize("tool", ["train", "eval", "infer", "doctor", "convert", "export", "verify"])
+@pytest.mark.parametrize("tool", ["train", "eval", "infer", "doctor", "convert", "export", "verify", "pack"])
 def test_commands_in_help_compose(tool: str) -> None:
     text = (CONFIGS.parent / "retina" / "cli" / f"{tool}.py").read_text().split('"""')[1]
     assert commands(text)
