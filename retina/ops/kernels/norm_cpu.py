@@ -13,8 +13,8 @@ _LARGE = 2**17
 
 
 def goes_by_image(x: Float[Tensor, "B C H W"]) -> bool:
-    large = x.device.type == "cpu" and x[0].numel() >= _LARGE
-    return large and not torch.compiler.is_compiling()
+    # first whether a graph is written: sizes are symbols there, which no number can be compared with
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and x[0].numel() >= _LARGE
 
 
 class NormalizeByImage(torch.autograd.Function):
