@@ -289,6 +289,12 @@ _SAME_NAME = (
 """Conventions that are arguments of `retinanet`."""
 
 
+def _head_norm(state: dict[str, Tensor]) -> str | None:
+    if "head.box.convs.1.weight" not in state:
+        return None
+    return "group_bias" if "head.box.convs.0.bias" in state else "group"
+
+
 def model_arguments(
     state: dict[str, Tensor], file: Path, conventions: Conventions, *, num_classes: int
 ) -> dict[str, Any]:
@@ -313,6 +319,6 @@ def model_arguments(
         "p6_from": "c5" if p6_inputs == last_level else "p5",
         "head_convs": len(convolutions),
         "head_channels": None if head_channels == channels else head_channels,
-        "head_norm": "group" if convolutions and "head.box.convs.1.weight" in state else None,
+        "head_norm": _head_norm(state) if convolutions else None,
         **{name: list(value) if isinstance(value, Sequence) else value for name, value in same.items()},
     }

@@ -24,7 +24,6 @@ are detectron2's or Caffe2's. Caffe2's norms end in gamma, beta, running_mean, r
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,7 +35,6 @@ from retina.interop.foreign import (
     Rule,
     Source,
     numbered,
-    refusal,
     rename,
     resnet_rules,
 )
@@ -76,7 +74,7 @@ def read_detectron2(source: Source) -> Foreign:
         ],
     )
     if has_norm:
-        _drop_zero_biases(foreign, source.file)
+        _drop_zero_biases(foreign)
     conventions, note = _colours(state.get("pixel_mean"), state.get("pixel_std"))
     return replace(
         foreign,
@@ -100,17 +98,16 @@ def _detectron2_body(prefix: str = "") -> list[Rule]:
     ]
 
 
-def _drop_zero_biases(foreign: Foreign, file: Path) -> None:
-    """detectron2's convolutions keep a bias before a norm, where ours have none (modeling/meta_arch/retinanet.py,
-    RetinaNetHead). Raises CheckpointError for one that is not 0, since no other number of ours makes up for it."""
-    for key in [key for key in foreign.state if re.fullmatch(r"head\.\w+\.convs\.\d+\.bias", key)]:
-        if foreign.state[key.replace(".bias", ".weight")].ndim != 4:
-            continue
-        published = foreign.names.pop(key)
-        if foreign.state.pop(key).any():
-            problem = f"{published}: a convolution before GroupNorm with a bias, which ours has not"
-            raise refusal(file, f"{problem} - give a detector whose head has no norm", code="unsupported")
-        foreign.unused[published] = "a bias of 0 before a norm"
+def _drop_zero_biases(foreign: Foreign) -> None:
+    """detectron2's convolutions keep a bias before a norm (modeling/meta_arch/retinanet.py, RetinaNetHead), which is
+    left out where it is 0 in all of them."""
+    biases = [key for key in foreign.state if re.fullmatch(r"head\.\w+\.convs\.\d+\.bias", key)]
+    biases = [key for key in biases if foreign.state[key.replace(".bias", ".weight")].ndim == 4]
+    if any(foreign.state[key].any() for key in biases):
+        return
+    for key in biases:
+        del foreign.state[key]
+        foreign.unused[foreign.names.pop(key)] = "a bias of 0 before a norm"
 
 
 def _colours(mean: Tensor | None, std: Tensor | None) -> tuple[Conventions, str]:

@@ -17,9 +17,9 @@ Masks = Sequence[Float[Tensor, "B 1 _ _"] | None]
 
 
 class Tower(nn.Module):
-    """`num_convs` 3x3 convolutions, each with an optional GroupNorm and a ReLU, then one 3x3 convolution that predicts
-    `num_outputs` numbers for each anchor of a cell. With `quality` another one predicts one number for each anchor.
-    Weights are drawn from N(0, 0.01), biases are 0."""
+    """`num_convs` 3x3 convolutions, each with an optional GroupNorm (`group_bias`: and a bias before it) and a ReLU,
+    then one 3x3 convolution that predicts `num_outputs` numbers for each anchor of a cell. With `quality` another one
+    predicts one number for each anchor. Weights are drawn from N(0, 0.01), biases are 0."""
 
     def __init__(
         self,
@@ -33,10 +33,10 @@ class Tower(nn.Module):
         quality: bool = False,
     ) -> None:
         super().__init__()
-        check_choice(norm, (None, "group"), "head_norm")
+        check_choice(norm, (None, "group", "group_bias"), "head_norm")
         layers: list[nn.Module] = []
         for i in range(num_convs):
-            layers.append(nn.Conv2d(channels if i else in_channels, channels, 3, padding=1, bias=norm is None))
+            layers.append(nn.Conv2d(channels if i else in_channels, channels, 3, padding=1, bias=norm != "group"))
             if norm:
                 layers.append(GroupNorm(math.gcd(32, channels), channels))
             layers.append(nn.ReLU(inplace=True))

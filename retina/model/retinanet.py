@@ -161,6 +161,7 @@ def retinanet(
     p7_relu: False for weights of mmdetection, which has no ReLU before P7.
     head: `task_aligned` (TOOD), or a section for a head of another package; None: the paper's.
     head_channels: None is `fpn_channels`.
+    head_norm: `group`, or `group_bias`, whose convolutions have biases as detectron2's.
     head_quality: predict how well each box fits; `postprocess` multiplies scores by it.
     head_scales: multiply the box numbers of each level by a factor that is learned, as the heads of FCOS, ATSS and GFL.
     box_bins: predict each side of a box as a distribution over 0..box_bins - 1 strides from the anchor's centre, 17 in

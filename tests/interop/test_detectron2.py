@@ -9,7 +9,7 @@ from torch import Tensor
 
 from faults import refused
 from interop.states import CHANNELS, detectron2, number_of
-from retina.errors import CheckpointError, ConfigError
+from retina.errors import ConfigError
 from retina.interop.convert import Imported, convert_detector
 from retina.interop.read import read_foreign
 from retina.model.retinanet import retinanet
@@ -136,7 +136,7 @@ def test_anchors_in_the_file_are_checked(state: dict[str, Tensor], tmp_path: Pat
     assert imported(state | anchors, tmp_path, conventions=sizes).card.model["anchor_sizes"] == sizes["anchor_sizes"]
 
 
-def test_biases_before_groupnorm_must_be_zero(state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_biases_before_groupnorm_stay_unless_they_are_zero(state: dict[str, Tensor], tmp_path: Path) -> None:
     state = dict(state)
     for tower in ("cls", "bbox"):
         second = {part: state.pop(f"head.{tower}_subnet.2.{part}") for part in ("weight", "bias")}
@@ -149,8 +149,12 @@ def test_biases_before_groupnorm_must_be_zero(state: dict[str, Tensor], tmp_path
     assert torch.equal(found.state["head.box.convs.4.bias"], state["head.bbox_subnet.4.bias"])
     assert any(note.startswith("left out, a bias of 0 before a norm: head.cls_subnet.0.bias") for note in found.notes)
     state["head.bbox_subnet.3.bias"] = torch.full((CHANNELS,), 0.1)
-    with refused("unsupported", "model_final.pth", "head.bbox_subnet.3.bias", kind=CheckpointError):
-        imported(state, tmp_path, ignore_unknown=True)
+    found = imported(state, tmp_path)
+    assert (found.card.model["head_norm"], found.card.model["head_convs"]) == ("group_bias", 2)
+    model = retinanet(**found.card.model)
+    model.load_state_dict(found.state)
+    assert (model.head.box.convs[3].bias == 0.1).all()
+    assert (model.head.classification.convs[0].bias == 0).all()
 
 
 def test_basic_blocks_have_no_1x1_to_stride_in(tmp_path: Path) -> None:
