@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from retina.errors import RetinaError as RetinaError
     from retina.evaluation.evaluate import evaluate as evaluate
     from retina.evaluation.metrics import coco_metrics as coco_metrics
+    from retina.hub import load as load
     from retina.inference import Detector as Detector
-    from retina.inference import load as load
     from retina.losses.detection import DetectionLoss as DetectionLoss
     from retina.losses.dice import SigmoidDiceLoss as SigmoidDiceLoss
     from retina.losses.dice import SoftmaxDiceLoss as SoftmaxDiceLoss

@@ -254,9 +254,6 @@ class Detector:
         return [to_original(Detections(*row), size, original) for row, size, original in rows]
 
 
-load = Detector.load
-
-
 def detect_in_tiles(
     predict: Callable[[Sequence[np.ndarray]], Sequence[Detections]],
     image: np.ndarray | Regions,

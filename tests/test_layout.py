@@ -15,6 +15,7 @@ ROOMS = {
     "engine": 1,
     "report": 1,
     "export": 1,
+    "hub": 1,
     "evaluation": 2,
     "inference": 2,
     "interop": 2,

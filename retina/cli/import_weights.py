@@ -3,10 +3,11 @@
 python tools/import_weights.py source=FILE output=FILE.safetensors
 python tools/import_weights.py source=torchvision:retinanet_resnet50_fpn_v2 output=FILE.safetensors
 python tools/import_weights.py source=RUN output=FILE.safetensors to=torchvision
+python tools/import_weights.py source=RUN output=FOLDER to=deepforest
 
-Reads RetinaNets of torchvision, detectron2 (.pkl and .pth), mmdetection and yhenon, and ImageNet ResNets of
-torchvision, timm and detectron2, each recognised by the names of its tensors. Nothing in a file is executed. With
-`to=torchvision` a detector of ours is written under torchvision's names.
+Reads RetinaNets of torchvision, detectron2 (.pkl and .pth), mmdetection and yhenon, DeepForest's folders, and ImageNet
+ResNets of torchvision, timm and detectron2, each recognised by the names of its tensors. Nothing in a file is executed.
+With `to=torchvision` a detector of ours is written under torchvision's names, with `to=deepforest` as its folder.
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 
 from retina.cli.build import call
 from retina.cli.compose import entry
+from retina.cli.folders import write_deepforest_folder
 from retina.errors import ConfigError, check_choice
 from retina.files import make_folder, write_whole
 from retina.printing import say
@@ -37,20 +39,23 @@ class ImportConfig:
     traceback: bool
 
     def __post_init__(self) -> None:
-        check_choice(self.to, ("retina", "torchvision"), "to")
-        if Path(self.output).suffix != ".safetensors":
+        check_choice(self.to, ("retina", "torchvision", "deepforest"), "to")
+        if self.to != "deepforest" and Path(self.output).suffix != ".safetensors":
             raise ConfigError(f"{self.output} - give a name that ends in .safetensors", code="bad-name", key="output")
-        if self.to == "torchvision":
+        if self.to != "retina":
             others = {f"conventions.{name}": value for name, value in self.conventions.items()}
             others |= {"classes": self.classes, "ignore_unknown": self.ignore_unknown or None}
             if key := next((name for name, value in others.items() if value is not None), ""):
-                line = "is for weights of others, not for to=torchvision - leave it out"
+                line = f"is for weights of others, not for to={self.to} - leave it out"
                 raise ConfigError(line, code="contradiction", key=key)
 
 
 @entry("import_weights", ImportConfig)
 def main(config: ImportConfig) -> int:
     output = Path(config.output)
+    if config.to == "deepforest":
+        say(*write_deepforest_folder(config.source, output, config.plugins, overwrite=config.overwrite))
+        return 0
     if os.path.lexists(output) and not config.overwrite:
         line = f"{output} is there already - give another name, or overwrite=true"
         raise ConfigError(line, code="output-taken", key="output")
@@ -65,11 +70,16 @@ def bring_in(config: ImportConfig, output: Path) -> list[str]:
     # torch takes seconds to load, and a wrong setting should not wait for it
     from retina.inference import check_postprocess
     from retina.interop.convert import convert_backbone, convert_detector
+    from retina.interop.deepforest import is_deepforest, read_deepforest
     from retina.interop.read import read_foreign
     from retina.interop.torchvision import PREFIX, fetch_published
     from retina.interop.transfer import overrides
     from retina.model.weights import save_detector, serialize
 
+    if is_deepforest(Path(config.source)):
+        imported = read_deepforest(Path(config.source))
+        save_detector(output, imported.state, imported.card)
+        return imported.notes
     classes = read_classes(config.classes)
     file = fetch_published(config.source) if config.source.startswith(PREFIX) else Path(config.source)
     foreign = read_foreign(file)

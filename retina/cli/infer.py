@@ -71,13 +71,13 @@ def main(config: InferConfig) -> int:
 
     # torch takes seconds to load, and a wrong setting should not wait for it
     from retina import distributed
-    from retina.inference import Detector
+    from retina.hub import load
 
     device = call(distributed.choose_device, "device", name=config.device)
     with ExitStack() as stack:
         stack.enter_context(distributed.process_group(device))
         checkpoint, precision = config.checkpoint, config.precision
-        detector = Detector.load(checkpoint, device=str(device), precision=precision, plugins=config.plugins)
+        detector = load(checkpoint, device=str(device), precision=precision, plugins=config.plugins)
         detector = detector.in_tiles(config.tiling(detector.tiling))
         if config.score_threshold is None and not detector.thresholds:
             config = replace(config, score_threshold=0.3)

@@ -81,9 +81,10 @@ def score_split(
     from retina import distributed
     from retina.detections import postprocess
     from retina.evaluation.evaluate import evaluate
-    from retina.inference import Detector, check_postprocess
+    from retina.hub import load
+    from retina.inference import check_postprocess
 
-    detector = Detector.load(checkpoint, device=str(device), precision=config.precision, plugins=config.plugins)
+    detector = load(checkpoint, device=str(device), precision=config.precision, plugins=config.plugins)
     options = detector.card.postprocess | drop_nulls(config.postprocess)
     call(check_postprocess, "postprocess", options=options)
     data = data_of(settings.get("data", {}), config.data, detector.card.preprocessing)

@@ -65,7 +65,7 @@ def _check_numbers(foreign: Foreign, file: Path) -> None:
 
 
 def read_source(file: Path) -> Source:
-    """Tensors, without the `module.` of a DataParallel model, and what lies beside them."""
+    """Tensors, without the `module.` of a DataParallel model or `model.`, and what lies beside them."""
     no_arrays: list[str] = []
     if file.suffix in (".pkl", ".pickle"):
         state, other, no_arrays = _read_pickle(file)
@@ -76,8 +76,9 @@ def read_source(file: Path) -> Source:
                 # `read_weights`, which has just found the file harmless, leaves out what lies beside the weights.
                 data = torch.load(file, map_location="cpu", weights_only=True)
                 other = {"meta": data["meta"]} if isinstance(data.get("meta"), dict) else {}
-    if state and all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+    for prefix in ("module.", "model."):  # DataParallel's, and that of DeepForest's first folders
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
     return Source(file, state, other, no_arrays)
 
 
