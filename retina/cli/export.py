@@ -12,8 +12,10 @@ as by `retina import-weights`. docs/export-your-retinanet.md says more.
 
 import json
 import os
+import re
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +30,14 @@ from retina.files import make_folder, write_whole
 from retina.printing import say
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from retina.export.proof import Image
     from retina.export.write import Pictures
     from retina.inference import Detector
 
-SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
+SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
+HUB = "hf"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +55,10 @@ class ExportConfig:
     split: str
     num_images: int
     num_scored: int
+    num_calibrated: int
     tolerance: dict[str, float | None]
     overwrite: bool
+    license: str | None
     classes: list[str] | str | None
     conventions: dict[str, Any]
     plugins: list[str]
@@ -58,15 +66,22 @@ class ExportConfig:
     traceback: bool
 
     def __post_init__(self) -> None:
-        check_choice(self.format, SUFFIXES, "format")
-        check_choice(self.precision, ("fp32", "fp16"), "precision")
+        check_choice(self.format, (*SUFFIXES, HUB), "format")
+        plain = self.license is None or re.fullmatch(r"[\w.+-]{1,80}", self.license)
+        check(bool(plain), "license", self.license, "give a word such as apache-2.0")
+        check_choice(self.precision, ("fp32", "fp16", "int8"), "precision")
+        if self.precision == "int8" and self.format != "onnx":
+            problem = f"is for format=onnx, not {self.format} - leave one of them out"
+            raise ConfigError(problem, code="contradiction", key="precision")
         check_choice(self.split, ("train", "val"), "split")
         check(self.num_images >= 1, "num_images", self.num_images, "give 1 or more")
+        check(self.num_calibrated >= 1, "num_calibrated", self.num_calibrated, "give 1 or more")
         check(self.num_scored >= 0, "num_scored", self.num_scored, "give 0 or more")
         for name, value in self.tolerance.items():
-            check(name in ("pixels", "score"), f"tolerance.{name}", value, "there are pixels and score")
+            names = ("pixels", "score", "unmatched")
+            check(name in names, f"tolerance.{name}", value, "there are pixels, score and unmatched")
             check(value is None or value > 0, f"tolerance.{name}", value, "give more than 0")
-        if self.output and Path(self.output).suffix != SUFFIXES[self.format]:
+        if self.output and self.format != HUB and Path(self.output).suffix != SUFFIXES[self.format]:
             problem = f"{self.output} - give a name that ends in {SUFFIXES[self.format]}"
             raise ConfigError(problem, code="bad-name", key="output")
 
@@ -80,8 +95,14 @@ class ExportConfig:
 @entry("export", ExportConfig)
 def main(config: ExportConfig) -> int:
     output = place_of(config)
+    if config.format == HUB:
+        from retina.cli.folders import write_hub_folder
+
+        say(*write_hub_folder(config.checkpoint, output, license=config.license, overwrite=config.overwrite))
+        return 0
     beside = output.with_suffix(".proof.json")
-    for file in (output, beside):
+    files = [output.with_suffix(suffix) for suffix in (".bin",) if config.format == "openvino"]
+    for file in (output, beside, *files):
         if os.path.lexists(file) and not config.overwrite:
             line = f"{file} is there already - give another name, or overwrite=true"
             raise ConfigError(line, code="output-taken", key="output")
@@ -95,11 +116,10 @@ def main(config: ExportConfig) -> int:
     reference, subject, notes = load_twice(config)
     pictures = find_pictures(config, reference, output)
     threshold = {"score_threshold": config.score_threshold}
-    description = write.describe(
-        subject, format=config.format, raw=config.raw, weights=digest(reference.file), **threshold
-    )
+    options: dict[str, Any] = {"format": config.format, "raw": config.raw, "weights": digest(reference.file)}
+    description = write.describe(subject, **options | threshold, precision=config.precision)
     say(*notes, f"writing {config.format} ...")
-    graph = write.build(subject, description)
+    graph = write.build(subject, description, calibration(config, reference, output))
     tolerance = TOLERANCES[config.precision]._replace(**drop_nulls(config.tolerance))
     proof = write.prove(
         reference,
@@ -112,19 +132,35 @@ def main(config: ExportConfig) -> int:
         **threshold,
         progress=lambda items, what: progress(items, what, len(items)),
     )
-    content = graph.sealed(description | {"proof": proof})
+    contents = graph.sealed(description | {"proof": proof})
     make_folder(output.parent)
-    write_whole(output, content)
-    write_whole(beside, (json.dumps({"file": output.name, "sha256": digest(output), **proof}) + "\n").encode())
-    say(*summary(proof), f"written: {output} ({len(content) / 1e6:.1f} MB), {beside.name}")
+    for suffix, content in contents.items():
+        write_whole(output.with_suffix(suffix), content)
+    parts = {output.with_suffix(suffix).name: sha256(content).hexdigest() for suffix, content in contents.items()}
+    record = {"file": output.name, "sha256": parts.pop(output.name), "parts": parts, **proof}
+    write_whole(beside, (json.dumps(record) + "\n").encode())
+    size = sum(map(len, contents.values())) / 1e6
+    say(*summary(proof), f"written: {output} ({size:.1f} MB), {', '.join([*parts, beside.name])}")
     return 0
+
+
+def calibration(config: ExportConfig, detector: "Detector", output: Path) -> "Iterable[Image]":
+    """Of the training images, what int8 is measured on; nothing for the others."""
+    from retina.export.write import calibration_images
+
+    if config.precision != "int8":
+        return []
+    pictures = find_pictures(replace(config, split="train"), detector, output)
+    return calibration_images(pictures, config.num_calibrated, detector.pixels)
 
 
 def place_of(config: ExportConfig) -> Path:
     if config.output:
         return Path(config.output)
-    name = f"model{SUFFIXES[config.format]}"
     checkpoint = Path(config.checkpoint)
+    if config.format == HUB:
+        return (checkpoint if checkpoint.is_dir() else Path(f"{checkpoint}").with_suffix("")) / "export" / HUB
+    name = f"model{SUFFIXES[config.format]}"
     if config.checkpoint.startswith("torchvision:"):
         return Path(f"{config.checkpoint.partition(':')[2]}{SUFFIXES[config.format]}")
     return checkpoint / "export" / name if checkpoint.is_dir() else checkpoint.with_suffix(SUFFIXES[config.format])
@@ -132,17 +168,18 @@ def place_of(config: ExportConfig) -> Path:
 
 def load_twice(config: ExportConfig) -> "tuple[Detector, Detector, list[str]]":
     """The detector in fp32, the one to be written in its precision, and what there is to tell of another program's."""
-    from retina.inference import Detector, check_postprocess
+    from retina.hub import load
+    from retina.inference import check_postprocess
 
     notes: list[str] = []
     if config.is_foreign:
         make, notes = foreign(config)
     else:
-        make = partial(Detector.load, config.checkpoint, device="cpu", plugins=config.plugins)
+        make = partial(load, config.checkpoint, device="cpu", plugins=config.plugins)
     options = drop_nulls(config.postprocess)
     detectors = []
-    for precision in ("fp32", config.precision):
-        detector: Detector = make(precision=precision)
+    for precision in ("fp32", "fp32" if config.precision == "int8" else config.precision):
+        detector: Detector = make(precision=precision).in_tiles(None)  # who runs the file cuts
         detector.card = replace(detector.card, postprocess=detector.card.postprocess | options)
         detectors.append(detector)
     call(check_postprocess, "postprocess", options=detectors[0].card.postprocess)

@@ -17,6 +17,7 @@ from retina.cli.compose import entry
 from retina.errors import CheckpointError
 from retina.export.description import check_description
 from retina.export.onnx_runtime import OnnxFile
+from retina.export.openvino_runtime import OpenvinoFile
 from retina.export.proof import Entry, Tolerance, digest, look_again, pixels_of, read_entry
 from retina.printing import say
 from retina.schema import parse_json
@@ -39,7 +40,9 @@ def program(config: VerifyConfig) -> int:
     if file.suffix == ".pt2":
         from retina.export.formats import ProgramFile  # torch's own format needs torch
 
-        subject: OnnxFile | ProgramFile = ProgramFile.read(file)
+        subject: OnnxFile | OpenvinoFile | ProgramFile = ProgramFile.read(file)
+    elif file.suffix == ".xml":
+        subject = OpenvinoFile(file)
     else:
         subject = OnnxFile(file)
     settings = subject.description
@@ -52,9 +55,10 @@ def program(config: VerifyConfig) -> int:
     images = [read_entry(folder, one.name, one.sha256, one.size, pixels) for one in entries]
     tolerance = Tolerance(**proof["tolerance"])
     differences, times = look_again(entries, images, subject, tolerance, settings)
-    if differences.faults:
-        problem = f"{subject.runtime}: {len(differences.faults)} detections differ, the first: {differences.faults[0]}"
-        raise CheckpointError(f"{file}: {problem} - do not use it here, or export it again", code="not-equal")
+    if problem := differences.refuses(tolerance):
+        raise CheckpointError(
+            f"{file}: {subject.runtime}: {problem} - do not use it here, or export it again", code="not-equal"
+        )
     say(f"{subject.runtime}: {len(images)} images, alone and in batches: {differences.line()}")
     say(f"one image: {times.line()}", f"verified: {file}")
     return 0
@@ -64,12 +68,14 @@ def check_digest(file: Path) -> None:
     """Raises CheckpointError where the proof beside the file is that of another one."""
     beside = file.with_suffix(".proof.json")
     try:
-        expected = parse_json(beside.read_bytes())["sha256"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        record = parse_json(beside.read_bytes())
+        expected = {file: record["sha256"]} | {file.parent / Path(n).name: h for n, h in record["parts"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return  # the file holds its proof itself
-    if digest(file) != expected:
-        problem = f"is not the file that {beside.name} is of - restore it from a copy"
-        raise CheckpointError(f"{file}: {problem}", code="damaged-file")
+    for part, known in expected.items():
+        if digest(part) != known:
+            problem = f"is not the file that {beside.name} is of - restore it from a copy"
+            raise CheckpointError(f"{part}: {problem}", code="damaged-file")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -44,7 +44,7 @@ def check_description(values: dict[str, Any], file: Path) -> None:
             raise ConfigError("are not one per class", code="bad-header", key="thresholds")
         proof = values["proof"]
         _check(proof, _OF_PROOF, "proof.")
-        if set(proof["tolerance"]) != {"pixels", "score"} or not proof["images"]:
+        if set(proof["tolerance"]) - {"unmatched"} != {"pixels", "score"} or not proof["images"]:
             raise ConfigError("has no images, or no tolerance of pixels and score", code="bad-header", key="proof")
         for number, image in enumerate(proof["images"]):
             _check(image, _OF_IMAGE, f"proof.images.{number}.")

@@ -20,13 +20,15 @@ from retina.export.proof import Image, Table, pack, unpack
 from retina.schema import parse_json
 
 OPSET = 18
-_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": ()}
+_ONNX = ("onnx", "onnxscript", "onnxruntime")
+_PACKAGES = {"onnx": _ONNX, "pt2": (), "openvino": (*_ONNX, "openvino")}
 
 
 def check_packages(format: str) -> None:
     """Raises ConfigError where something is not installed that a format needs."""
     if missing := [name for name in _PACKAGES[format] if find_spec(name) is None]:
-        problem = f"{format} needs {', '.join(missing)} - pip install 'retina-detect[export]'"
+        extra = "export,openvino" if "openvino" in missing else "export"
+        problem = f"{format} needs {', '.join(missing)} - pip install 'retina-detect[{extra}]'"
         raise ConfigError(problem, code="missing-package", key="format")
 
 

@@ -33,9 +33,11 @@ class Tolerance(NamedTuple):
     pixels: float
     """Of each corner's coordinates, in pixels of the image."""
     score: float
+    unmatched: float = 0.0
+    """Share of the detections that may be without a match."""
 
 
-TOLERANCES = {"fp32": Tolerance(0.25, 0.005), "fp16": Tolerance(2.0, 0.05)}
+TOLERANCES = {"fp32": Tolerance(0.25, 0.005), "fp16": Tolerance(2.0, 0.05), "int8": Tolerance(8.0, 0.2, 0.2)}
 """By precision of the file. Most of it is for the resize, which may round a pixel the other way than OpenCV does."""
 
 
@@ -50,8 +52,16 @@ class Differences:
     score: float = 0.0
     faults: list[str] = field(default_factory=list)
 
+    def refuses(self, tolerance: Tolerance) -> str:
+        """What is wrong if more are without a match than may be; else empty."""
+        total = self.matched + len(self.faults)
+        if not self.faults or len(self.faults) <= tolerance.unmatched * total:
+            return ""
+        return f"{len(self.faults)} of {total} detections differ, the first: {self.faults[0]}"
+
     def line(self) -> str:
         edges = f", {self.edges} at an edge in one of the two only" if self.edges else ""
+        edges += f", {len(self.faults)} not matched" if self.faults else ""
         worst = f"boxes differ by at most {self.pixels:.2g} px, scores by {self.score:.2g}"
         return f"{self.matched} detections matched, {worst}{edges}"
 
@@ -242,8 +252,7 @@ def look_again(
 
 def as_values(differences: Differences) -> dict[str, Any]:
     values = asdict(differences)
-    del values["faults"]
-    return values
+    return values | {"faults": len(values["faults"])}
 
 
 def pixels_of(settings: dict[str, Any]) -> PixelFormat:
@@ -255,6 +264,7 @@ def pixels_of(settings: dict[str, Any]) -> PixelFormat:
 def summary(proof: dict[str, Any]) -> list[str]:
     """What a proof comes to, in lines."""
     differences = Differences(*(proof[name] for name in ("matched", "edges", "pixels", "score")))
+    differences.faults += [""] * proof["faults"]
     count = len(proof["images"])
     result = [f"{proof['runtime']}: {count} images, alone and in batches: {differences.line()}"]
     if scores := proof["ap"]:

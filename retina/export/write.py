@@ -1,6 +1,6 @@
 """From a detector to a file that another runtime runs, and the proof that it finds the same there."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,14 +10,16 @@ import torch
 
 from retina import __version__
 from retina.data.annotations import Annotations
+from retina.data.images import read_image
 from retina.data.join import select
 from retina.data.pixels import PixelFormat
-from retina.errors import CheckpointError, DataError
+from retina.errors import CheckpointError, DataError, RetinaError
 from retina.evaluation.metrics import COCO, DetectionArrays, coco_metrics
 from retina.export.description import SCHEMA_VERSION
 from retina.export.formats import ProgramFile, onnx_bytes, onnx_model, program_bytes, trace
 from retina.export.graph import ExportedDetector
 from retina.export.onnx_runtime import OnnxFile
+from retina.export.openvino_runtime import OpenvinoFile
 from retina.export.proof import (
     Entry,
     Image,
@@ -32,9 +34,12 @@ from retina.export.proof import (
     read_entry,
     timed,
 )
+from retina.export.quantize import quantized
 from retina.inference import Detector
 from retina.types import DTYPES
 
+_TILE = ("tile", "tile_overlap", "tile_whole")
+"""The file itself looks at an image, which may be a tile: who runs it cuts."""
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -59,12 +64,19 @@ class Pictures(NamedTuple):
 
 
 def describe(
-    detector: Detector, *, format: str, raw: bool, weights: str, score_threshold: float | None = None
+    detector: Detector,
+    *,
+    format: str,
+    raw: bool,
+    weights: str,
+    score_threshold: float | None = None,
+    precision: str | None = None,
 ) -> dict[str, Any]:
     """What a file says about itself.
 
     weights: SHA-256 of what it was made from.
-    score_threshold: None takes that of each class, as `Detector.predict` does."""
+    score_threshold: None takes that of each class, as `Detector.predict` does.
+    precision: None is the detector's own; int8 comes after."""
     card = detector.card
     options = {"score_threshold": 0.05, "candidates_per_level": 1000, "nms_iou": 0.5, "max_detections": 100}
     options |= {"class_agnostic": False} | card.postprocess
@@ -89,10 +101,10 @@ def describe(
         "thresholds": thresholds or [0.0] * len(card.classes),
         "preprocessing": {
             key: card.preprocessing[key]
-            for key in ("short_side", "long_side", "pad_multiple", "value_range")
+            for key in ("short_side", "long_side", "pad_multiple", "value_range", *_TILE)
             if key in card.preprocessing
         },
-        "precision": next(name for name, dtype in DTYPES.items() if dtype == detector.dtype),
+        "precision": precision or next(name for name, dtype in DTYPES.items() if dtype == detector.dtype),
         "weights": {"sha256": weights, "step": card.step},
         "versions": {"retina": __version__, "torch": torch.__version__},
     }
@@ -110,19 +122,44 @@ class Graph(NamedTuple):
 
     run: Run
     runtime: str
-    sealed: Callable[[dict[str, Any]], bytes]
-    """The bytes of the file, with a description."""
+    sealed: Callable[[dict[str, Any]], dict[str, bytes]]
+    """The bytes of the files by suffix, with a description; the one that is opened comes last."""
 
 
-def build(detector: Detector, description: dict[str, Any]) -> Graph:
-    """The graph that the description describes. Raises ConfigError where a package is missing."""
+def build(detector: Detector, description: dict[str, Any], calibration: Iterable[Image] = ()) -> Graph:
+    """The graph that the description describes.
+
+    calibration: images that int8 is measured on.
+
+    Raises ConfigError where a package is missing, CheckpointError for a detector that torch cannot write."""
+    try:
+        return _build(detector, description, calibration)
+    except RetinaError:
+        raise
+    except Exception as fault:  # exporters raise whatever they stumble over
+        reason = " ".join(f"{type(fault).__name__}: {fault}".split())[:300]
+        problem = f"torch {torch.__version__} cannot write it as {description['format']} ({reason})"
+        fix = "give another format, or leave out the part of the model that it names"
+        raise CheckpointError(f"{detector.file}: {problem} - {fix}", code="not-exportable") from fault
+
+
+def _build(detector: Detector, description: dict[str, Any], calibration: Iterable[Image]) -> Graph:
     make = partial(ExportedDetector, detector, description)
     if description["format"] == "pt2":
         program = trace(make())
-        return Graph(ProgramFile(program, description), f"torch {torch.__version__}", partial(program_bytes, program))
+        write = partial(program_bytes, program)
+        return Graph(
+            ProgramFile(program, description), f"torch {torch.__version__}", lambda values: {".pt2": write(values)}
+        )
     model = onnx_model(make, ("boxes", "scores") if description["raw"] else ("detections", "counts"))
-    file = OnnxFile(onnx_bytes(model, description), description)
-    return Graph(file, file.runtime, partial(onnx_bytes, model))
+    if description["precision"] == "int8":
+        model = quantized(model, calibration)
+    content = onnx_bytes(model, description)
+    if description["format"] == "openvino":
+        other = OpenvinoFile(content, description)
+        return Graph(other, other.runtime, other.sealed)
+    file = OnnxFile(content, description)
+    return Graph(file, file.runtime, lambda values: {".onnx": onnx_bytes(model, values)})
 
 
 def prove(
@@ -155,9 +192,8 @@ def prove(
         for name, part, table in zip(chosen.names, parts, tables, strict=True)
     ]
     differences, times = look_again(entries, parts, graph.run, tolerance, description)
-    if differences.faults:
-        problem = f"{len(differences.faults)} of {differences.matched + len(differences.faults)} detections differ"
-        line = f"{graph.runtime}: {problem}, the first: {differences.faults[0]} - nothing was written"
+    if problem := differences.refuses(tolerance):
+        line = f"{graph.runtime}: {problem} - nothing was written"
         raise CheckpointError(f"{line}; a wider tolerance= would accept it, or report it", code="not-equal")
     if not differences.matched:
         problem = f"{len(entries)} images of {chosen.folder} hold nothing that it finds: they prove nothing"
@@ -176,6 +212,12 @@ def read_part(file: Path, number: int, pixels: PixelFormat) -> Image:
     image = read_entry(file.parent, file.name, digest(file), [1 << 30] * 2, pixels)
     height, width = image.shape[:2]
     return image if number % 3 != 2 else np.ascontiguousarray(image[: -(-3 * height // 4), : -(-2 * width // 3)])
+
+
+def calibration_images(pictures: Pictures, count: int, pixels: PixelFormat) -> Iterable[Image]:
+    """So many whole images, read one by one."""
+    chosen = pictures.some(count)
+    return (read_image(chosen.folder / name, pixels=pixels) for name in chosen.names)
 
 
 def scored(

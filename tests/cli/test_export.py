@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from commands import Capture, Tool, digest, refused_by_tool
+from retina.model.retinanet import retinanet
 from retina.model.weights import load_detector, save_detector
 
 ROOT = Path(__file__).parents[2]
@@ -152,6 +153,65 @@ def test_a_program_of_torch_proves_itself_too(
     assert "verified" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(("format", "precision"), [("onnx", "int8"), ("openvino", "fp32"), ("onnx", "fp16")])
+def test_other_formats_and_precisions_prove_themselves(
+    trained_run: Path, tiny_data: Path, start: Start, tool: Tool, tmp_path: Path, format: str, precision: str
+) -> None:
+    """Of a detector with norms over content and distributions, as the automatic recipe makes them."""
+    packages = [*MISSING, *([] if format != "openvino" or find_spec("openvino") else ["openvino"])]
+    if packages:
+        pytest.skip(f"not installed: {', '.join(packages)} (retina-detect[export,openvino])")
+    _, card = load_detector(trained_run / "best.safetensors", torch.device("cpu"))
+    torch.manual_seed(0)
+    changes = {"backbone": "resnet18_half", "head_norm": "group", "box_bins": 9, "head_scales": True}
+    model = retinanet(**card.model | changes)
+    with torch.no_grad():
+        model.head.classification.predict.weight.normal_(std=1.0)
+    save_detector(tmp_path / "a.safetensors", model.state_dict(), replace(card, model=model.arguments))
+    output = tmp_path / f"mine.{'xml' if format == 'openvino' else 'onnx'}"
+    words = ["checkpoint=a.safetensors", f"output={output}", f"format={format}", f"precision={precision}"]
+    words += ["data=coco", f"data.root={tiny_data}"]
+    code, out, err = run(start, ROOT / "tools" / "export.py", *words, cwd=tmp_path)
+    assert code == 0, out + err
+    proof = json.loads((tmp_path / "mine.proof.json").read_text())
+    assert proof["matched"] > 50
+    assert proof["faults"] <= 0.2 * (proof["matched"] + proof["faults"])
+    assert proof["ap"]["file"] == pytest.approx(proof["ap"]["retina"], abs=0.05)
+    assert tool("verify", f"file={output}") == 0
+    if format == "openvino":
+        (tmp_path / "mine.bin").write_bytes(b"")
+        assert tool("verify", f"file={output}") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_what_does_not_prove_itself_leaves_nothing(trained_run: Path, start: Start, tmp_path: Path) -> None:
+    words = [f"checkpoint={trained_run}", "output=mine.pt2", "format=pt2", "tolerance.pixels=1e-9"]
+    code, _, err = run(start, ROOT / "tools" / "export.py", *words, cwd=tmp_path)
+    assert (code, "error[not-equal]" in err) == (2, True)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_weights_of_other_programs_are_exported_in_one_command(
+    start: Start, tiny_data: Path, tmp_path: Path, tool: Tool
+) -> None:
+    """torchvision's layout, with weights drawn at random."""
+    from torchvision.models.detection import retinanet_resnet50_fpn_v2
+
+    torch.manual_seed(0)
+    model = retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "foreign.pth")
+    words = ["checkpoint=foreign.pth", f"images={tiny_data / 'val'}", "format=pt2", "num_images=2", "classes=[a,b,c]"]
+    words += ["score_threshold=0.005", "conventions.short_side=64", "conventions.long_side=96"]
+    code, out, err = run(start, ROOT / "tools" / "export.py", *words, cwd=tmp_path)
+    assert code == 0, out + err
+    assert tool("verify", f"file={tmp_path / 'foreign.pt2'}") == 0
+
+
 def test_the_example_is_short() -> None:
     text = (ROOT / "examples" / "onnx_only.py").read_text()
     assert len(text.splitlines()) <= 40
@@ -166,6 +226,8 @@ def test_the_example_is_short() -> None:
         (["output=mine.pt"], "bad-name", "output"),
         (["precision=bf16"], "unknown-value", "precision"),
         (["num_images=0"], "out-of-range", "num_images"),
+        (["precision=int8", "format=pt2"], "contradiction", "precision"),
+        (["format=hf", "license=a: b"], "out-of-range", "license"),
         (["tolerance.pixels=0"], "out-of-range", "tolerance.pixels"),
     ],
 )

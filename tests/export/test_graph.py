@@ -11,12 +11,17 @@ import pytest
 import torch
 
 import retina
+from faults import refused
 from retina.data.transforms import resize
+from retina.errors import CheckpointError
 from retina.export.graph import ExportedDetector, enlarged, shrunk
 from retina.export.proof import Differences, Tolerance, choose, compare, pack
-from retina.export.write import describe, look
+from retina.export.write import build, describe, look
 from retina.inference import Detector
+from retina.model.retinanet import retinanet
+from retina.model.weights import DetectorCard
 from retina.ops.boxes import pairwise_iou
+from tiny import PREPROCESSING
 
 SIZES = [(64, 96), (96, 64), (200, 130), (40, 90), (33, 33), (128, 192)]
 RULES = {
@@ -65,6 +70,73 @@ def test_it_finds_what_the_detector_finds(trained_run: Path, rule: str) -> None:
             assert count == len(known)
             assert (table[:count, 4].diff() <= 0).all()
             assert (table[count:] == torch.tensor([0.0, 0, 0, 0, 0, -1])).all()
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "TAL": {"head_quality": False, "box_bins": 9, "head_scales": True, "head_norm": "group"},
+    "TOOD": {"head": "task_aligned", "head_norm": "group"},
+    "PAFPN": {"neck": "pafpn", "norm": "group"},
+    "ATSS with quality": {"head_quality": True, "head_scales": True},
+    "GFL": {"box_bins": 17, "guided_quality": True},
+    "timm": {"backbone": "timm:mobilenetv3_small_050"},
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_is_written_as_it_predicts(name: str) -> None:
+    if name == "timm":
+        pytest.importorskip("timm", reason="extra timm")
+    torch.manual_seed(0)
+    usual: dict[str, Any] = {"backbone": "resnet18_half", "levels": [3, 4, 5], "fpn_channels": 16, "head_convs": 2}
+    usual |= {"anchor_scales": [1.0], "anchor_ratios": [1.0], "prior": 0.2}
+    model = retinanet(num_classes=2, **usual | HEADS[name])
+    with torch.no_grad():  # scores far apart, so that rounding does not change their order
+        for key, weight in model.head.named_parameters():
+            if "classification" in key and key.endswith("predict.weight"):
+                weight.normal_(std=1.0)
+    card = DetectorCard(
+        model=model.arguments,
+        classes=["a", "b"],
+        category_ids=[1, 2],
+        preprocessing=PREPROCESSING,
+        postprocess={"score_threshold": 0.05, "candidates_per_level": 100, "nms_iou": 0.5, "max_detections": 20},
+    )
+    ours = Detector(model.eval(), card, device=torch.device("cpu"), file=Path("a"))
+    settings = described(ours)
+    batch = [image for image in images() if min(image.shape[:2]) >= 64][:3]
+    for image in batch:
+        (table,), (count,) = run(ExportedDetector(ours, settings), [image])
+        differences = Differences()
+        compare("", look(ours, image), table[:count].numpy(), differences, Tolerance(1e-2, 1e-4), settings)
+        assert differences.faults == []
+        assert differences.matched >= 10
+
+
+class Strange(torch.nn.Module):
+    """A neck that no graph can hold: what it does depends on what it sees."""
+
+    strides = (8, 16, 32)
+
+    def __init__(self, neck: torch.nn.Module) -> None:
+        super().__init__()
+        self.neck = neck
+
+    def forward(self, features: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return self.neck(features) if features[0].sum().item() > 0 else self.neck(features[::1])
+
+
+def test_what_torch_cannot_write_is_one_line(trained_run: Path) -> None:
+    ours = detector(trained_run)
+    ours.model.fpn = Strange(ours.model.fpn)
+    with refused("not-exportable", "best.safetensors", "pt2", kind=CheckpointError):
+        build(ours, described(ours) | {"format": "pt2", "precision": "fp32"})
+
+
+def test_a_file_looks_at_images_as_they_are(trained_run: Path) -> None:
+    """Who runs it cuts tiles, as the description says."""
+    ours = detector(trained_run)
+    ours.card = replace(ours.card, preprocessing=ours.card.preprocessing | {"tile": [64, 64], "tile_overlap": 0.5})
+    assert described(ours)["preprocessing"]["tile"] == [64, 64]
 
 
 def test_each_class_has_a_threshold(trained_run: Path) -> None:

@@ -55,6 +55,14 @@ def test_a_detection_answers_for_one_only() -> None:
     assert len(differences(ROWS[:1], twice).faults) == 1
 
 
+def test_some_may_be_without_a_match_where_the_tolerance_says_so() -> None:
+    result = differences(ROWS, ROWS[:1])
+    assert result.refuses(TOLERANCE)
+    assert result.refuses(TOLERANCE._replace(unmatched=0.49))
+    assert not result.refuses(TOLERANCE._replace(unmatched=0.5))
+    assert not differences(ROWS, ROWS).refuses(TOLERANCE)
+
+
 @pytest.mark.parametrize(
     ("row", "table"),
     [
@@ -121,6 +129,7 @@ BROKEN = {
     "no proof": ("bad-header", "proof", {}),
     "no images": ("bad-header", "proof", proof() | {"images": []}),
     "label": ("bad-header", "proof", proof(detections=[[0.0, 0.0, 1.0, 1.0, 0.5, 2.0]])),
+    "tolerance": ("bad-header", "proof", proof() | {"tolerance": {"pixels": 1.0, "score": 0.1, "luck": 1.0}}),
     "more": ("bad-header", "proof", proof(other=1)),
 }
 

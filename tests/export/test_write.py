@@ -28,7 +28,7 @@ def proved(detector: Detector, change: Any, tiny_data: Path, **settings: Any) ->
 
     description = describe(detector, format="onnx", raw=False, weights="", **settings)
     pictures = Pictures(tiny_data / "val", sorted(file.name for file in (tiny_data / "val").iterdir()))
-    graph = Graph(run, "a runtime", lambda values: b"")
+    graph = Graph(run, "a runtime", lambda values: {})
     limits: Any = {"tolerance": Tolerance(0.25, 0.005), "num_images": 3, "num_scored": 0}
     return prove(detector, graph, pictures, description, progress=lambda items, what: items, **limits, **settings)
 
