@@ -1,5 +1,6 @@
 """The functions of docs/adapters.md do what they say, where the packages are installed."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,37 @@ def test_sahi_finds_in_one_slice_what_the_detector_finds(trained_run: Path, phot
     )
     boxes = torch.tensor([one.bbox.to_xyxy() for one in moved.object_prediction_list])
     assert (boxes[:, 2] > 90).any(), "in pixels of the whole picture"
+
+
+RECORDS = [
+    {
+        "file_name": "1/a.jpg",
+        "width": 200,
+        "height": 100,
+        "boxes": [[10.0, 20.0, 60.0, 70.0], [0.0, 0.0, 200.0, 100.0]],
+        "scores": [0.9, 0.4],
+        "classes": ["dog", "cat"],
+    },
+    {"file_name": "b.jpg", "width": 30, "height": 40, "boxes": [], "scores": [], "classes": []},
+]
+
+
+def test_what_was_found_comes_back_from_cvat(tmp_path: Path) -> None:
+    """As its export of the layout that it imports; what is not corrected is the same."""
+    values = defined("Label Studio and CVAT")["to_cvat"](RECORDS, ["cat", "dog"])
+    (tmp_path / "instances_default.json").write_text(json.dumps(values))
+    back = retina.read_coco(tmp_path / "instances_default.json", tmp_path)
+    assert [back.file_name(row) for row in range(2)] == ["1/a.jpg", "b.jpg"]
+    assert back.boxes.tolist() == RECORDS[0]["boxes"]
+    assert [back.classes[label] for label in back.labels.tolist()] == ["dog", "cat"]
+    assert back.offsets.tolist() == [0, 2, 2]
+
+
+def test_label_studio_gets_shares_of_the_image() -> None:
+    tasks = defined("Label Studio and CVAT")["to_label_studio"](RECORDS, place="s3://photos/")
+    assert [task["data"]["image"] for task in tasks] == ["s3://photos/1/a.jpg", "s3://photos/b.jpg"]
+    first, whole = tasks[0]["predictions"][0]["result"]
+    assert (first["value"]["rectanglelabels"], first["score"], first["original_width"]) == (["dog"], 0.9, 200)
+    assert [first["value"][key] for key in ("x", "y", "width", "height")] == [5, 20, 25, 50]
+    assert [whole["value"][key] for key in ("x", "y", "width", "height")] == [0, 0, 100, 100]
+    assert tasks[1]["predictions"][0]["result"] == []
