@@ -46,7 +46,7 @@ def write_deepforest_folder(source: str, output: Path, plugins: list[str], *, ov
     model, card = load_detector(find_weights(located(source)), torch.device("cpu"), plugins=plugins)
     thresholds = [one["threshold"] for one in card.operating_point.get("classes", [])]
     write_folder(output, as_deepforest(model.state_dict(), card, thresholds), overwrite=overwrite)
-    return [f"in Python: deepforest.main.deepforest().load_model({str(output)!r})"]
+    return [f"in Python: deepforest.main.deepforest(config_args={{'model': {{'name': {str(output)!r}}}}})"]
 
 
 def write_folder(output: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:

@@ -60,7 +60,7 @@ def read_deepforest(folder: Path) -> Imported:
 
 
 def as_deepforest(state: Mapping[str, Tensor], card: DetectorCard, thresholds: list[float]) -> dict[str, bytes]:
-    """The files of a folder that `deepforest.main.deepforest().load_model(FOLDER)` takes.
+    """The files of a folder that DeepForest takes as the name of a model.
 
     thresholds: of each class at the operating point, of which the lowest is taken; none: that of the postprocess.
 

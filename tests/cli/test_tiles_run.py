@@ -104,3 +104,24 @@ def test_tiles_are_chosen_once_and_told_beforehand(train: Tool, tool: Tool, caps
 def test_tiles_that_cannot_be_are_one_line(train: Tool, capsys: Capture, word: str, code: str, key: str) -> None:
     assert train("name=wrong", *WORDS, word) == 2
     refused_by_tool(capsys, code, key)
+
+
+def test_a_tiff_beyond_the_limit_is_read_by_parts(
+    tool: Tool, trained_run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="extra tiff")
+    array = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    (tmp_path / "photos").mkdir()
+    tifffile.imwrite(tmp_path / "photos" / "a.tif", array, photometric="rgb", tile=(64, 64))
+    Image.fromarray(array).save(tmp_path / "photos" / "b.png")
+    words = [f"checkpoint={trained_run}", f"source={tmp_path / 'photos'}", f"output={tmp_path / 'out'}", "device=cpu"]
+    assert tool("infer", *words, "tile=[96,96]", "max_pixels=20000", "precision=fp32") == 3, "the PNG is too large"
+    assert "b.png" in capsys.readouterr().err
+    (record,) = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert (record["file_name"], record["width"], record["height"]) == ("a.tif", 400, 300)
+    detector = retina.load(trained_run, device="cpu", precision="fp32").in_tiles(Tiling((96, 96)))
+    (expected,) = detector.predict(array, score_threshold=0.3)
+    assert len(record["boxes"]) == len(expected.scores) > 50
+    np.testing.assert_allclose(record["boxes"], expected.boxes.numpy(), atol=1e-3)
+    with Image.open(tmp_path / "out" / record["picture"]) as picture:
+        assert picture.size == (133, 100), "a third"

@@ -97,8 +97,7 @@ def test_deepforest_takes_what_is_written(folder: Path, tmp_path: Path, monkeypa
     imported = read_deepforest(folder)
     for name, content in as_deepforest(imported.state, imported.card, []).items():
         (tmp_path / name).write_bytes(content)
-    program = deepforest()
-    program.load_model(str(tmp_path))
+    program = deepforest(config_args={"model": {"name": str(tmp_path)}})
     assert program.label_dict == {"Alive": 0, "Dead": 1}
     expected = network().state_dict()
     loaded = program.model.state_dict()
