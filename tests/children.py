@@ -78,18 +78,23 @@ def on_small_disk(folder: Path, megabytes: int, task: Callable[[], object]) -> i
 def remount_read_only(folder: Path) -> None:
     """Within `on_small_disk`."""
     remount, read_only = 32, 1
-    _checked(_libc.mount(b"none", bytes(folder), b"tmpfs", remount | read_only, None))
+    checked(libc.mount(b"none", bytes(folder), b"tmpfs", remount | read_only, None))
 
 
 def _mount(folder: Path, megabytes: int) -> None:
+    own_mounts()
+    checked(libc.mount(b"none", bytes(folder), b"tmpfs", 0, f"size={megabytes}m".encode()))
+
+
+def own_mounts() -> None:
+    """What this process mounts from now on, no other sees. Raises OSError where that is forbidden."""
     new_mounts, new_user, private, recursive = 0x20000, 0x10000000, 1 << 18, 1 << 14
     user, group = os.getuid(), os.getgid()
-    _checked(_libc.unshare(new_mounts | new_user))
+    checked(libc.unshare(new_mounts | new_user))
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"0 {user} 1")
     Path("/proc/self/gid_map").write_text(f"0 {group} 1")
-    _checked(_libc.mount(b"none", b"/", None, private | recursive, None))
-    _checked(_libc.mount(b"none", bytes(folder), b"tmpfs", 0, f"size={megabytes}m".encode()))
+    checked(libc.mount(b"none", b"/", None, private | recursive, None))
 
 
 CALLS = {
@@ -113,8 +118,8 @@ def fail_calls(name: str, code: int, *, argument: int | None = None, value: int 
     buffer = ctypes.create_string_buffer(program)
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(lines), ctypes.addressof(buffer)))
     no_new_privileges, seccomp, filtered = 38, 22, 2
-    _checked(_libc.prctl(no_new_privileges, 1, 0, 0, 0))
-    _checked(_libc.prctl(seccomp, filtered, header, 0, 0))
+    checked(libc.prctl(no_new_privileges, 1, 0, 0, 0))
+    checked(libc.prctl(seccomp, filtered, header, 0, 0))
 
 
 def with_failing_calls(task: Callable[[], object], name: str, code: int, **where: int) -> int:
@@ -131,9 +136,9 @@ def with_failing_calls(task: Callable[[], object], name: str, code: int, **where
     return in_child(filtered)
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
+libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _checked(status: int) -> None:
+def checked(status: int) -> None:
     if status:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

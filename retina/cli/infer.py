@@ -40,6 +40,7 @@ class InferConfig:
     score_threshold: float | None
     batch_size: int
     max_pixels: int
+    timeout: float
     device: str
     precision: str | None
     pictures: bool
@@ -54,6 +55,7 @@ class InferConfig:
         check(sound, "score_threshold", self.score_threshold, "give 0 or more, below 1, or null")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "give 1 or more")
         check(self.max_pixels >= 1, "max_pixels", self.max_pixels, "give 1 or more")
+        check(0 < self.timeout < 1e9, "timeout", self.timeout, "give seconds above 0, below 10^9")
         check(self.tile is not True, "tile", self.tile, "give [height, width], false or null")
         if tiling := self.tiling(None):
             tiling.check()

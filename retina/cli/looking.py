@@ -4,12 +4,15 @@ before. Beside the road.
 What is under way is bounded by its pixels, and the order is that of the images, whatever is finished first."""
 
 import io
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import contextmanager
 from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from retina.cli.journal import Batch, Done, note, open_journal, put
 from retina.cli.sources import FORMATS, Source, groups_of
@@ -19,6 +22,43 @@ from retina.errors import DataError, plain
 if TYPE_CHECKING:
     from retina.cli.infer import InferConfig
     from retina.inference import Detector
+
+T = TypeVar("T")
+
+
+class Threads:
+    """Threads that read and draw, and keep no process alive when a disk does not answer them any more."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout, self._at_work = timeout, list[Path]()
+        self._pool = ThreadPool(min(32, (os.cpu_count() or 1) + 4))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.terminate()
+
+    def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
+        future = Future[T]()
+        future.set_running_or_notify_cancel()  # what is cancelled could not take its result
+        self._pool.apply_async(work, arguments, callback=future.set_result, error_callback=future.set_exception)
+        return future
+
+    @contextmanager
+    def noted(self, file: Path) -> Iterator[None]:
+        """Around what a thread does with this image."""
+        self._at_work.append(file)
+        try:
+            yield
+        finally:
+            self._at_work.remove(file)
+
+    def in_time(self, wait: Callable[[], T]) -> T:
+        """What `wait` returns. Raises RetinaError, naming the images at work, when that takes too long."""
+        from retina.data.workers import patiently, too_late
+
+        return patiently(wait, lambda: 0, self._timeout, lambda: too_late(self._timeout, lambda: self._at_work))
 
 
 class Group(NamedTuple):
@@ -52,11 +92,12 @@ class Looked(NamedTuple):
 
 
 def look(detector: "Detector", batches: Sequence[Batch], config: "InferConfig", rank: int) -> Iterator[Done]:
-    """Looks at the images and writes their pictures. Each batch is noted as done once it is, and then yielded."""
+    """Looks at the images and writes their pictures. Each batch is noted as done once it is, and then yielded. Raises
+    RetinaError when no image is ready for `timeout` seconds."""
     room = config.max_pixels // 2
     drawing: deque[Looked] = deque()
     parts: list[Looked] = []
-    with ThreadPoolExecutor() as threads, open_journal(Path(config.output), rank) as journal:
+    with Threads(config.timeout) as threads, open_journal(Path(config.output), rank) as journal:
 
         def finished(held: int) -> Iterator[Done]:
             """The batches whose last group is drawn, and those that must be until no more than so many pixels are."""
@@ -69,28 +110,33 @@ def look(detector: "Detector", batches: Sequence[Batch], config: "InferConfig", 
                     yield done_of(parts)
                     parts.clear()
 
-        for loaded in read_ahead(detector, batches, config, threads, room):
+        reading = read_ahead(detector, batches, config, threads, room)
+        while loaded := threads.in_time(lambda: next(reading, None)):
             drawing.append(detect_group(detector, loaded, config, threads))
-            for done in finished(room):
+            for done in threads.in_time(lambda: [*finished(room)]):
                 note(journal, done)
                 yield done
-        for done in finished(-1):
+        for done in threads.in_time(lambda: [*finished(-1)]):
             note(journal, done)
             yield done
 
 
 def read_ahead(
-    detector: "Detector", batches: Sequence[Batch], config: "InferConfig", threads: ThreadPoolExecutor, room: int
+    detector: "Detector", batches: Sequence[Batch], config: "InferConfig", threads: Threads, room: int
 ) -> Iterator[Loaded]:
     """The images of all batches, group by group, of which as many are read ahead as have `room` pixels."""
 
     def cut(batch: Batch) -> list[Group]:
-        groups = [*groups_of(batch.sources, config.max_pixels, detector.pixels.channels)]
+        groups = [*groups_of(batch.sources, config.max_pixels, detector.pixels.channels, threads.noted)]
         return [Group(batch, *group, number == len(groups)) for number, group in enumerate(groups, start=1)]
+
+    def read_one(file: Path) -> Any:
+        with threads.noted(file):
+            return try_read(detector.read, file, config.max_pixels)
 
     def begin(group: Group) -> Future[Loaded]:
         # decoding leaves Python's lock
-        read = [threads.submit(try_read, detector.read, one.file, config.max_pixels) for one in group.sources]
+        read = [threads.submit(read_one, one.file) for one in group.sources]
 
         def load() -> Loaded:  # waits for what was submitted before it alone
             images = [future.result() for future in read]
@@ -103,7 +149,7 @@ def read_ahead(
     return run_ahead(begin, groups, room, lambda group: group.pixels)
 
 
-def detect_group(detector: "Detector", loaded: Loaded, config: "InferConfig", threads: ThreadPoolExecutor) -> Looked:
+def detect_group(detector: "Detector", loaded: Loaded, config: "InferConfig", threads: Threads) -> Looked:
     """A record for each image that could be read, whose picture is then being drawn."""
     pairs = [*zip(loaded.group.sources, loaded.images, strict=True)]
     seen = [(source, image) for source, image in pairs if not isinstance(image, str)]
@@ -120,8 +166,13 @@ def detect_group(detector: "Detector", loaded: Loaded, config: "InferConfig", th
         }
         for (source, image), (boxes, scores, labels) in zip(seen, detections, strict=True)
     ]
+
+    def draw_one(source: Source, image: Any, found: Any) -> str | None:
+        with threads.noted(source.file):
+            return draw(config, detector, source, image, found)
+
     pictures = [
-        (source.picture, threads.submit(draw, config, detector, source, image, found))
+        (source.picture, threads.submit(draw_one, source, image, found))
         for (source, image), found in zip(seen, detections if config.pictures else [], strict=False)
     ]
     return Looked(loaded.group, records, [image for _, image in pairs if isinstance(image, str)], pictures)

@@ -2,6 +2,7 @@
 a second Ctrl-C quits."""
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -14,6 +15,9 @@ FORWARDED_WITHIN = 1.0
 """Seconds within which a second signal is the first one again: torchrun passes on the Ctrl-C that the terminal has
 already sent to the whole group."""
 _END = 0
+_LOOKS = 1.0
+"""Seconds between two looks for signals that the kernel holds for a main thread which reads from a disk that does not
+answer: such a read is interrupted by nothing except SIGKILL, and no handler runs."""
 
 
 class StopRequest:
@@ -54,8 +58,10 @@ class StopRequest:
             quit_at_once(number)
 
     def _listen(self) -> None:
+        if hasattr(signal, "sigtimedwait"):  # not on macOS and Windows
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # of this thread, which then may take those that are held
         since = 0.0
-        while _END not in (numbers := os.read(self._read, 64)):
+        while _END not in (numbers := self._arrived()):
             for number in set(numbers) & set(SIGNALS):  # others that have a handler (SIGCHLD) write here too
                 if self._quits():
                     quit_at_once(number)
@@ -63,6 +69,13 @@ class StopRequest:
                     self._first, since = number, time.monotonic()
                 elif number == signal.SIGINT and time.monotonic() - since > FORWARDED_WITHIN:
                     quit_at_once(number)
+
+    def _arrived(self) -> bytes:
+        """Numbers of signals, or `_END`."""
+        if not hasattr(signal, "sigtimedwait") or select.select([self._read], [], [], _LOOKS)[0]:
+            return os.read(self._read, 64)
+        held = signal.sigtimedwait(SIGNALS, 0)
+        return bytes([held.si_signo]) if held else b""
 
 
 def _leave_the_pipe() -> None:

@@ -5,9 +5,10 @@ import itertools
 import math
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from retina.data.channels import RGB, read_header_of
 from retina.data.image_lists import list_images, other_files
@@ -61,14 +62,20 @@ def left_out(source: str, output: Path) -> list[str]:
     return [file.name for file in others if not _real(file).is_relative_to(_real(output))]
 
 
-def groups_of(sources: Sequence[Source], max_pixels: int, channels: int = RGB) -> Iterator[tuple[list[Source], int]]:
+def groups_of(
+    sources: Sequence[Source],
+    max_pixels: int,
+    channels: int = RGB,
+    noted: Callable[[Path], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[tuple[list[Source], int]]:
     """Consecutive images, as many as have `max_pixels` pixels together, and their pixels: so the memory that they take
-    is bounded by the pixels, not by the number of images."""
+    is bounded by the pixels, not by the number of images. Each header is read within `noted`."""
     group: list[Source] = []
     held = 0
     for source in sources:
         try:
-            pixels = math.prod(read_header_of(source.file, channels, max_pixels=max_pixels).size)
+            with noted(source.file):
+                pixels = math.prod(read_header_of(source.file, channels, max_pixels=max_pixels).size)
         except DataError:  # reading it will tell
             pixels = 0
         if group and held + pixels > max_pixels:

@@ -136,8 +136,8 @@ def patiently(fetch: Callable[[], T], stopping: Callable[[], int], timeout: floa
 
 def too_late(timeout: float, being_read: Callable[[], list[Path]]) -> RetinaError:
     files = ", ".join(map(str, being_read())) or "no image"
-    problem = f"{timeout:g} seconds without a batch; being read: {files}"
-    fix = "look whether the disk answers and no loader worker is stopped, or raise it"
+    problem = f"{timeout:g} seconds of waiting; being read: {files}"
+    fix = "look whether the disk answers and no process that reads is stopped, or raise it"
     return RetinaError(f"{problem} - {fix}", code="data-timeout", key="timeout")
 
 
