@@ -79,11 +79,12 @@ class Job(NamedTuple):
         """Whether tools/train.py has said so in the run's log, and the run is of these very settings."""
         try:
             before = read_settings(self.folder / "config.yaml")
-            last = read_plain(self.folder / "log.txt").decode().splitlines()[-2:]
+            log = read_plain(self.folder / "log.txt").decode()
         except (ConfigError, OSError, ValueError):
             return False
         same = all(difference.key in WORDS for difference in compare(before, self.settings))
-        return same and any(" finished at step " in line for line in last)
+        _, finished, later = log.rpartition(" finished at step ")
+        return same and bool(finished) and " resumed at step " not in later
 
 
 class Line(NamedTuple):

@@ -57,7 +57,8 @@ def pretend_finished(job: Job, ap: float, rare: float | None = 0.1) -> None:
     """What tools/train.py leaves behind, as far as a table reads it."""
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "config.yaml").write_text(yaml.safe_dump(job.settings))
-    (job.folder / "log.txt").write_text("2026-01-01 step 4\n2026-01-01 finished at step 4\n2026-01-01 next: nothing\n")
+    lines = ("step 4", "finished at step 4", "longer: this way", "next: nothing")
+    (job.folder / "log.txt").write_text("".join(f"2026-01-01 {line}\n" for line in lines))
     per_class = {"disc": {"AP": ap, "num_objects": 95}, "ring": {"AP": rare, "num_objects": 5}}
     per_class["none"] = {"AP": None, "num_objects": 0}
     records = [{"step": step, "kind": "train", "images_per_second": speed} for step, speed in ((2, 5.0), (4, 20.0))]
@@ -157,6 +158,10 @@ def test_a_finished_run_is_one_of_these_settings(place: Path) -> None:
     assert not job.finished()
     pretend_finished(job, 0.3)
     assert job.finished()
+    with (job.folder / "log.txt").open("a") as log:
+        log.write("2026-01-01 resumed at step 4\n2026-01-01 step 6\n")  # the same command with more steps
+    assert not job.finished()
+    pretend_finished(job, 0.3)
     other = job._replace(settings=job.settings | {"train": job.settings["train"] | {"length": 7}})
     assert not other.finished()
     (job.folder / "log.txt").write_text("2026-01-01 told to stop: saved at step 2, the same command goes on\n")
