@@ -15,6 +15,8 @@ from retina.errors import ConfigError
 
 LARGEST = 2**63
 """Integers from here on fit no tensor."""
+MOST_PIXELS, MOST_PADDING = 1 << 13, 1 << 10
+"""Of a side that images are resized to, and that sides of canvases are multiples of."""
 GOALS = {
     "f1": "the highest F1",
     "precision": "the highest recall with a precision of at least `target`",

@@ -352,8 +352,8 @@ def one_line(config_name: str, words: Sequence[str]) -> Iterator[None]:
         raise _explain(fault, config_name, words) from None
     except OmegaConfBaseException as fault:
         raise _wrong_value(fault) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as fault:  # such as tags that would make objects
-        reason = " ".join(str(fault).split())
+    except (yaml.YAMLError, ValueError, TypeError, AssertionError, RecursionError) as fault:  # tags of objects, say
+        reason = " ".join(str(fault).split()) or "a list of defaults names no group"
         raise ConfigError(f"settings: {reason} - correct that override or YAML file", code="wrong-value") from None
 
 

@@ -37,7 +37,12 @@ class FileConfigSource(file_config_source.FileConfigSource):
         file = Path(self.path, self._normalize_file_name(config_path))
         if file.is_file() and b"*" in (content := file.read_bytes()):
             refuse_bomb(file, content)
-        return super().load_config(config_path)
+        try:
+            return super().load_config(config_path)
+        except OSError as fault:
+            if fault.errno is None:  # a file that holds one number
+                raise yaml.YAMLError(f"{file}: {fault}") from None
+            raise
 
 
 def refuse_bomb(file: Path, content: bytes) -> None:

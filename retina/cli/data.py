@@ -22,6 +22,7 @@ from retina.data.windows import Tiling
 from retina.engine.config import COUNT, Ranges, TrainConfig, check_ranges, from_mapping
 from retina.errors import ConfigError, DataError, check, check_choice, under
 from retina.printing import say
+from retina.schema import MOST_PADDING, MOST_PIXELS
 
 if TYPE_CHECKING:
     from retina.cli.recipe import Recipe
@@ -36,7 +37,9 @@ SPLITS = ("train", "val")
 
 _SHARE = (lambda value: 0 <= value <= 1, "give a share from 0 to 1")
 _RANGES: Ranges = {
-    **dict.fromkeys(("short_side", "long_side", "pad_multiple", "eval_batch_size", "max_pixels"), COUNT),
+    **dict.fromkeys(("eval_batch_size", "max_pixels"), COUNT),
+    **dict.fromkeys(("short_side", "long_side"), (lambda value: 1 <= value <= MOST_PIXELS, f"give 1 to {MOST_PIXELS}")),
+    "pad_multiple": (lambda value: 1 <= value <= MOST_PADDING, f"give 1 to {MOST_PADDING}"),
     **dict.fromkeys(("min_visibility", "max_bad_fraction"), _SHARE),
     "num_workers": (lambda value: value >= 0, "give 0 or more"),
     "timeout": (lambda value: value > 0, "give seconds above 0"),
@@ -135,8 +138,9 @@ class DataConfig:
         elif self.tile:
             check(self.tile == "auto", "tile", self.tile, "give [height, width], auto, false or null")
         for canvas in self.canvases or []:
-            sides = isinstance(canvas, list) and len(canvas) == 2 and all(isinstance(s, int) and s > 0 for s in canvas)
-            check(sides, "canvases", canvas, "give [height, width] of each")
+            sides = isinstance(canvas, list) and len(canvas) == 2 and all(isinstance(side, int) for side in canvas)
+            sound = sides and all(1 <= side <= MOST_PIXELS + MOST_PADDING for side in canvas)
+            check(sound, "canvases", canvas, f"give [height, width] of each, up to {MOST_PIXELS + MOST_PADDING}")
 
     @property
     def tiling(self) -> Tiling | None:

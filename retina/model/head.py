@@ -110,8 +110,8 @@ class Head(nn.Module):
         if not 0 < prior < 1:
             problem = f"{prior} is no probability - give a number between 0 and 1, e.g. 0.01"
             raise ConfigError(problem, code="out-of-range", key="prior")
-        if bins is not None and bins < 2:
-            problem = f"{bins} is no distribution - give at least 2, e.g. 17, or null"
+        if bins is not None and not 2 <= bins <= 1000:
+            problem = f"{bins} is no distribution - give 2 to 1000, e.g. 17, or null"
             raise ConfigError(problem, code="out-of-range", key="box_bins")
         self.bins = bins
         tower: dict[str, Any] = {"channels": channels, "num_convs": num_convs, "num_anchors": num_anchors}

@@ -18,7 +18,7 @@ from torch.nn.modules import module
 from retina.errors import CheckpointError, ConfigError, check
 from retina.model.retinanet import retinanet
 from retina.model.timm_backbone import PREFIX
-from retina.schema import GOALS, check_type
+from retina.schema import GOALS, MOST_PADDING, MOST_PIXELS, check_type
 from retina.types import DTYPES
 
 LAST_STEP = 10**12
@@ -27,8 +27,6 @@ MOST_LAYERS = 15_000
 many."""
 MOST_BUFFERS = 1 << 30
 """Bytes of buffers that a model may have and its file not hold, such as tables of positions."""
-_RESIZED = 1 << 13
-"""Pixels of a side that images are resized to."""
 
 _INPUTS = ("backbone.stem.conv1.weight", "backbone.features.0.0.weight")
 """The first convolution of our own backbones."""
@@ -42,9 +40,9 @@ def _within(low: int, high: int | float) -> Callable[[Any], bool]:
 
 
 PREPROCESSING: Mapping[str, Rule] = {
-    "short_side": (int, _within(1, _RESIZED)),
-    "long_side": (int | None, _within(1, _RESIZED)),
-    "pad_multiple": (int, _within(1, 1 << 10)),
+    "short_side": (int, _within(1, MOST_PIXELS)),
+    "long_side": (int | None, _within(1, MOST_PIXELS)),
+    "pad_multiple": (int, _within(1, MOST_PADDING)),
     "pad_value": (list[int], lambda value: 1 <= len(value) <= 256 and all(0 <= v <= 255 for v in value)),
     "precision": (str, lambda value: value in DTYPES),
     "batch_size": (int, _within(1, 1 << 16)),

@@ -21,6 +21,9 @@ from retina.ops.anchors import AnchorGenerator
 from retina.ops.distributions import distances_to_deltas, mean_distances
 from retina.types import Predictions
 
+MOST_CHANNELS, MOST_CONVS, MOST_ANCHORS = 4096, 64, 1000
+"""Of a pyramid or head, of a head, per cell: more is a slip, which would take all the memory there is."""
+
 
 class RetinaNet(nn.Module):
     """One-stage detector (Lin et al., "Focal Loss for Dense Object Detection", arXiv 1708.02002).
@@ -189,9 +192,9 @@ def retinanet(
     some, each = 1 <= len(mean) <= 256, f"a number for each of {len(mean)} channels, on the scale 0..255"
     _check(some and all(map(math.isfinite, mean)), "mean", mean, f"give {each}")
     _check(len(std) == len(mean) and all(0 < s < math.inf for s in std), "std", std, f"give {each}, above 0")
-    _check(fpn_channels >= 1, "fpn_channels", fpn_channels, "give at least 1")
-    _check(head_channels >= 1, "head_channels", head_channels, "give at least 1")
-    _check(head_convs >= 0, "head_convs", head_convs, "give at least 0")
+    _check(1 <= fpn_channels <= MOST_CHANNELS, "fpn_channels", fpn_channels, f"give 1 to {MOST_CHANNELS}")
+    _check(1 <= head_channels <= MOST_CHANNELS, "head_channels", head_channels, f"give 1 to {MOST_CHANNELS}")
+    _check(0 <= head_convs <= MOST_CONVS, "head_convs", head_convs, f"give 0 to {MOST_CONVS}")
     _check(0 <= anchor_offset <= 1, "anchor_offset", anchor_offset, "give 0 to 1 stride, 0.5 for centres of cells")
     if isinstance(neck, str):
         check_choice(neck, NECKS, "neck")
@@ -217,6 +220,8 @@ def retinanet(
     sizes = [4 * stride for stride in fpn.strides] if anchor_sizes is None else anchor_sizes
     per_level = f"give one size for each of {len(fpn.strides)} levels"
     _check(len(sizes) == len(fpn.strides), "anchor_sizes", sizes, per_level)
+    num_anchors = len(anchor_scales) * len(anchor_ratios)
+    _check(num_anchors <= MOST_ANCHORS, "anchor_ratios", num_anchors, f"give up to {MOST_ANCHORS} anchors per cell")
     sizes, scales, ratios = (tuple(map(float, values)) for values in (sizes, anchor_scales, anchor_ratios))
     anchors = AnchorGenerator(sizes, scales, ratios, rounded=anchors_rounded, offset=anchor_offset)
     common = {"in_channels": fpn_channels, "num_classes": num_classes, "num_anchors": anchors.num_per_cell}

@@ -75,6 +75,9 @@ def test_a_missing_key_is_named() -> None:
         ({"repeat_threshold": 1.5}, "out-of-range", ["data.repeat_threshold: 1.5", "a share of the images above 0"]),
         ({"repeat_threshold": None}, "wrong-type", ["data.repeat_threshold: None", "give float"]),
         ({"canvases": [[32, 64], [32]]}, "out-of-range", ["data.canvases: [32]", "[height, width]"]),
+        ({"canvases": [[10**9, 10**9]]}, "out-of-range", ["data.canvases: [1000000000"]),
+        ({"long_side": 10**9}, "out-of-range", ["data.long_side: 1000000000"]),
+        ({"pad_multiple": 10**9}, "out-of-range", ["data.pad_multiple: 1000000000"]),
         ({"short_side": 100, "long_side": 50}, "out-of-range", ["data.short_side: 100", "long_side"]),
     ],
 )
