@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 
 import retina
+from children import before_each_file_call
 from commands import Capture, Tool, digest, one_line
 from retina.cli.journal import Done, read_done
 from retina.data.images import read_image
@@ -315,9 +317,16 @@ class Runs:
         # of so few pixels, four images are under way together
         self.words = [f"checkpoint={run}", f"source={source}", "batch_size=2", "device=cpu", "max_pixels=50000"]
 
-    def start(self, output: Path, *words: str, environment: dict[str, str] | None = None) -> Any:
+    def start(
+        self,
+        output: Path,
+        *words: str,
+        environment: dict[str, str] | None = None,
+        prepare: Callable[[], object] = lambda: None,
+    ) -> Any:
         def task() -> None:
             os.environ.update(environment or {})
+            prepare()
             self.main([*self.words, f"output={output}", *words])
 
         process = get_context("fork").Process(target=task, daemon=True)
@@ -332,12 +341,19 @@ class Runs:
         return digest(output)
 
     def kill(self, output: Path, when: Callable[[], bool]) -> bool:
-        """Kills an inference as soon as `when()`; False when it was through before."""
-        process = self.start(output)
-        while process.is_alive() and not when():
-            time.sleep(0.0005)
-        process.kill()
-        process.join()
+        """SIGKILL right before the first call to the file system, on a path in the output, at which `when()` is true.
+        False when it never was."""
+        looking = threading.local()  # what `when` reads itself are such calls, too
+
+        def act(_: int, __: str, arguments: tuple[object, ...]) -> None:
+            if str(arguments[0]).startswith(str(output)) and not getattr(looking, "now", False):
+                looking.now = True
+                if when():
+                    os.kill(os.getpid(), signal.SIGKILL)
+                looking.now = False
+
+        process = self.start(output, prepare=lambda: before_each_file_call(act))
+        process.join(1000)
         return process.exitcode == -signal.SIGKILL
 
 
@@ -395,20 +411,11 @@ def stamps(output: Path, pictures: Iterable[str]) -> dict[str, tuple[int, int]]:
 
 
 def moments(output: Path, kills: int, randomness: random.Random) -> Iterator[Callable[[], bool]]:
-    """When to kill: some batches further, every second time as soon as a file is being written."""
-    for kill in range(kills):
-        wanted = len(noted(output)) + (1 if kills > 2 else 2)
-        delay = randomness.uniform(0, 0.02)
-
-        def reached(kill: int = kill, wanted: int = wanted, delay: float = delay) -> bool:
-            if len(noted(output)) < wanted:
-                return False
-            if kill % 2:
-                return any((output / ".infer").glob("*.tmp"))
-            time.sleep(delay)
-            return True
-
-        yield reached
+    """When to kill: first when a batch is done, then at any of the calls with which two or three images are."""
+    yield lambda: len(noted(output)) > 0
+    for _ in range(kills - 1):
+        calls = iter(range(randomness.randrange(24)))
+        yield lambda calls=calls: next(calls, None) is None  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])

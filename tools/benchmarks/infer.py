@@ -107,6 +107,7 @@ def inference(place: Path) -> Callable[[Blind, bool], None]:
         score_threshold=0.3,
         batch_size=BATCH_SIZE,
         max_pixels=10**8,
+        timeout=600.0,
         device="cpu",
         precision=None,
         pictures=False,
