@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retina.cli.build import call
 from retina.cli.compose import Settings
-from retina.cli.data import DataConfig, build_loaders
+from retina.cli.data import DataConfig
+from retina.cli.loaders import build_loaders
 from retina.cli.recipe import Recipe, make_recipe
 from retina.engine.config import TrainConfig, from_mapping, to_steps
 from retina.errors import ConfigError

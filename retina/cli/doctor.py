@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retina.cli.compose import entry
-from retina.cli.data import DataConfig, as_seen, left_over, load_split, named_splits, pixel_format, progress, with_tile
+from retina.cli.data import DataConfig, as_seen, left_over, load_split, named_splits, pixel_format, with_tile
+from retina.cli.loaders import progress
 from retina.data.advice import advise
 from retina.data.checks import DataReport
 from retina.data.plots import draw_plots, is_ours

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from retina.cli.build import call
 from retina.cli.compose import entry
-from retina.cli.data import data_of, drop_nulls, load_split, progress
+from retina.cli.data import data_of, drop_nulls, load_split
 from retina.cli.import_weights import read_classes
+from retina.cli.loaders import progress
 from retina.cli.run_folder import read_settings
 from retina.cli.sources import find_images
 from retina.errors import ConfigError, check, check_choice

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from retina.cli.build import call
 from retina.cli.compose import entry
-from retina.cli.data import progress
 from retina.cli.journal import Batch, Done, cut_batches, finish, open_output, read_done
+from retina.cli.loaders import progress
 from retina.cli.looking import look
 from retina.cli.sources import Source, find_images, left_out, name_sources
 from retina.data.checks import some

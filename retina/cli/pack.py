@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retina.cli.compose import entry
-from retina.cli.data import DataConfig, load_split, named_splits, prepare_data, progress, several
+from retina.cli.data import DataConfig, load_split, named_splits, prepare_data, several
+from retina.cli.loaders import progress
 from retina.data.checks import DataReport, RecordsError
 from retina.data.health import check_files
 from retina.data.pack_writer import damaged, plan, write_index, write_shard

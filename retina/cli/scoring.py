@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retina.cli.build import call
-from retina.cli.data import data_of, drop_nulls, open_split, progress, unreadable_images
+from retina.cli.data import data_of, drop_nulls
+from retina.cli.loaders import open_split, progress, unreadable_images
 from retina.cli.run_folder import open_evaluation, read_settings
 from retina.engine.config import from_mapping
 from retina.errors import ConfigError, check, check_choice

@@ -16,7 +16,8 @@ from retina.cli.assemble import assemble
 from retina.cli.auto import Command, check_budget, planned, remembered, shorter
 from retina.cli.build import build_trackers, call
 from retina.cli.compose import Result, Settings, default_settings, entry
-from retina.cli.data import DataConfig, as_seen, load_checked, prepare_data, unreadable_images
+from retina.cli.data import DataConfig, as_seen, load_checked, prepare_data
+from retina.cli.loaders import unreadable_images
 from retina.cli.memory import describe_duration, in_memory
 from retina.cli.recipe import Recipe, make_recipe, without_target
 from retina.cli.run_folder import Opened, folder_of, open_run, settle_at_end, where_now, write_settings

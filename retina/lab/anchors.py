@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from retina.cli.build import build, call
 from retina.cli.compose import Settings, entry
-from retina.cli.data import SPLITS, DataConfig, as_seen, load_split, prepare_data, progress, with_tile
+from retina.cli.data import SPLITS, DataConfig, as_seen, load_split, prepare_data, with_tile
+from retina.cli.loaders import progress
 from retina.cli.train import shapes_by_default
 from retina.engine.config import TrainConfig, from_mapping
 from retina.errors import ConfigError, DataError, check_choice, plain

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from retina.cli.build import build, call
 from retina.cli.compose import Settings, entry
-from retina.cli.data import SPLITS, data_of, open_split, progress
+from retina.cli.data import SPLITS, data_of
+from retina.cli.loaders import open_split, progress
 from retina.cli.run_folder import read_settings
 from retina.engine.config import from_mapping
 from retina.errors import ConfigError, check_choice

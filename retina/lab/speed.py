@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from retina.cli.data import DataConfig, build_eval_loader, load_split
+from retina.cli.data import DataConfig, load_split
+from retina.cli.loaders import build_eval_loader
 from retina.distributed import choose_device
 from retina.engine.config import from_mapping
 from retina.inference import Detector

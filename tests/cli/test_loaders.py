@@ -6,7 +6,8 @@ import pytest
 
 from faults import refused
 from retina.cli.compose import compose
-from retina.cli.data import DataConfig, build_train_loader
+from retina.cli.data import DataConfig
+from retina.cli.loaders import build_train_loader
 from retina.cli.recipe import make_recipe
 from retina.data.annotations import Annotations
 from retina.data.coco import read_coco

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ranks import in_processes
-from retina.cli.data import DataConfig, build_eval_loader
+from retina.cli.data import DataConfig
+from retina.cli.loaders import build_eval_loader
 from retina.data.coco import Annotations, read_coco
 from retina.data.loader import Canvas
 from retina.data.shapes import write_shapes
