@@ -36,7 +36,29 @@ LOADER = "tests/data/test_loader.py"
 COMPOSE = "tests/cli/test_compose.py"
 GROUP = "tests/test_distributed.py"
 IMAGES = "tests/data/test_images.py"
+TILED = "tests/data/test_tiled.py"
 MUTANTS = [
+    Mutant(
+        "what an edge leaves of an object is an object",
+        "retina/data/tiled.py",
+        "KEPT = 0.5",
+        "KEPT = 0.0",
+        f"{TILED}::test_half_of_an_object_is_one_and_less_is_ignored",
+    ),
+    Mutant(
+        "all crops of an image are the same",
+        "retina/data/tile_dataset.py",
+        'stable_hash(seed, "crop")',
+        "0",
+        f"{TILED}::test_the_order_of_crops_is_exact_from_any_step",
+    ),
+    Mutant(
+        "an unproved export is written",
+        "retina/export/proof.py",
+        "if not self.faults or len(self.faults) <= tolerance.unmatched * total:",
+        "if True:",
+        "tests/export/test_write.py::test_where_they_part_is_told",
+    ),
     Mutant(
         "files are not synced",
         "retina/files.py",
