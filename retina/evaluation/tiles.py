@@ -25,10 +25,10 @@ def merge_tiles(
     merged: list[tuple[int, Detections]] = []
     image_of = tiles.image_of[detections.indices]
     for image in np.unique(image_of).tolist():
-        rows = np.flatnonzero(image_of == image)
+        rows = slice(*np.searchsorted(image_of, [image, image + 1]).tolist())  # tiles of an image follow each other
         height, width = tiles.images.sizes[image].tolist()
-        cut = torch.zeros(len(rows), dtype=torch.bool)
-        boxes = torch.from_numpy(detections.boxes[rows])
+        boxes = torch.from_numpy(detections.boxes[rows].copy())
+        cut = torch.zeros(len(boxes), dtype=torch.bool)
         for tile in np.unique(detections.indices[rows]).tolist():
             places = torch.from_numpy(np.flatnonzero(detections.indices[rows] == tile))
             top, left, bottom, right = tiles.windows[tile].tolist()

@@ -129,7 +129,7 @@ def collect(config: DistributionConfig, trained: Mapping[str, Any], output: Path
                 predictions = detector.model(on_device.images, on_device.sizes)
                 arguments = {"assigner": assigner, "predictions": predictions, "targets": on_device.targets}
                 elements.add(predictions, *call(assign, "loss.assigner", **arguments))
-    skipped = sorted(loader.faults.values())
+    skipped = sorted({*loader.faults.values()})  # tiles of one image have the same
     return elements, {
         "checkpoint": config.checkpoint,
         "annotations": str(annotations.file),

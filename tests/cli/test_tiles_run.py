@@ -92,6 +92,15 @@ def test_tiles_are_chosen_once_and_told_beforehand(train: Tool, tool: Tool, caps
     assert any("tiles of [64, 64]" in note for note in counted["notes"])
 
 
+def test_the_automatic_recipe_knows_the_tile(train: Tool) -> None:
+    """Objects of 10 pixels in tiles of 96 want the largest size, which is twice that of what is seen."""
+    words = ["data=coco", "data.root=set", "trackers=[]", "train.device=cpu", "data.tile=[96,96]", "train.batch_size=2"]
+    words += ["train.length=1", "train.eval_every=null", "train.pictures=0", "model.fpn_channels=16"]
+    assert train("name=recipe", *words) == 0
+    data = yaml.safe_load(Path("runs/recipe/config.yaml").read_text())["data"]
+    assert (data["short_side"], data["long_side"]) == (192, 192)
+
+
 @pytest.mark.parametrize(
     ("word", "code", "key"),
     [

@@ -76,6 +76,15 @@ def test_a_crop_holds_an_object_whole(scene: tuple[tuple[int, int], np.ndarray],
         assert inside.any() or (empty > 0 and shown == 0)
 
 
+def test_whole_images_are_among_the_crops_where_wanted() -> None:
+    boxes, size = np.array([[10.0, 10, 300, 300]]), (320, 320)
+    tiling = TILING._replace(whole=True)
+    wholes = [Crops(tiling, 0.0).window(size, boxes, seed) == (0, 0, *size) for seed in range(600)]
+    share = 1 / (1 + len(TILING.windows(size)))
+    assert 0.5 * share < sum(wholes) / 600 < 1.7 * share
+    assert not any(Crops(TILING, 0.0).window(size, boxes, seed) == (0, 0, *size) for seed in range(600))
+
+
 def test_crops_without_objects_have_their_share() -> None:
     boxes = np.array([[10.0, 10, 30, 30]])
     crops = [Crops(TILING, 0.25).window((400, 400), boxes, seed) for seed in range(400)]
