@@ -79,7 +79,7 @@ RECORDS = [
 
 def test_what_was_found_comes_back_from_cvat(tmp_path: Path) -> None:
     """As its export of the layout that it imports; what is not corrected is the same."""
-    values = defined("Label Studio and CVAT")["to_cvat"](RECORDS, ["cat", "dog"])
+    values = defined("Label Studio and CVAT")["to_coco"](RECORDS, ["cat", "dog"])
     (tmp_path / "instances_default.json").write_text(json.dumps(values))
     back = retina.read_coco(tmp_path / "instances_default.json", tmp_path)
     assert [back.file_name(row) for row in range(2)] == ["1/a.jpg", "b.jpg"]
@@ -89,7 +89,9 @@ def test_what_was_found_comes_back_from_cvat(tmp_path: Path) -> None:
 
 
 def test_label_studio_gets_shares_of_the_image() -> None:
-    tasks = defined("Label Studio and CVAT")["to_label_studio"](RECORDS, place="s3://photos/")
+    functions = defined("Label Studio and CVAT")
+    values = functions["to_coco"](RECORDS, ["cat", "dog"])
+    tasks = functions["to_label_studio"](values, place="s3://photos/")
     assert [task["data"]["image"] for task in tasks] == ["s3://photos/1/a.jpg", "s3://photos/b.jpg"]
     first, whole = tasks[0]["predictions"][0]["result"]
     assert (first["value"]["rectanglelabels"], first["score"], first["original_width"]) == (["dog"], 0.9, 200)
