@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from jaxtyping import Float
@@ -12,6 +13,7 @@ from retina.errors import ConfigError, check_choice
 from retina.model.content import Content, GroupNorm
 from retina.model.folding import FoldedBatchNorm2d, FoldedFrozenBatchNorm2d, fold_norms, freeze
 from retina.model.half_resnet import HALVES, resnet
+from retina.model.layers import norm_relu
 from retina.model.pretrained import imagenet_state, load_backbone
 
 RESNETS = (
@@ -78,8 +80,8 @@ class ResNet(nn.Module):
         """The maps, zero beyond the `content`."""
         content = content or Content(None, (images.shape[2], images.shape[3]))
         stem: Any = self.stem
-        x = content.keep(run_norm(stem.bn1, stem.conv1(content.keep(images, 1)), content, 2), 2)
-        x = content.keep(stem.maxpool(stem.relu(x)), 4)
+        x = norm_relu(stem.conv1, stem.bn1, content.keep(images, 1), content, 2)
+        x = content.keep(stem.maxpool(x), 4)
         features, stride = [], 4
         for stage in self.stages[1:]:
             *blocks, last = stage.children()
@@ -106,24 +108,13 @@ def _run_block(block: Any, x: Tensor, content: Content, stride: int, *, is_last:
     if isinstance(block, Bottleneck):
         layers.append((block.conv3, block.bn3))
     out = x
-    for conv, norm in layers:
-        if conv is not block.conv1:
-            out = block.relu(content.keep(out, stride) if conv.kernel_size != (1, 1) else out)
+    for (conv, norm), (following, _) in pairwise(layers):
         stride *= conv.stride[0]
-        out = run_norm(norm, conv(out), content, stride)
-    if block.downsample is not None:
-        conv, norm = block.downsample
-        x = run_norm(norm, conv(x), content, stride)
-    out += x
-    if is_last or isinstance(block, BasicBlock):
-        out = content.keep(out, stride)
-    return block.relu(out), stride
-
-
-def run_norm(norm: nn.Module, x: Tensor, content: Content, stride: int) -> Tensor:
-    """The norm of a map of this stride, whose own statistics are those of the content."""
-    with_mask = isinstance(norm, (FoldedBatchNorm2d, GroupNorm))
-    return norm(x, content.mask(stride)) if with_mask else norm(x)
+        out = norm_relu(conv, norm, out, content, stride, keep=following.kernel_size != (1, 1))
+    conv, norm = layers[-1]
+    stride *= conv.stride[0]
+    keep = is_last or isinstance(block, BasicBlock)
+    return norm_relu(conv, norm, out, content, stride, keep=keep, shortcut=(x, block.downsample)), stride
 
 
 def check_frozen_stages(count: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from retina.errors import ConfigError, check_choice
 from retina.model.content import Content
+from retina.model.layers import convolve
 
 
 class FPN(nn.Module):
@@ -56,19 +57,25 @@ class FPN(nn.Module):
         pyramid = self.merge(features[-len(self.lateral) :], content)
         for i, (conv, stride) in enumerate(zip(self.extra, self.strides[len(pyramid) :], strict=True)):
             below = features[-1] if i == 0 and self.p6_from == "c5" else pyramid[-1]
-            pyramid.append(content.keep(conv(F.relu(below) if i and self.p7_relu else below), stride))
+            pyramid.append(self.level(conv, F.relu(below) if i and self.p7_relu else below, content, stride))
         return tuple(pyramid)
 
     def merge(self, inputs: tuple[Float[Tensor, "B _ _ _"], ...], content: Content) -> list[Float[Tensor, "B C _ _"]]:
         """The levels up to P5, finest first, one per map."""
         strides = self.strides[: len(inputs)]
-        merged = [content.keep(self.lateral[-1](inputs[-1]), strides[-1])]
+        merged = [self.level(self.lateral[-1], inputs[-1], content, strides[-1])]
         for lateral, feature, stride in zip(self.lateral[-2::-1], inputs[-2::-1], strides[-2::-1], strict=True):
             above = F.interpolate(merged[-1], size=feature.shape[-2:], mode="nearest")
-            # in place: the backward pass does not need the output
-            merged.append(content.keep(lateral(feature).add_(above), stride))
+            merged.append(self.level(lateral, feature, content, stride, above))
         levels = zip(self.output, reversed(merged), strides, strict=True)
-        return [content.keep(conv(x), stride) for conv, x, stride in levels]
+        return [self.level(conv, x, content, stride) for conv, x, stride in levels]
+
+    def level(
+        self, conv: nn.Module, x: Tensor, content: Content, stride: int, added: Tensor | None = None
+    ) -> Float[Tensor, "B C _ _"]:
+        """conv(x) and what is added to it, zero beyond the content; `stride` is that of the result."""
+        assert isinstance(conv, nn.Conv2d)
+        return convolve(conv, [x], [content.mask(stride)], residuals=[] if added is None else [added])[0]
 
 
 class PAFPN(FPN):
@@ -92,8 +99,8 @@ class PAFPN(FPN):
         first, *others = super().merge(inputs, content)
         pyramid, below = [first], first
         for level, down, output, stride in zip(others, self.down, self.down_output, self.strides[1:], strict=False):
-            below = content.keep(down(below).add_(level), stride)
-            pyramid.append(content.keep(output(below), stride))
+            below = self.level(down, below, content, stride, level)
+            pyramid.append(self.level(output, below, content, stride))
         return pyramid
 
 

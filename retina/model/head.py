@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from retina.errors import ConfigError, check_choice
 from retina.model.content import GroupNorm
 from retina.model.guided_quality import GuidedQuality
+from retina.model.layers import convolve
 from retina.ops.distributions import even_distribution
 
 Masks = Sequence[Float[Tensor, "B 1 _ _"] | None]
@@ -53,16 +55,16 @@ class Tower(nn.Module):
         """The numbers and the quality logits of every level; the second tuple is empty without `quality`.
 
         Anchors are in the order [H W cell-anchor], so that in channels_last memory the results are views."""
-        numbers, quality = [], []
-        for hidden, mask in zip(features, masks, strict=True):
-            for layer in self.convs:
-                if mask is not None and isinstance(layer, nn.ReLU):
-                    hidden = hidden.mul_(mask.to(hidden.dtype))  # before the ReLU, which needs its own result
-                hidden = layer(hidden, mask) if isinstance(layer, GroupNorm) else layer(hidden)
-            numbers.append(by_anchor(self.predict(hidden), self.num_outputs))
-            if self.quality is not None:
-                quality.append(by_anchor(self.quality(hidden), 1).squeeze(-1))
-        return tuple(numbers), tuple(quality)
+        hidden = tuple(features)
+        for layer, following in pairwise(self.convs):
+            if isinstance(layer, nn.Conv2d):
+                norm = following if isinstance(following, GroupNorm) else None
+                hidden = convolve(layer, hidden, masks, norm=norm, relu=True)
+        unmasked = (None,) * len(hidden)
+        numbers = tuple(by_anchor(x, self.num_outputs) for x in convolve(self.predict, hidden, unmasked))
+        if self.quality is None:
+            return numbers, ()
+        return numbers, tuple(by_anchor(x, 1).squeeze(-1) for x in convolve(self.quality, hidden, unmasked))
 
 
 def _initialize(layer: nn.Module) -> None:

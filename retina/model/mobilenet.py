@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
 from retina.errors import check_choice
-from retina.model.backbone import NORMS, check_frozen_stages, run_norm
+from retina.model.backbone import NORMS, check_frozen_stages
 from retina.model.content import Content
 from retina.model.folding import fold_norms, freeze
+from retina.model.layers import run_norm
 from retina.model.pretrained import imagenet_state, load_backbone
 
 
