@@ -10,9 +10,12 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from retina.errors import ConfigError, check_choice
+from retina.model.backbone import ResNet
 from retina.model.backbones import build_backbone
+from retina.model.casting import weights_cast
 from retina.model.content import Content
 from retina.model.fpn import NECKS
+from retina.model.head import Head
 from retina.model.heads import build_head
 from retina.model.input_channels import adapt_input
 from retina.model.parts import check_backbone, make_part, run_part, takes_two
@@ -88,12 +91,20 @@ class RetinaNet(nn.Module):
             expected = f"uint8 [B {channels} H W]{', RGB' * (channels == 3)} from 0 to 255"
             problem = f"images must be {expected}, got {images.dtype} {list(images.shape)}"
             raise ValueError(f"{problem} - the model applies mean and std itself")
-        logits, deltas, quality, bins, shapes = self._levels(self, images, sizes)
+        with weights_cast(self._stages(), images.device):
+            logits, deltas, quality, bins, shapes = self._levels(self, images, sizes)
         strides: Sequence[int | tuple[int, int]] = self.strides
         if self.arguments.get("canvas_strides"):
             strides = [(images.shape[2] // height, images.shape[3] // width) for height, width in shapes]
         anchors = self.anchors(shapes, strides, images.device)
         return Predictions(logits, deltas, anchors, quality or None, bins or None, sizes)
+
+    def _stages(self) -> list[nn.Module]:
+        """The parts whose weights autocast would cast one by one: those of our own, where nothing is compiled."""
+        own = self._levels is RetinaNet._compute_levels
+        parts = [part for part in (self.fpn, self.head) if type(part) in (*NECKS.values(), Head)]
+        stages = self.backbone.children() if type(self.backbone) is ResNet else ()
+        return [*stages, *parts] if own else []
 
     def _compute_levels(
         self, images: UInt8[Tensor, "B C H W"], sizes: Int64[Tensor, "B 2"] | None
