@@ -32,6 +32,7 @@ from retina.model.header import PREPROCESSING
 from retina.model.retinanet import RetinaNet
 from retina.model.weights import DetectorCard, load_detector
 from retina.ops.seams import is_cut, merge
+from retina.precision import float32_as
 from retina.types import DTYPES, Batch, Detections, Predictions, to_device
 
 T = TypeVar("T")
@@ -58,6 +59,7 @@ class Detector:
         precision = card.preprocessing["precision"]
         check_choice(precision, DTYPES, "precision")
         self.card, self.device, self.file, self.dtype = card, device, file, DTYPES[precision]
+        self._precision = precision
         self.model = model.to(device).to(memory_format=torch.channels_last).eval()
         merge_norms(self.model)
         for layer in self.model.modules():
@@ -77,7 +79,7 @@ class Detector:
     ) -> "Detector":
         """From a run folder (its `best.safetensors`) or a `.safetensors` file, which needs nothing beside it.
 
-        precision: `fp32`, `bf16` or `fp16`; None is what it was trained and evaluated with.
+        precision: `fp32`, `tf32`, `bf16` or `fp16`; None is what it was trained and evaluated with.
         plugins: packages whose backbones, necks and heads the file may name. They are imported, so name only those that
             you trust.
 
@@ -243,7 +245,8 @@ class Detector:
     def detect(self, batch: Batch, options: Mapping[str, Any]) -> list[Detections]:
         """Detections of each image of a batch, as `predict` returns them. `options` are those of `postprocess`."""
         on_device = to_device(batch, self.device)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with autocast, float32_as(self._precision):
             predictions = self.model(on_device.images, on_device.sizes)
         refuse_non_finite(int(count_non_finite(predictions)), self.file)
         detections = postprocess(predictions, on_device.sizes, **options)

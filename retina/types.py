@@ -96,7 +96,7 @@ class Detections(NamedTuple):
     labels: Int64[Tensor, "D"]
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What the word `precision` means: the type in which convolutions are computed. Weights and losses stay float32."""
 Criterion = Callable[[Predictions, Targets], Losses]
 Postprocess = Callable[[Predictions, Tensor], list[Detections]]

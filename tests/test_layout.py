@@ -29,6 +29,7 @@ ROOMS = {
     "distributed": 4,
     "files": 4,
     "plugins": 4,
+    "precision": 4,
     "schema": 4,
     "types": 5,
     "printing": 5,

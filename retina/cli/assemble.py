@@ -1,5 +1,6 @@
 """Makes what a training run consists of from its settings. Beside the road."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retina.cli.build import call
@@ -77,10 +78,12 @@ def assemble(
     import torch
 
     from retina.engine.probe import keep_memory
+    from retina.precision import chosen_precision
 
     if device.type == "cpu":
         keep_memory()
     config = from_mapping(TrainConfig, settings["train"], "train")
+    config = replace(config, precision=chosen_precision(config.precision, device))
     data = from_mapping(DataConfig, settings["data"], "data")
     recipe = make_recipe(settings)
     torch.manual_seed(config.seed)

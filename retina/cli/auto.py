@@ -181,7 +181,7 @@ def facts_of(settings: Settings, annotations: "Annotations", device: "torch.devi
     import numpy as np
 
     from retina import distributed
-    from retina.engine.probe import native_bf16
+    from retina.precision import native_bf16
 
     counts = np.diff(annotations.offsets)
     is_object = ~annotations.crowd

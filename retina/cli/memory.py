@@ -34,6 +34,7 @@ def in_memory(
     Raises ConfigError for a step that will not fit; one that may not is warned of."""
     from retina import distributed
     from retina.engine.probe import free_bytes, step_bytes
+    from retina.precision import chosen_precision
 
     train = settings["train"]
     canvas = largest_canvas(settings, annotations)
@@ -47,11 +48,12 @@ def in_memory(
     free = min(frees)
     if AMPLE[0] + AMPLE[1] * batch // train["accumulate"] * canvas[0] * canvas[1] < free:
         return []
+    precision = chosen_precision(train["precision"], device)
     model, needs = on_meta(settings, annotations), dict[int, int]()
     for accumulate in (n for n in range(train["accumulate"], batch + 1) if batch % n == 0):
         try:
             images = (batch // accumulate, *canvas)
-            needs[accumulate] = step_bytes(model, images, objects=most_objects, precision=train["precision"])
+            needs[accumulate] = step_bytes(model, images, objects=most_objects, precision=precision)
         except (RuntimeError, TypeError):  # parts of plugins may need values, which meta tensors have not
             return []
         if fits := needs[accumulate] < 0.9 * free:
@@ -117,12 +119,11 @@ def describe_duration(
 ) -> str:
     """How long a run takes on a CPU, and what would make it shorter if that is long; empty where nobody knows."""
     from retina.engine.probe import seconds_per_pixel
-    from retina.types import DTYPES
 
     if state.device.type != "cpu" or settings["budget"]:
         return ""
     try:
-        pixel = seconds_per_pixel(state.model, largest_canvas(settings, annotations), DTYPES[state.config.precision])
+        pixel = seconds_per_pixel(state.model, largest_canvas(settings, annotations), state.dtype)
     except (RuntimeError, TypeError):  # parts of plugins may want other images
         return ""
     image = float(_resized(settings, annotations).prod(axis=1).mean())

@@ -81,8 +81,6 @@ def main(settings: Settings) -> Result:
     check_budget(settings, command.typed)
 
     # torch takes seconds to load, and a wrong setting should not wait for it
-    import torch
-
     from retina import distributed
     from retina.cli.environment import describe_environment, for_weights, record_environment
     from retina.cli.report import describe_end
@@ -91,14 +89,14 @@ def main(settings: Settings) -> Result:
     from retina.engine.logging import RunLogger
     from retina.engine.loop import fit
     from retina.engine.optim import build_optimizer
+    from retina.precision import algorithms
 
     device = call(distributed.choose_device, "train.device", name=config.device)
     make_recipe(settings)
     trackers = build_trackers(settings["trackers"], settings["plugins"])
     with distributed.process_group(device, timeout_minutes=config.timeout_minutes), ExitStack() as stack:
-        if config.deterministic:  # until the end of this run: a sweep may have others in this process
-            stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
-            torch.use_deterministic_algorithms(True)
+        # until the end of this run: a sweep may have others in this process
+        stack.enter_context(algorithms(deterministic=config.deterministic, few_shapes=bool(data.canvases)))
         settings |= distributed.on_main(lambda: remembered(folder, command))
         opening = {"overwrite": settings["overwrite"], "defaults": default_settings}
         run = Opened(*distributed.on_main(lambda: open_run(folder, settings, **opening)))
@@ -219,7 +217,6 @@ def score(
     from retina.evaluation.evaluate import evaluate
     from retina.evaluation.operating_points import fit_operating_point
     from retina.evaluation.pictures import evaluation_pictures
-    from retina.types import DTYPES
 
     state, recorder = checkpointer.state, checkpointer.recorder
     loader.stopping = stopping
@@ -230,7 +227,7 @@ def score(
         postprocess=recipe.postprocess,
         criterion=recipe.criterion,
         device=state.device,
-        dtype=DTYPES[state.config.precision],
+        dtype=state.dtype,
         stopping=stopping,
         scoring=recipe.scoring,
         tiles=loader.annotations,

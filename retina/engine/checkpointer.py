@@ -20,6 +20,8 @@ from retina.engine.optim import ExponentialMovingAverage, Schedule, as_schedule,
 from retina.errors import CheckpointError, ConfigError
 from retina.files import Place, advice, write_whole
 from retina.model.weights import DetectorCard, detector_bytes, serialize
+from retina.precision import chosen_precision
+from retina.types import DTYPES
 
 
 class TrainState:
@@ -36,9 +38,11 @@ class TrainState:
         config: TrainConfig | None = None,
         schedule: Schedule | Callable[[int], float] = constant,
     ) -> None:
-        self.model, self.optimizer, self.config = model, optimizer, config or TrainConfig()
-        self.schedule = as_schedule(schedule)
+        self.model, self.optimizer, self.schedule = model, optimizer, as_schedule(schedule)
         self.device = next(model.parameters()).device
+        config = config or TrainConfig()
+        self.precision = chosen_precision(config.precision, self.device)
+        self.config, self.dtype = replace(config, precision=self.precision), DTYPES[self.precision]
         decay = self.config.ema
         self.ema = None if decay is None else ExponentialMovingAverage(model, decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")

@@ -15,7 +15,7 @@ T = TypeVar("T")
 Length = int | float | str
 """How long: an integer is optimizer steps, a fraction below 1 is a share of the run, `"3ep"` is three epochs."""
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 REPLACED = ".replaced"
 """In a run's folder: the earlier run that this one is to take the place of, until it has a checkpoint."""
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -33,7 +33,7 @@ class TrainConfig:
     centerness or score (the default's), all but the first go through the network twice, once without gradients."""
     lr_batch_size: int = 16
     """The batch size that `optimizer.lr` is meant for; the real rate is scaled by batch_size / lr_batch_size."""
-    precision: str = "fp32"  # bf16, fp16
+    precision: str | None = None  # fp32 (IEEE), tf32, bf16, fp16; null: bf16 on a GPU that has it, else fp32
     clip_norm: float | None = 10.0
     """Largest norm of the whole gradient; null does not clip."""
     ema: float | None = None
@@ -63,7 +63,7 @@ class TrainConfig:
     """How long training goes on while a checkpoint or the best weights cannot be written; then the run stops."""
 
     def __post_init__(self) -> None:
-        check_choice(self.precision, PRECISIONS, "precision")
+        check_choice(self.precision, (None, *PRECISIONS), "precision")
         check_choice(self.best_metric, METRICS, "best_metric")
         check_ranges(self, _TRAIN_RANGES)
         for name in ("length", "save_every", "eval_every"):

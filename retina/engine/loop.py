@@ -28,7 +28,8 @@ from retina.errors import ConfigError, RetinaError, StoppedError
 from retina.evaluation.evaluate import Evaluation
 from retina.losses.detection import DetectionLoss
 from retina.losses.diagnose import Diagnosis, prior_is_lost, summarize, with_diagnosis
-from retina.types import DTYPES, Batch, Criterion, to_device
+from retina.precision import float32_as
+from retina.types import Batch, Criterion, to_device
 from retina.visualize import batch_pictures, grid
 
 
@@ -72,7 +73,7 @@ def fit(
     batches = _endless(loader, progress.step, plan.steps_per_epoch, config.accumulate)
     stop = 0
     ending: BaseException | None = None
-    with distributed.naming_lost_process(lambda: f"step {progress.step}"):
+    with distributed.naming_lost_process(lambda: f"step {progress.step}"), float32_as(state.precision):
         while True:
             # what follows an update comes first, so that a run stopped between the two makes up for it
             step = progress.step
@@ -126,7 +127,7 @@ def _make_update(
         micro_batches,
         optimizer=state.optimizer,
         scaler=state.scaler,
-        dtype=DTYPES[config.precision],
+        dtype=state.dtype,
         clip_norm=config.clip_norm,
         averages=state.ema.floating if state.ema else (),
     )

@@ -17,6 +17,7 @@ from retina import distributed
 from retina.engine.config import TrainConfig
 from retina.engine.optim import build_optimizer
 from retina.engine.step import parallel, train_step
+from retina.precision import chosen_precision
 from retina.types import DTYPES, Batch, Criterion, to_device
 
 WARM, LEAST, MOST = 2, 2, 10
@@ -24,13 +25,6 @@ WARM, LEAST, MOST = 2, 2, 10
 
 PART = 256
 """Pixels of a side of the part of a canvas that a rough measurement takes."""
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is computed in hardware, so that it is faster than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -117,7 +111,7 @@ def step_bytes(model: Any, images: tuple[int, int, int], *, objects: int, precis
     anchors = sum(level.shape[1] for level in predictions.logits)
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     losses = 6 * sum(4 * output.numel() for output in outputs) + 8 * count * anchors * objects
-    scale = 1.0 if precision == "fp32" else 0.6
+    scale = 1.0 if precision in ("fp32", "tf32") else 0.6
     return int(1.2 * (scale * activations + losses + 4 * weights))
 
 
@@ -133,6 +127,7 @@ def seconds_per_step(
     """Mean time of a step with its batches, the same on all ranks. It takes about `patience` seconds at most, but for
     slow steps. The model stays as it is: a copy is trained."""
     device = next(model.parameters()).device
+    dtype = DTYPES[chosen_precision(config.precision, device)]
     twin = copy.deepcopy(model)
     optimizer, trained = build_optimizer(make_optimizer, twin), parallel(twin, device).train()
     batches = _without_end(loader)
@@ -141,7 +136,7 @@ def seconds_per_step(
         started = time.perf_counter()
         for _ in range(steps):
             micro_batches = [to_device(batch, device) for batch in islice(batches, config.accumulate)]
-            options: dict[str, Any] = {"dtype": DTYPES[config.precision], "clip_norm": config.clip_norm}
+            options: dict[str, Any] = {"dtype": dtype, "clip_norm": config.clip_norm}
             train_step(trained, criterion, micro_batches, optimizer=optimizer, **options)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -43,7 +43,7 @@ def test_nested_sections() -> None:
         ({"compile": 1}, "wrong-type", ["train.compile: 1", "give bool"]),
         ({"batch_size": 0}, "out-of-range", ["train.batch_size: 0", "1 or more"]),
         ({"best_metric": "mAP"}, "unknown-value", ["train.best_metric: 'mAP'", "AP, AP50"]),
-        ({"precision": "fp8"}, "unknown-value", ["train.precision: 'fp8'", "fp32, bf16, fp16"]),
+        ({"precision": "fp8"}, "unknown-value", ["train.precision: 'fp8'", "fp32, tf32, bf16, fp16"]),
         ({"ema": 1.0}, "out-of-range", ["train.ema: 1.0", "[0, 1), or null"]),
         ({"seed": 2**32}, "out-of-range", ["train.seed: 4294967296", "2^32"]),
         ({"length": 0.5}, "out-of-range", ["train.length: 0.5"]),
