@@ -264,5 +264,12 @@ def average_into(tensors: Sequence[Tensor], flat: Tensor) -> None:
     if world_size() > 1:
         dist.all_reduce(flat)
         flat /= world_size()
+    write_into(tensors, flat)
+
+
+@torch.no_grad()
+def write_into(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    """Writes back what `flatten` made of the tensors."""
     parts = flat.split([t.numel() for t in tensors])
-    torch._foreach_copy_(list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
+    if tensors:
+        torch._foreach_copy_(list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])

@@ -49,6 +49,8 @@ class TrainConfig:
     """Stop after this many evaluations without a better value; null never does."""
     device: str = "auto"  # cuda, mps, cpu
     channels_last: bool = True
+    halve_when_full: bool = False
+    """When a GPU's memory is short, go on with half as many images at a time; one process only."""
     compile: bool = False
     deterministic: bool = False
     """Deterministic algorithms only: the same bits again on the same device, at some cost in speed."""

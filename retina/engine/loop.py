@@ -23,6 +23,7 @@ from retina.engine.deadline import Deadline
 from retina.engine.logging import RunLogger
 from retina.engine.meter import LAG, PendingFlags
 from retina.engine.optim import set_learning_rate
+from retina.engine.shortage import Shortage
 from retina.engine.step import StepResult, parallel, train_step
 from retina.errors import ConfigError, RetinaError, StoppedError
 from retina.evaluation.evaluate import Evaluation
@@ -121,16 +122,17 @@ def _make_update(
     step, config = state.progress.step, state.config
     factor = state.schedule(step, total=plan.total, steps_per_epoch=plan.steps_per_epoch)
     lr = set_learning_rate(state.optimizer, factor)
-    result = train_step(
+    make = partial(
+        train_step,
         model,
         report.criterion(step),
-        micro_batches,
         optimizer=state.optimizer,
         scaler=state.scaler,
         dtype=state.dtype,
         clip_norm=config.clip_norm,
         averages=state.ema.floating if state.ema else (),
     )
+    result = report.shortage.update(make, micro_batches, step + 1)
     state.progress.step += 1
     state.learned = True
     if state.ema is not None:
@@ -254,6 +256,8 @@ class _Report:
     ) -> None:
         self.state, self.plan, self.recorder, self.annotations, self.loader = state, plan, recorder, annotations, loader
         recorder.progress(state.progress.step, plan.total)
+        halves, accumulate = state.config.halve_when_full, state.config.accumulate
+        self.shortage = Shortage(accumulate, halves=halves, warn=recorder.warn)
         self._pending: PendingFlags[_Update] = PendingFlags(LAG.get(state.device.type, 0))
         self._criterion = criterion
         self._diagnosis: Diagnosis | None = None

@@ -215,6 +215,9 @@ def with_chosen(choices: _Choices) -> dict[str, Any]:
 def _update(facts: Facts, choices: _Choices, batch: int, epochs: float) -> None:
     bf16 = "the device computes in it" if facts.bf16 else "the device has no bfloat16 of its own"
     choices.add("train.precision", "bf16" if facts.bf16 else "fp32", bf16)
+    if facts.device == "cuda" and facts.processes == 1:
+        reason = "the same update from fewer images at a time, should memory be short"
+        choices.add("train.halve_when_full", True, reason)
     optimizer = value_of(choices.settings, "optimizer")
     if optimizer["_target_"] == "torch.optim.AdamW":
         deep = "50" in str(value_of(with_chosen(choices), "model.backbone"))

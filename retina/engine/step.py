@@ -70,7 +70,7 @@ def train_step(
 
     for i, batch in enumerate(micro_batches):
         waits = isinstance(model, DistributedDataParallel) and i + 1 < len(micro_batches)
-        with model.no_sync() if waits else nullcontext():  # type: ignore[operator]
+        with _undone(optimizer, statistics, before), model.no_sync() if waits else nullcontext():  # type: ignore[operator]
             losses = compute(model, batch)
             if i == 0 and losses.box_normalizer is not None:
                 network = model.module if isinstance(model, DistributedDataParallel) else model
@@ -96,6 +96,17 @@ def train_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(sums[:2] / positives, sums[2], norm, rank_sums, updated)
+
+
+@contextmanager
+def _undone(optimizer: Optimizer, statistics: Sequence[Tensor], before: Tensor) -> Iterator[None]:
+    """Where memory does not suffice within the block, nothing has happened: another attempt may take less."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        optimizer.zero_grad(set_to_none=True)
+        distributed.write_into(statistics, before)
+        raise
 
 
 @contextmanager
