@@ -182,21 +182,26 @@ def _best_after_nms(
 ) -> list[Int64[Tensor, "_"]]:
     """Indices of the best `limit` survivors of each image, best first, from candidates by image and best first.
 
-    Only a better candidate can suppress one, so the best few of each image are looked at first, and more of them only
-    if too few survive."""
+    Only a better candidate can suppress one, so the best few of each image are looked at first, and more of an image
+    only if too few of its own survive."""
     images = torch.arange(num_images + 1, device=image.device)
     available = torch.searchsorted(image, images).diff().tolist()
     rank, looked = _rank(image), 4 * limit
-    while True:
-        first = (rank < looked).nonzero().squeeze(1)
+    survivors: dict[int, Tensor] = {}
+    waiting = torch.ones_like(images, dtype=torch.bool)
+    while len(survivors) < num_images:
+        first = (waiting[image] & (rank < looked)).nonzero().squeeze(1)
         # A GPU would rather do all at once; a CPU compares each with every later one, also those of other images.
-        parts = (first,) if first.is_cuda else first.split([min(n, looked) for n in available])
-        best = [part[grouped_nms(boxes[part], scores[part], groups[part], iou)] for part in parts]
-        survivors = torch.cat(best).sort().values
-        counts = torch.searchsorted(image[survivors], images).diff().tolist()
-        if all(n >= limit or few <= looked for n, few in zip(counts, available, strict=True)):
-            return [part[:limit] for part in survivors.split(counts)]
+        sizes = [0 if number in survivors else min(n, looked) for number, n in enumerate(available)]
+        parts = (first,) if first.is_cuda else first.split(sizes)
+        best = torch.cat([part[grouped_nms(boxes[part], scores[part], groups[part], iou)] for part in parts])
+        best = best.sort().values
+        for number, part in enumerate(best.split(torch.searchsorted(image[best], images).diff().tolist())):
+            if number not in survivors and (len(part) >= limit or available[number] <= looked):
+                survivors[number] = part[:limit]
+                waiting[number] = False
         looked *= 4
+    return [survivors[number] for number in range(num_images)]
 
 
 def _best_first(scores: Float[Tensor, "N"], group: Int64[Tensor, "N"], limit: int | None = None) -> Int64[Tensor, "_"]:

@@ -226,23 +226,28 @@ def gather_objects(obj: T) -> list[T]:
 
 
 def gather_arrays(arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-    """The arrays of each rank, on every rank, in rank order."""
+    """The arrays of each rank, in rank order, on rank 0; nothing on the others."""
     if world_size() == 1:
         return [list(arrays)]
-    parts = _gather_bytes(save({str(i): np.ascontiguousarray(array) for i, array in enumerate(arrays)}))
+    data = save({str(i): np.ascontiguousarray(array) for i, array in enumerate(arrays)})
+    parts = _gather_bytes(data, everywhere=False)
     ranks = [load(part) for part in parts]
     return [[named[str(i)] for i in range(len(arrays))] for named in ranks]
 
 
-def _gather_bytes(data: bytes) -> list[bytes]:
+def _gather_bytes(data: bytes, *, everywhere: bool = True) -> list[bytes]:
+    """On rank 0 alone unless `everywhere`."""
     size = torch.tensor([len(data)])
     sizes = [torch.empty_like(size) for _ in range(world_size())]
     dist.all_gather(sizes, size)
     padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8)
     padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return [part[: int(length)].numpy().tobytes() for part, length in zip(parts, sizes, strict=True)]
+    parts = [torch.empty_like(padded) for _ in sizes] if everywhere or is_main() else []
+    if everywhere:
+        dist.all_gather(parts, padded)
+    else:
+        dist.gather(padded, parts or None)
+    return [part[: int(length)].numpy().tobytes() for part, length in zip(parts, sizes, strict=bool(parts))]
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:

@@ -20,11 +20,12 @@ from retina.types import Batch, Criterion, Detections, Postprocess, to_device
 
 
 class Evaluation(NamedTuple):
-    """Result over all ranks, the same on every rank."""
+    """Result over all ranks, the same on every rank except `detections`."""
 
     metrics: dict[str, Any]
     """See `coco_metrics`."""
     detections: DetectionArrays
+    """On rank 0; those of the others have no rows."""
     losses: dict[str, float]
     """`loss`, `loss_classification`, `loss_box`, each over its divisor of the whole set; empty without a criterion."""
 
@@ -134,12 +135,13 @@ class DetectionCollector:
             self._batches.append([field.cpu().to(dtype) for field, dtype in zip(fields, _DTYPES, strict=True)])
 
     def gather(self) -> DetectionArrays:
-        """Detections of all ranks, the same on every rank, sorted by image and then in the order they were added.
+        """Detections of all ranks on rank 0, sorted by image and then in the order they were added; none on the others.
 
         An image added more than once (a sampler repeats some so that ranks have equally many) counts once: the first
         time on the lowest rank.
         """
         ranks = distributed.gather_arrays([torch.cat(batches).numpy() for batches in zip(*self._batches, strict=True)])
+        ranks = ranks or [[batches[0].numpy() for batches in zip(*self._batches, strict=True)]]  # the first has no rows
         images, counts, boxes, scores, labels = (np.concatenate(arrays) for arrays in zip(*ranks, strict=True))
         unique, first = np.unique(images, return_index=True)
         lengths = counts[first]
