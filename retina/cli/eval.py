@@ -87,7 +87,7 @@ def score_file(config: EvalConfig) -> int:
 def score_detector(config: EvalConfig, checkpoint: Path) -> int:
     """The exit code, the same on every rank."""
     folder = folder_of(checkpoint)
-    settings_of(checkpoint)  # what is wrong in them is told at once
+    settings = settings_of(checkpoint)
 
     # torch takes seconds to load, and a wrong setting should not wait for it
     from retina import distributed
@@ -98,7 +98,7 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
     device = call(distributed.choose_device, "device", name=config.device)
     with distributed.process_group(device):
         output = Path(config.output) if config.output else folder / "eval"
-        scored = score_split(config, checkpoint, device, output, None if config.output else folder)
+        scored = score_split(config, checkpoint, settings, device, output, None if config.output else folder)
         annotations, metrics, skipped = scored.annotations, scored.evaluation.metrics, scored.skipped
         if distributed.is_main():
             detections = keep_known(annotations, scored.evaluation.detections)

@@ -74,11 +74,16 @@ def scoring_of(settings: dict[str, Any], typed: dict[str, Any]) -> "Scoring":
 
 
 def score_split(
-    config: ScoringConfig, checkpoint: Path, device: "torch.device", output: Path, within: Path | None
+    config: ScoringConfig,
+    checkpoint: Path,
+    settings: dict[str, Any],
+    device: "torch.device",
+    output: Path,
+    within: Path | None,
 ) -> Scored:
-    """Within a process group. Makes the folder `output`, which must be that of an evaluation."""
-    settings = settings_of(checkpoint)
+    """Within a process group. Makes the folder `output`, which must be that of an evaluation.
 
+    settings: of the run, by `settings_of`."""
     from retina import distributed
     from retina.detections import postprocess
     from retina.evaluation.evaluate import evaluate

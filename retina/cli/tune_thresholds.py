@@ -16,7 +16,7 @@ from pathlib import Path
 
 from retina.cli.build import call
 from retina.cli.compose import entry
-from retina.cli.scoring import ScoringConfig, folder_of, score_split
+from retina.cli.scoring import ScoringConfig, folder_of, score_split, settings_of
 from retina.printing import say
 
 
@@ -33,6 +33,7 @@ class TuneConfig(ScoringConfig):
 @entry("tune_thresholds", TuneConfig)
 def main(config: TuneConfig) -> int:
     checkpoint = Path(config.checkpoint)
+    settings = settings_of(checkpoint)
 
     # torch takes seconds to load, and a wrong setting should not wait for it
     from safetensors.torch import load
@@ -46,7 +47,7 @@ def main(config: TuneConfig) -> int:
     device = call(distributed.choose_device, "device", name=config.device)
     with distributed.process_group(device):
         folder = folder_of(checkpoint)
-        scored = score_split(config, checkpoint, device, folder / "eval", folder)
+        scored = score_split(config, checkpoint, settings, device, folder / "eval", folder)
         if distributed.is_main():
             point = fit_operating_point(scored.annotations, scored.evaluation.detections, goal)
             source = scored.detector.file
