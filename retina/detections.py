@@ -65,7 +65,7 @@ def postprocess(
     boxes, scores, labels, image = boxes[keep], scores[keep], labels[keep], image[keep]
     groups = image if class_agnostic else image * predictions.logits[0].shape[-1] + labels
     survivors = _best_after_nms(boxes, scores, groups, image, len(sizes), nms_iou, max_detections)
-    return [Detections(boxes[one], scores[one], labels[one]) for one in survivors]
+    return [Detections(boxes[index], scores[index], labels[index]) for index in survivors]
 
 
 def count_non_finite(predictions: Predictions) -> Int64[Tensor, ""]:
@@ -131,12 +131,12 @@ def _candidates(
     num_images, num_classes = len(predictions.logits[0]), predictions.logits[0].shape[-1]
     inside = [on_covered_cells(anchors, sizes) for anchors in predictions.anchors]
     lowest = [_lowest_logit(*level, threshold, limit) for level in zip(predictions.logits, inside, strict=True)]
-    promising = torch.cat([(best >= low).flatten() for best, low in lowest]).nonzero().squeeze(1)
+    candidates = torch.cat([(best >= low).flatten() for best, low in lowest]).nonzero().squeeze(1)
     ends = torch.tensor([0, *(best.numel() for best, _ in lowest)]).cumsum(0)
-    bounds = torch.searchsorted(promising, ends.to(promising.device)).tolist()
+    bounds = torch.searchsorted(candidates, ends.to(candidates.device)).tolist()
     rows, deltas, anchors, groups, fits = [], [], [], [], []
     for level, (first, last) in enumerate(pairwise(bounds)):
-        row = promising[first:last] - ends[level]
+        row = candidates[first:last] - ends[level]
         num_anchors = len(predictions.anchors[level])
         rows.append(predictions.logits[level].reshape(-1, num_classes)[row].float())
         deltas.append(predictions.deltas[level].reshape(-1, 4)[row].float())
@@ -186,21 +186,21 @@ def _best_after_nms(
     only if too few of its own survive."""
     images = torch.arange(num_images + 1, device=image.device)
     available = torch.searchsorted(image, images).diff().tolist()
-    rank, looked = _rank(image), 4 * limit
+    rank, num_compared = _rank(image), 4 * limit
     survivors: dict[int, Tensor] = {}
     waiting = torch.ones_like(images, dtype=torch.bool)
     while len(survivors) < num_images:
-        first = (waiting[image] & (rank < looked)).nonzero().squeeze(1)
+        first = (waiting[image] & (rank < num_compared)).nonzero().squeeze(1)
         # A GPU would rather do all at once; a CPU compares each with every later one, also those of other images.
-        sizes = [0 if number in survivors else min(n, looked) for number, n in enumerate(available)]
+        sizes = [0 if number in survivors else min(n, num_compared) for number, n in enumerate(available)]
         parts = (first,) if first.is_cuda else first.split(sizes)
         best = torch.cat([part[grouped_nms(boxes[part], scores[part], groups[part], iou)] for part in parts])
         best = best.sort().values
         for number, part in enumerate(best.split(torch.searchsorted(image[best], images).diff().tolist())):
-            if number not in survivors and (len(part) >= limit or available[number] <= looked):
+            if number not in survivors and (len(part) >= limit or available[number] <= num_compared):
                 survivors[number] = part[:limit]
                 waiting[number] = False
-        looked *= 4
+        num_compared *= 4
     return [survivors[number] for number in range(num_images)]
 
 

@@ -90,10 +90,10 @@ class DetectionBatchSampler(EpochSampler[list[tuple[int, int]]]):
         if total_batch % parts:
             below = total_batch // parts * parts
             nearest = f"{below} or {below + parts}" if below else f"{parts}"
-            cut = (
+            fix = (
                 f"cut evenly for {world_size} processes x {accumulate} micro-batches: the nearest that can is {nearest}"
             )
-            raise ValueError(f"a total batch of {total_batch} images cannot be {cut}")
+            raise ValueError(f"a total batch of {total_batch} images cannot be {fix}")
         self.total_batch, self.micro_batch = total_batch, total_batch // parts
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.seed, self.shuffle, self._repeats = seed, shuffle, repeats
@@ -107,8 +107,8 @@ class DetectionBatchSampler(EpochSampler[list[tuple[int, int]]]):
         """The images of every optimizer step of an epoch; it does not depend on processes or accumulation."""
         images = self._drawn(epoch)
         order = shuffled(images, self.seed, epoch) if self.shuffle else images
-        arranged = _group(order, self._orientations, self.total_batch)
-        return np.resize(arranged, (self.steps_per_epoch, self.total_batch))  # repeats from the start to fill up
+        batches = _group(order, self._orientations, self.total_batch)
+        return np.resize(batches, (self.steps_per_epoch, self.total_batch))  # repeats from the start to fill up
 
     def _drawn(self, epoch: int) -> Int64[ndarray, "images_per_epoch"]:
         num = len(self._orientations)
@@ -196,5 +196,5 @@ def _group(order: Int64[ndarray, "D"], groups: Shaped[ndarray, "N"], total_batch
     whole = [len(stream) // total_batch * total_batch for stream in streams]
     full = np.concatenate([s[:n].reshape(-1, total_batch) for s, n in zip(streams, whole, strict=True)])
     full = full[np.argsort(full[:, -1])]
-    left = [s[n:] for s, n in zip(streams, whole, strict=True)]
-    return order[np.concatenate([full.ravel(), *left])]
+    leftovers = [s[n:] for s, n in zip(streams, whole, strict=True)]
+    return order[np.concatenate([full.ravel(), *leftovers])]

@@ -124,14 +124,14 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
         return None, []
     _sweep(folder)
     faults: dict[Path, str] = {}
-    for chosen in _checkpoints(folder):
-        if (fault := find_fault(chosen)) is None:
+    for newest in _checkpoints(folder):
+        if (fault := find_fault(newest)) is None:
             break
-        faults[chosen] = fault
+        faults[newest] = fault
     else:
-        chosen = None
-    start, source = (_step(chosen), f"going on from {chosen.name}") if chosen else (0, "and there is none before it")
-    return chosen, [
+        newest = None
+    start, source = (_step(newest), f"going on from {newest.name}") if newest else (0, "and there is none before it")
+    return newest, [
         f"{checkpoint}: {fault} - ignored, {source}: {_step(checkpoint) - start} steps are done again"
         for checkpoint, fault in faults.items()
     ]
@@ -215,10 +215,10 @@ def _sweep(folder: Path) -> None:
 def _remove(checkpoint: Path) -> None:
     """Takes the name away first: what a kill leaves of it should not look like a checkpoint."""
     if os.path.lexists(checkpoint):
-        doomed = checkpoint.with_name(f".{checkpoint.name.removeprefix('.')}.old")
+        old = checkpoint.with_name(f".{checkpoint.name.removeprefix('.')}.old")
         with suppress(OSError):  # the next save tries again
-            checkpoint.rename(doomed)
-            remove(doomed)
+            checkpoint.rename(old)
+            remove(old)
 
 
 def _read_state(file: Path) -> tuple[Progress, dict[str, Any]]:

@@ -122,9 +122,9 @@ class RunLogger:
         self.scalars(step, "val", {**metrics, **losses, "seconds": seconds})
         recalls = [name for name in metrics if re.fullmatch(r"AR\d+", name)]  # AR1, AR10, and AR100 or what is set
         values = [(name, metrics[name]) for name in ("AP", "AP50", "AP75", *recalls[-1:])]
-        shown = "  ".join(f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in values)
+        text = "  ".join(f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in values)
         loss = f"  loss {losses['loss']:.3f}" if losses else ""
-        self.info(f"evaluation at step {step}: {shown}{loss}  ({seconds:.0f} s){'  best so far' if better else ''}")
+        self.info(f"evaluation at step {step}: {text}{loss}  ({seconds:.0f} s){'  best so far' if better else ''}")
 
     def resume(self, step: int, pending_evaluation: bool = False) -> None:
         """Continues after `step`: later records, and half a one, left by a run that was cut off, are dropped.
@@ -136,9 +136,9 @@ class RunLogger:
         file = self._metrics.file
         whole = read_plain(file) if file.is_file() else b""
         lines = whole.splitlines(keepends=True)
-        remaining = b"".join(line for line in lines if _stays(line, step, pending_evaluation))
-        if remaining != whole:
-            write_whole(file, remaining)
+        rest = b"".join(line for line in lines if _stays(line, step, pending_evaluation))
+        if rest != whole:
+            write_whole(file, rest)
         if step:
             self.info(f"resumed at step {step}")
 

@@ -32,8 +32,8 @@ class Meter:
 
     def add(self, result: StepResult, num_images: int) -> None:
         """The losses of a skipped update do not count, its images (of all ranks) do."""
-        one = result.updated.view(1).float()
-        numbers = torch.cat([one, result.losses, result.positives.view(1), result.grad_norm.view(1)])
+        count = result.updated.view(1).float()
+        numbers = torch.cat([count, result.losses, result.positives.view(1), result.grad_norm.view(1)])
         numbers = torch.where(result.updated, numbers, 0)
         self._sums = numbers if self._sums is None else self._sums + numbers
         self._images += num_images
@@ -90,17 +90,17 @@ class PendingFlags(Generic[T]):
 
     def add(self, flag: Tensor, item: T) -> None:
         """`flag` is a bool scalar."""
-        copied = None
+        event = None
         if flag.device.type == "cuda":
             flag = flag.to("cpu", non_blocking=True)  # into pinned memory, so nothing waits
-            copied = torch.cuda.Event()
-            copied.record()
-        self._pending.append((flag, copied, item))
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((flag, event, item))
 
     def take(self, *, everything: bool = False) -> Iterator[tuple[bool, T]]:
         """The flags that are old enough, oldest first."""
         while len(self._pending) > (0 if everything else self.lag):
-            flag, copied, item = self._pending.popleft()
-            if copied is not None:
-                copied.synchronize()
+            flag, event, item = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
             yield bool(flag.cpu().numpy()), item

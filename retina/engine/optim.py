@@ -55,8 +55,8 @@ class MultiStep:
 
     def __call__(self, step: int, *, total: int, steps_per_epoch: int) -> float:
         run = {"steps_per_epoch": steps_per_epoch, "total": total}
-        passed = sum(step >= to_steps(m, key="milestones", **run) for m in self.milestones)
-        return _warmup(step, self.warmup, self.warmup_factor, **run)[1] * self.gamma**passed
+        num_passed = sum(step >= to_steps(m, key="milestones", **run) for m in self.milestones)
+        return _warmup(step, self.warmup, self.warmup_factor, **run)[1] * self.gamma**num_passed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,20 +95,21 @@ def build_optimizer(optimizer: Callable[..., Optimizer], model: nn.Module, *, sc
     It is fused, if it can be and its arguments leave that open.
 
     Raises ConfigError when nothing is left to train or the optimizer refuses its values."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    undecayed = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    if not decayed:
+    weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    norms_and_biases = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    if not weights:
         fix = "freeze less, as with a smaller frozen_stages"
         raise ConfigError(f"nothing is left to train - {fix}", code="nothing-to-train", key="model")
-    undecided = {name for name, p in inspect.signature(optimizer).parameters.items() if p.default is None}
-    fused = {"fused": True} if {"fused", "foreach"} <= undecided else {}
+    open_arguments = {name for name, p in inspect.signature(optimizer).parameters.items() if p.default is None}
+    fused = {"fused": True} if {"fused", "foreach"} <= open_arguments else {}
     try:
-        built = optimizer([{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}], **fused)
+        groups = [{"params": weights}, {"params": norms_and_biases, "weight_decay": 0.0}]
+        instance = optimizer(groups, **fused)
     except (TypeError, ValueError) as fault:
         raise ConfigError(f"{fault} - correct this value", code="wrong-value", key="optimizer") from None
-    for group in built.param_groups:
+    for group in instance.param_groups:
         group["lr"] = group["initial_lr"] = group["lr"] * scale
-    return built
+    return instance
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
@@ -148,10 +149,10 @@ def step_where(optimizer: Optimizer, finite: Tensor, divisor: Tensor) -> None:
         torch._foreach_div_([p.grad for p in parameters if p.grad is not None], divisor)
         optimizer.step()
         return
-    flagged: Any = optimizer  # torch's own GradScaler hands them over by these attributes too
-    flagged.grad_scale, flagged.found_inf = divisor, (~finite).float()
+    scaled: Any = optimizer  # torch's own GradScaler hands them over by these attributes too
+    scaled.grad_scale, scaled.found_inf = divisor, (~finite).float()
     optimizer.step()
-    del flagged.grad_scale, flagged.found_inf
+    del scaled.grad_scale, scaled.found_inf
 
 
 class ExponentialMovingAverage:

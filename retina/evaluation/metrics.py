@@ -221,10 +221,10 @@ def _precision(
 def _positives_needed(num_counted: Int64[np.ndarray, "K R"]) -> Int64[np.ndarray, "R K P"]:
     """How many true positives come before the one that reaches each recall, by the rounded quotient n / num_counted."""
     totals = np.maximum(num_counted.T, 1)[..., None]
-    needed = np.maximum(np.floor(RECALLS * totals) - 1, 0)
+    counts = np.maximum(np.floor(RECALLS * totals) - 1, 0)
     for _ in range(2):
-        needed += needed / totals < RECALLS
-    return np.maximum(needed - 1, 0).astype(np.int64)
+        counts += counts / totals < RECALLS
+    return np.maximum(counts - 1, 0).astype(np.int64)
 
 
 def _recall(
@@ -253,8 +253,8 @@ def _values(
 
 
 def _mean(values: Float64[np.ndarray, "K"]) -> float | None:
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else None
+    numbers = values[~np.isnan(values)]
+    return float(numbers.mean()) if len(numbers) else None
 
 
 def write_metrics(file: Path, metrics: Mapping[str, Any]) -> None:

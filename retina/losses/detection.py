@@ -95,22 +95,22 @@ class DetectionLoss:
         if predictions.bins is not None and not isinstance(predictions.anchors, Anchors):
             raise ValueError("distributions need anchors that know their strides (retina.ops.anchors.Anchors)")
         targets = pad_if_empty(targets)
-        assigned = _without_padding(predictions, self.assigner(predictions, targets))
-        scores = assigned.target_scores
-        positives = _Positives(predictions, targets, assigned)
+        assignment = _without_padding(predictions, self.assigner(predictions, targets))
+        scores = assignment.target_scores
+        positives = _Positives(predictions, targets, assignment)
         weights = self._box_weights(predictions, positives, scores)
         if scores is None and getattr(self.classification, "needs_target_scores", False):
-            assigned = assigned._replace(target_scores=positives.among_anchors(positives.iou()))
-        labels = targets.labels.gather(1, assigned.matched)
+            assignment = assignment._replace(target_scores=positives.among_anchors(positives.iou()))
+        labels = targets.labels.gather(1, assignment.matched)
         box = self.box_loss(positives.deltas, positives.anchors, positives.boxes)
         box = self.box_weight * positives.sum(box, weights)
         if self.distribution_weight is not None:
             box = box + self.distribution_weight * positives.sum(_distribution_loss(predictions, positives), weights)
-        classification = self.classification(predictions, labels, assigned)
+        classification = self.classification(predictions, labels, assignment)
         if self.quality:
             quality = positives.sum(self._quality_loss(predictions, positives))
             classification = classification + self.quality_weight * quality
-        num_positives = (assigned.positive if scores is None else scores).sum(dtype=torch.float32)
+        num_positives = (assignment.positive if scores is None else scores).sum(dtype=torch.float32)
         box_normalizer = positives.sum(weights) if self.box_weighting and weights is not None else None
         return Losses(classification, box, num_positives, box_normalizer)
 
@@ -173,27 +173,27 @@ def _distribution_loss(predictions: Predictions, positives: "_Positives") -> Flo
     return distribution_focal_loss(logits, distances).mean(dim=-1)
 
 
-def _without_padding(predictions: Predictions, assigned: Assignment) -> Assignment:
+def _without_padding(predictions: Predictions, assignment: Assignment) -> Assignment:
     """The assignment, in which anchors beyond the images' content are ignored."""
-    covered = covered_anchors(predictions)
-    if covered is None:
-        return assigned
-    return assigned._replace(positive=assigned.positive & covered, negative=assigned.negative & covered)
+    inside = covered_anchors(predictions)
+    if inside is None:
+        return assignment
+    return assignment._replace(positive=assignment.positive & inside, negative=assignment.negative & inside)
 
 
 class _Positives:
     """The positive anchors of a batch: on a CPU the few themselves [P]; elsewhere every anchor [B A], masked before and
     after, so that no shape depends on the data and nothing is waited for."""
 
-    def __init__(self, predictions: Predictions, targets: Targets, assigned: Assignment) -> None:
-        self._mask, self._indices = assigned.positive, None
+    def __init__(self, predictions: Predictions, targets: Targets, assignment: Assignment) -> None:
+        self._mask, self._indices = assignment.positive, None
         if self._mask.device.type == "cpu" and not torch.compiler.is_compiling():
             # By way of numpy, since elsewhere their number would have to be waited for.
             self._indices = tuple(torch.from_numpy(indices) for indices in self._mask.numpy().nonzero())
             image, anchor = self._indices
-            self.boxes = targets.boxes[image, assigned.matched[image, anchor]]
+            self.boxes = targets.boxes[image, assignment.matched[image, anchor]]
         else:
-            self.boxes = targets.boxes.gather(1, assigned.matched[..., None].expand(-1, -1, 4))
+            self.boxes = targets.boxes.gather(1, assignment.matched[..., None].expand(-1, -1, 4))
         self.deltas = self.take(torch.cat(predictions.deltas, dim=1))
         self.anchors = self.of_anchors(torch.cat(list(predictions.anchors)))
 

@@ -44,8 +44,8 @@ def match(
     """
     check_thresholds(positive_iou, negative_iou)
     if iou.shape[-1] == 0:
-        nothing = torch.zeros(iou.shape[:-1], dtype=torch.bool, device=iou.device)
-        return Matches(nothing.long(), nothing, ~nothing)
+        none = torch.zeros(iou.shape[:-1], dtype=torch.bool, device=iou.device)
+        return Matches(none.long(), none, ~none)
 
     iou = iou.masked_fill(~valid[..., None, :], -1.0)
     best, index = iou.max(dim=-1)
@@ -54,9 +54,9 @@ def match(
     if low_quality and iou.shape[-2] > 0:
         best_of_object = iou.amax(dim=-2, keepdim=True)
         unreachable = best_of_object.masked_fill(best_of_object <= 0, torch.inf)
-        rescued = (iou == unreachable).any(dim=-1)
-        positive = positive | rescued
-        negative = negative & ~rescued
+        best_of_some = (iou == unreachable).any(dim=-1)
+        positive = positive | best_of_some
+        negative = negative & ~best_of_some
     return Matches(index, positive, negative)
 
 
