@@ -72,7 +72,7 @@ def quiet_end() -> Iterator[None]:
                 sys.stdout.flush()
         except BrokenPipeError:
             _end_unread()
-        except OSError:  # which has been told
+        except OSError:  # which has been reported
             mute(sys.stdout)
 
 

@@ -137,7 +137,7 @@ def pack_images(root: Path, names: list[str], folder: Path, output: Path, shard_
 
 
 def packable(annotations: "Annotations", data: DataConfig) -> list[str]:
-    """Names of the images that can be used; faults are raised, or with `data.on_error=skip` told."""
+    """Names of the images that can be used; faults are raised, or with `data.on_error=skip` reported."""
     files = check_files(annotations, max_pixels=data.max_pixels)
     names = [annotations.file_name(row) for row in range(len(annotations))]
     faults = [*files.bad.values()]

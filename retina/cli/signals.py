@@ -1,5 +1,5 @@
-"""What a program makes of being told to stop: the first SIGTERM or Ctrl-C asks it to, where there is something to save;
-a second Ctrl-C quits."""
+"""How a program stops: the first SIGTERM or Ctrl-C asks it to, where there is something to save; a second Ctrl-C
+quits."""
 
 import os
 import select

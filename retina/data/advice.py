@@ -50,7 +50,7 @@ def unreachable(split: Annotations, short_side: int, long_side: int, *, stride: 
 
 
 def rare_classes(name: str, split: Annotations) -> list[str]:
-    """A line if the split of that name has so few objects of some classes that little is learned, or told, of them."""
+    """A line if the split of that name has so few objects of some classes that they are hardly learned or measured."""
     counts = sorted(zip(split.class_counts().tolist(), split.classes, strict=True))
     few = [f"{label} ({count})" for count, label in counts if count < _FEW.get(name, _FEW["val"])]
     fix = "annotate more of them, or merge classes"

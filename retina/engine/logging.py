@@ -31,7 +31,7 @@ class RunLogger:
     nothing is written; warnings go to Python's own logging.
 
     settings: those of the whole command, for the trackers that show them.
-    advice: what would make the run shorter, told with its length after the first ten steps."""
+    advice: what would make the run shorter, printed with its length after the first ten steps."""
 
     def __init__(
         self,

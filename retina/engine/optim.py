@@ -137,7 +137,7 @@ def norm_and_divisor(
 def step_where(optimizer: Optimizer, finite: Tensor, divisor: Tensor) -> None:
     """Makes the update by the gradients divided by `divisor` if `finite` is True (both scalars on the device).
 
-    A fused optimizer divides on its way and is told on the device whether to update, so nothing waits for the answer.
+    A fused optimizer divides on its way and reads on the device whether to update, so nothing waits for that.
     Others wait. So does the first update, because it creates the optimizer's state: a skipped one would leave a fused
     SGD with momentum that was never set. Fused kernels take for granted that gradients lie in memory as their
     parameters do, which autograd sees to."""

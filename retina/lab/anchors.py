@@ -9,7 +9,7 @@ configured resize gives them; what crops, turns or rescales after it is not foll
 image alone in its batch, and so are the positive anchors of the images that are matched. The fit keeps the number of
 anchors per cell, and is judged by images that it was not made from. Unless it gains more than noise, nothing is written
 to `output`. A fit is for a rule that chooses by IoU (experiment=paper); with another, as the default's, coverage is
-told and nothing fitted. Writes anchors.json (all numbers) and anchors.png.
+shown and nothing fitted. Writes anchors.json (all numbers) and anchors.png.
 """
 
 import itertools
@@ -171,8 +171,8 @@ def pyramid_of(settings: Settings, levels: Sequence[int]) -> "Pyramid":
 
 
 def rule_of(settings: Settings) -> tuple["Assigner", float, str]:
-    """The rule whose positives are counted, the IoU that recall is told at, and why nothing is fitted for the rule, if
-    so. A rule that looks at predictions cannot be counted: the paper's is in its place."""
+    """The rule whose positives are counted, the IoU of its recall, and why nothing is fitted for the rule, if so.
+    A rule that looks at predictions cannot be counted: the paper's is in its place."""
     from retina.ops.assigners import ATSS, MaxIoU
 
     assigner = getattr(build(settings["loss"], "loss", plugins=settings["plugins"]), "assigner", None)

@@ -30,7 +30,7 @@ WIDTH = 1 / 64
 REACH = 32
 BINS = round(2 * REACH / WIDTH)
 SHARES = [*(i / 100 for i in range(100)), *(1 - 10 ** (-i / 10) for i in range(21, 60)), 1.0]
-"""Of the elements, easiest first: where the cumulative loss is told. Dense at the end, where it rises."""
+"""Of the elements, easiest first: where the cumulative loss is stated. Dense at the end, where it rises."""
 
 
 class Bins(NamedTuple):

@@ -32,7 +32,7 @@ class Measured(NamedTuple):
 
     @property
     def published(self) -> Mapping[str, Any]:
-        """The published numbers are told once for each row."""
+        """The published numbers stand once for each row."""
         return self.line.published if self.best is not False else {}
 
 

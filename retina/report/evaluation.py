@@ -108,7 +108,7 @@ def _point(analysis: Analysis) -> Markup:
         f"{name.replace('_', ' ')} {one[0]:.2f} ({one[1]:.2f} to {one[2]:.2f})" for name, one in overall.items() if one
     )
     promise = (
-        f"Expected of new images, cross-fitted on {point['num_images']}: {promised or 'nothing that can be told'}."
+        f"Expected of new images, cross-fitted on {point['num_images']}: {promised or 'nothing that can be said'}."
     )
     pooled = [name for name, one in zip(analysis.values["classes"], point["classes"], strict=True) if one["pooled"]]
     few = f" Few objects, so the threshold of all classes together: {_some(pooled)}." if pooled else ""

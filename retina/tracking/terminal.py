@@ -10,7 +10,7 @@ from rich.table import Column
 
 
 class Terminal:
-    """Draws when it is told of something new, at most ten times a second, and needs no thread beside the training.
+    """Draws when there is something new, at most ten times a second, and needs no thread beside the training.
 
     Every method raises OSError where the terminal is gone."""
 
