@@ -4,7 +4,7 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,21 +12,21 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
 from retina.data.channels import LIKE_RGB
-from retina.data.images import MAX_PIXELS, read_reduced
+from retina.data.images import MAX_PIXELS, read_image, read_reduced
 from retina.data.loader import Canvas, collate
-from retina.data.pixels import FULL, PixelFormat, as_grey
+from retina.data.pixels import AS_STORED, FULL, PixelFormat, as_grey
 from retina.data.prefetch import run_ahead
 from retina.data.regions import Regions, regions_of
 from retina.data.transforms import Sample, eval_pipeline
 from retina.data.windows import Tiling
 from retina.detections import count_non_finite, postprocess, refuse_non_finite, to_original
 from retina.distributed import choose_device
-from retina.errors import CheckpointError, check_choice
+from retina.errors import CheckpointError, ConfigError, check, check_choice
 from retina.model.folding import merge_norms
 from retina.model.header import PREPROCESSING
 from retina.model.retinanet import RetinaNet
@@ -34,10 +34,70 @@ from retina.model.weights import DetectorCard, load_detector
 from retina.ops.seams import is_cut, merge
 from retina.precision import float32_as
 from retina.types import DTYPES, Batch, Detections, Predictions, to_device
+from retina.visualize import AS_IT_FITS, DrawStyle, draw_detections
 
 T = TypeVar("T")
 ImageLike = str | Path | np.ndarray | Image.Image | Tensor | Sample
 """A path, a uint8 array [H W C], a PIL image, a uint8 tensor [C H W], or what `Detector.read` makes of these."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDetections:
+    """What was detected in one image, best first.
+
+    (found,) = detector.predict("a.jpg")
+    print(len(found), len(found["cell"]), found.records())
+    found.draw().save("drawn.png")
+    """
+
+    boxes: Float[Tensor, "D 4"]
+    """xyxy in pixels of the image."""
+    scores: Float[Tensor, "D"]
+    labels: Int64[Tensor, "D"]
+    classes: tuple[str, ...]
+    """Label k is `classes[k]`."""
+    image: ImageLike | None = None
+    """As it was given; None where it came from an iterator, whose images are not kept."""
+    pixels: PixelFormat = AS_STORED
+
+    @property
+    def tensors(self) -> Detections:
+        """Boxes, scores and labels alone."""
+        return Detections(self.boxes, self.scores, self.labels)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.records())
+
+    def __getitem__(self, name: str) -> "ImageDetections":
+        """Those of one class. Raises KeyError for a class that the detector does not have."""
+        if name not in self.classes:
+            raise KeyError(f"{name!r} - choose one of {', '.join(self.classes)}")
+        keep = self.labels == self.classes.index(name)
+        return replace(self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep])
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each, with the keys class, label, score, x1, y1, x2, y2: `pandas.DataFrame(found.records())`."""
+        rows = zip(self.boxes.tolist(), self.scores.tolist(), self.labels.tolist(), strict=True)
+        return [
+            {"class": self.classes[label], "label": label, "score": score}
+            | dict(zip(("x1", "y1", "x2", "y2"), box, strict=True))
+            for box, score, label in rows
+        ]
+
+    def draw(self, image: ImageLike | None = None, *, style: DrawStyle = AS_IT_FITS) -> Image.Image:
+        """The image with its detections. Raises DataError for a file that cannot be read any more, TypeError for
+        anything that is no image, ValueError where it is not known."""
+        image = self.image if image is None else image
+        if image is None:
+            raise ValueError("the image was not kept: give it, draw(image)")
+        if isinstance(image, (str, Path)):
+            array = read_image(Path(image).expanduser(), pixels=self.pixels)
+        else:
+            array = image.image if isinstance(image, Sample) else as_array(image, self.pixels.channels)
+        return Image.fromarray(draw_detections(array, self.tensors, self.classes, score_threshold=0.0, style=style))
 
 
 class Detector:
@@ -72,6 +132,8 @@ class Detector:
         self.tiling = tiling_of(card.preprocessing)
         """How large images are cut; None: they are looked at as a whole."""
         self._resize = eval_pipeline(card.preprocessing["short_side"], card.preprocessing["long_side"])
+        self._hidden: list[int] = []
+        """Labels that do not count."""
 
     @classmethod
     def load(
@@ -102,6 +164,40 @@ class Detector:
         """The score threshold of each label at the operating point of the weights; empty where they have none."""
         return [one["threshold"] for one in self.card.operating_point.get("classes", [])]
 
+    def adjusted(
+        self,
+        *,
+        short_side: int | None = None,
+        long_side: int | None = None,
+        nms_iou: float | None = None,
+        class_agnostic: bool | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> "Detector":
+        """The same model with other settings; None leaves one as it is.
+
+        short_side, long_side: pixels that images are resized to before they are looked at.
+        nms_iou, class_agnostic: as of `postprocess`.
+        classes: the only ones that are looked for; labels keep their meaning.
+
+        Raises ConfigError for a value out of range or a class that it does not have."""
+        preprocessing = dict(self.card.preprocessing)
+        preprocessing |= {k: v for k, v in (("short_side", short_side), ("long_side", long_side)) if v is not None}
+        options = {k: v for k, v in (("nms_iou", nms_iou), ("class_agnostic", class_agnostic)) if v is not None}
+        short, long = preprocessing["short_side"], preprocessing["long_side"]
+        check(short >= 1, "short_side", short, "give 1 or more")
+        check(long is None or long >= short, "long_side", long, f"give at least short_side={short}")
+        check(nms_iou is None or 0 <= nms_iou <= 1, "nms_iou", nms_iou, "give 0 to 1")
+        for name in classes or ():
+            check_choice(name, self.classes, "classes")
+        if classes is not None and not classes:
+            raise ConfigError("is empty - name one or more, or give null for all", code="out-of-range", key="classes")
+        other = copy.copy(self)
+        other.card = replace(self.card, preprocessing=preprocessing, postprocess=self.card.postprocess | options)
+        other._resize = eval_pipeline(short, long)
+        if classes is not None:
+            other._hidden = [label for label, name in enumerate(self.classes) if name not in classes]
+        return other
+
     def in_tiles(self, tiling: Tiling | None) -> "Detector":
         """The same detector with other tiles, or none. Raises ConfigError for tiles out of range."""
         if tiling:
@@ -117,7 +213,7 @@ class Detector:
         score_threshold: float | None = None,
         batch_size: int = 8,
         max_pixels: int = MAX_PIXELS,
-    ) -> list[Detections]:
+    ) -> list[ImageDetections]:
         """Detections of each image, on the CPU, best first, boxes xyxy in the image's own pixels.
 
         images: paths, uint8 arrays [H W C], PIL images or uint8 tensors [C H W], in any iterable; kinds and sizes may
@@ -130,15 +226,34 @@ class Detector:
 
         Raises DataError for a file that cannot be read or when predicted numbers are not finite, TypeError for anything
         that is no image, ValueError for a threshold or batch size out of range."""
+        given, seen = listed(images), list[ImageLike | None]()
+        keeps = isinstance(given, Sequence)
+
+        def noted() -> Iterator[ImageLike]:
+            for image in given:
+                seen.append(image if keeps or isinstance(image, (str, Path)) else None)
+                yield image
+
+        rules: Any = {"score_threshold": score_threshold, "batch_size": batch_size, "max_pixels": max_pixels}
+        detections = self._predict_any(noted(), **rules)
+        return [self.of_image(one, image) for one, image in zip(detections, seen, strict=True)]
+
+    def of_image(self, detections: Detections, image: ImageLike | None = None) -> ImageDetections:
+        """With their classes, and the image if it is to be kept."""
+        return ImageDetections(*detections, self.classes, image, self.pixels)
+
+    def _predict_any(
+        self, images: Iterable[ImageLike], *, score_threshold: float | None, batch_size: int, max_pixels: int
+    ) -> list[Detections]:
         check_batch_size(batch_size)
         predict = partial(self._predict, score_threshold=score_threshold, batch_size=batch_size, max_pixels=max_pixels)
         if not self.tiling:
-            return predict(listed(images))
+            return predict(images)
         rules = {
             key: self.card.postprocess[key] for key in ("nms_iou", "class_agnostic") if key in self.card.postprocess
         }
         options: Any = {"tiling": self.tiling, "batch_size": batch_size, **rules}
-        return [detect_in_tiles(predict, self.read(image, max_pixels).image, **options) for image in listed(images)]
+        return [detect_in_tiles(predict, self.read(image, max_pixels).image, **options) for image in images]
 
     def _predict(
         self, images: Iterable[ImageLike], *, score_threshold: float | None, batch_size: int, max_pixels: int
@@ -158,7 +273,7 @@ class Detector:
         batch_size: int = 8,
         max_pixels: int = MAX_PIXELS,
         prefetch: int = 2,
-    ) -> Iterator[list[Detections]]:
+    ) -> Iterator[list[ImageDetections]]:
         """What `predict` returns, `batch_size` images at a time, for more images than there is room for at once.
 
         prefetch: batches that threads read, and put on their canvas, ahead of the one that is looked at.
@@ -179,16 +294,17 @@ class Detector:
         find: Callable[[Any], list[Detections]],
         max_pixels: int,
         prefetch: int,
-    ) -> Iterator[list[Detections]]:
+    ) -> Iterator[list[ImageDetections]]:
         process = os.getpid()
         with ThreadPoolExecutor() as threads:
 
             def begin(chunk: list[ImageLike]) -> Future[Any]:
                 images = [threads.submit(self.read, image, max_pixels) for image in chunk]
-                return threads.submit(lambda: self.prepare([image.result() for image in images]))
+                files = [image if isinstance(image, (str, Path)) else None for image in chunk]
+                return threads.submit(lambda: (files, self.prepare([image.result() for image in images])))
 
-            for batch in run_ahead(begin, chunks, prefetch + 1):
-                yield find(batch)
+            for files, batch in run_ahead(begin, chunks, prefetch + 1):
+                yield [self.of_image(one, file) for one, file in zip(find(batch), files, strict=True)]
                 if os.getpid() != process:
                     raise RuntimeError("predict_batches goes on in the process that began it only: begin anew here")
 
@@ -199,7 +315,8 @@ class Detector:
     def find(self, batch: Any, *, score_threshold: float | None = None, batch_size: int = 8) -> list[Detections]:
         """`predict` for images that `prepare` has put together; batch_size: tiles per forward."""
         if self.tiling:
-            return self.predict(batch, score_threshold=score_threshold, batch_size=batch_size)
+            rules: Any = {"score_threshold": score_threshold, "batch_size": batch_size, "max_pixels": MAX_PIXELS}
+            return self._predict_any(batch, **rules)
         return self._find(batch, *self._rules(score_threshold))
 
     def _rules(self, score_threshold: float | None) -> tuple[dict[str, Any], list[float]]:
@@ -249,6 +366,10 @@ class Detector:
         with autocast, float32_as(self._precision):
             predictions = self.model(on_device.images, on_device.sizes)
         refuse_non_finite(int(count_non_finite(predictions)), self.file)
+        if self._hidden:
+            hidden = torch.tensor(self._hidden, device=self.device)
+            shown = (level.index_fill(-1, hidden, -torch.inf) for level in predictions.logits)
+            predictions = predictions._replace(logits=tuple(shown))
         detections = postprocess(predictions, on_device.sizes, **options)
         counts = [len(image.scores) for image in detections]
         # One copy to the CPU per field, not per image.

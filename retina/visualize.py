@@ -3,6 +3,7 @@
 import colorsys
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -24,6 +25,36 @@ Limits = float | Sequence[float]
 """The score from which on detections are drawn, or that of each label."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DrawStyle:
+    """How boxes are drawn. Sizes are pixels of the picture; None: they grow with the picture, and shrink with the
+    object, so that its label does not hide it."""
+
+    label: str = "name_score"
+    """One of LABELS."""
+    font: str | None = None
+    """A TrueType or OpenType file; None is DejaVu Sans, which has Latin, Greek and Cyrillic letters."""
+    font_size: int | None = None
+    line_width: int | None = None
+
+    def sizes(self, side: int, box: Rectangle) -> tuple[int, int]:
+        """Line width and font size at a box, in a picture whose longer side is `side`."""
+        x1, y1, x2, y2 = box
+        small = math.sqrt(max(x2 - x1, 1) * max(y2 - y1, 1))
+        line = min(max(3, round(side / 300)), max(2, round(small / 16)))
+        font = min(max(13, round(side / 58)), max(11, round(small / 4)))
+        return self.line_width or line, self.font_size or font
+
+    def words(self, name: str, score: float | None) -> str:
+        parts = {"name": name, "score": "" if score is None else f"{score:.2f}"}
+        return " ".join(parts[key] for key in LABELS[self.label] if parts[key])
+
+
+LABELS = {"name_score": ("name", "score"), "name": ("name",), "score": ("score",), "none": ()}
+"""What may stand at a box."""
+AS_IT_FITS = DrawStyle()
+
+
 def class_colour(label: int) -> Colour:
     """RGB of a class: the same in every picture; neighbouring labels lie far apart (hue turns by the golden angle)."""
     hue = (0.58 + label * 0.61803398875) % 1.0
@@ -41,10 +72,12 @@ def draw_boxes(
     scores: Float[np.ndarray, "M"] | None = None,
     crowd: Bool[np.ndarray, "M"] | None = None,
     scale: float | None = None,
+    style: DrawStyle = AS_IT_FITS,
 ) -> UInt8[np.ndarray, "H2 W2 3"]:
     """A copy of the image with boxes (xyxy in its pixels) and their class names, and scores as "0.87" where given.
 
-    Crowd regions are dashed and light grey. Higher scores lie over lower ones. Lines and text grow with the image.
+    Crowd regions are dashed and light grey. Higher scores lie over lower ones. Lines and text grow with the image, and
+    are smaller at small objects.
 
     scale: the copy is so many times as large. None enlarges an image whose longer side is under 768 px to that."""
     scale = max(1.0, LONG_SIDE / max(image.shape[:2])) if scale is None else scale
@@ -53,24 +86,25 @@ def draw_boxes(
         size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
         picture = picture.resize(size, Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
-    thickness = max(3, round(max(picture.size) / 300))
-    font = _font(max(13, round(max(picture.size) / 58)))
-
     # Best first for placing labels (they get the free places), best last for drawing (they lie on top).
     order = np.argsort(-scores, kind="stable") if scores is not None else np.arange(len(boxes))
     dashed = np.zeros(len(boxes), bool) if crowd is None else crowd
-    items: list[tuple[Rectangle, Colour, bool]] = []
-    tags: list[tuple[Rectangle, Colour, str]] = []
+    items: list[tuple[Rectangle, Colour, bool, int]] = []
+    tags: list[tuple[Rectangle, Colour, str, ImageFont.FreeTypeFont]] = []
     for row in order:
         label = int(labels[row])
         rectangle = _inside(boxes[row] * scale, picture.size)
         colour = CROWD_COLOUR if dashed[row] else class_colour(label)
+        thickness, font_size = style.sizes(max(picture.size), rectangle)
+        items.append((rectangle, colour, bool(dashed[row]), thickness))
         name = plain(classes[label]) + (" (crowd)" if dashed[row] else "")
-        text = name if scores is None else f"{name} {scores[row]:.2f}"
-        size = math.ceil(font.getlength(text) + font.size * 0.5), math.ceil(font.size * 1.3)
-        items.append((rectangle, colour, bool(dashed[row])))
-        tags.append((_place(rectangle, size, picture.size, thickness, [tag for tag, _, _ in tags]), colour, text))
-    for rectangle, colour, is_crowd in reversed(items):
+        text = style.words(name, None if scores is None else float(scores[row]))
+        if text:
+            font = _font(font_size, style.font)
+            size = math.ceil(font.getlength(text) + font.size * 0.5), math.ceil(font.size * 1.3)
+            place = _place(rectangle, size, picture.size, thickness, [tag for tag, *_ in tags])
+            tags.append((place, colour, text, font))
+    for rectangle, colour, is_crowd, thickness in reversed(items):
         if is_crowd:
             _dashed(draw, rectangle, colour, thickness)
         else:
@@ -78,7 +112,7 @@ def draw_boxes(
             x1, y1, x2, y2 = rectangle
             draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=BACKGROUND, width=thickness + 2)
             draw.rectangle(rectangle, outline=colour, width=thickness)
-    for tag, colour, text in reversed(tags):
+    for tag, colour, text, font in reversed(tags):
         draw.rectangle(tag, fill=colour)
         middle = ((tag[0] + tag[2]) / 2, (tag[1] + tag[3]) / 2)
         draw.text(middle, text, fill=_contrast(colour), font=font, anchor="mm")
@@ -91,12 +125,17 @@ def shown_channels(image: UInt8[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W 
 
 
 def draw_detections(
-    image: UInt8[np.ndarray, "H W C"], detections: Detections, classes: Sequence[str], *, score_threshold: Limits = 0.3
+    image: UInt8[np.ndarray, "H W C"],
+    detections: Detections,
+    classes: Sequence[str],
+    *,
+    score_threshold: Limits = 0.3,
+    style: DrawStyle = AS_IT_FITS,
 ) -> UInt8[np.ndarray, "H2 W2 3"]:
     """`draw_boxes` of the detections with score >= threshold; their boxes are in pixels of this image."""
     boxes, scores, labels = (values.detach().cpu().numpy() for values in detections)
     rows = _reach(scores, labels, score_threshold)
-    return draw_boxes(image, boxes[rows], labels[rows], classes, scores=scores[rows])
+    return draw_boxes(image, boxes[rows], labels[rows], classes, scores=scores[rows], style=style)
 
 
 def side_by_side(
@@ -156,8 +195,10 @@ def batch_pictures(batch: Batch, classes: Sequence[str], max_images: int) -> lis
     return pictures
 
 
-@lru_cache(maxsize=16)
-def _font(size: int) -> ImageFont.FreeTypeFont:
+@lru_cache(maxsize=64)
+def _font(size: int, file: str | None = None) -> ImageFont.FreeTypeFont:
+    if file is not None:
+        return ImageFont.truetype(file, size)
     # DejaVu Sans comes with matplotlib and has Cyrillic, Greek and Vietnamese letters, unlike Pillow's own font.
     # Imported here because it takes half a second, which only those who draw should pay.
     import matplotlib

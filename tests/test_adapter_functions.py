@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import retina
+from retina.cli.outputs import final_files
 
 PAGE = Path(__file__).parents[1] / "docs" / "adapters.md"
 
@@ -64,35 +65,18 @@ def test_sahi_finds_in_one_slice_what_the_detector_finds(trained_run: Path, phot
     assert (boxes[:, 2] > 90).any(), "in pixels of the whole picture"
 
 
-RECORDS = [
-    {
-        "file_name": "1/a.jpg",
-        "width": 200,
-        "height": 100,
-        "boxes": [[10.0, 20.0, 60.0, 70.0], [0.0, 0.0, 200.0, 100.0]],
-        "scores": [0.9, 0.4],
-        "classes": ["dog", "cat"],
-    },
-    {"file_name": "b.jpg", "width": 30, "height": 40, "boxes": [], "scores": [], "classes": []},
-]
-
-
-def test_what_was_found_comes_back_from_cvat(tmp_path: Path) -> None:
-    """As its export of the layout that it imports; what is not corrected is the same."""
-    values = defined("Label Studio and CVAT")["to_coco"](RECORDS, ["cat", "dog"])
-    (tmp_path / "instances_default.json").write_text(json.dumps(values))
-    back = retina.read_coco(tmp_path / "instances_default.json", tmp_path)
-    assert [back.file_name(row) for row in range(2)] == ["1/a.jpg", "b.jpg"]
-    assert back.boxes.tolist() == RECORDS[0]["boxes"]
-    assert [back.classes[label] for label in back.labels.tolist()] == ["dog", "cat"]
-    assert back.offsets.tolist() == [0, 2, 2]
-
-
 def test_label_studio_gets_shares_of_the_image() -> None:
-    functions = defined("Label Studio and CVAT")
-    values = functions["to_coco"](RECORDS, ["cat", "dog"])
-    tasks = functions["to_label_studio"](values, place="s3://photos/")
-    assert [task["data"]["image"] for task in tasks] == ["s3://photos/1/a.jpg", "s3://photos/b.jpg"]
+    boxes = np.array([[10.0, 20.0, 60.0, 70.0], [0.0, 0.0, 200.0, 100.0]])
+    sizes = {"a": (200, 100), "b": (30, 40)}
+    records = [
+        {"id": number, "file_name": f"1/{name}.jpg", "width": width, "height": height}
+        | {"boxes": boxes.tolist() if name == "a" else [], "scores": [0.9, 0.4], "labels": [1, 0]}
+        for number, (name, (width, height)) in enumerate(sizes.items(), start=1)
+    ]
+    records[1] |= {"scores": [], "labels": []}
+    content = json.loads(dict(final_files(records, ["cat", "dog"], [7, 3], ["coco"]))["coco.json"])
+    tasks = defined("Label Studio and CVAT")["to_label_studio"](content, place="s3://photos/")
+    assert [task["data"]["image"] for task in tasks] == ["s3://photos/1/a.jpg", "s3://photos/1/b.jpg"]
     first, whole = tasks[0]["predictions"][0]["result"]
     assert (first["value"]["rectanglelabels"], first["score"], first["original_width"]) == (["dog"], 0.9, 200)
     assert [first["value"][key] for key in ("x", "y", "width", "height")] == [5, 20, 25, 50]

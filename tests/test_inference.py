@@ -28,6 +28,7 @@ from retina.inference import Detector, as_array, check_postprocess
 from retina.model.retinanet import retinanet
 from retina.model.weights import DetectorCard, load_detector, read_card, save_detector
 from retina.types import Detections
+from retina.visualize import draw_detections
 from tiny import PREPROCESSING, write_tiny_data, write_tiny_run
 
 
@@ -173,7 +174,8 @@ def test_evaluation_and_prediction_agree_whatever_lies_in_a_batch(run: Path, tmp
         options = {"postprocess": partial(postprocess, **card.postprocess)}
         precisions.append(retina.evaluate(model, loader, annotations, **options).metrics["AP"])
     indices = np.repeat(np.arange(len(files)), [len(one.scores) for one in alone])
-    boxes, scores, labels = (torch.cat(parts).numpy().astype(float) for parts in zip(*alone, strict=True))
+    columns = zip(*(one.tensors for one in alone), strict=True)
+    boxes, scores, labels = (torch.cat(parts).numpy().astype(float) for parts in columns)
     arrays = DetectionArrays(indices, boxes, scores, labels.astype(np.int64))
     precisions.append(coco_metrics(annotations, arrays)["AP"])
     assert 0.1 < precisions[0] < 1
@@ -455,3 +457,50 @@ def test_batches_tell_of_mistakes_at_once_and_of_files_in_their_turn(
     assert len(next(batches)) == 1
     with refused("bad-image", f"{tmp_path}/bad.jpg"):
         next(batches)
+
+
+def test_a_result_counts_selects_and_draws(detector: Detector, files: list[Path]) -> None:
+    (found,) = detector.predict(files[0], score_threshold=0.3)
+    assert len(found) == len(found.scores) > 3
+    rows = found.records()
+    assert rows == [*found]
+    assert [row["class"] for row in rows] == [detector.classes[k] for k in found.labels]
+    corners = [[row[key] for key in ("x1", "y1", "x2", "y2")] for row in rows]
+    assert corners == found.boxes.tolist()
+    assert [row["score"] for row in rows] == found.scores.tolist()
+    name = rows[0]["class"]
+    assert found[name].records() == [row for row in rows if row["class"] == name]
+    assert sum(len(found[one]) for one in detector.classes) == len(found)
+    with pytest.raises(KeyError, match="unicorn"):
+        found["unicorn"]
+    drawn = np.asarray(found.draw())
+    np.testing.assert_array_equal(drawn, draw_detections(read_image(files[0]), found.tensors, detector.classes))
+    image = read_image(files[0])
+    (of_array,) = detector.predict([image], score_threshold=0.3)
+    np.testing.assert_array_equal(np.asarray(of_array.draw()), drawn)
+    (streamed,) = detector.predict(iter([image]), score_threshold=0.3)
+    with pytest.raises(ValueError, match="not kept"):
+        streamed.draw()
+    np.testing.assert_array_equal(np.asarray(streamed.draw(image)), drawn)
+
+
+def test_settings_of_an_adjusted_detector(detector: Detector, files: list[Path]) -> None:
+    usual = detector.predict(files)
+    names = [detector.classes[1]]
+    only = detector.adjusted(classes=names, class_agnostic=False).predict(files)
+    for one, all_ in zip(only, usual, strict=True):
+        among_all = all_[names[0]].tensors  # no others take their place among the best max_detections
+        assert_equal([Detections(*(values[: len(among_all.scores)] for values in one.tensors))], [among_all])
+    agnostic = detector.adjusted(class_agnostic=True)
+    assert [one.records() for one in agnostic.predict(files)] != [one.records() for one in usual]
+    # a class that does not count suppresses none that does
+    assert_equal(agnostic.adjusted(classes=names).predict(files), only, tolerance=1e-3)
+    assert detector.adjusted(short_side=32).predict(files)[0].records() != usual[0].records()
+    assert_equal(detector.predict(files), usual)
+    for settings, key in [
+        ({"nms_iou": 2.0}, "nms_iou"),
+        ({"short_side": 0}, "short_side"),
+        ({"classes": []}, "classes"),
+    ]:
+        with refused("out-of-range", key, kind=ConfigError):
+            detector.adjusted(**settings)

@@ -99,7 +99,7 @@ def test_every_command_works_away_from_the_checkout(installed: Command) -> None:
     assert "finished at step 1" in said
     assert "AP" in said
     code = (
-        "import glob, json; print(len(json.load(open('out/detections.json'))));"
+        "import glob, json; print(len(json.load(open('out/inference.json'))['images']));"
         "files = glob.glob('runs/swept*/**/config.yaml', recursive=True);"
         "print(*(open(file).read() for file in files), sep='---\\n')"
     )

@@ -3,7 +3,6 @@
 The detector of these tests is exact: it finds every patch of one colour, and of a patch at the edge of its image the
 part that is there."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from PIL import Image
 import retina
 from commands import Capture, refused_by_tool
 from faults import refused
+from outputs import images_found
 from retina.data.windows import Tiling
 from retina.inference import detect_in_tiles
 from retina.ops.seams import merge
@@ -126,7 +126,7 @@ def test_infer_looks_in_tiles(tool: Callable[..., int], trained_run: Path, tmp_p
     Image.fromarray(np.tile(quarter, (2, 2, 1))).save(tmp_path / "photos" / "a.png")
     words = [f"checkpoint={trained_run}", f"source={tmp_path / 'photos'}", f"output={tmp_path / 'out'}", "device=cpu"]
     assert tool("infer", *words, "tile=[96,96]", "tile_overlap=0", "precision=fp32") == 0
-    (record,) = json.loads((tmp_path / "out" / "detections.json").read_text())
+    (record,) = images_found(tmp_path / "out")
     detector = retina.load(trained_run, device="cpu", precision="fp32")
     (expected,) = detector.predict(quarter, score_threshold=0.3)
     inner = [(x, y) for x, y, *_ in record["boxes"] if x < 90 and y < 90]

@@ -4,7 +4,9 @@ import torch
 
 from retina.types import Batch, Detections, Targets
 from retina.visualize import (
+    LABELS,
     LONG_SIDE,
+    DrawStyle,
     batch_pictures,
     class_colour,
     draw_boxes,
@@ -175,3 +177,32 @@ def test_of_many_channels_the_first_are_shown(channels: int, shown: list[int]) -
     np.testing.assert_array_equal(shown_channels(image), image[..., shown])
     none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
     np.testing.assert_array_equal(draw_boxes(image, *none, ["a"], scale=1.0), image[..., shown])
+
+
+def test_lines_and_labels_grow_with_the_image_and_shrink_with_the_object() -> None:
+    sizes = {
+        (side, box): DrawStyle().sizes(side, (0, 0, round(box * side), round(box * side)))
+        for side in (768, 6000)
+        for box in (0.005, 0.02, 0.5)
+    }
+    assert sizes[768, 0.5] == (3, 13)
+    assert sizes[6000, 0.5] == (20, 103)
+    assert sizes[6000, 0.02] < sizes[6000, 0.5]
+    for (side, box), (line, font) in sizes.items():
+        assert line <= max(2, box * side / 10), "an object stays visible"
+        assert 11 <= font <= max(11, box * side), "a label is no taller than its object, or just readable"
+
+
+def test_style_of_labels() -> None:
+    image, box = np.zeros((900, 900, 3), np.uint8), np.array([[100.0, 200.0, 700.0, 800.0]])
+    scores = np.array([0.87])
+
+    def drawn(**settings: object) -> np.ndarray:
+        style = DrawStyle(**settings)  # type: ignore[arg-type]
+        return draw_boxes(image, box, np.array([1]), CLASSES, scores=scores, style=style)
+
+    tag = (slice(150, 199), slice(100, 400))
+    width = {label: int((drawn(label=label)[tag] > 0).any(axis=(0, 2)).sum()) for label in LABELS}
+    assert width["none"] < width["score"] < width["name"] < width["name_score"]
+    assert (drawn(label="none", line_width=20) > 0).sum() > (drawn(label="none", line_width=2) > 0).sum()
+    assert (drawn(font_size=40)[tag] > 0).sum() > (drawn(font_size=12)[tag] > 0).sum()

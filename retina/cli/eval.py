@@ -91,7 +91,7 @@ def score_detector(config: EvalConfig, checkpoint: Path) -> int:
 
     # torch takes seconds to load, and a wrong setting should not wait for it
     from retina import distributed
-    from retina.data.coco import write_results
+    from retina.data.results import write_results
     from retina.evaluation.metrics import write_metrics
     from retina.evaluation.pictures import write_evaluation_pictures
 

@@ -3,7 +3,6 @@ before. Beside the road.
 
 What is under way is bounded by its pixels, and the order is that of the images, whatever is finished first."""
 
-import io
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +13,11 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
-from retina.cli.journal import Batch, Done, note, open_journal, put
-from retina.cli.sources import FORMATS, Source, groups_of
+from retina.cli.journal import Batch, Done, note, open_journal
+from retina.cli.outputs import Times, Writer
+from retina.cli.sources import Source, groups_of
 from retina.data.prefetch import run_ahead
-from retina.errors import DataError, plain
+from retina.errors import DataError
 
 if TYPE_CHECKING:
     from retina.cli.infer import InferConfig
@@ -85,13 +85,14 @@ class Looked(NamedTuple):
     """A group that the detector has looked at."""
 
     group: Group
-    records: list[dict[str, Any]]
-    faults: list[str]
-    pictures: list[tuple[str, Future[str | None]]]
-    """One for each record, if pictures are wanted: its name, and what is wrong with it, once it is written."""
+    written: list[Future[tuple[dict[str, Any], list[str]]]]
+    """The record of each image that could be read, and what of it could not be written."""
+    unread: list[str]
 
 
-def look(detector: "Detector", batches: Sequence[Batch], config: "InferConfig", rank: int) -> Iterator[Done]:
+def look(
+    detector: "Detector", batches: Sequence[Batch], config: "InferConfig", writer: Writer, rank: int
+) -> Iterator[Done]:
     """Looks at the images and writes their pictures. Each batch is noted as done once it is, and then yielded. Raises
     RetinaError when no image is ready for `timeout` seconds."""
     room = config.max_pixels // 2
@@ -102,17 +103,16 @@ def look(detector: "Detector", batches: Sequence[Batch], config: "InferConfig", 
         def finished(held: int) -> Iterator[Done]:
             """The batches whose last group is drawn, and those that must be until no more than so many pixels are."""
             while drawing and (
-                sum(one.group.pixels for one in drawing) > held
-                or all(future.done() for _, future in drawing[0].pictures)
+                sum(one.group.pixels for one in drawing) > held or all(future.done() for future in drawing[0].written)
             ):
                 parts.append(drawing.popleft())
                 if parts[-1].group.is_last:
                     yield done_of(parts)
                     parts.clear()
 
-        reading = read_ahead(detector, batches, config, threads, room)
+        reading = read_ahead(detector, batches, config, writer.times, threads, room)
         while loaded := threads.in_time(lambda: next(reading, None)):
-            drawing.append(detect_group(detector, loaded, config, threads))
+            drawing.append(detect_group(detector, loaded, config, writer, threads))
             for done in threads.in_time(lambda: [*finished(room)]):
                 note(journal, done)
                 yield done
@@ -122,7 +122,12 @@ def look(detector: "Detector", batches: Sequence[Batch], config: "InferConfig", 
 
 
 def read_ahead(
-    detector: "Detector", batches: Sequence[Batch], config: "InferConfig", threads: Threads, room: int
+    detector: "Detector",
+    batches: Sequence[Batch],
+    config: "InferConfig",
+    times: Times,
+    threads: Threads,
+    room: int,
 ) -> Iterator[Loaded]:
     """The images of all batches, group by group, of which as many are read ahead as have `room` pixels."""
 
@@ -132,7 +137,7 @@ def read_ahead(
 
     def read_one(file: Path) -> Any:
         with threads.noted(file):
-            return try_read(detector.read, file, config.max_pixels)
+            return try_read(detector.read, file, config.max_pixels, times)
 
     def begin(group: Group) -> Future[Loaded]:
         # decoding leaves Python's lock
@@ -149,79 +154,43 @@ def read_ahead(
     return run_ahead(begin, groups, room, lambda group: group.pixels)
 
 
-def detect_group(detector: "Detector", loaded: Loaded, config: "InferConfig", threads: Threads) -> Looked:
-    """A record for each image that could be read, whose picture is then being drawn."""
+def detect_group(
+    detector: "Detector", loaded: Loaded, config: "InferConfig", writer: Writer, threads: Threads
+) -> Looked:
+    """The images that could be read, of which a thread then writes what there is."""
     pairs = [*zip(loaded.group.sources, loaded.images, strict=True)]
     seen = [(source, image) for source, image in pairs if not isinstance(image, str)]
     rules: Any = {"score_threshold": config.score_threshold, "batch_size": config.batch_size}
-    detections = detector.find(loaded.prepared, **rules) if seen else []
-    records: list[dict[str, Any]] = [
-        {
-            "file_name": source.name,
-            "width": image.original_size[1],
-            "height": image.original_size[0],
-            "boxes": boxes.tolist(),
-            "scores": scores.tolist(),
-            "classes": [detector.classes[label] for label in labels.tolist()],
-        }
-        for (source, image), (boxes, scores, labels) in zip(seen, detections, strict=True)
-    ]
+    with writer.times.of("detect"):
+        detections = detector.find(loaded.prepared, **rules) if seen else []
+    writer.times.add("images", len(seen))
 
-    def draw_one(source: Source, image: Any, found: Any) -> str | None:
+    def write(source: Source, image: Any, found: Any) -> tuple[dict[str, Any], list[str]]:
         with threads.noted(source.file):
-            return draw(config, detector, source, image, found)
+            return writer.write(source, image, detector.of_image(found))
 
-    pictures = [
-        (source.picture, threads.submit(draw_one, source, image, found))
-        for (source, image), found in zip(seen, detections if config.pictures else [], strict=False)
+    written = [
+        threads.submit(write, source, image, found) for (source, image), found in zip(seen, detections, strict=True)
     ]
-    return Looked(loaded.group, records, [image for _, image in pairs if isinstance(image, str)], pictures)
+    return Looked(loaded.group, written, [image for _, image in pairs if isinstance(image, str)])
 
 
 def done_of(parts: Sequence[Looked]) -> Done:
-    """A batch, once all its pictures are drawn."""
+    """A batch, once all there is of its images is written."""
     records: list[dict[str, Any]] = []
     faults: list[str] = []
-    for _, part, unread, pictures in parts:
-        drawn = [(name, future.result()) for name, future in pictures]
-        for record, (name, fault) in zip(part, drawn, strict=False):
-            record |= {"picture": name} if fault is None else {}
-        records += part
-        faults += [*unread, *(fault for _, fault in drawn if fault is not None)]
+    for _, written, unread in parts:
+        faults += unread
+        for record, lines in (future.result() for future in written):
+            records.append(record)
+            faults += lines
     return Done(parts[0].group.batch.key, records, faults)
 
 
-def try_read(read: Callable[[Path, int], Any], file: Path, max_pixels: int) -> Any:
+def try_read(read: Callable[[Path, int], Any], file: Path, max_pixels: int, times: Times) -> Any:
     """The image, or what is wrong with it."""
     try:
-        return read(file, max_pixels)
+        with times.of("read"):
+            return read(file, max_pixels)
     except DataError as fault:
         return str(fault)
-
-
-def draw(config: "InferConfig", detector: "Detector", source: Source, sample: Any, detections: Any) -> str | None:
-    """Writes the picture of an image; returns what is wrong where its format cannot hold it."""
-    from PIL import Image
-
-    from retina.data.images import read_image
-    from retina.data.regions import Regions
-    from retina.visualize import draw_detections
-
-    image = sample.image
-    if isinstance(image, Regions):
-        image, factor = image.shrunk(config.max_pixels)
-        detections = detections._replace(boxes=detections.boxes / factor)
-    elif image.shape[:2] != sample.original_size:  # a JPEG, decoded smaller because the detector needs no more
-        reading: Any = {"max_pixels": config.max_pixels, "pixels": detector.pixels}
-        image = try_read(lambda file, _: read_image(file, **reading), source.file, config.max_pixels)
-        if isinstance(image, str):
-            return image
-    picture = Image.fromarray(draw_detections(image, detections, detector.classes, score_threshold=0.0))
-    suffix = Path(source.picture).suffix
-    content = io.BytesIO()
-    try:
-        picture.save(content, FORMATS[suffix.lower()], quality=92)
-    except Exception as fault:  # sides that are too long, for one; each format has its own way to say so
-        return plain(f"{source.file}: no picture of it as {suffix} ({fault}) - give pictures=false, or another format")
-    put(Path(config.output), source.picture, content.getvalue())
-    return None

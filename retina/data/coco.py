@@ -1,19 +1,17 @@
-"""COCO object-detection files: read and checked into flat arrays, and detections written in COCO's results format.
+"""COCO object-detection files, read and checked into flat arrays.
 
-The only place that knows COCO's conventions (`xywh` boxes, sparse category ids); everything inside the library sees
-`xyxy` boxes and labels 0..K-1. Segmentations and annotation ids are never looked at.
-Format: https://cocodataset.org/#format-data and #format-results.
+With retina/data/results.py the only place that knows COCO's conventions (`xywh` boxes, sparse category ids);
+everything inside the library sees `xyxy` boxes and labels 0..K-1. Segmentations and annotation ids are never looked at.
+Format: https://cocodataset.org/#format-data.
 """
 
 import gc
-import json
 from collections.abc import Mapping, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from retina.data import cache as annotation_cache
 from retina.data.annotations import Annotations, offsets_of
@@ -35,7 +33,6 @@ from retina.data.document import parse_document, read_bytes
 from retina.data.ids import id_column
 from retina.data.oddities import record_oddities, rotations
 from retina.errors import DataError
-from retina.files import make_folder, write_whole
 
 
 def read_coco(
@@ -184,33 +181,3 @@ def _arrange(
         names=np.frombuffer(b"".join(encoded), dtype=np.uint8),
         name_offsets=offsets_of(np.array([len(name) for name in encoded], dtype=np.int64)),
     )
-
-
-def write_results(
-    file: Path,
-    annotations: Annotations,
-    indices: Int[np.ndarray, "D"],
-    boxes: Float[np.ndarray, "D 4"],
-    scores: Float[np.ndarray, "D"],
-    labels: Int[np.ndarray, "D"],
-) -> None:
-    """Write detections in COCO's results format: image and category ids of the file, `xywh` boxes, nothing rounded.
-
-    `indices` are rows of `annotations`; boxes are xyxy in pixels of the original images. The file appears in one step,
-    whole, with its folder. A detection of a class that `annotations` has no category id for raises DataError.
-    """
-    unknown = [k for k in np.unique(labels).tolist() if annotations.category_ids[k] is None]
-    if unknown:
-        problem = "detected, but the file has no category of that name to write it under - add it to `categories`"
-        name = annotations.classes[unknown[0]]
-        raise DataError(f"{annotations.file}: class {name!r}: {problem}", code="unknown-class")
-    xywh = boxes.astype(np.float64)
-    xywh[:, 2:] -= xywh[:, :2]
-    columns = (annotations.image_ids[indices], labels, xywh, scores)
-    results = [
-        {"image_id": image_id, "category_id": annotations.category_ids[label], "bbox": box, "score": score}
-        for image_id, label, box, score in zip(*(column.tolist() for column in columns), strict=True)
-    ]
-    data = json.dumps(results, allow_nan=False).encode()
-    make_folder(file.parent)
-    write_whole(file, data)

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from commands import refused_by_tool
+from outputs import images_found
 from retina.inference import Detector
 
 Tool = Callable[..., int]
@@ -81,7 +82,7 @@ def test_a_run_on_four_channels_goes_on_bit_for_bit_and_finds_the_same_everywher
 
     assert tool("eval", "checkpoint=runs/four", "device=cpu", "postprocess.score_threshold=0.001", "pictures=1") == 0
     assert tool("infer", "checkpoint=runs/four", "source=set/val", "output=out", *LOW) == 0
-    records = {record["file_name"]: record for record in json.loads(Path("out/detections.json").read_text())}
+    records = {record["file_name"]: record for record in images_found(Path("out"))}
     results = json.loads(Path("runs/four/eval/detections.json").read_text())
     detector = Detector.load("runs/four", device="cpu")
     for i in range(2):

@@ -1,8 +1,10 @@
 """Pictures and records of a folder, an image or a glob; the unreadable is told; nothing of the user's is touched."""
 
+import csv
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -22,7 +24,9 @@ from PIL import Image
 
 import retina
 from children import before_each_file_call
-from commands import Capture, Tool, digest, one_line
+from commands import Capture, Tool, digest, one_line, refused_by_tool
+from outputs import images_found
+from retina.cli.journal import OURS as OF_ALL
 from retina.cli.journal import Done, read_done
 from retina.data.images import read_image
 from retina.data.transforms import eval_pipeline
@@ -43,24 +47,20 @@ def photos(tiny_data: Path, tmp_path: Path) -> Path:
     return root
 
 
-def records(output: Path) -> list[dict[str, Any]]:
-    found = json.loads((output / "detections.json").read_text())
-    assert isinstance(found, list)
-    return found
-
-
 def test_a_folder_is_mirrored(tool: Tool, trained_run: Path, photos: Path, tmp_path: Path, capsys: Capture) -> None:
     before, output = digest(photos), tmp_path / "out"
     words = [f"checkpoint={trained_run}", f"source={photos}", "batch_size=1"]
     assert tool("infer", *words, f"output={output}") == 0
     assert digest(photos) == before
-    assert sorted(digest(output)) == ["a.jpg", "detections.json", "sub/b.png", "sub/deep/c.JPG"]
+    assert sorted(digest(output)) == sorted(["a.jpg", *OF_ALL, "sub/b.png", "sub/deep/c.JPG"])
     out, err = capsys.readouterr()
-    total = sum(len(record["boxes"]) for record in records(output))
-    assert (out, err) == (f"3 images, {total} objects of score 0.3 or more: {output}\n", "")
+    total = sum(len(record["boxes"]) for record in images_found(output))
+    times, summary = out.splitlines()
+    assert re.fullmatch(r"ms per image: read \d+\.\d, detect \d+\.\d, draw and write \d+\.\d", times)
+    assert (summary, err) == (f"3 images, {total} objects of score 0.3 or more: {output}", "")
 
     detector = retina.load(trained_run)
-    for record in records(output):
+    for record in images_found(output):
         image = read_image(photos / record["file_name"])
         assert (record["height"], record["width"]) == image.shape[:2]
         (found,) = detector.predict([photos / record["file_name"]], score_threshold=0.3)
@@ -70,10 +70,10 @@ def test_a_folder_is_mirrored(tool: Tool, trained_run: Path, photos: Path, tmp_p
         assert record["classes"] == [detector.classes[k] for k in found.labels]
         drawn = read_image(output / record["file_name"])
         assert max(drawn.shape) == 768
-    assert [record["file_name"] for record in records(output)] == ["a.jpg", "sub/b.png", "sub/deep/c.JPG"]
+    assert [record["file_name"] for record in images_found(output)] == ["a.jpg", "sub/b.png", "sub/deep/c.JPG"]
 
     assert tool("infer", *words, f"output={output}", "score_threshold=0.9") == 0  # an earlier inference is replaced
-    assert all(score > 0.9 for record in records(output) for score in record["scores"])
+    assert all(score > 0.9 for record in images_found(output) for score in record["scores"])
 
 
 def test_evaluation_prediction_and_inference_find_the_same_at_any_batch_size(
@@ -107,7 +107,7 @@ def test_evaluation_prediction_and_inference_find_the_same_at_any_batch_size(
         assert tool("infer", *words, "score_threshold=0.05", f"pictures={str(batch_size == 5).lower()}") == 0
         loader = retina.eval_loader(annotations, eval_pipeline(64, 96), batch_size=batch_size, canvas=detector.canvas)
         scored = retina.evaluate(model, loader, annotations, postprocess=partial(postprocess, **card.postprocess))
-        for number, (record, found) in enumerate(zip(records(output), expected, strict=True)):
+        for number, (record, found) in enumerate(zip(images_found(output), expected, strict=True)):
             mine = scored.detections.indices == number
             for boxes, scores in (
                 (record["boxes"], record["scores"]),
@@ -123,13 +123,13 @@ def test_one_image_and_a_glob(
 ) -> None:
     words = [f"checkpoint={trained_run}", "pictures=false"]
     assert tool("infer", *words, f"source={photos}/sub/b.png", f"output={tmp_path}/one") == 0
-    assert [record["file_name"] for record in records(tmp_path / "one")] == ["b.png"]
-    assert list(digest(tmp_path / "one")) == ["detections.json"]
+    assert [record["file_name"] for record in images_found(tmp_path / "one")] == ["b.png"]
+    assert sorted(digest(tmp_path / "one")) == sorted(OF_ALL)
     monkeypatch.chdir(photos)
     assert tool("infer", *words, 'source="**/*.[jp][pn]g"', "output=../two") == 0
-    assert [record["file_name"] for record in records(tmp_path / "two")] == ["a.jpg", "sub/b.png"]
+    assert [record["file_name"] for record in images_found(tmp_path / "two")] == ["a.jpg", "sub/b.png"]
     assert tool("infer", *words, "source=sub/*/*", "output=../three") == 0
-    assert [record["file_name"] for record in records(tmp_path / "three")] == ["c.JPG"]
+    assert [record["file_name"] for record in images_found(tmp_path / "three")] == ["c.JPG"]
 
 
 def test_an_unreadable_file_is_told_and_the_rest_is_done(
@@ -140,25 +140,29 @@ def test_an_unreadable_file_is_told_and_the_rest_is_done(
     output = tmp_path / "out"
     assert tool("infer", f"checkpoint={trained_run}", f"source={photos}", f"output={output}") == 3
     out, err = capsys.readouterr()
-    assert out.startswith("3 images, ")
+    assert out.splitlines()[-1].startswith("3 images, ")
     lines = err.splitlines()
     assert [line.split(": ")[1] for line in lines] == [f"{photos}/b_broken.jpg", f"{photos}/c_empty.png"]
     assert all(line.startswith("skipped: ") for line in lines)
-    assert len(records(output)) == 3
-    assert sorted(digest(output)) == ["a.jpg", "detections.json", "failed.txt", "sub/b.png", "sub/deep/c.JPG"]
+    assert len(images_found(output)) == 3
+    assert sorted(digest(output)) == sorted(["a.jpg", *OF_ALL, "failed.txt", "sub/b.png", "sub/deep/c.JPG"])
     assert (output / "failed.txt").read_text().splitlines()[1:] == [line.removeprefix("skipped: ") for line in lines]
 
     (tmp_path / "bad").mkdir()
     shutil.copy(photos / "c_empty.png", tmp_path / "bad")
     assert tool("infer", f"checkpoint={trained_run}", f"source={tmp_path}/bad", f"output={tmp_path}/none") == 3
-    assert records(tmp_path / "none") == []
+    assert images_found(tmp_path / "none") == []
 
 
 def test_output_inside_the_source_is_not_fed_back(tool: Tool, trained_run: Path, photos: Path) -> None:
     words = [f"checkpoint={trained_run}", f"source={photos}", f"output={photos}/found"]
     for _ in range(2):
         assert tool("infer", *words) == 0
-        assert [record["file_name"] for record in records(photos / "found")] == ["a.jpg", "sub/b.png", "sub/deep/c.JPG"]
+        assert [record["file_name"] for record in images_found(photos / "found")] == [
+            "a.jpg",
+            "sub/b.png",
+            "sub/deep/c.JPG",
+        ]
 
 
 def test_formats_that_cannot_be_written_become_jpeg(
@@ -168,7 +172,7 @@ def test_formats_that_cannot_be_written_become_jpeg(
     words = [f"checkpoint={trained_run}", f"source={photos}/a.dat", f"output={tmp_path}/out"]
     assert tool("infer", *words) == 0
     assert tool("infer", *words) == 0
-    assert sorted(digest(tmp_path / "out")) == ["a.dat.jpg", "detections.json"]
+    assert sorted(digest(tmp_path / "out")) == sorted(["a.dat.jpg", *OF_ALL])
 
 
 def test_users_images_are_never_overwritten(tool: Tool, trained_run: Path, photos: Path, capsys: Capture) -> None:
@@ -189,7 +193,7 @@ def test_users_images_are_never_overwritten(tool: Tool, trained_run: Path, photo
     assert digest(photos) == before
 
     # a folder that passes for that of an earlier inference
-    (photos / "sub2" / "detections.json").write_text(json.dumps([{"file_name": "x.jpg"}]))
+    (photos / "sub2" / "inference.json").write_text(json.dumps({"files": {"x.jpg": []}}))
     before = digest(photos)
     assert tool("infer", checkpoint, f"source={photos}/sub", f"output={photos}/sub2") == 2
     assert "would be overwritten" in one_line(capsys)
@@ -222,7 +226,7 @@ def test_mistakes_are_one_line(tool: Tool, trained_run: Path, photos: Path, tmp_
 def test_two_processes_share_the_work(tool: Tool, trained_run: Path, tmp_path: Path, two_processes: Path) -> None:
     words = [f"checkpoint={trained_run}", f"source={two_processes}/photos", "batch_size=1", "device=cpu"]
     assert tool("infer", *words, f"output={tmp_path}/one") == 3
-    one, two = records(tmp_path / "one"), records(two_processes / "infer")
+    one, two = images_found(tmp_path / "one"), images_found(two_processes / "infer")
     assert [record["file_name"] for record in one] == [record["file_name"] for record in two]
     assert [record["classes"] for record in one] == [record["classes"] for record in two]
     for ours, theirs in zip(one, two, strict=True):
@@ -254,14 +258,14 @@ def test_exactly_the_bad_files_are_told(
     assert tool("infer", *words) == 3
     signal.alarm(0)
     out, err = capsys.readouterr()
-    assert out.startswith("45 images, ")
+    assert out.splitlines()[-1].startswith("45 images, ")
     assert [line.split(": ")[1] for line in err.splitlines()] == [f"{source}/{name}" for name in bad]
-    assert [record["file_name"] for record in records(output)] == [f.name for f in good_names(source, bad)]
+    assert [record["file_name"] for record in images_found(output)] == [f.name for f in good_names(source, bad)]
     assert (output / "failed.txt").read_text().count("\n") == 6
     for name in bad:
         (source / name).unlink()
     assert tool("infer", *words) == 0
-    assert sorted(digest(output)) == ["detections.json"]
+    assert sorted(digest(output)) == sorted(OF_ALL)
 
 
 def good_names(source: Path, bad: list[str]) -> list[Path]:
@@ -276,9 +280,9 @@ def test_pictures_of_similar_names_stand_side_by_side(
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(photos / "a.jpg", source / name)
     assert tool("infer", f"checkpoint={trained_run}", f"source={source}/**/*.*", f"output={tmp_path}/out") == 0
-    told = {record["file_name"]: record["picture"] for record in records(tmp_path / "out")}
+    told = {record["file_name"]: record["picture"] for record in images_found(tmp_path / "out")}
     assert len(told) == 7
-    assert sorted(digest(tmp_path / "out")) == sorted([*told.values(), "detections.json"])
+    assert sorted(digest(tmp_path / "out")) == sorted([*told.values(), *OF_ALL])
     assert len({picture.casefold() for picture in told.values()}) == 7
 
 
@@ -292,7 +296,7 @@ def test_a_picture_that_its_format_cannot_hold_is_told(
     words = [f"checkpoint={trained_run}", f"source={tmp_path}/long"]
     assert tool("infer", *words, f"output={tmp_path}/out") == 3
     assert "a.webp: no picture of it as .webp" in capsys.readouterr().err
-    assert [record.get("picture") for record in records(tmp_path / "out")] == [None, "b.png"]
+    assert [record.get("picture") for record in images_found(tmp_path / "out")] == [None, "b.png"]
 
 
 def test_a_model_that_has_diverged_is_refused(
@@ -375,7 +379,7 @@ def test_what_is_under_way_together_comes_out_as_one_after_the_other(
     detector, source = retina.load(trained_run, device="cpu"), tmp_path / "photos"
     files = [file for file in sorted(source.rglob("*.*")) if file.stem != "broken"]
     runs.finish(tmp_path / "out", "score_threshold=0.3")
-    seen = records(tmp_path / "out")
+    seen = images_found(tmp_path / "out")
     assert [record["file_name"] for record in seen] == [file.relative_to(source).as_posix() for file in files]
     pairs = list_of_pairs(sorted(source.rglob("*.*")))
     expected = [found for pair in pairs for found in detector.predict(pair, score_threshold=0.3)]
@@ -384,7 +388,7 @@ def test_what_is_under_way_together_comes_out_as_one_after_the_other(
 
     runs.finish(tmp_path / "alone", "score_threshold=0.3", "max_pixels=9000")
     alone = [found for file in files for found in detector.predict(file, score_threshold=0.3)]
-    assert [record["boxes"] for record in records(tmp_path / "alone")] == [found.boxes.tolist() for found in alone]
+    assert [record["boxes"] for record in images_found(tmp_path / "alone")] == [found.boxes.tolist() for found in alone]
     pictures = digest(tmp_path / "alone").keys()
     assert pictures == digest(tmp_path / "out").keys()
 
@@ -397,7 +401,7 @@ def list_of_pairs(files: list[Path]) -> list[list[Path]]:
 
 def noted(output: Path) -> dict[str, Done]:
     """Done batches of an interrupted inference, by key."""
-    return read_done(output) if (output / ".infer").is_dir() else {}
+    return read_done(output, 5) if (output / ".infer").is_dir() else {}
 
 
 def done_pictures(output: Path) -> list[str]:
@@ -424,7 +428,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(
 ) -> None:
     record_property("tried", kills)
     expected = runs.finish(tmp_path / "clean")
-    assert len(expected) == 24 + 2
+    assert len(expected) == 24 + len(OF_ALL) + 1
     output, done, killed = tmp_path / "killed", {}, 0
     for moment in moments(output, kills, random.Random(kills)):
         killed += runs.kill(output, moment)
@@ -471,3 +475,132 @@ def test_two_processes_killed_and_one_that_goes_on(runs: Runs, tmp_path: Path) -
     assert done == {
         picture: (state.st_ino, state.st_mtime_ns) for picture in done for state in [(output / picture).stat()]
     }
+
+
+def test_tables_labels_and_crops_say_what_was_detected(
+    tool: Tool, trained_run: Path, tiny_data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    output, source = tmp_path / "out", tmp_path / "photos"
+    shutil.copytree(tiny_data / "val", source)
+    found = retina.load(trained_run, device="cpu").predict(sorted(source.iterdir()))
+    lowest, second, *_ = sorted(float(one.scores[0]) for one in found)
+    limit = (lowest + second) / 2  # so that there is an image without detections
+    words = [f"checkpoint={trained_run}", f"source={source}", f"output={output}", "device=cpu", "pictures=false"]
+    words += [f"score_threshold={limit}", "crops=true", "prelabels=[yolo,coco]"]
+    assert tool("infer", *words) == 0
+    images, classes = images_found(output), retina.load(trained_run).classes
+    total = sum(len(one["scores"]) for one in images)
+    assert [len(one["scores"]) for one in images].count(0) == 1
+
+    head, *counts = csv.reader((output / "counts.csv").read_text().splitlines())
+    assert head == ["image", *classes, "total"]
+    for image, (name, *numbers) in zip(images, counts, strict=True):
+        assert name == image["file_name"]
+        assert [*map(int, numbers)] == [*(image["classes"].count(one) for one in classes), len(image["scores"])]
+    rows = list(csv.DictReader((output / "detections.csv").read_text().splitlines()))
+    told = [(row["image"], row["class"], float(row["score"]), float(row["x2"])) for row in rows]
+    assert told == [
+        (image["file_name"], name, score, box[2])
+        for image in images
+        for name, score, box in zip(image["classes"], image["scores"], image["boxes"], strict=True)
+    ]
+
+    labelled = retina.read_coco(output / "coco.json", source)  # as a data set: its labels are what was detected
+    assert [labelled.file_name(k) for k in range(len(labelled))] == [image["file_name"] for image in images]
+    np.testing.assert_allclose(labelled.boxes, [box for image in images for box in image["boxes"]])
+    assert [labelled.classes[k] for k in labelled.labels] == [name for image in images for name in image["classes"]]
+
+    assert (output / "classes.txt").read_text().splitlines() == [*classes]
+    for image in images:
+        lines = (output / "labels" / image["file_name"]).with_suffix(".txt").read_text().splitlines()
+        for line, name, (x1, _, x2, y2) in zip(lines, image["classes"], image["boxes"], strict=True):
+            label, x, y, width, height = map(float, line.split())
+            assert classes[int(label)] == name
+            assert (x + width / 2) * image["width"] == pytest.approx(x2, abs=0.01)
+            assert (y + height / 2) * image["height"] == pytest.approx(y2, abs=0.01)
+            assert width * image["width"] == pytest.approx(x2 - x1, abs=0.01)
+        for crop, (x1, y1, x2, y2) in zip(image["crops"], image["boxes"], strict=True):
+            height, width = read_image(output / crop).shape[:2]
+            assert abs(width - (x2 - x1)) < 2, crop
+            assert abs(height - (y2 - y1)) < 2, crop
+
+    before = digest(output)
+    (output / "labels" / f"{Path(images[0]['file_name']).stem}.txt").write_text("0 0.5 0.5 0.1 0.1\n")  # corrected
+    capsys.readouterr()
+    higher = f"score_threshold={(limit + 1) / 2}"
+    assert tool("infer", *words, higher) == 2
+    refused_by_tool(capsys, "output-taken", "labels/")
+    (output / "labels" / f"{Path(images[0]['file_name']).stem}.txt").unlink()
+    assert tool("infer", *words, higher) == 0
+    fewer = images_found(output)
+    assert sum(len(one["scores"]) for one in fewer) < total
+    there = {name for name in digest(output) if name.startswith("crops/")}
+    assert there == {crop for one in fewer for crop in one["crops"]}, "none is left of the other inference"
+    assert tool("infer", *words) == 0
+    assert digest(output) == before
+
+
+def test_results_of_an_inference_are_scored_against_corrected_labels(
+    tool: Tool, trained_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    words = [f"checkpoint={trained_run}", f"source={tiny_data / 'val'}", f"output={tmp_path / 'out'}", "device=cpu"]
+    assert tool("infer", *words, "pictures=false", "prelabels=[coco]", "score_threshold=0.5") == 0
+    words = [f"detections={tmp_path / 'out' / 'detections.json'}", f"output={tmp_path / 'scored'}", "report=false"]
+    assert tool("eval", *words, "data=coco", f"data.val.annotations={tmp_path / 'out' / 'coco.json'}") == 0
+    assert json.loads((tmp_path / "scored" / "metrics.json").read_text())["AP"] == 1.0
+
+
+def test_settings_of_detection_are_those_of_the_library(
+    tool: Tool, trained_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    files, detector = sorted((tiny_data / "val").iterdir()), retina.load(trained_run, device="cpu")
+    usual = detector.predict(files, score_threshold=0.3)
+    first = next(iter(usual[0]))["class"]
+    for number, settings in enumerate(
+        [{"short_side": 32}, {"nms_iou": 0.05}, {"class_agnostic": True}, {"classes": [first]}]
+    ):
+        output = tmp_path / f"out{number}"
+        words = [f"checkpoint={trained_run}", f"source={tiny_data / 'val'}", f"output={output}", "device=cpu"]
+        typed = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        assert tool("infer", *words, "pictures=false", *typed) == 0
+        expected = detector.adjusted(**settings).predict(files, score_threshold=0.3)
+        images = images_found(output)
+        assert [one.records() for one in expected] != [one.records() for one in usual]
+        for image, found in zip(images, expected, strict=True):
+            np.testing.assert_allclose(image["boxes"], found.boxes.reshape(-1, 4), atol=1e-3)
+    assert {name for one in images for name in one["classes"]} == {first}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "named"),
+    [
+        (["short_side=0"], "out-of-range", "short_side"),
+        (["short_side=99999"], "out-of-range", "long_side"),
+        (["nms_iou=1.5"], "out-of-range", "nms_iou"),
+        (["classes=[unicorn]"], "unknown-value", "classes"),
+        (["classes=[]"], "out-of-range", "classes"),
+        (["label=long"], "unknown-value", "label"),
+        (["font=/nowhere.ttf"], "no-file", "font"),
+        (["line_width=0"], "out-of-range", "line_width"),
+        (["prelabels=[voc]"], "unknown-value", "prelabels"),
+        (["prelabels=[yolo]"], "same-name", "source"),
+        (["crops=true"], "reserved-name", "source"),
+    ],
+)
+def test_settings_that_cannot_be(
+    words: list[str],
+    code: str,
+    named: str,
+    tool: Tool,
+    trained_run: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    output = photos.parent / "out"
+    (photos / "crops").mkdir()
+    shutil.copy(photos / "a.jpg", photos / "crops" / "a.jpg")
+    shutil.copy(photos / "sub" / "b.png", photos / "a.png")
+    assert tool("infer", f"checkpoint={trained_run}", f"source={photos}", f"output={output}", *words) == 2
+    refused_by_tool(capsys, code, named)
+    assert not output.exists()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import retina
 from commands import Capture, refused_by_tool
+from outputs import images_found
 from retina.data.windows import Tiling
 
 Tool = Callable[..., int]
@@ -74,7 +75,7 @@ def test_one_setting_serves_training_evaluation_and_inference(train: Tool, tool:
     words = ["checkpoint=runs/tiled", "source=set/val", "pictures=false", "device=cpu", "score_threshold=0.05"]
     assert tool("infer", *words, "output=in_tiles") == 0
     assert tool("infer", *words, "output=whole", "tile=false") == 0
-    tiled, whole = (json.loads(Path(f"{name}/detections.json").read_text()) for name in ("in_tiles", "whole"))
+    tiled, whole = (images_found(Path(name)) for name in ("in_tiles", "whole"))
     assert len(tiled[0]["boxes"]) == len(expected.scores)
     (untiled,) = detector.in_tiles(None).predict("set/val/0.png", score_threshold=0.05)
     assert len(whole[0]["boxes"]) == len(untiled.scores)
@@ -126,7 +127,7 @@ def test_a_tiff_beyond_the_limit_is_read_by_parts(
     words = [f"checkpoint={trained_run}", f"source={tmp_path / 'photos'}", f"output={tmp_path / 'out'}", "device=cpu"]
     assert tool("infer", *words, "tile=[96,96]", "max_pixels=20000", "precision=fp32") == 3, "the PNG is too large"
     assert "b.png" in capsys.readouterr().err
-    (record,) = json.loads((tmp_path / "out" / "detections.json").read_text())
+    (record,) = images_found(tmp_path / "out")
     assert (record["file_name"], record["width"], record["height"]) == ("a.tif", 400, 300)
     detector = retina.load(trained_run, device="cpu", precision="fp32").in_tiles(Tiling((96, 96)))
     (expected,) = detector.predict(array, score_threshold=0.3)

@@ -1,6 +1,5 @@
 """Thresholds in the header of weights: written by the command, used by inference, overridden by a score."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 
 import retina
 from commands import Capture, Tool, one_line
+from outputs import images_found
 from retina.model.weights import load_detector, read_card
 
 
@@ -47,7 +47,7 @@ def test_weights_get_thresholds_that_inference_uses(tool: Tool, run: Path, tiny_
     tuned_scores, typed_scores = (
         {
             (record["file_name"], name, score)
-            for record in json.loads((tmp_path / folder / "detections.json").read_text())
+            for record in images_found(tmp_path / folder)
             for name, score in zip(record["classes"], record["scores"], strict=True)
         }
         for folder in ("tuned", "typed")

@@ -10,8 +10,9 @@ from pycocotools.coco import COCO
 
 from faults import refused
 from retina.data.checks import DataReport
-from retina.data.coco import Annotations, RecordsError, read_coco, write_results
+from retina.data.coco import Annotations, RecordsError, read_coco
 from retina.data.layouts import locate_split
+from retina.data.results import write_results
 from retina.errors import DataError
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from retina.data.annotations import Annotations
-from retina.data.coco import read_coco, write_results
+from retina.data.coco import read_coco
 from retina.data.join import join, select, share
+from retina.data.results import write_results
 
 
 def part(folder: Path, ids: Sequence[int | str], classes: dict[int, str], sub: str = "", boxes: int = 2) -> Annotations:

@@ -7,7 +7,8 @@ import pytest
 
 from faults import refused
 from retina.data.checks import RecordsError
-from retina.data.coco import Annotations, read_coco, write_results
+from retina.data.coco import Annotations, read_coco
+from retina.data.results import write_results
 from retina.errors import DataError
 from retina.evaluation.metrics import coco_metrics, format_metrics, write_metrics
 from retina.evaluation.results import read_results

@@ -29,7 +29,7 @@ def found(detector: Detector, image: Path) -> list[bytes]:
     """What is detected, bit for bit."""
     (detections,) = detector.predict([image])
     assert len(detections.scores)
-    return [tensor.numpy().tobytes() for tensor in detections]
+    return [tensor.numpy().tobytes() for tensor in detections.tensors]
 
 
 def resident() -> int:

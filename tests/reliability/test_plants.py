@@ -25,9 +25,10 @@ from retina.cli.environment import record_environment
 from retina.cli.journal import Done, finish, note, open_journal, open_output, put, read_done
 from retina.cli.run_folder import MARK, open_evaluation, open_run
 from retina.data.checks import DataReport
-from retina.data.coco import read_coco, write_results
+from retina.data.coco import read_coco
 from retina.data.columns import Columns, write_columns
 from retina.data.layouts import locate_split
+from retina.data.results import write_results
 from retina.data.shapes import write_shapes
 from retina.engine.checkpointer import Checkpointer, TrainState
 from retina.engine.config import TrainConfig
@@ -106,14 +107,13 @@ def evaluation(folder: Path, plant: Plant) -> None:
 
 
 def inference(folder: Path, plant: Plant) -> None:
-    record = {"file_name": "sub/a.jpg", "picture": "sub/a.jpg"}
     plant()
-    with open_output(folder, ["sub/a.jpg"]):
-        read_done(folder)
+    with open_output(folder, ["sub/a.jpg", "labels/a.txt"]):
+        read_done(folder, 1)
         with open_journal(folder, 0) as journal:
             put(folder, "sub/a.jpg", b"picture")
-            note(journal, Done("key", [record], []))
-        finish(folder, [record], ["b.jpg: broken"])
+            note(journal, Done("key", [], []))
+        finish(folder, [("detections.json", b"[]"), ("labels/a.txt", b"")], {}, ["b.jpg: broken"])
 
 
 def continued_inference(folder: Path, plant: Plant) -> None:
@@ -214,10 +214,13 @@ NAMES: dict[Act, tuple[str, ...]] = {
         *("eval/data_report.json", "eval/.data_report.json.tmp", "eval/pictures", "eval/pictures/1_000000.jpg"),
         "eval/pictures/.1_000000.jpg.tmp",
     ),
-    inference: (".infer", "sub", "sub/a.jpg", "detections.json", "failed.txt"),
+    inference: (
+        *(".infer", "sub", "sub/a.jpg", "labels", "labels/a.txt"),
+        *("detections.json", "inference.json", "failed.txt"),
+    ),
     continued_inference: (
         *(".infer", ".infer/lock", ".infer/0.jsonl", ".infer/1.jsonl", ".infer/claims.json", "sub", "sub/a.jpg"),
-        *("detections.json", "failed.txt"),
+        *("detections.json", "inference.json", "failed.txt"),
         *(f".infer/{hashlib.sha256(name).hexdigest()}.tmp" for name in (b"sub/a.jpg", b"detections.json")),
     ),
     figure: ("curves.png", ".curves.png.tmp"),

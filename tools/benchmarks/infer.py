@@ -20,6 +20,7 @@ from benchmarks.loader import LONG_SIDE, SHORT_SIDE, write_photos
 from retina.cli.infer import InferConfig
 from retina.cli.journal import STATE, cut_batches
 from retina.cli.looking import look
+from retina.cli.outputs import Writer
 from retina.cli.sources import find_images, name_sources
 from retina.data.loader import Canvas, eval_loader
 from retina.data.transforms import eval_pipeline
@@ -29,6 +30,7 @@ from retina.lab.clock import Bench, Row, absolute, speedup
 from retina.model.retinanet import retinanet
 from retina.model.weights import DetectorCard
 from retina.types import Batch, Detections
+from retina.visualize import AS_IT_FITS
 
 PAD_VALUE, BATCH_SIZE = (124, 116, 104), 8
 
@@ -110,7 +112,18 @@ def inference(place: Path) -> Callable[[Blind, bool], None]:
         timeout=600.0,
         device="cpu",
         precision=None,
+        short_side=None,
+        long_side=None,
+        nms_iou=None,
+        class_agnostic=None,
+        classes=None,
         pictures=False,
+        label="name_score",
+        font=None,
+        font_size=None,
+        line_width=None,
+        crops=False,
+        prelabels=[],
         tile=None,
         tile_overlap=0.25,
         tile_whole=False,
@@ -121,7 +134,9 @@ def inference(place: Path) -> Callable[[Blind, bool], None]:
 
     def infer(detector: Blind, pictures: bool) -> None:
         make_folder(output / STATE)
-        done = [*look(detector, batches, replace(base, pictures=pictures), 0)]
+        config = replace(base, pictures=pictures)
+        writer = Writer(output, config.wanted, AS_IT_FITS, config.max_pixels)
+        done = [*look(detector, batches, config, writer, 0)]
         assert sum(len(one.records) for one in done) == sum(len(batch.sources) for batch in batches)
         remove(output)
 

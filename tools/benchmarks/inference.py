@@ -29,7 +29,9 @@ def run(bench: Bench) -> list[Row]:
     batch = make_batch(images, height, width, bench.device)
     detections_of_reference = partial(_without_gradients, reference.eval(), unit_images(batch.images))
     detectors = {name: _detector(copy.deepcopy(model), height, width, name, bench.device) for name in ("fp32", "bf16")}
-    assert_same_detections(detectors["fp32"].predict(list(batch.images)), detections_of_reference(), pixels=1e-3)
+    assert_same_detections(
+        [one.tensors for one in detectors["fp32"].predict(list(batch.images))], detections_of_reference(), pixels=1e-3
+    )
     _assert_logits_near(detectors["bf16"], detectors["fp32"], batch.images)
 
     ways = {name: partial(detector.predict, list(batch.images)) for name, detector in detectors.items()}
