@@ -127,7 +127,7 @@ def main(settings: Settings) -> Result:
         allowed = settings["allow_data_change"]
         checkpointer = Checkpointer(folder, state, card=card, recorder=recorder, allow_data_change=allowed)
         with StopRequest(lambda: config.compile and not state.learned) as request:
-            scored = partial(score, checkpointer, recipe, val_loader, val, data.max_pixels, request.signal)
+            scored = partial(score, checkpointer, recipe, val_loader, train, val, data.max_pixels, request.signal)
             stopped = fit(
                 state,
                 recipe.criterion,
@@ -207,13 +207,16 @@ def score(
     checkpointer: "Checkpointer",
     recipe: Recipe,
     loader: "BatchLoader",
+    train: "Annotations",
     annotations: "Annotations",
     max_pixels: int,
     stopping: "Callable[[], int]",
     model: "nn.Module",
 ) -> "Evaluation":
-    """The metrics of the model on the validation split, with a picture of some detections. The operating point that is
-    fitted to them goes into the header of the weights, should they be the best."""
+    """The metrics of the model on the validation split, with a picture of some detections, and why they are near zero
+    where that is plain. The operating point that is fitted to them goes into the header of the weights, should they be
+    the best."""
+    from retina.cli.afterwards import explain
     from retina.evaluation.evaluate import evaluate
     from retina.evaluation.operating_points import fit_operating_point
     from retina.evaluation.pictures import evaluation_pictures
@@ -235,6 +238,8 @@ def score(
     if checkpointer.card and recorder.active:
         point = fit_operating_point(annotations, evaluation.detections)
         checkpointer.card = replace(checkpointer.card, operating_point=point)
+        if warning := explain(checkpointer, model, train, annotations, evaluation):
+            recorder.warn(warning)
     if state.config.pictures and recorder.active:
         limits = {"max_images": state.config.pictures, "max_pixels": max_pixels}
         picture = evaluation_pictures(annotations, evaluation.detections, **limits)
