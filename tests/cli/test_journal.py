@@ -18,8 +18,8 @@ from retina.cli.journal import (
     FAILED_TITLE,
     Batch,
     Done,
+    already_done,
     cut_batches,
-    done_of,
     finish,
     note,
     open_journal,
@@ -138,7 +138,7 @@ def test_changed_journals_are_done_again_or_refused(sources: list[Source], tmp_p
             file.write_text("\n".join(map(json.dumps, changed)))
         try:
             with open_output(output, [source.picture for source in sources]):
-                for key, one in done_of([batch], output, 1).items():
+                for key, one in already_done([batch], output, 1).items():
                     outcomes["believed" if key == batch.key else "of others"] += 1
                     assert all(isinstance(fault, str) for fault in one.faults)
                     numbered = [{"id": number, **record} for number, record in enumerate(one.records)]
