@@ -1,9 +1,12 @@
 """Sides of a box as distributions over distances from the anchor's centre (Li et al., Generalized Focal Loss, NeurIPS
 2020), which a head may predict instead of deltas. Beside the road."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from retina.ops.boxes import SMALLEST_ENCODED_SIDE
 
@@ -27,9 +30,36 @@ def mean_distances(logits: Float[Tensor, "*batch R"]) -> Float[Tensor, "*batch"]
 
     float32 for narrower logits. Source: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 5.
     """
+    if logits.is_cuda and logits.dtype != torch.float64:
+        return _MeanDistances.apply(logits)
+    return _means(logits)[0]
+
+
+def _means(logits: Float[Tensor, "*batch R"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Means, probabilities and distances."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     distances = torch.arange(logits.shape[-1], device=logits.device, dtype=dtype)
-    return (logits.softmax(dim=-1, dtype=dtype) * distances).sum(dim=-1)
+    probabilities = logits.softmax(dim=-1, dtype=dtype)
+    return (probabilities * distances).sum(dim=-1), probabilities, distances
+
+
+class _MeanDistances(torch.autograd.Function):
+    """With p the probabilities and m the mean of the distances n, dm / dlogit_n = p_n (n - m).
+
+    Keeps the logits, which are there anyway, and no probabilities: of a whole pyramid these are 5 MB an image."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return _means(logits)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
+        means, probabilities, distances = _means(logits)
+        slopes = probabilities.mul_((distances - means[..., None]).mul_(grad[..., None]))
+        return slopes.to(logits.dtype)
 
 
 def even_distribution(means: Float[Tensor, "*batch"], num_bins: int) -> Float[Tensor, "*batch R"]:

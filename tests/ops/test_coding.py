@@ -11,7 +11,7 @@ from retina.ops.boxes import (
     encode,
     encode_distances,
 )
-from retina.ops.distributions import distances_to_deltas, even_distribution, mean_distances
+from retina.ops.distributions import _MeanDistances, distances_to_deltas, even_distribution, mean_distances
 
 TORCHVISION = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
 
@@ -135,3 +135,10 @@ def test_gradients_through_distributions_are_finite(scale: float):
     deltas = distances_to_deltas(mean_distances(logits), torch.tensor([4.0, 4.0]))
     deltas.square().sum().backward()
     assert logits.grad.isfinite().all()
+
+
+def test_mean_distances_without_their_probabilities() -> None:
+    """What a GPU computes again in the backward pass, it need not keep."""
+    logits = torch.randn(5, 4, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(_MeanDistances.apply, logits)
+    torch.testing.assert_close(_MeanDistances.apply(logits), mean_distances(logits))
