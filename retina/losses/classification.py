@@ -15,7 +15,8 @@ from torchvision.ops import nms
 
 from retina.losses.common import check_range
 from retina.losses.focal import check_focal, class_focal_loss, focal_of_error
-from retina.losses.soft_targets import ghm_loss, quality_focal_loss, varifocal_loss
+from retina.losses.soft_targets import quality_focal_loss, varifocal_loss
+from retina.losses.summed_ghm import summed_ghm_loss
 from retina.ops.boxes import pairwise_iou
 from retina.types import Assignment, Predictions
 
@@ -135,7 +136,8 @@ class GHM:
     """GHM-C: the cross entropy, divided by how many anchors and classes have a gradient of that length.
 
     The published loss is a mean already. It is multiplied with the batch's positives (at least 1), by which the caller
-    divides. One histogram over all images and levels, without memory of earlier batches. Holds a copy of all logits.
+    divides. One histogram over all images and levels, without memory of earlier batches. Holds a gradient as large as
+    the logits, and beside it a part of them at a time.
 
     Args:
         num_bins: of the histogram of gradient lengths.
@@ -149,11 +151,7 @@ class GHM:
         check_range("num_bins", self.num_bins, 1)
 
     def __call__(self, predictions: Predictions, labels: Labels, assigned: Assignment) -> Scalar:
-        logits = torch.cat(predictions.logits, dim=1)
-        classes = torch.arange(logits.shape[-1], device=logits.device)
-        targets = assigned.positive[..., None] & (labels[..., None] == classes)
-        valid = (assigned.positive | assigned.negative)[..., None].expand_as(targets)
-        loss = ghm_loss(logits, targets.to(logits.dtype), valid, num_bins=self.num_bins).sum()
+        loss = summed_ghm_loss(predictions.logits, labels, assigned, num_bins=self.num_bins)
         return loss * assigned.positive.sum().clamp(min=1)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from retina.losses.common import (
@@ -113,12 +113,17 @@ def ghm_loss(
         raise ValueError(f"valid must have the shape of the logits {list(logits.shape)}, got {list(valid.shape)}")
     logits, targets = _of_one_dtype(logits, targets)
     cross_entropy = binary_cross_entropy(logits, targets)
-    bins = (_distance(logits, targets).detach() * num_bins).long().clamp(max=num_bins - 1)
-    bins = torch.where(valid, bins, num_bins)  # one more, for what does not count
+    bins = gradient_bins(logits.detach(), targets, valid, num_bins)
     counts = torch.zeros(num_bins + 1, dtype=torch.int64, device=logits.device)  # float32 counts up to 2^24
     counts = counts.scatter_add(0, bins.flatten(), counts.new_ones(()).expand(bins.numel()))
     density = (counts * num_bins).clamp(min=1).to(logits.dtype)
     return torch.where(valid, cross_entropy / density[bins], 0)
+
+
+def gradient_bins(logits: Tensor, targets: Tensor, valid: Tensor, num_bins: int) -> Int64[Tensor, "..."]:
+    """The bin of |p - y|, 0..num_bins - 1; `num_bins` for what is not valid."""
+    bins = (_distance(logits, targets) * num_bins).long().clamp(max=num_bins - 1)
+    return torch.where(valid, bins, num_bins)
 
 
 class GHMLoss(SoftTargetLoss):

@@ -8,6 +8,7 @@ from torchvision.ops import box_iou, nms, sigmoid_focal_loss
 
 from retina.losses.classification import GHM, OHEM, ClassLoss, Focal, QualityFocal, Varifocal
 from retina.losses.soft_targets import ghm_loss, quality_focal_loss, varifocal_loss
+from retina.losses.summed_ghm import summed_ghm_loss
 from retina.ops.anchors import AnchorGenerator
 from retina.types import Assignment, Predictions
 
@@ -202,3 +203,23 @@ def test_without_target_scores_there_is_nothing_to_learn(loss: ClassLoss):
 def test_settings_out_of_range_are_refused(kind, settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
         kind(**settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ghm_in_parts_is_ghm(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum over levels and its gradient, of which a part is computed at a time, without a copy of all logits."""
+    monkeypatch.setattr("retina.losses.summed_ghm._LOGITS", 40)
+    generator = torch.Generator().manual_seed(0)
+    levels = [4 * torch.randn(2, anchors, 3, generator=generator, dtype=dtype) for anchors in (17, 5, 1)]
+    levels = [level.requires_grad_() for level in levels]
+    role = torch.randint(0, 3, (2, 23), generator=generator)
+    labels = torch.randint(0, 3, (2, 23), generator=generator)
+    assigned = Assignment(labels, role == 0, role == 1)
+    loss = summed_ghm_loss(levels, labels, assigned, num_bins=10)
+    grads = torch.autograd.grad(3 * loss, levels)
+    targets = (role == 0)[..., None] & (labels[..., None] == torch.arange(3))
+    valid = (role < 2)[..., None].expand_as(targets)
+    expected = ghm_loss(torch.cat(levels, dim=1), targets.to(dtype), valid, num_bins=10).sum()
+    torch.testing.assert_close(loss, expected)
+    for one, other in zip(grads, torch.autograd.grad(3 * expected, levels), strict=True):
+        torch.testing.assert_close(one, other)
