@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from .hosts import hosts_fail
+from .hosts import host_vanishes, hosts_fail
 from .kill import kill_nine
 from .processes import loader_workers, ranks_change
 from .runs import Outcome, write_data
@@ -71,6 +71,7 @@ def scenarios_of(arguments: argparse.Namespace) -> dict[str, Scenario]:
         "signals-ranks": partial(signals_stop, trials=two, ranks=2, seed=seed),
         "second": second_interrupt,
         "hosts": partial(hosts_fail, seed=seed),
+        "vanish": partial(host_vanishes, seed=seed),
     }
     return own | {Path(path).stem: partial(run_suite, label=label, path=path) for label, path in SUITES}
 

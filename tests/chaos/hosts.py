@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from .kill import END_WITHIN
@@ -92,10 +93,56 @@ def hosts_fail(folder: Path, *, victims: tuple[str, ...] = VICTIMS, seed: int = 
     return Outcome(fault, len(victims), max(0, len(victims) - len(faults)), notes)
 
 
+def host_vanishes(folder: Path, *, kills: int = 3, seed: int = 0) -> Outcome:
+    """A spot machine: host 1 is gone at a random instant, the same command is typed on both hosts once the other has
+    ended, and training is waited for. The notes say what that costs: steps that are done again, and seconds."""
+    fault = "a host vanishes, plain relaunch"
+    if reason := why_not():
+        return Outcome(fault, 0, 0, f"skipped: {reason}")
+    folder.mkdir(parents=True, exist_ok=True)
+    chance, every = random.Random(seed), 10
+    options = {"runs": "vanishing", "train__length": 100_000, "train__save_every": every, "train__log_every": 1}
+    run = folder / "vanishing" / "tiny"
+    lost, noticed, resumed = list[int](), list[float](), list[float]()
+    with two_hosts() as hosts:
+        for _ in range(kills + 1):
+            before, begin = saved_step(run), time.monotonic()
+            with _both(hosts, folder, **options) as agents:
+                if not wait_for(partial(_trains_beyond, before, run, begin)):
+                    return Outcome(fault, kills, len(lost), f"not resumed: {agents[0].said()[-500:]}")
+                resumed.append(time.monotonic() - begin)
+                _saves_again(run, agents)
+                time.sleep(chance.uniform(0, 2))
+                struck = time.monotonic()
+                agents[1].kill_all()
+                if not agents[0].wait_all(END_WITHIN):
+                    return Outcome(fault, kills, len(lost), f"processes were left {END_WITHIN:.0f} s later")
+                noticed.append(time.monotonic() - struck)
+                lost.append(_logged_step(run, begin) - saved_step(run))
+    numbers = f"steps lost {lost} with save_every={every}, all ended after {max(noticed):.1f} s"
+    seconds = ", ".join(f"{one:.1f}" for one in resumed[1:])
+    return Outcome(fault, kills, len(resumed) - 1, f"{numbers}, the next step {seconds} s after the relaunch")
+
+
+def _trains_beyond(step: int, run: Path, since: float) -> bool:
+    return _logged_step(run, since) > step
+
+
+def _logged_step(run: Path, since: float) -> int:
+    """Step of the newest line of metrics.jsonl that was written after that time, or 0."""
+    file = run / "metrics.jsonl"
+    if not file.is_file() or file.stat().st_mtime < time.time() - (time.monotonic() - since):
+        return 0
+    steps = re.findall(r'"step": (\d+)', file.read_text())
+    return int(steps[-1]) if steps else 0
+
+
 @contextmanager
-def _both(hosts: list[list[str]], folder: Path) -> Iterator[list[Life]]:
+def _both(
+    hosts: list[list[str]], folder: Path, *, runs: str = "two-hosts", train__length: int = LENGTH, **changes: object
+) -> Iterator[list[Life]]:
     """The same command typed on both hosts."""
-    words = command("two-hosts", ranks=2, train__length=LENGTH)
+    words = command(runs, ranks=2, train__length=train__length, **changes)
     at = words.index("--standalone")
     with ExitStack() as stack:
         agents = []
