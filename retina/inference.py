@@ -260,6 +260,7 @@ class Detector:
     ) -> list[Detections]:
         """Of images that are not cut."""
         rules = self._rules(score_threshold)
+        check_postprocess(rules[0])
         batches = (
             self._batch([self._read(image, max_pixels) for image in chunk]) for chunk in chunked(images, batch_size)
         )
@@ -284,7 +285,7 @@ class Detector:
         if prefetch < 0:
             raise ValueError(f"prefetch must be 0 or more, got {prefetch}")
         chunks = chunked(listed(images), batch_size)
-        self._rules(score_threshold)
+        check_postprocess(self._rules(score_threshold)[0])
         find = partial(self.find, score_threshold=score_threshold, batch_size=batch_size)
         return self._find_ahead(chunks, find, max_pixels, prefetch)
 
@@ -327,7 +328,6 @@ class Detector:
             options["score_threshold"] = score_threshold
         elif thresholds:
             options["score_threshold"] = min(thresholds)
-        check_postprocess(options)
         return options, thresholds
 
     def _batch(self, samples: Sequence[Sample]) -> Batch:

@@ -22,6 +22,8 @@ from retina.errors import DataError
 if TYPE_CHECKING:
     from retina.cli.infer import InferConfig
     from retina.inference import Detector
+_AHEAD, _IMAGES_AHEAD = 3, 32
+"""Groups that are read ahead, or as many as have so many images."""
 
 T = TypeVar("T")
 
@@ -151,7 +153,9 @@ def read_ahead(
         return threads.submit(load)
 
     groups = chain.from_iterable(run_ahead(lambda batch: threads.submit(cut, batch), batches, 2))
-    return run_ahead(begin, groups, room, lambda group: group.pixels)
+    # more than keep the threads at work would only take memory, for canvases too
+    least = room // max(_AHEAD, _IMAGES_AHEAD // config.batch_size)
+    return run_ahead(begin, groups, room, lambda group: max(group.pixels, least))
 
 
 def detect_group(
