@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from retina.data.annotations import Annotations
-from retina.data.columns import Columns, digest_in, digest_of, read_columns, write_columns
+from retina.data.columns import Columns, digest_in, read_columns, write_columns
 from retina.data.paths import folder_stamps, folders_of, is_free_of_links, links_outside
 from retina.files import advice, make_folder, remove
 
@@ -72,9 +72,9 @@ def find_entry(file: Path, request: Request) -> Path | None:
         return None
 
 
-def entry_of(data: bytes, request: Request) -> Path | None:
-    """`find_entry` of a file that holds `data`."""
-    return _entry(digest_of(memoryview(data)), request) if len(data) >= CACHE_FROM_BYTES else None
+def entry_of(digest: str, size: int, request: Request) -> Path | None:
+    """`find_entry` of a file of so many bytes with that digest."""
+    return _entry(digest, request) if size >= CACHE_FROM_BYTES else None
 
 
 def _entry(source: str, request: Request) -> Path | None:

@@ -6,16 +6,18 @@ import posixpath
 import re
 import reprlib
 import sys
+from array import array
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from retina.data.ids import is_id
+from retina.data.ids import LARGEST_ID, is_id
 from retina.data.paths import links_outside, name_problem
 from retina.errors import DataError, plain
 from retina.files import make_folder, write_whole
@@ -216,20 +218,22 @@ def check_links(file: Path, images: Images, image_root: Path, report: DataReport
 
 def check_annotations(
     file: Path,
-    records: list[Any],
+    pieces: Iterable[tuple[int, list[Any]]],
     images: Images,
     name_of: Mapping[int, str],
     classes: Sequence[str],
     report: DataReport,
-) -> tuple[list[int], set[int | str]]:
+) -> tuple[Int64[np.ndarray, "A"], set[int | str]]:
     """Positions of the annotations that are whole, of a sound image, and of a category that is one of `classes`; and
     the ids of images that have others."""
     names = images.left_out | {image.id: image.name for image in images.sound}
     known = {category_id for category_id, name in name_of.items() if name in classes}
     outside: Counter[int] = Counter()
-    sound = []
+    sound = array("q")  # millions of Python's integers would take five times the memory
+    ids = _Ids()
     faulty: set[int | str] = set()
-    for position, record in enumerate(records):
+    for position, record in chain.from_iterable(enumerate(records, first) for first, records in pieces):
+        ids.add(record)
         problem = _annotation_problem(record, names, name_of)
         if problem and images.ids_unclear and problem.startswith("image_id "):
             continue
@@ -253,13 +257,33 @@ def check_annotations(
             f"classes {some(classes)} - {fix}"
         )
     # annotation ids mean nothing here, but other tools drop annotations over them
-    ids = Counter(record["id"] for record in records if isinstance(record, dict) and is_id(record.get("id")))
-    if twice := [str(annotation_id) for annotation_id, count in ids.items() if count > 1]:
+    if twice := ids.twice():
         report.warnings.append(
             f"{file}: annotations: id {some(twice)} used more than once - renumber them for other tools; here they are "
             "not used"
         )
-    return sound, faulty
+    return np.array(sound, dtype=np.int64), faulty
+
+
+class _Ids:
+    """Ids of annotations, of which some may be used more than once."""
+
+    def __init__(self) -> None:
+        self._numbers = array("q")
+        self._texts: Counter[str] = Counter()
+
+    def add(self, record: Any) -> None:
+        value = record.get("id") if isinstance(record, dict) else None
+        if type(value) is int and abs(value) <= LARGEST_ID:
+            self._numbers.append(value)
+        elif is_id(value):
+            self._texts[value] += 1  # type: ignore[index]
+
+    def twice(self) -> list[str]:
+        """Those that are used more than once, in the order of their first use."""
+        values, firsts, counts = np.unique(np.array(self._numbers), return_index=True, return_counts=True)
+        repeated = sorted(zip(firsts[counts > 1].tolist(), values[counts > 1].tolist(), strict=True))
+        return [str(value) for _, value in repeated] + [text for text, count in self._texts.items() if count > 1]
 
 
 def describe(record: Any, position: int, names: Mapping[int | str, str]) -> str:

@@ -7,11 +7,11 @@ Format: https://cocodataset.org/#format-data.
 
 import gc
 from collections.abc import Mapping, Sequence
-from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, Int32, Int64
 
 from retina.data import cache as annotation_cache
 from retina.data.annotations import Annotations, offsets_of
@@ -29,9 +29,10 @@ from retina.data.checks import (
     convention_problem,
     describe,
 )
-from retina.data.document import parse_document, read_bytes
+from retina.data.document import parse_document
 from retina.data.ids import id_column
-from retina.data.oddities import record_oddities, rotations
+from retina.data.oddities import count_oddities, record_oddities, rotations
+from retina.data.packed_records import PackedRecords
 from retina.errors import DataError
 
 
@@ -91,13 +92,11 @@ def _parse(
     """Reads and checks the JSON itself, and stores the result of a large file. Warnings go to `report` at once."""
     findings = DataReport(warnings=report.warnings)
     known_warnings = len(report.warnings)
-    data = read_bytes(file)
-    document = parse_document(file, data, report.warnings, ids_only=request.ids_only)
-    entry = annotation_cache.entry_of(data, request)
-    del data
-    name_of = check_categories(file, document["categories"], findings)
+    document = parse_document(file, report.warnings, ids_only=request.ids_only)
+    entry = annotation_cache.entry_of(document.digest, document.size, request)
+    name_of = check_categories(file, document.categories, findings)
     unclear = bool(findings.faults)
-    images = check_images(file, document["images"], findings, allow_outside=request.allow_outside)
+    images = check_images(file, document.images, findings, allow_outside=request.allow_outside)
     if not request.allow_outside and check_links(file, images, image_root, findings):
         entry = None  # links may be mended while the file stays as it is
     if unclear:  # nearly every annotation would be at fault for its category
@@ -106,9 +105,10 @@ def _parse(
     classes = request.classes
     if classes is None:
         classes = [name_of[category_id] for category_id in sorted(name_of)]
-    positions, faulty = check_annotations(file, document["annotations"], images, name_of, classes, findings)
-    records = [document["annotations"][position] for position in positions]
-    annotations = _arrange(file, image_root, classes, name_of, images, records, positions, faulty, findings)
+    records = document.annotations
+    positions, faulty = check_annotations(file, records.pieces(), images, name_of, classes, findings)
+    columns = _columns(records, positions, images, classes, name_of)
+    annotations = _arrange(file, image_root, classes, name_of, images, records, columns, faulty, findings)
     if findings.faults and not (skip_faulty and len(annotations)):
         raise RecordsError(findings.faults)
     reading = CachedAnnotations(annotations, findings.faults, report.warnings[known_warnings:])
@@ -118,66 +118,113 @@ def _parse(
     return reading
 
 
+class _Columns(NamedTuple):
+    """Sound annotations, in the file's order."""
+
+    positions: Int64[np.ndarray, "T"]
+    """In the file."""
+    rows: Int32[np.ndarray, "T"]
+    """Of `Images.sound`."""
+    xywh: Float[np.ndarray, "T 4"]
+    labels: Int64[np.ndarray, "T"]
+    crowd: Bool[np.ndarray, "T"]
+    areas: Float[np.ndarray, "T"]
+    """NaN where the file has none."""
+    degrees: Float[np.ndarray, "T"]
+    oddities: Int64[np.ndarray, "3"]
+
+
+def _columns(
+    records: PackedRecords,
+    positions: Int64[np.ndarray, "T"],
+    images: Images,
+    classes: Sequence[str],
+    name_of: Mapping[int, str],
+) -> _Columns:
+    """Of the records at these positions."""
+    row_of = {image.id: row for row, image in enumerate(images.sound)}
+    id_of = {name: category_id for category_id, name in name_of.items()}
+    label_of = {id_of[name]: label for label, name in enumerate(classes) if name in id_of}
+    num = len(positions)
+    kinds = (np.int32, np.int64, np.bool_, np.float64, np.float64)
+    rows, labels, crowd, areas, degrees = (np.empty(num, kind) for kind in kinds)
+    xywh, oddities = np.empty((num, 4)), np.zeros(3, np.int64)
+    for first, piece in records.pieces():
+        begin, end = np.searchsorted(positions, [first, first + len(piece)]).tolist()
+        part = slice(begin, end)
+        sound = [piece[position - first] for position in positions[part].tolist()]
+        rows[part] = [row_of[a["image_id"]] for a in sound]
+        labels[part] = [label_of[a["category_id"]] for a in sound]
+        crowd[part] = [bool(a.get("iscrowd")) for a in sound]
+        areas[part] = np.array([a.get("area") for a in sound], dtype=np.float64)  # None becomes nan
+        xywh[part] = np.array([a["bbox"] for a in sound], dtype=np.float64).reshape(-1, 4)
+        degrees[part] = rotations(sound)
+        oddities += count_oddities(sound, xywh[part])
+    return _Columns(positions, rows, xywh, labels, crowd, areas, degrees, oddities)
+
+
 def _arrange(
     file: Path,
     image_root: Path,
     classes: Sequence[str],
     name_of: Mapping[int, str],
     images: Images,
-    records: list[dict[str, Any]],
-    positions: list[int],
+    records: PackedRecords,
+    columns: _Columns,
     faulty: set[int | str],
     report: DataReport,
 ) -> Annotations:
-    """Sound records as columns, the objects of an image beside each other. Boxes that do not fit go to `report`.
+    """Sound records, the objects of an image beside each other. Boxes that do not fit go to `report`.
 
     An image is left out if all its annotations are faulty, those of `faulty` images among them: it is no negative.
     Raises DataError if all boxes are in another convention."""
-    size_of = {image.id: image.size for image in images.sound}
-    names = {image.id: image.name for image in images.sound}
-    image_ids = [a["image_id"] for a in records]
-    xywh = np.array([a["bbox"] for a in records], dtype=np.float64).reshape(-1, 4)
-    object_sizes = np.array([size_of[image_id] for image_id in image_ids], dtype=np.int64).reshape(-1, 2)
+    xywh, rows, areas = columns.xywh, columns.rows, columns.areas
+    sizes = np.array([image.size for image in images.sound], dtype=np.int64).reshape(-1, 2)
+    object_sizes = sizes[rows]
     if convention := convention_problem(xywh, object_sizes):
         raise DataError(f"{file}: annotations: {convention}", code="box-convention")
-    report.warnings += record_oddities(file, records, xywh)
-    degrees = rotations(records)
-    if turned := int(np.count_nonzero(degrees)):
-        xywh = np.where(degrees[:, None] != 0, around_rotated(xywh, degrees), xywh)
+    report.warnings += record_oddities(file, columns.oddities)
+    if turned := int(np.count_nonzero(columns.degrees)):
+        xywh = np.where(columns.degrees[:, None] != 0, around_rotated(xywh, columns.degrees), xywh)
         state = (
             f"{turned} boxes are turned (`attributes.rotation`, as CVAT has it): the upright boxes around them count"
         )
         report.warnings.append(f"{file}: annotations: {state} - nothing to do here; other tools take the unturned ones")
-    usable = np.ones(len(image_ids), dtype=np.bool_)
-    for problem in box_problems(xywh, object_sizes):
-        line = f"{file}: {describe(records[problem.row], positions[problem.row], names)}: {problem.text}"
+    usable = np.ones(len(rows), dtype=np.bool_)
+    problems = [*box_problems(xywh, object_sizes)]
+    del object_sizes
+    named = records.at([int(columns.positions[problem.row]) for problem in problems])
+    names = {image.id: image.name for image in images.sound} if problems else {}
+    for problem in problems:
+        position = int(columns.positions[problem.row])
+        line = f"{file}: {describe(named[position], position, names)}: {problem.text}"
         (report.faults if problem.is_fault else report.warnings).append(line)
         usable[problem.row] = not problem.is_fault
-    emptied = (faulty | {*compress(image_ids, ~usable)}) - {*compress(image_ids, usable)}
-    sound = [image for image in images.sound if image.id not in emptied]
-    row_of = {image.id: row for row, image in enumerate(sound)}
-    rows = np.array([row_of.get(image_id, -1) for image_id in image_ids], dtype=np.int64)
 
+    bad = np.array([image.id in faulty for image in images.sound], dtype=np.bool_)
+    bad[rows[~usable]] = True
+    bad[rows[usable]] = False
+    sound = [image for image, is_bad in zip(images.sound, bad.tolist(), strict=True) if not is_bad]
+    order = np.flatnonzero(usable)
+    order = order[np.argsort(rows[order], kind="stable")]
+    counts = np.bincount(rows[order], minlength=len(bad))[~bad]
     id_of = {name: category_id for category_id, name in name_of.items()}
-    label_of = {id_of[name]: label for label, name in enumerate(classes) if name in id_of}
-    labels = np.array([label_of[a["category_id"]] for a in records], dtype=np.int64)
-    crowd = np.array([bool(a.get("iscrowd")) for a in records], dtype=np.bool_)
-    areas = np.array([a.get("area") for a in records], dtype=np.float64)  # None becomes nan
     encoded = [image.name.encode("utf-8", "surrogatepass") for image in sound]
-    order = np.flatnonzero(usable)[np.argsort(rows[usable], kind="stable")]
     xywh, areas = xywh[order], areas[order]
+    areas = np.where(np.isnan(areas), xywh[:, 2] * xywh[:, 3], areas)
+    xywh[:, 2:] += xywh[:, :2]
     return Annotations(
         file=file,
         image_root=image_root,
         classes=tuple(classes),
         category_ids=tuple(id_of.get(name) for name in classes),
         image_ids=id_column([image.id for image in sound]),
-        sizes=np.array([image.size for image in sound], dtype=np.int64).reshape(-1, 2),
-        offsets=offsets_of(np.bincount(rows[usable], minlength=len(sound))),
-        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
-        labels=labels[order],
-        crowd=crowd[order],
-        areas=np.where(np.isnan(areas), xywh[:, 2] * xywh[:, 3], areas),
+        sizes=sizes[~bad],
+        offsets=offsets_of(counts),
+        boxes=xywh,
+        labels=columns.labels[order],
+        crowd=columns.crowd[order],
+        areas=areas,
         names=np.frombuffer(b"".join(encoded), dtype=np.uint8),
         name_offsets=offsets_of(np.array([len(name) for name in encoded], dtype=np.int64)),
     )

@@ -19,7 +19,7 @@ import numpy as np
 
 from retina.files import open_plain, read_plain, remove, sync_folder, write_synced
 
-_CHUNK = 4 << 20
+CHUNK = 4 << 20
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -103,7 +103,7 @@ def digest_in(stream: BinaryIO, begin: int, size: int) -> str:
 
 def _digest(read: Callable[[int, int], bytes | memoryview], size: int) -> str:
     def part(start: int) -> bytes:
-        return hashlib.sha256(read(start, min(_CHUNK, size - start))).digest()
+        return hashlib.sha256(read(start, min(CHUNK, size - start))).digest()
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        return hashlib.sha256(b"".join(pool.map(part, range(0, size, _CHUNK)))).hexdigest()
+        return hashlib.sha256(b"".join(pool.map(part, range(0, size, CHUNK)))).hexdigest()

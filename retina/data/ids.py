@@ -1,7 +1,7 @@
 """Ids as other tools write them: 7.0, "7", or text such as the image's name. Beside the road."""
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +34,28 @@ def settle_ids(file: Path, document: dict[str, Any]) -> Iterator[str]:
     """Gives all ids of images one type, text if any image has one of that, and categories numbers, in place.
 
     Yields a warning for what other tools would not take for equal."""
+    records = document["annotations"]
     for section, key in (("images", "image_id"), ("categories", "category_id")):
-        ids = ((record, "id") for record in document[section] if isinstance(record, dict))
-        others = ((record, key) for record in document["annotations"] if isinstance(record, dict))
-        as_text = section == "images" and any(isinstance(record.get("id"), str) for record, _ in ids)
-        usual = str if as_text else int
-        ids = ((record, "id") for record in document[section] if isinstance(record, dict))
-        count = 0
-        for record, name in chain(ids, others):
-            value = record.get(name)
-            if type(value) is not usual and (new := settled(value, as_text=as_text)) is not value:
-                record[name] = new
-                count += 1
+        ids = (record.get("id") for record in document[section] if isinstance(record, dict))
+        as_text = section == "images" and any(isinstance(value, str) for value in ids)
+        count = _settle(document[section], "id", as_text=as_text)
+        if as_text or not records.is_usual:
+            count += records.rewrite(partial(_settle, key=key, as_text=as_text))
         if count:
             problem = f"{count} ids are not written as the others: read as {'text' if as_text else 'whole numbers'}"
             yield f"{file}: {section}: {problem} - nothing to do here; other tools may not take 7, 7.0 and '7' for one"
+
+
+def _settle(records: list[Any], key: str, *, as_text: bool) -> int:
+    """Gives the ids under that key their type, in place; how many had another."""
+    usual = str if as_text else int
+    count = 0
+    for record in records:
+        value = record.get(key) if isinstance(record, dict) else None
+        if value is not None and type(value) is not usual and (new := settled(value, as_text=as_text)) is not value:
+            record[key] = new
+            count += 1
+    return count
 
 
 def id_column(ids: Sequence[int | str]) -> Shaped[np.ndarray, "N"]:

@@ -15,16 +15,24 @@ _SLACK = 2.0
 """Pixels, and a tenth of the box, that a polygon may leave its box by."""
 
 
-def record_oddities(file: Path, records: Sequence[Mapping[str, Any]], xywh: Float64[np.ndarray, "T 4"]) -> list[str]:
-    """Of sound annotations: flags that mean nothing here, and areas and polygons that contradict the box."""
-    lines = []
-    if ignored := sum(bool(record.get("ignore")) for record in records):
-        fix = "write `iscrowd` 1 where nothing is to be learned and no detection to be counted, or remove them"
-        lines.append(f"{file}: annotations: {ignored} have `ignore` 1, and are objects like all others - {fix}")
+def count_oddities(records: Sequence[Mapping[str, Any]], xywh: Float64[np.ndarray, "T 4"]) -> Int64[np.ndarray, "3"]:
+    """Of sound annotations, how many have flags that mean nothing here, an area and a polygon that contradict the
+    box."""
+    ignored = sum(bool(record.get("ignore")) for record in records)
     areas = np.array([record.get("area") for record in records], dtype=np.float64)
     too_large = int((areas > 1.5 * xywh[:, 2] * xywh[:, 3] + 1).sum())
     boxes = zip(records, xywh.tolist(), strict=True)
     elsewhere = sum(_is_elsewhere(record.get("segmentation"), box) for record, box in boxes)
+    return np.array([ignored, too_large, elsewhere], dtype=np.int64)
+
+
+def record_oddities(file: Path, counts: Int64[np.ndarray, "3"]) -> list[str]:
+    """A line for each of what `count_oddities` has counted, if there is any."""
+    ignored, too_large, elsewhere = counts.tolist()
+    lines = []
+    if ignored:
+        fix = "write `iscrowd` 1 where nothing is to be learned and no detection to be counted, or remove them"
+        lines.append(f"{file}: annotations: {ignored} have `ignore` 1, and are objects like all others - {fix}")
     for count, problem in (
         (too_large, "have an `area` larger than their box"),
         (elsewhere, "have a polygon elsewhere"),

@@ -158,7 +158,7 @@ def test_other_bytes_and_other_wishes_are_another_entry(file: Path, cache: Path)
 def test_other_rules_are_another_entry(tmp_path: Path, cache: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from retina.data.cache import Request, entry_of, CACHE_FROM_BYTES\n"
-        "print(entry_of(bytes(CACHE_FROM_BYTES), Request(classes=None, allow_outside=False)))"
+        "print(entry_of('0', CACHE_FROM_BYTES, Request(classes=None, allow_outside=False)))"
     )
     package = tmp_path / "copy" / "retina"
     shutil.copytree(Path(retina.__file__).parent, package)
