@@ -12,7 +12,8 @@ import json
 import os
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -21,12 +22,14 @@ from typing import Any, NamedTuple
 from retina.data.annotations import Annotations
 from retina.data.columns import Columns, digest_in, read_columns, write_columns
 from retina.data.paths import folder_stamps, folders_of, is_free_of_links, links_outside
-from retina.files import advice, make_folder, remove
+from retina.files import advice, descriptor_of, lock, make_folder, remove
 
 CACHE_FROM_BYTES = 32 << 20
 """Bytes of JSON from which on an entry pays: parsing them takes seconds. Smaller files are not even hashed."""
 _UNUSED_SECONDS = 30 * 24 * 3600
 """An entry that nobody read for so long is removed when another one is written."""
+_PAUSE = 0.2
+"""Seconds between looks whether another process has made an entry."""
 _OTHERS = ("file", "image_root", "classes", "category_ids", "pixels")
 _COLUMNS = [f.name for f in fields(Annotations) if f.name not in _OTHERS]
 
@@ -88,6 +91,37 @@ def _rules() -> str:
     """Digest of the code that reads and checks annotations, so that nobody has to remember to raise a version."""
     sources = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+
+
+@contextmanager
+def only_one(entry: Path) -> Iterator[None]:
+    """Waits while another process, on this machine or on another with the same folder, is about to make that entry. It
+    may not have succeeded: look for the entry anew. Where there are no locks, nobody waits."""
+    file = entry.with_suffix(".lock")
+    try:
+        make_folder(file.parent, mode=0o700)
+        descriptor = descriptor_of(file, os.O_RDWR | os.O_CREAT)
+    except OSError:
+        yield
+        return
+    try:
+        while _is_taken(descriptor):
+            time.sleep(_PAUSE)
+        yield
+    finally:
+        with suppress(OSError):
+            remove(file)
+        os.close(descriptor)
+
+
+def _is_taken(descriptor: int) -> bool:
+    try:
+        lock(descriptor)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def store(entry: Path, reading: CachedAnnotations, *, allow_outside: bool) -> str | None:

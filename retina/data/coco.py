@@ -7,6 +7,7 @@ Format: https://cocodataset.org/#format-data.
 
 import gc
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,20 +69,36 @@ def read_coco(
     request = Request(None if classes is None else list(classes), allow_outside or ids_only, ids_only)
     file, image_root = Path(file), Path(image_root)
     entry = annotation_cache.find_entry(file, request)
-    reading = annotation_cache.load(entry, file, image_root, allow_outside=request.allow_outside) if entry else None
-    if reading is not None:
-        report.warnings += reading.warnings
-        if reading.faults and not skip_faulty:
-            raise RecordsError(reading.faults)
-    else:
-        # Python's garbage collector would go through millions of new records again and again, and find nothing
-        was_on = gc.isenabled()
-        gc.disable()
-        try:
-            reading = _parse(file, image_root, request, report, skip_faulty=skip_faulty)
-        finally:
-            if was_on:
-                gc.enable()
+    reading = _load(entry, file, image_root, request)
+    if reading is None:
+        with annotation_cache.only_one(entry) if entry else nullcontext():
+            reading = _load(entry, file, image_root, request)
+            if reading is None:
+                return _parse_at_ease(file, image_root, request, report, skip_faulty=skip_faulty)
+    report.warnings += reading.warnings
+    if reading.faults and not skip_faulty:
+        raise RecordsError(reading.faults)
+    report.faults += reading.faults
+    return reading.annotations
+
+
+def _load(entry: Path | None, file: Path, image_root: Path, request: Request) -> CachedAnnotations | None:
+    if entry is None:
+        return None
+    return annotation_cache.load(entry, file, image_root, allow_outside=request.allow_outside)
+
+
+def _parse_at_ease(
+    file: Path, image_root: Path, request: Request, report: DataReport, *, skip_faulty: bool
+) -> Annotations:
+    """Python's garbage collector would go through millions of new records again and again, and find nothing."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        reading = _parse(file, image_root, request, report, skip_faulty=skip_faulty)
+    finally:
+        if was_on:
+            gc.enable()
     report.faults += reading.faults
     return reading.annotations
 

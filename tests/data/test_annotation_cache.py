@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,7 @@ def test_faults_are_kept_with_what_is_left(tmp_path: Path, cache: Path) -> None:
     file = save(tmp_path / "data" / "a.json", a_faulty_document())
     with pytest.raises(RecordsError) as plain:
         read(file)
-    assert not cache.exists(), "what is refused is not kept"
+    assert not any(cache.iterdir()), "what is refused is not kept"
     first, second = (read(file, skip_faulty=True) for _ in range(2))
     assert is_mapped(second[0])
     assert RecordsError(first[1].faults).faults == plain.value.faults
@@ -437,3 +438,42 @@ def test_the_garbage_collector_is_on_again(file: Path, cache: Path) -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_one_process_parses_and_the_others_wait_for_what_comes_of_it(file: Path, cache: Path) -> None:
+    """Also processes of other machines that have the same folder."""
+    entry = annotation_cache.find_entry(file, annotation_cache.Request(classes=None, allow_outside=False))
+    assert entry is not None
+    ready, tell = os.pipe()
+
+    def task() -> None:
+        os.write(tell, b"!")
+        assert is_mapped(read(file)[0]), "it has not parsed"
+
+    with annotation_cache.only_one(entry):
+        child = get_context("fork").Process(target=task)
+        child.start()
+        os.read(ready, 1)
+        time.sleep(1)
+        assert not os.path.exists(entry)
+        annotations = read_coco(file, file.parent / "images")  # makes the entry
+    child.join(1000)
+    assert child.exitcode == 0
+    assert not is_mapped(annotations)
+    assert [path.suffix for path in cache.iterdir()] == [".annotations"]
+
+
+def test_a_process_that_ends_keeps_nobody_waiting(file: Path, cache: Path) -> None:
+    entry = annotation_cache.find_entry(file, annotation_cache.Request(classes=None, allow_outside=False))
+    assert entry is not None
+
+    def die() -> None:
+        with annotation_cache.only_one(entry):
+            os._exit(3)
+
+    child = get_context("fork").Process(target=die)
+    child.start()
+    child.join(1000)
+    assert child.exitcode == 3
+    assert not is_mapped(read(file)[0])
+    assert is_mapped(read(file)[0])
