@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -78,6 +78,17 @@ def by_anchor(x: Float[Tensor, "B _ _ _"], num_outputs: int) -> Float[Tensor, "B
     return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, num_outputs)
 
 
+class Outputs(NamedTuple):
+    """What a head predicts beside the classes, and how it predicts boxes."""
+
+    quality: bool = False
+    """One more logit per anchor."""
+    bins: int | None = None
+    """Bins of the distribution that each side of a box is; None for four deltas."""
+    guided: bool = False
+    """Scores are multiplied by a quality that is read from the distributions."""
+
+
 class Head(nn.Module):
     """A tower for class logits and one for boxes.
 
@@ -103,12 +114,11 @@ class Head(nn.Module):
         num_convs: int,
         norm: str | None,
         prior: float,
-        quality: bool = False,
-        bins: int | None = None,
         scaled_levels: int | None = None,
-        guided: bool = False,
+        outputs: Outputs = Outputs(),  # noqa: B008  # it cannot change
     ) -> None:
         super().__init__()
+        quality, bins, guided = outputs
         if not 0 < prior < 1:
             problem = f"{prior} is no probability - give a number between 0 and 1, e.g. 0.01"
             raise ConfigError(problem, code="out-of-range", key="prior")

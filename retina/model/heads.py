@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from retina.errors import ConfigError, check_choice
-from retina.model.head import Head
+from retina.model.head import Head, Outputs
 from retina.model.task_aligned_head import TaskAlignedHead
 from retina.ops.anchors import AnchorGenerator
 
@@ -21,8 +21,8 @@ def build_head(
     Raises ConfigError for an unknown name and for outputs that a head does not have."""
     check_choice(name, (None, "task_aligned"), "head")
     if name is None:
-        quality, bins, guided = (outputs[key] for key in ("head_quality", "box_bins", "guided_quality"))
-        return Head(**common, quality=quality, bins=bins, guided=guided)
+        keys = ("head_quality", "box_bins", "guided_quality")
+        return Head(**common, outputs=Outputs(*(outputs[key] for key in keys)))
     for key, value in outputs.items():
         if value:
             problem = f"{value} - the task-aligned head has no such output: leave the setting out (model=tood)"

@@ -7,7 +7,7 @@ import torch
 
 from faults import refused
 from retina.model.guided_quality import GuidedQuality
-from retina.model.head import Head
+from retina.model.head import Head, Outputs
 from retina.ops.joint_scores import geometric_mean_logits, product_logits
 
 SETTINGS = {"num_classes": 3, "channels": 16, "num_convs": 1, "norm": None, "prior": 0.01}
@@ -43,7 +43,10 @@ def test_it_is_what_the_paper_describes() -> None:
 
 def test_the_head_multiplies_by_it_and_trains_it() -> None:
     torch.manual_seed(0)
-    head, features = Head(8, **SETTINGS, num_anchors=2, bins=5, guided=True), (torch.randn(2, 8, 3, 4),)
+    head, features = (
+        Head(8, **SETTINGS, num_anchors=2, outputs=Outputs(bins=5, guided=True)),
+        (torch.randn(2, 8, 3, 4),),
+    )
     (logits,), (sides,), _ = head(features)
     guide, head.guide = head.guide, None
     (plain,), (same,), _ = head(features)
@@ -57,7 +60,7 @@ def test_the_head_multiplies_by_it_and_trains_it() -> None:
 @pytest.mark.parametrize("bins", [None, 3])
 def test_it_needs_distributions_of_four_bins(bins: int | None) -> None:
     with refused("contradiction", "guided_quality"):
-        Head(8, **SETTINGS, num_anchors=1, bins=bins, guided=True)
+        Head(8, **SETTINGS, num_anchors=1, outputs=Outputs(bins=bins, guided=True))
 
 
 def test_joint_scores_are_exact_and_finite_for_any_logits() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from faults import refused
-from retina.model.head import Head
+from retina.model.head import Head, Outputs
 
 SETTINGS = {"num_classes": 3, "channels": 32, "num_convs": 2, "norm": None, "prior": 0.01}
 
@@ -20,7 +20,7 @@ def features() -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("quality", [False, True])
 @pytest.mark.parametrize("bins", [None, 5])
 def test_shapes_parameters_and_gradients(bins: int | None, quality: bool, num_anchors: int, norm: str | None) -> None:
-    head = Head(8, **SETTINGS | {"norm": norm}, num_anchors=num_anchors, bins=bins, quality=quality)
+    head = Head(8, **SETTINGS | {"norm": norm}, num_anchors=num_anchors, outputs=Outputs(bins=bins, quality=quality))
     logits, boxes, fits = head(features())
     cells = (24, 6)
     assert [x.shape for x in logits] == [(2, n * num_anchors, 3) for n in cells]
@@ -35,7 +35,7 @@ def test_shapes_parameters_and_gradients(bins: int | None, quality: bool, num_an
 
 def test_quality_is_of_the_anchor_that_it_stands_beside() -> None:
     """It comes from the box tower, one number per anchor in the order [H W cell-anchor]."""
-    head = Head(8, **SETTINGS, num_anchors=3, quality=True)
+    head = Head(8, **SETTINGS, num_anchors=3, outputs=Outputs(quality=True))
     assert head.box.quality is not None
     with torch.no_grad():
         head.box.quality.weight.zero_()
@@ -55,9 +55,9 @@ def test_quality_is_of_the_anchor_that_it_stands_beside() -> None:
 
 def test_the_factor_of_a_level_is_its_own_and_learned() -> None:
     torch.manual_seed(0)
-    plain = Head(8, **SETTINGS, num_anchors=3, bins=5, quality=True)
+    plain = Head(8, **SETTINGS, num_anchors=3, outputs=Outputs(bins=5, quality=True))
     torch.manual_seed(0)
-    scaled = Head(8, **SETTINGS, num_anchors=3, bins=5, quality=True, scaled_levels=2)
+    scaled = Head(8, **SETTINGS, num_anchors=3, scaled_levels=2, outputs=Outputs(bins=5, quality=True))
     logits, boxes, fits = plain(features())
     for one, other in zip((logits, boxes, fits), scaled(features()), strict=True):
         assert all(map(torch.equal, one, other))  # it starts at 1
@@ -75,7 +75,7 @@ def test_what_is_added_leaves_the_start_of_the_others_alone() -> None:
     heads = []
     for quality in (False, True):
         torch.manual_seed(0)
-        heads.append(Head(8, **SETTINGS, num_anchors=3, quality=quality).state_dict())
+        heads.append(Head(8, **SETTINGS, num_anchors=3, outputs=Outputs(quality=quality)).state_dict())
     assert set(heads[1]) - set(heads[0]) == {"box.quality.weight", "box.quality.bias"}
     assert all(torch.equal(heads[1][key], value) for key, value in heads[0].items())
     prior = heads[0]["classification.predict.bias"].sigmoid()
@@ -86,7 +86,8 @@ def test_what_is_added_leaves_the_start_of_the_others_alone() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "named"),
-    [({"bins": 1}, "box_bins"), ({"bins": 0}, "box_bins"), ({"norm": "batch"}, "head_norm"),
+    [({"outputs": Outputs(bins=1)}, "box_bins"), ({"outputs": Outputs(bins=0)}, "box_bins"),
+     ({"norm": "batch"}, "head_norm"),
      ({"prior": math.nan}, "prior")],
 )  # fmt: skip
 def test_values_out_of_range_are_named(wrong: dict[str, object], named: str) -> None:
