@@ -36,7 +36,7 @@ def exact(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.detach().double().requires_grad_() for tensor in tensors]
 
 
-@pytest.mark.parametrize("part", ["norms", "shifts", "detectors"])
+@pytest.mark.parametrize("part", ["norms", "shifts", pytest.param("detectors", marks=pytest.mark.slow)])
 def test_interpreted_kernels_equal_the_plain_forms(part: str) -> None:
     pytest.importorskip("triton")
     interpret(__file__, part, cwd=Path(__file__).parent)
@@ -110,7 +110,7 @@ def shifts() -> None:
 def detectors() -> None:
     """Predictions and gradients of small detectors by the kernels and by torch's operations."""
     import retina.model.layers
-    from retina.model.retinanet import retinanet
+    from retina.model.retinanet import RetinaNet, retinanet
     from retina.ops.kernels import map_forms
 
     default = {"head_norm": "group", "head_scales": True, "box_bins": 4, "anchor_scales": [2.0], "anchor_ratios": [1.0]}
@@ -127,8 +127,11 @@ def detectors() -> None:
             if "running" in name:
                 buffer.uniform_(0.5, 1.5)
         results = []
-        for on_gpu in (True, False):
-            map_forms._is_on_gpu = lambda x, answer=on_gpu: answer
+        for way in ("kernels", "compiled kernels", "plain"):
+            map_forms._is_on_gpu = lambda x, answer=way != "plain": answer
+            model._levels = RetinaNet._compute_levels
+            if way == "compiled kernels":  # each kernel is an operation to the compiler
+                model.compile(backend="aot_eager", fullgraph=True)
             model.zero_grad()
             predictions = model(images, sizes)
             outputs = [*predictions.logits, *(predictions.bins or predictions.deltas), *(predictions.quality or ())]
@@ -136,12 +139,13 @@ def detectors() -> None:
             sum((x * torch.randn_like(x)).sum() for x in outputs).backward()
             grads = [p.grad for p in model.parameters() if p.requires_grad]
             results.append(([x.detach() for x in outputs], grads))
-        (outputs, grads), (expected, slopes) = results
+        *by_kernels, (expected, slopes) = results
         assert any(x.abs().max() > 0.1 for x in expected)
-        for x, y in zip(outputs, expected, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
-        for x, y in zip(grads, slopes, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3 * float(y.abs().max()) + 1e-6)
+        for outputs, grads in by_kernels:
+            for x, y in zip(outputs, expected, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+            for x, y in zip(grads, slopes, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3 * float(y.abs().max()) + 1e-6)
     assert retina.model.layers.kernels_serve is map_forms.kernels_serve
 
 
