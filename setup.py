@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["retina*"]), "retina.configs"],
     package_dir={"retina.configs": "configs"},
-    package_data={"retina.configs": ["**/*.yaml"]},
+    package_data={"retina.configs": ["**/*.yaml"], "retina": ["weights/*/*"]},
 )

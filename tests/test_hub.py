@@ -1,5 +1,6 @@
 """Folders for Hugging Face's hub, and where `retina.load` looks."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,8 +14,11 @@ import yaml
 import retina
 from commands import Capture, refused_by_tool
 from faults import refused
+from retina.data.layouts import locate_split
 from retina.errors import CheckpointError
+from retina.hub import FILE, PUBLISHED
 from retina.model.weights import load_detector, save_detector
+from retina.ops.boxes import pairwise_iou
 
 POINT = {
     "goal": "f1",
@@ -77,6 +81,42 @@ def test_a_card_of_weights_alone_pretends_nothing(tool: Callable[..., int], trai
     text = (tmp_path / "hub" / "README.md").read_text()
     assert "license: unknown" in text
     assert "None were measured" in text
+
+
+def test_a_folder_in_half_precision_finds_nearly_the_same(
+    tool: Callable[..., int], trained_run: Path, tmp_path: Path, tiny_data: Path
+) -> None:
+    assert tool("export", f"checkpoint={trained_run}", "format=hf", "precision=fp16", f"output={tmp_path / 'h'}") == 0
+    sizes = [
+        (place / name).stat().st_size for place, name in ((tmp_path / "h", FILE), (trained_run, "best.safetensors"))
+    ]
+    assert sizes[0] < 0.52 * sizes[1]
+    image = sorted((tiny_data / "val").iterdir())[0]
+    (found,), (expected,) = (retina.load(place, device="cpu").predict(image) for place in (tmp_path / "h", trained_run))
+    assert found.scores[:5].tolist() == pytest.approx(expected.scores[:5].tolist(), abs=0.01)
+
+
+def test_the_weights_that_come_along_find_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = PUBLISHED / "shapes"
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 2_000_000
+    digest = hashlib.sha256((folder / FILE).read_bytes()).hexdigest()
+    assert json.loads((folder / "config.json").read_text())["weights_sha256"] == digest
+    assert "## Metrics" in (folder / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    retina.write_shapes(Path("data"), num_train=1, num_val=12, image_size=[128, 160], seed=5)
+    annotations = retina.read_coco(*locate_split(Path("data"), "val"))
+    detector = retina.load("shapes", device="cpu")
+    assert set(detector.classes) == set(annotations.classes)
+    hits = 0
+    for row, found in enumerate(detector.predict([annotations.path(row) for row in range(12)], score_threshold=0.3)):
+        rows = slice(annotations.offsets[row], annotations.offsets[row + 1])
+        known = torch.from_numpy(annotations.boxes[rows]).float()
+        same = torch.from_numpy(annotations.labels[rows])[:, None] == found.labels
+        hits += int(((pairwise_iou(known, found.boxes) > 0.5) & same).any(dim=1).sum())
+    assert hits > annotations.num_objects / 3
+    (tmp_path / "shapes").mkdir()
+    with refused("no-file", "shapes", kind=CheckpointError):
+        retina.load("shapes", device="cpu")  # what is there goes first
 
 
 def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:

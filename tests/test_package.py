@@ -75,6 +75,13 @@ def test_every_module_and_every_config_is_in_the_wheel(installed: Command) -> No
     assert set(installed("python", "-c", code).stdout.split()) == modules | configs
 
 
+def test_the_weights_that_come_along_are_installed(installed: Command) -> None:
+    code = "import retina; detector = retina.load('shapes', device='cpu'); print(detector.file, *detector.classes)"
+    file, *classes = installed("python", "-c", code).stdout.split()
+    assert "site-packages/retina/weights/" in file
+    assert "circle" in classes
+
+
 COMMANDS = """
 import sys
 from retina.cli.main import main

@@ -99,7 +99,8 @@ def main(config: ExportConfig) -> int:
     if config.format == HUB:
         from retina.cli.folders import write_hub_folder
 
-        say(*write_hub_folder(config.checkpoint, output, license=config.license, overwrite=config.overwrite))
+        options: dict[str, Any] = {"halved": config.precision == "fp16", "overwrite": config.overwrite}
+        say(*write_hub_folder(config.checkpoint, output, license=config.license, **options))
         return 0
     beside = output.with_suffix(".proof.json")
     files = [output.with_suffix(suffix) for suffix in (".bin",) if config.format == "openvino"]
@@ -117,7 +118,7 @@ def main(config: ExportConfig) -> int:
     reference, subject, notes = load_twice(config)
     pictures = find_pictures(config, reference, output)
     threshold = {"score_threshold": config.score_threshold}
-    options: dict[str, Any] = {"format": config.format, "raw": config.raw, "weights": digest(reference.file)}
+    options = {"format": config.format, "raw": config.raw, "weights": digest(reference.file)}
     description = write.describe(subject, **options | threshold, precision=config.precision)
     say(*notes, f"writing {config.format} ...")
     graph = write.build(subject, description, calibration(config, reference, output))

@@ -10,20 +10,27 @@ from retina.errors import ConfigError
 from retina.files import make_folder, write_whole
 
 
-def write_hub_folder(checkpoint: str, output: Path, *, license: str | None, overwrite: bool) -> list[str]:
+def write_hub_folder(checkpoint: str, output: Path, *, license: str | None, halved: bool, overwrite: bool) -> list[str]:
     """Weights, description and model card; returns lines that say what was written.
 
+    halved: stores matrices and kernels as float16; they are read as float32 again.
+
     Raises ConfigError for a file that is there already, CheckpointError for weights that cannot be read."""
+    from safetensors.torch import load
+
     from retina.cli.scoring import folder_of, settings_of
     from retina.export.hub import folder_files
     from retina.hub import located
     from retina.inference import find_weights
-    from retina.model.weights import read_file
+    from retina.model.weights import detector_bytes, read_file
 
     place = located(checkpoint)
     card, content = read_file(find_weights(place))
     if card is None:
         raise ConfigError(f"{place}: bare weights - give a run", code="no-card", key="checkpoint")
+    if halved:
+        state = {key: value.half() if value.ndim > 1 else value for key, value in load(content).items()}
+        content = detector_bytes(output, state, card)
     run = folder_of(place)
     data = settings_of(place).get("data") or {}
     analysis = read_json(read_text(run / "eval" / "analysis.json"))

@@ -32,7 +32,7 @@ def folder_files(
         "model_type": "retinanet",
         "id2label": {str(label): class_name for label, class_name in enumerate(card.classes)},
         "label2id": {class_name: label for label, class_name in enumerate(card.classes)},
-        "num_parameters_file_sha256": hashlib.sha256(weights).hexdigest(),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "preprocessing": card.preprocessing,
         "postprocess": card.postprocess,
         "thresholds": [one["threshold"] for one in card.operating_point.get("classes", [])],
