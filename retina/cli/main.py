@@ -15,6 +15,7 @@ COMMANDS = {
     "tune-thresholds": "fit score thresholds to a goal; they go into the weights",
     "infer": "find objects in a folder of images",
     "doctor": "look a data set over before training",
+    "audit": "find labels that are likely wrong",
     "export": "write a detector as one file for other runtimes, and prove it",
     "verify": "repeat the proof of an exported file, without torch",
     "pack": "put the images of a data set into a few large files",

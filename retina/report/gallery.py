@@ -81,14 +81,14 @@ def figures(
             pixels = read_image(annotations.path(image), max_pixels=max_pixels, pixels=annotations.pixels)
         except DataError:
             continue
-        content = _jpeg(shown_channels(pixels))
+        content = jpeg(shown_channels(pixels))
         used += len(content)
         if used > max_bytes:
             return
         yield _figure(analysis, image, content, (pixels.shape[0], pixels.shape[1]))
 
 
-def _jpeg(pixels: Any) -> str:
+def jpeg(pixels: Any) -> str:
     picture = Image.fromarray(pixels)
     picture.thumbnail((SIDE, SIDE))
     content = io.BytesIO()

@@ -74,6 +74,7 @@ def test_defaults_are_those_of_the_classes() -> None:
 def test_folders_are_the_groups() -> None:
     assert {file.parts[0] for file in FILES if len(file.parts) == 2} == {*GROUPS, "studies"}
     programs = [
+        "audit",
         "compare",
         "convert",
         "doctor",

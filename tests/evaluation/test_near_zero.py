@@ -156,7 +156,7 @@ def words(place: Path, tmp_path: Path) -> list[str]:
     [
         ([], None),
         (["model.mean=[0.485,0.456,0.406]", "model.std=[0.229,0.224,0.225]"], "model.mean"),
-        (["model.anchor_sizes=[128,320]"], "model.anchor_sizes"),
+        (["model.anchor_sizes=[128.0,320.0]"], "model.anchor_sizes"),
         (["optimizer.lr=0.2", "schedule.warmup=1"], "optimizer.lr"),
     ],
 )
