@@ -61,7 +61,6 @@ def resampled_ap(outcomes: Outcomes, weights: UInt8[np.ndarray, "R N"]) -> Float
 
     Of COCO's AP up to rounding: a recall that is met to the last bit is met here, and may not be there."""
     annotations, num_classes = outcomes.annotations, len(outcomes.annotations.classes)
-    by_image = np.ascontiguousarray(weights.T)
     draws, num_thresholds = len(weights), outcomes.objects.shape[1]
     values = np.full((draws, num_classes, num_thresholds), np.nan, dtype=np.float32)
     counted, places = ~annotations.crowd, outcomes.object_images()
@@ -74,42 +73,45 @@ def resampled_ap(outcomes: Outcomes, weights: UInt8[np.ndarray, "R N"]) -> Float
         end = part.start + int(last[0]) + 1 if len(last) else part.start
         rows = max(1, _CELLS // max(1, end - part.start, len(here)))
         for first in range(0, draws, rows):
-            drawn = by_image[:, first : first + rows]
-            objects = drawn[here].sum(axis=0, dtype=np.int32)
-            seen = drawn[outcomes.images[part.start : end]]
+            drawn = weights[first : first + rows]
+            objects = drawn.take(here, axis=1).sum(axis=1, dtype=np.int32)
+            seen = drawn.take(outcomes.images[part.start : end], axis=1)
             ap = _ap(seen, hits[part.start : end], ignored[part.start : end], objects)
-            values[first : first + rows, label] = np.where(objects > 0, ap, np.nan).T
+            values[first : first + rows, label] = np.where(objects[:, None] > 0, ap, np.nan)
     return values
 
 
 def _ap(
-    seen: UInt8[np.ndarray, "n r"],
+    seen: UInt8[np.ndarray, "r n"],
     hits: Bool[np.ndarray, "n T"],
     ignored: Bool[np.ndarray, "n T"],
     objects: Int32[np.ndarray, "r"],
-) -> Float[np.ndarray, "T r"]:
-    """Of one class, from how often each of its detections, best score first, is drawn."""
-    values = np.zeros((hits.shape[1], seen.shape[1]), dtype=np.float32)
+) -> Float[np.ndarray, "r T"]:
+    """Of one class, from how often each of its detections, best score first, is drawn. Sums run along the innermost
+    axis: along the other one they take ten times as long."""
+    values = np.zeros((len(seen), hits.shape[1]), dtype=np.float32)
     some = np.flatnonzero(hits.any(axis=1))
     if not len(some):
         return values
     begins = np.concatenate([[0], some[:-1] + 1])  # of the runs that end with a hit
-    everything = np.cumsum(np.add.reduceat(seen, begins, axis=0, dtype=np.int32), axis=0)
-    divisor = np.maximum(objects, 1)
+    everything = np.cumsum(np.add.reduceat(seen, begins, axis=1, dtype=np.int32), axis=1)
+    divisor = np.maximum(objects, 1)[:, None]
     for number in range(hits.shape[1]):
         rows = np.flatnonzero(hits[:, number])
         if not len(rows):
             continue
-        kept = everything[np.searchsorted(some, rows)]
-        if ignored[:, number].any():
-            kept = kept - np.cumsum(seen * ignored[:, number, None], axis=0, dtype=np.int32)[rows]
-        true = np.cumsum(seen[rows], axis=0, dtype=np.int32)
+        kept = everything.take(np.searchsorted(some, rows), axis=1)
+        if len(aside := np.flatnonzero(ignored[:, number])):
+            before = np.zeros((len(seen), len(aside) + 1), dtype=np.int32)
+            np.cumsum(seen.take(aside, axis=1), axis=1, dtype=np.int32, out=before[:, 1:])
+            kept = kept - before.take(np.searchsorted(aside, rows), axis=1)
+        true = np.cumsum(seen.take(rows, axis=1), axis=1, dtype=np.int32)
         precision = np.divide(true, np.maximum(kept, 1), dtype=np.float32)
-        envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+        envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
         # recalls of 0, 0.01, ..., 1 that each true positive is the first to reach
         reached = (100 * true // divisor + (true > 0)).astype(np.float32)
-        reached[1:] -= reached[:-1].copy()
-        values[number] = np.einsum("nr,nr->r", envelope, reached) / 101
+        reached[:, 1:] -= reached[:, :-1].copy()
+        values[:, number] = np.einsum("rn,rn->r", envelope, reached) / 101
     return values
 
 
