@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from retina.cli.build import call
 from retina.cli.compose import entry
 from retina.cli.journal import Batch, Done, already_done, cut_batches, finish, open_output
 from retina.cli.loaders import progress
-from retina.cli.looking import look
+from retina.cli.looking import look, tell_lines, told
 from retina.cli.outputs import PRELABELS, Times, Wanted, Writer, about, draw_style, final_files
 from retina.cli.sources import Source, find_images, left_out, name_sources
 from retina.data.checks import some
@@ -60,6 +61,7 @@ class InferConfig:
     line_width: int | None
     crops: bool
     prelabels: list[str]
+    json_lines: bool
     tile: list[int] | bool | None
     tile_overlap: float | None
     tile_whole: bool | None
@@ -120,6 +122,7 @@ def main(config: InferConfig) -> int:
             stack.enter_context(open_output(output, claims))
             batches.extend(cut_batches(sources, config.batch_size, settings))
             done.update(already_done(batches, output, len(detector.classes)))
+            tell_lines(done.values(), config.json_lines)
             left = [batch for batch in batches if batch.key not in done]
             return [(batch.key, [(str(file), *names) for file, *names in batch.sources]) for batch in left]
 
@@ -139,11 +142,12 @@ def main(config: InferConfig) -> int:
             classes, categories = detector.classes, detector.card.category_ids
             files = final_files(records, classes, categories, config.prelabels)
             finish(output, files, about(settings, classes, records), faults)
-            say(*Times.lines([times for _, times in parts]))
+            tell = partial(say, error=config.json_lines)
+            tell(*Times.lines([times for _, times in parts]))
             objects = sum(len(record["boxes"]) for record in records)
             limit = config.score_threshold
             above = "at the weights' operating point" if limit is None else f"of score {limit:g} or more"
-            say(f"{len(records)} images, {objects} objects {above}: {output}")
+            tell(f"{len(records)} images, {objects} objects {above}: {output}")
             if others := left_out(config.source, output):
                 say(f"no images: left out {some(others)}", error=True)
             say(*(f"skipped: {fault}" for fault in faults), error=True)
@@ -167,5 +171,5 @@ def detect(
     """Looks at the images, writes their pictures, and notes each batch as done. With the seconds of each stage."""
     from retina import distributed
 
-    looked = look(detector, batches, config, writer, distributed.rank())
+    looked = told(look(detector, batches, config, writer, distributed.rank()), config.json_lines)
     return [*progress(looked, "detecting", len(batches))], writer.times.seconds

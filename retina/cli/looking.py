@@ -3,9 +3,10 @@ before. Beside the road.
 
 What is under way is bounded by its pixels, and the order is that of the images, whatever is finished first."""
 
+import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import chain
@@ -18,10 +19,12 @@ from retina.cli.outputs import Times, Writer
 from retina.cli.sources import Source, groups_of
 from retina.data.prefetch import run_ahead
 from retina.errors import DataError
+from retina.printing import say
 
 if TYPE_CHECKING:
     from retina.cli.infer import InferConfig
     from retina.inference import Detector
+
 _AHEAD, _IMAGES_AHEAD = 3, 32
 """Groups that are read ahead, or as many as have so many images."""
 
@@ -121,6 +124,18 @@ def look(
         for done in threads.in_time(lambda: [*finished(-1)]):
             note(journal, done)
             yield done
+
+
+def told(batches: Iterable[Done], wanted: bool) -> Iterator[Done]:
+    """The batches, whose records are told as they come, if that is wanted."""
+    for batch in batches:
+        tell_lines([batch], wanted)
+        yield batch
+
+
+def tell_lines(batches: Iterable[Done], wanted: bool) -> None:
+    """A line of JSON on stdout for each record, if that is wanted."""
+    say(*(json.dumps(record) for batch in batches for record in batch.records if wanted))
 
 
 def read_ahead(

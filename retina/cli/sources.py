@@ -4,6 +4,7 @@ import glob
 import itertools
 import math
 import os
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +15,7 @@ from retina.data.channels import RGB, read_header_of
 from retina.data.image_lists import list_images, other_files
 from retina.errors import ConfigError, DataError
 
+STDIN = "-"
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"}
 FORMATS |= {".tif": "TIFF", ".tiff": "TIFF"}
 """What pictures are written as. Not as GIF, which has too few colours."""
@@ -30,13 +32,17 @@ class Source(NamedTuple):
 
 
 def find_images(source: str, output: Path) -> tuple[Path, list[Path]]:
-    """The folder that names are relative to, and the images of a folder with its sub-folders, a glob or a single path.
+    """The folder that names are relative to, and the images of a folder with its sub-folders, a glob, a single path, or
+    a list of paths: a text file, or what comes from standard input.
 
     What lies under an `output` inside that folder does not count, nor do folders that are symbolic links, and files and
     folders whose name begins with a dot. Raises DataError when there is nothing, ConfigError for an `output` that the
     source itself lies in."""
     path = Path(source)
-    if path.is_dir():
+    if source == STDIN or (path.suffix.lower() == ".txt" and path.is_file()):
+        files = listed_files(source)
+        root = Path(os.path.commonpath([file.parent for file in files])) if files else path
+    elif path.is_dir():
         root, files = path, list_images(path)
     elif path.is_file():
         root, files = path.parent, [path]
@@ -54,6 +60,27 @@ def find_images(source: str, output: Path) -> tuple[Path, list[Path]]:
         problem = f"{source}: no images there - give a folder, an image or a glob such as 'photos/*.jpg'"
         raise DataError(problem, code="no-images")
     return root, files
+
+
+def listed_files(source: str) -> list[Path]:
+    """The paths in the lines of a text file, or of standard input, each once. Reading them tells which are no images.
+
+    Raises DataError for a list that is no text, ConfigError for standard input where several processes would share it.
+    """
+    try:
+        if source != STDIN:
+            lines = Path(source).read_text("utf-8", errors="surrogateescape").splitlines()
+        elif int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            problem = "is standard input, which several processes cannot share - give a list in a file"
+            raise ConfigError(problem, code="contradiction", key="source")
+        else:
+            lines = [line.rstrip("\r\n") for line in sys.stdin]
+    except (OSError, ValueError) as fault:
+        raise DataError(
+            f"{source}: no list of paths ({fault}) - give one path in each line", code="no-images"
+        ) from None
+    named = dict.fromkeys(line for line in lines if line.strip() and "\0" not in line)
+    return [_real(Path(name).parent) / Path(name).name for name in named]
 
 
 def left_out(source: str, output: Path) -> list[str]:

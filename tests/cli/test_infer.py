@@ -1,6 +1,7 @@
 """Pictures and records of a folder, an image or a glob; the unreadable is told; nothing of the user's is touched."""
 
 import csv
+import io
 import json
 import os
 import random
@@ -152,6 +153,24 @@ def test_an_unreadable_file_is_told_and_the_rest_is_done(
     shutil.copy(photos / "c_empty.png", tmp_path / "bad")
     assert tool("infer", f"checkpoint={trained_run}", f"source={tmp_path}/bad", f"output={tmp_path}/none") == 3
     assert images_found(tmp_path / "none") == []
+
+
+def test_records_go_down_a_pipe(
+    tool: Tool, trained_run: Path, photos: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of images whose paths come up one: a line each, and nothing else on stdout."""
+    files = [photos / "sub/b.png", photos / "a.jpg", photos / "gone.jpg"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{file}\n" for file in files)))
+    words = [f"checkpoint={trained_run}", "source=-", f"output={tmp_path}/out", "json_lines=true", "pictures=false"]
+    assert tool("infer", *words) == 3
+    out, err = capsys.readouterr()
+    told = [json.loads(line) for line in out.splitlines()]
+    assert [record["file_name"] for record in told] == ["a.jpg", "sub/b.png"]
+    stored = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert len(told[0]["boxes"]) > 0
+    assert "2 images, " in err
+    assert f"skipped: {photos}/gone.jpg" in err
+    assert str(told[0]["boxes"][0][0]) in json.dumps(stored)
 
 
 def test_output_inside_the_source_is_not_fed_back(tool: Tool, trained_run: Path, photos: Path) -> None:

@@ -1,5 +1,6 @@
 """Which images are looked at, and that no picture of one takes the place of another's."""
 
+import io
 import os
 import signal
 from collections.abc import Iterator
@@ -155,3 +156,25 @@ def test_images_in_memory_are_bounded_by_their_pixels(tmp_path: Path) -> None:
     sources = name_sources(*find_images(str(tmp_path), tmp_path.parent / "out"))
     groups = [[source.file.stem for source in group] for group, _ in groups_of(sources, 4900)]
     assert groups == [["a", "b", "c"], ["d"], ["e", "f"]]
+
+
+def test_paths_of_a_list_and_of_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative to the working directory, each once; what is not there is told by whoever reads it."""
+    for name in ("in/a.jpg", "in/sub/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    lines = f"in/a.jpg\n\n{tmp_path}/in/sub/b.png\nin/gone.jpg\r\nin/a.jpg\n"
+    (tmp_path / "list.txt").write_text(lines)
+    expected = [tmp_path / name for name in ("in/a.jpg", "in/sub/b.png", "in/gone.jpg")]
+    assert find_images("list.txt", tmp_path / "out") == (tmp_path / "in", expected)
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert find_images("-", tmp_path / "out") == (tmp_path / "in", expected)
+    assert [source.name for source in name_sources(tmp_path / "in", expected)] == ["a.jpg", "gone.jpg", "sub/b.png"]
+
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with refused("no-images", "-"):
+        find_images("-", tmp_path / "out")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with refused("contradiction", "source", kind=ConfigError):
+        find_images("-", tmp_path / "out")

@@ -123,6 +123,7 @@ def inference(place: Path) -> Callable[[Blind, bool], None]:
         font_size=None,
         line_width=None,
         crops=False,
+        json_lines=False,
         prelabels=[],
         tile=None,
         tile_overlap=0.25,
