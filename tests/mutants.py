@@ -379,15 +379,15 @@ MUTANTS = [
     Mutant(
         "any record of a journal is believed",
         "retina/cli/journal.py",
-        "                _check_batch(batch)\n",
+        "                _check_batch(batch, num_classes)\n",
         "",
         "tests/cli/test_journal.py::test_changed_journals_are_done_again_or_refused",
     ),
     Mutant(
         "any claim of an output folder is believed",
         "retina/cli/journal.py",
-        '        check_type(claims, list[str], "claims")',
-        '        check_type(claims, list, "claims")',
+        "check_type(digests, list[str], name)",
+        "check_type(digests, list, name)",
         "tests/cli/test_journal.py::test_changed_journals_are_done_again_or_refused",
     ),
     Mutant(

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mutants import MUTANTS
+
 ROOT = Path(__file__).parents[1]
 
 # a module may import from its own room and from rooms of a higher number
@@ -244,3 +246,9 @@ def test_ways_to_write_are_seen() -> None:
         'with open_plain(f, "xb") as s:\n    np.save(s, a)',
     )
     assert [code for code in harmless if ways_to_write(code)] == []
+
+
+def test_every_mutant_can_be_made() -> None:
+    """`make mutants` takes long; this tells at once when the code that it breaks was changed."""
+    sources = {file: (ROOT / file).read_text() for file in {mutant.file for mutant in MUTANTS}}
+    assert [mutant.name for mutant in MUTANTS if sources[mutant.file].count(mutant.old) != 1] == []
