@@ -24,7 +24,7 @@ from typing import NoReturn
 from retina.cli import train
 from retina.cli.compose import Settings, entry
 from retina.cli.data import DataConfig, load_split
-from retina.cli.run_folder import HARMLESS, compare, holds_work, read_settings
+from retina.cli.run_folder import HARMLESS, holds_work, read_settings
 from retina.cli.sweep import launch
 from retina.engine.config import from_mapping
 from retina.errors import ConfigError, RetinaError
@@ -177,7 +177,7 @@ def refuse_another_run(job: Job) -> None:
     """Raises ConfigError where a run of other settings is in the place of this one."""
     file = job.folder / "config.yaml"
     if file.is_file() and holds_work(job.folder):
-        grave = [one for one in compare(read_settings(file), job.settings) if one.key not in HARMLESS]
+        grave = [one for one in job.differences(read_settings(file)) if one.key not in HARMLESS]
         if grave:
             fix = "give into=NAME for a new study, repeat its settings, or remove that folder"
             raise ConfigError(f"{job.folder}: holds another run: {grave[0]} - {fix}", code="other-run")

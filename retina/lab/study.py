@@ -12,7 +12,7 @@ import yaml
 
 from retina.cli.compose import CONFIGS, Settings, compose, values_of
 from retina.cli.config_files import refuse_bomb
-from retina.cli.run_folder import WORDS, compare, read_settings
+from retina.cli.run_folder import WORDS, Difference, compare, read_settings
 from retina.engine.config import from_mapping
 from retina.errors import ConfigError
 from retina.files import read_plain
@@ -75,6 +75,11 @@ class Job(NamedTuple):
     def folder(self) -> Path:
         return Path(self.settings["runs"], self.settings["name"])
 
+    def differences(self, before: Settings) -> list[Difference]:
+        """From the settings of a run that is there. What an earlier version did not know, has its default."""
+        groups = [word for word in self.words if (CONFIGS / word.partition("=")[0]).is_dir()]
+        return compare(before, self.settings, lambda: compose("train", groups))
+
     def finished(self) -> bool:
         """Whether tools/train.py has said so in the run's log, and the run is of these very settings."""
         try:
@@ -82,7 +87,7 @@ class Job(NamedTuple):
             log = read_plain(self.folder / "log.txt").decode()
         except (ConfigError, OSError, ValueError):
             return False
-        same = all(difference.key in WORDS for difference in compare(before, self.settings))
+        same = all(difference.key in WORDS for difference in self.differences(before))
         _, finished, later = log.rpartition(" finished at step ")
         return same and bool(finished) and " resumed at step " not in later
 

@@ -164,6 +164,11 @@ def test_a_finished_run_is_one_of_these_settings(place: Path) -> None:
     pretend_finished(job, 0.3)
     other = job._replace(settings=job.settings | {"train": job.settings["train"] | {"length": 7}})
     assert not other.finished()
+    earlier = {key: value for key, value in job.settings["train"].items() if key != "max_unsaved_minutes"}
+    (job.folder / "config.yaml").write_text(yaml.safe_dump(job.settings | {"train": earlier}))
+    assert job.finished(), "what an earlier version did not know has its default"
+    changed = job.settings | {"train": job.settings["train"] | {"max_unsaved_minutes": 7}}
+    assert not job._replace(settings=changed).finished()
     (job.folder / "log.txt").write_text("2026-01-01 told to stop: saved at step 2, the same command goes on\n")
     assert not job.finished()
 
