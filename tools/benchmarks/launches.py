@@ -12,14 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.step import make_batch
-from retina.cli.build import build
-from retina.cli.compose import compose
-from retina.engine.optim import build_optimizer, set_learning_rate
-from retina.engine.step import parallel, train_step
+from benchmarks.step import Parts, make_batch
+from retina.engine.optim import set_learning_rate
 from retina.lab.clock import Bench, Row, absolute
-from retina.model.retinanet import retinanet
-from retina.types import DTYPES, Batch, Targets, to_device
+from retina.types import Batch, Targets, to_device
 
 NUM_CLASSES = 80
 CLAIMS = ("launches", "traffic", "peak", "waits")
@@ -96,18 +92,12 @@ def steady_step(
 ) -> tuple[Callable[[list[Batch]], object], Callable[[], list[Batch]]]:
     """An update of the recipe, and what loads its micro-batches as the training loop does."""
     device = torch.device("cuda", 0)
-    settings = compose("train", ["data=coco", *words])
-    arguments = dict(settings["model"]) | {"norm": "frozen", "frozen_stages": 2}
-    model = retinanet(**arguments, num_classes=NUM_CLASSES).to(memory_format=torch.channels_last).to(device).train()
-    criterion, clip_norm = build(settings["loss"], "loss"), settings["train"]["clip_norm"]
-    optimizer = build_optimizer(build(settings["optimizer"], "optimizer"), model)
-    network, cpu = parallel(model, device), torch.device("cpu")
+    parts, cpu = Parts.of(words, device, NUM_CLASSES), torch.device("cpu")
     batches = [_pinned(make_batch(images, height, width, cpu, NUM_CLASSES)) for _ in range(accumulate)]
 
     def step(micro_batches: list[Batch]) -> object:
-        set_learning_rate(optimizer, 1.0)
-        options: dict[str, Any] = {"optimizer": optimizer, "dtype": DTYPES["bf16"], "clip_norm": clip_norm}
-        return train_step(network, criterion, micro_batches, **options)
+        set_learning_rate(parts.optimizer, 1.0)
+        return parts.step(micro_batches, torch.bfloat16)()
 
     return step, lambda: [to_device(batch, device) for batch in batches]
 

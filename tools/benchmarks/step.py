@@ -3,18 +3,21 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.torchvision_model import pair, target_dicts, unit_images
+from retina.cli.build import build
+from retina.cli.compose import compose
 from retina.engine.optim import build_optimizer
 from retina.engine.step import train_step
 from retina.lab.clock import Bench, Row, absolute, cost, speedup
 from retina.losses.detection import DetectionLoss
 from retina.model.retinanet import RetinaNet, retinanet
 from retina.precision import float32_as
-from retina.types import DTYPES, Batch, Targets
+from retina.types import DTYPES, Batch, Criterion, Targets
 
 OBJECTS = 8
 """Per image; COCO has 7.3 on average."""
@@ -34,6 +37,10 @@ def run(bench: Bench) -> list[Row]:
     ways = {"torchvision": torchvision_step(reference, batch, amp=cuda)}
     for name in precisions:
         ways |= {name: our_step(model, batch, DTYPES[name]), f"floor {name}": convolutions(model, batch, DTYPES[name])}
+    default, bare = Parts.of([], bench.device), Parts.of(["model.head_norm=null"], bench.device)
+    for name in precisions:
+        ways[f"default {name}"] = default.step([batch], DTYPES[name])
+        ways[f"default floor {name}"] = convolutions(bare.model, batch, DTYPES[name])
     times = bench.time(ways)
 
     floor = {"must": 1.20, "goal": 1.05} if cuda else {"must": 1.06, "goal": 1.02}
@@ -42,6 +49,8 @@ def run(bench: Bench) -> list[Row]:
     for name in precisions:
         sides = {"ours": times[name], "reference": times[f"floor {name}"]}
         rows.append(cost(f"step {name} / its convolutions, {shape}", sides, **floor))
+        sides = {"ours": times[f"default {name}"], "reference": times[f"default floor {name}"]}
+        rows.append(cost(f"default recipe: step {name} / its convolutions, {shape}", sides, **floor))
     if not (cuda or bench.quick):  # the size that is trained at, where the optimizer weighs less
         large = make_batch(2, 800, 1088, bench.device)
         ways = {"ours": our_step(model, large, torch.bfloat16), "reference": convolutions(model, large, torch.bfloat16)}
@@ -77,6 +86,28 @@ def small_model(device: torch.device, *, norm: str) -> RetinaNet:
     """The same for the same seed of torch."""
     model = retinanet(num_classes=5, backbone="resnet18", norm=norm, fpn_channels=64, head_convs=2)
     return model.to(device).to(memory_format=torch.channels_last).train()
+
+
+class Parts(NamedTuple):
+    """What a recipe trains, as from published weights: fixed statistics and two frozen stages."""
+
+    model: RetinaNet
+    criterion: Criterion
+    optimizer: torch.optim.Optimizer
+    clip_norm: float | None
+
+    @classmethod
+    def of(cls, words: list[str], device: torch.device, num_classes: int = 80) -> "Parts":
+        """Of a recipe in the words of `tools/train.py`; none are the default."""
+        settings = compose("train", ["data=coco", *words])
+        arguments = settings["model"] | {"norm": "frozen", "frozen_stages": 2}
+        model = retinanet(**arguments, num_classes=num_classes).to(memory_format=torch.channels_last).to(device)
+        optimizer = build_optimizer(build(settings["optimizer"], "optimizer"), model)
+        return cls(model.train(), build(settings["loss"], "loss"), optimizer, settings["train"]["clip_norm"])
+
+    def step(self, micro_batches: list[Batch], dtype: torch.dtype) -> Callable[[], object]:
+        options: dict[str, Any] = {"optimizer": self.optimizer, "dtype": dtype, "clip_norm": self.clip_norm}
+        return lambda: train_step(self.model, self.criterion, micro_batches, **options)
 
 
 def our_step(model: RetinaNet, batch: Batch, dtype: torch.dtype) -> Callable[[], object]:
