@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SPLITS = ("train", "val")
+PADDING = 32
+"""Canvas sides are multiples of it, unless the settings or anchors that are spread over the canvas want another."""
 
 _SHARE = (lambda value: 0 <= value <= 1, "give a share from 0 to 1")
 _RANGES: Ranges = {
@@ -73,7 +75,8 @@ class DataConfig:
     short_side: int = 800
     long_side: int = 1333
     pad_multiple: int | None = None
-    """Canvas sides are multiples of this; null: the coarsest stride of the model."""
+    """Canvas sides are multiples of this; null: 32, or the coarsest stride of the model if that is less, or if the
+    model's anchors are spread over the canvas."""
     num_workers: int = 2
     """Loader processes per training process."""
     timeout: float = 600.0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from retina.cli.build import call
-from retina.cli.data import TILE, DataConfig, as_seen, load_checked, prepare_data, with_tile
+from retina.cli.data import PADDING, TILE, DataConfig, as_seen, load_checked, prepare_data, with_tile
 from retina.data.coco import Annotations
 from retina.data.pixels import FULL
 from retina.engine.config import TrainConfig
@@ -52,9 +52,9 @@ def build_loaders(
     """Loader and sampler of `train`, loader of `val`, and the preprocessing for the weights' header."""
     from retina.data.loader import Canvas
 
-    stride = max(model.strides)
-    pad_multiple = config.pad_multiple or stride
-    if model.arguments["canvas_strides"] and pad_multiple % stride:
+    stride, spread = max(model.strides), model.arguments["canvas_strides"]
+    pad_multiple = config.pad_multiple or (stride if spread else min(stride, PADDING))
+    if spread and pad_multiple % stride:
         problem = f"{pad_multiple} - anchors with strides from the canvas stand on a grid only where it is a multiple"
         fix = f"of {stride}: give that, or model.canvas_strides=false"
         raise ConfigError(f"{problem} {fix}", code="pad-multiple", key="data.pad_multiple")

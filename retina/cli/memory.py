@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from retina.cli.compose import Settings
+from retina.cli.data import PADDING
 from retina.engine.plan import Choice, clock
 from retina.errors import ConfigError
 
@@ -96,7 +97,8 @@ def on_meta(settings: Settings, annotations: "Annotations") -> Any:
 
 def largest_canvas(settings: Settings, annotations: "Annotations") -> tuple[int, int]:
     """(height, width) of the largest that a batch may have: upright and wide images are never in the same batch."""
-    data, stride = settings["data"], settings["data"]["pad_multiple"] or 2 ** max(settings["model"]["levels"])
+    data, coarsest = settings["data"], 2 ** max(settings["model"]["levels"])
+    stride = data["pad_multiple"] or (coarsest if settings["model"].get("canvas_strides") else min(coarsest, PADDING))
     if data["canvases"]:
         height, width = max(data["canvases"], key=lambda canvas: canvas[0] * canvas[1])
         return height, width

@@ -78,7 +78,7 @@ class RetinaNet(nn.Module):
 
         `options` go to `torch.compile`. Names in the state dict stay as they are. A copy made later is compiled too."""
         # Each canvas counts once in training and once in evaluation. Beyond the limit torch compiles no more.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
         self._levels = torch.compile(RetinaNet._compute_levels, dynamic=False, **options)
 
     def forward(self, images: UInt8[Tensor, "B C H W"], sizes: Int64[Tensor, "B 2"] | None = None) -> Predictions:
