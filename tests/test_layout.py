@@ -199,7 +199,7 @@ def ways_to_write(code: str) -> set[str]:
         name, of = last_name(call.func), last_name(getattr(call.func, "value", call))
         if name in WRITERS or (name in INTO and of and call.args[INTO[name] :][:1] and not _into(call, opened)):
             ways.add(name)
-        if name in ("open", "fdopen") and of != "Image":
+        if name in ("open", "fdopen") and of != "Image" and not (of == "av" and last_name(call.args[0]) in opened):
             is_method = bool(of) and of not in ("os", "io")
             modes = [*call.args[0 if is_method else 1 :][:1], *(k.value for k in call.keywords if k.arg == "mode")]
             letters = {str(mode.value) if isinstance(mode, ast.Constant) else "w" for mode in modes}
@@ -236,6 +236,7 @@ def test_ways_to_write_are_seen() -> None:
         'image.save(folder / "a.jpg")': "save",
         "figure.savefig(output)": "savefig",
         'json.dump(values, file.open("w"))': "dump",
+        'av.open(path, "w")': "open",
         "shutil.copyfile(a, b)": "copyfile",
         "folder.mkdir()": "mkdir",
     }
@@ -244,6 +245,7 @@ def test_ways_to_write_are_seen() -> None:
     harmless += (
         'content = io.BytesIO()\nimage.save(content, "PNG")',
         'with open_plain(f, "xb") as s:\n    np.save(s, a)',
+        'with open_plain(f, "xb") as s, av.open(s, "w") as c:\n    pass',
     )
     assert [code for code in harmless if ways_to_write(code)] == []
 

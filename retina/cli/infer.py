@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from retina.cli.build import call
 from retina.cli.compose import entry
+from retina.cli.film import is_film, look_at_film
 from retina.cli.journal import Batch, Done, already_done, cut_batches, finish, open_output
 from retina.cli.loaders import progress
 from retina.cli.looking import look, tell_lines, told
@@ -62,6 +63,7 @@ class InferConfig:
     crops: bool
     prelabels: list[str]
     json_lines: bool
+    every: int
     tile: list[int] | bool | None
     tile_overlap: float | None
     tile_whole: bool | None
@@ -71,7 +73,7 @@ class InferConfig:
     def __post_init__(self) -> None:
         sound = self.score_threshold is None or 0 <= self.score_threshold < 1
         check(sound, "score_threshold", self.score_threshold, "give 0 or more, below 1, or null")
-        for key in ("batch_size", "max_pixels", "font_size", "line_width"):
+        for key in ("batch_size", "max_pixels", "font_size", "line_width", "every"):
             value = getattr(self, key)
             check(value is None or value >= 1, key, value, "give 1 or more")
         check_choice(self.label, ("name_score", "name", "score", "none"), "label")
@@ -95,7 +97,8 @@ class InferConfig:
 @entry("infer", InferConfig)
 def main(config: InferConfig) -> int:
     output = Path(config.output)
-    sources = name_sources(*find_images(config.source, output))
+    film = is_film(config.source)
+    sources = [] if film else name_sources(*find_images(config.source, output))
     claims = config.wanted.claims(sources)
 
     # torch takes seconds to load, and a wrong setting should not wait for it
@@ -114,6 +117,8 @@ def main(config: InferConfig) -> int:
         if config.score_threshold is None and not detector.thresholds:
             config = replace(config, score_threshold=0.3)
         settings = detection_settings(config, detector)
+        if film:
+            return distributed.on_main(lambda: look_at_film(config, output, detector, settings, style))
         batches: list[Batch] = []
         done: dict[str, Done] = {}
 

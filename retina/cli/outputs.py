@@ -219,12 +219,12 @@ def final_files(
         for x, y, width, height in [one["bbox"]]
         for box in [(x, y, x + width, y + height)]
     )
-    yield "detections.csv", _csv(["image", "class", "score", "x1", "y1", "x2", "y2"], corners)
+    yield "detections.csv", csv_of(["image", "class", "score", "x1", "y1", "x2", "y2"], corners)
     counts = (
         [record["file_name"], *(record["labels"].count(label) for label in range(len(classes))), len(record["labels"])]
         for record in records
     )
-    yield "counts.csv", _csv(["image", *classes, "total"], counts)
+    yield "counts.csv", csv_of(["image", *classes, "total"], counts)
     if "coco" in prelabels:
         yield "coco.json", _coco(records, [one for _, _, one in results], classes, category_ids)
     if "yolo" in prelabels:
@@ -233,7 +233,7 @@ def final_files(
             yield label_file(record["file_name"]), _yolo(record)
 
 
-def _csv(head: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
+def csv_of(head: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
     content = io.StringIO()
     writer = csv.writer(content)
     writer.writerow(head)

@@ -124,6 +124,7 @@ def inference(place: Path) -> Callable[[Blind, bool], None]:
         line_width=None,
         crops=False,
         json_lines=False,
+        every=1,
         prelabels=[],
         tile=None,
         tile_overlap=0.25,
