@@ -46,7 +46,8 @@ def analyze(
     Raises DataError if scores or boxes are not finite."""
     outcomes = find_outcomes(annotations, detections, max_dets=scoring.max_dets)
     fitted = not point
-    point = point or fit_operating_point(annotations, detections, draws=draws)
+    known = outcomes if scoring.max_dets == COCO.max_dets else None
+    point = point or fit_operating_point(annotations, detections, draws=draws, outcomes=known)
     thresholds = np.array([one["threshold"] for one in point["classes"]], dtype=np.float64)
     errors = find_errors(outcomes)
     matrix = confusion_matrix(outcomes, outcomes.above(thresholds))

@@ -51,8 +51,10 @@ def interval(value: float, draws: Float[np.ndarray, "R"], level: float = LEVEL) 
     return Estimate(float(value), min(low, float(value)), max(high, float(value)))
 
 
-_CELLS = 1 << 22
+_CELLS = 1 << 21
 """Numbers of a resampled curve that are in memory at a time."""
+_FEW_OBJECTS = 20_000
+"""Up to which float32 tells a recall from the next."""
 
 
 def resampled_ap(outcomes: Outcomes, weights: UInt8[np.ndarray, "R N"]) -> Float[np.ndarray, "R K T"]:
@@ -94,22 +96,25 @@ def _ap(
     if not len(some):
         return values
     begins = np.concatenate([[0], some[:-1] + 1])  # of the runs that end with a hit
-    everything = np.cumsum(np.add.reduceat(seen, begins, axis=1, dtype=np.int32), axis=1)
+    # whole numbers in float32, which is exact for so few and faster than integers
+    everything = np.cumsum(np.add.reduceat(seen, begins, axis=1, dtype=np.float32), axis=1)
     divisor = np.maximum(objects, 1)[:, None]
+    exact = np.float32 if divisor.max() < _FEW_OBJECTS else np.float64
+    percent, half = (100 / divisor).astype(exact), (0.5 / divisor).astype(exact)
     for number in range(hits.shape[1]):
         rows = np.flatnonzero(hits[:, number])
         if not len(rows):
             continue
         kept = everything.take(np.searchsorted(some, rows), axis=1)
         if len(aside := np.flatnonzero(ignored[:, number])):
-            before = np.zeros((len(seen), len(aside) + 1), dtype=np.int32)
-            np.cumsum(seen.take(aside, axis=1), axis=1, dtype=np.int32, out=before[:, 1:])
-            kept = kept - before.take(np.searchsorted(aside, rows), axis=1)
-        true = np.cumsum(seen.take(rows, axis=1), axis=1, dtype=np.int32)
-        precision = np.divide(true, np.maximum(kept, 1), dtype=np.float32)
+            before = np.zeros((len(seen), len(aside) + 1), dtype=np.float32)
+            np.cumsum(seen.take(aside, axis=1), axis=1, dtype=np.float32, out=before[:, 1:])
+            kept -= before.take(np.searchsorted(aside, rows), axis=1)
+        true = np.cumsum(seen.take(rows, axis=1), axis=1, dtype=np.float32)
+        precision = np.divide(true, np.maximum(kept, 1, out=kept), out=kept)
         envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        # recalls of 0, 0.01, ..., 1 that each true positive is the first to reach
-        reached = (100 * true // divisor + (true > 0)).astype(np.float32)
+        # recalls of 0, 0.01, ..., 1 that each true positive is the first to reach; a half keeps 28.999999 from being 28
+        reached = np.floor(true * percent + half) + (true > 0)
         reached[:, 1:] -= reached[:, :-1].copy()
         values[:, number] = np.einsum("rn,rn->r", envelope, reached) / 101
     return values

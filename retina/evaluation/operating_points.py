@@ -53,11 +53,13 @@ def fit_operating_point(
     goal: Goal = F1,
     *,
     draws: int = DRAWS,
+    outcomes: Outcomes | None = None,
 ) -> dict[str, Any]:
     """Thresholds for the goal and what is expected of them, as it stands in the header of weights
     (`retina.model.header` checks it there).
 
     draws: resamples of the images that intervals are made from.
+    outcomes: of these detections, where they are known already.
 
     Keys: goal, target, num_images; `classes`, for each label its threshold, whether that is pooled, whether the target
     was reached, objects, and estimates [value, low, high] of precision, recall, false_alarms (per image) and
@@ -66,7 +68,7 @@ def fit_operating_point(
     goal.check()
     if not len(annotations):
         return {}
-    outcomes = find_outcomes(annotations, detections)
+    outcomes = outcomes or find_outcomes(annotations, detections)
     steps = _Steps.of(outcomes)
     few = annotations.class_counts() < FEW_OBJECTS
     num_folds = min(FOLDS, len(annotations))
