@@ -166,11 +166,12 @@ def _reach(scores: Float[np.ndarray, "D"], labels: Int[np.ndarray, "D"], limits:
 
 
 def grid(images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> UInt8[np.ndarray, "H W 3"]:
-    """Pictures of any sizes, row by row, centred in the cells of a near-square grid. Raises ValueError for none."""
+    """Pictures of any sizes, row by row, centred in the cells of the grid that is nearest to a square of those without
+    an empty cell; up to three stand side by side. Raises ValueError for none."""
     if not images:
         raise ValueError("a grid needs at least one image")
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
+    rows = max(n for n in range(1, math.isqrt(len(images)) + 1) if len(images) % n == 0)
+    columns = len(images) // rows
     height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
     gap = max(2, max(height, width) // 128)
     canvas = np.empty((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), dtype=np.uint8)

@@ -141,7 +141,7 @@ def test_side_by_side_shows_truth_on_the_left_and_detections_on_the_right() -> N
 
 
 def test_grid_holds_every_picture_whole() -> None:
-    pictures = [noise(*size, seed) for seed, size in enumerate([(40, 60), (60, 40), (20, 20)])]
+    pictures = [noise(*size, seed) for seed, size in enumerate([(40, 60), (60, 40), (20, 20), (60, 60)])]
     canvas = grid(pictures)
     gap = canvas.shape[0] - 2 * 60
     assert canvas.shape == (120 + gap, 120 + gap, 3)
@@ -151,6 +151,12 @@ def test_grid_holds_every_picture_whole() -> None:
     np.testing.assert_array_equal(grid(pictures[:1]), pictures[0])
     with pytest.raises(ValueError, match="at least one"):
         grid([])
+
+
+@pytest.mark.parametrize(("count", "rows"), [(2, 1), (3, 1), (4, 2), (6, 2), (8, 2), (9, 3), (12, 3), (16, 4)])
+def test_a_grid_has_no_empty_cell(count: int, rows: int) -> None:
+    canvas = grid([np.full((300, 300, 3), 200, np.uint8)] * count)
+    assert ((canvas == 200).all(axis=2).sum(), round(canvas.shape[0] / 300)) == (count * 300 * 300, rows)
 
 
 def test_batch_pictures_show_content_and_real_targets_only() -> None:

@@ -217,6 +217,7 @@ def score(
     where that is plain. The operating point that is fitted to them goes into the header of the weights, should they be
     the best."""
     from retina.cli.afterwards import explain
+    from retina.evaluation.decision_pictures import decision_pictures
     from retina.evaluation.evaluate import evaluate
     from retina.evaluation.operating_points import fit_operating_point
     from retina.evaluation.pictures import evaluation_pictures
@@ -238,6 +239,10 @@ def score(
     if checkpointer.card and recorder.active:
         point = fit_operating_point(annotations, evaluation.detections)
         checkpointer.card = replace(checkpointer.card, operating_point=point)
+        if state.config.pictures:
+            pictures = decision_pictures(annotations, evaluation.detections, point, max_dets=recipe.scoring.max_dets)
+            for name, picture in pictures.items():
+                recorder.picture(state.progress.step, f"val/{name}", picture)
         if warning := explain(checkpointer, model, train, annotations, evaluation):
             recorder.warn(warning)
     if state.config.pictures and recorder.active:

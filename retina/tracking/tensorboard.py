@@ -17,9 +17,12 @@ from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
-from torch.utils.tensorboard.summary import scalar
+from torch.utils.tensorboard.summary import custom_scalars, hparams, scalar
 
 from retina.files import Appender
+
+_TOGETHER = {"loss": {"training and validation": ["Multiline", ["train/loss", "val/loss"]]}}
+"""Charts under "Custom scalars" that hold several curves."""
 
 
 class Board:
@@ -37,6 +40,7 @@ class Board:
         self._head = [
             Event(step=step + 1, file_version="brain.Event:2"),
             Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)),
+            Event(step=step + 1, summary=custom_scalars(_TOGETHER)),
         ]
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -52,6 +56,11 @@ class Board:
             height, width = pixels.shape[:2]
             picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content.getvalue())
             self._write(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=picture)])))
+
+    def settings(self, step: int, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """For the table of runs: what was set, and which of the numbers written are the result."""
+        for summary in hparams(dict(settings), dict(metrics)):
+            self._write(Event(step=step, summary=summary))
 
     def end(self) -> None:
         self.file.close()

@@ -42,6 +42,10 @@ class Tracker(Protocol):
     def end(self) -> None: ...
 
 
+RESULTS = ("val/AP", "val/AP50", "val/AP75", "val/loss")
+"""The numbers that runs are compared by."""
+
+
 class TensorBoard:
     """Event files in `tensorboard/` of the run."""
 
@@ -49,14 +53,21 @@ class TensorBoard:
         from retina.tracking.tensorboard import Board
 
         self._board = Board(folder / "tensorboard", step)
+        leaves = flatten(settings).items()
+        self._settings = {key: value for key, value in leaves if isinstance(value, (bool, int, float, str))}
+        self._step, self._result = step, dict[str, float]()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._board.scalars(step, values)
+        self._step = step
+        self._result |= {key: value for key, value in values.items() if key in RESULTS}
 
     def pictures(self, step: int, pictures: Pictures) -> None:
         self._board.pictures(step, pictures)
 
     def end(self) -> None:
+        if self._result:
+            self._board.settings(self._step, self._settings, self._result)
         self._board.end()
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from retina.tracking.tensorboard import Board
+from retina.tracking.trackers import TensorBoard
 
 
 def shown(folder: Path) -> EventAccumulator:
@@ -62,3 +63,29 @@ def test_a_clock_set_back_hides_nothing(tmp_path: Path) -> None:
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
     assert events.Scalars("loss")[0].wall_time > time.time() + 1800
+
+
+def test_settings_and_charts_of_several_curves(tmp_path: Path) -> None:
+    tracker = TensorBoard()
+    tracker.start(tmp_path, {"optimizer": {"lr": 0.1}, "name": "run", "data": {"classes": ["a"]}}, 0)
+    tracker.scalars(4, {"val/AP": 0.25, "val/loss": 1.5, "val/AR100": 0.5})
+    tracker.end()
+    board = shown(tmp_path / "tensorboard")
+    content = b"".join(board.PluginTagToContent("hparams").values())
+    assert all(part in content for part in (b"optimizer.lr", b"name", b"val/AP", b"val/loss"))
+    assert b"val/AR100" not in content
+    assert b"classes" not in content, "TensorBoard shows no lists"
+    (layout,) = board.PluginTagToContent("custom_scalars").keys()
+    (tensor,) = board.Tensors(layout)
+    assert b"train/loss" in tensor.tensor_proto.string_val[0]
+    assert b"val/loss" in tensor.tensor_proto.string_val[0]
+
+
+def test_a_run_without_results_has_no_settings(tmp_path: Path) -> None:
+    tracker = TensorBoard()
+    tracker.start(tmp_path, {"name": "run"}, 0)
+    tracker.scalars(1, {"train/loss": 1.0})
+    tracker.end()
+    assert "hparams" not in shown(tmp_path / "tensorboard").summary_metadata
+    with pytest.raises(KeyError):
+        shown(tmp_path / "tensorboard").PluginTagToContent("hparams")
