@@ -89,7 +89,8 @@ def test_a_run_needs_nothing_retyped(tool: Tool, run: Path, capsys: Capture) -> 
     assert (run / "eval" / "report.html").read_text().count("data:image/jpeg") == 5
 
     results = strict(run / "eval" / "detections.json")
-    assert set(results[0]) == {"image_id", "category_id", "bbox", "score"}
+    names = {"category", "file_name", "width", "height"}  # beside COCO's keys
+    assert set(results[0]) == {"image_id", "category_id", "bbox", "score", *names}
     assert {result["image_id"] for result in results} == {1, 2, 3, 4, 5}
     pictures = sorted((run / "eval" / "pictures").iterdir())
     assert [picture.name for picture in pictures] == ["1_000000.jpg", "3_000002.jpg", "5_000004.jpg"]

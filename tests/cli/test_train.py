@@ -177,7 +177,8 @@ def test_pictures_and_numbers_are_in_tensorboard(place: Path, finished: subproce
 
     board = EventAccumulator(str(place / "runs" / "whole" / "tensorboard"))
     board.Reload()
-    assert {"train/batch", "val/detections"} == set(board.Tags()["images"])
+    pictures = {f"val/{name}" for name in ("detections", "precision_recall", "confusion")}
+    assert {"train/batch", *pictures} == set(board.Tags()["images"])
     wanted = {
         "train/loss",
         "train/lr",
