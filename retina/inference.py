@@ -125,6 +125,7 @@ class Detector:
         for layer in self.model.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.to(self.dtype)  # once; autocast would convert the weights for every level of every batch
+        self._process = os.getpid()
         self.canvas = Canvas(card.preprocessing["pad_multiple"], tuple(card.preprocessing["pad_value"]))
         value_range = card.preprocessing.get("value_range") or FULL
         self.pixels = PixelFormat(tuple(value_range), channels=len(self.canvas.pad_value))
@@ -281,7 +282,8 @@ class Detector:
 
         The threads live as long as the iteration, which goes on in the process that began it alone: in a fork it raises
         RuntimeError. An image that cannot be read raises DataError in its turn and ends the iteration. Otherwise as
-        `predict`, which threads may call at the same time, and forks of the process unless it uses CUDA."""
+        `predict`, which threads may call at the same time, and forks of the process, which then compute with one
+        thread; on CUDA a fork cannot."""
         if prefetch < 0:
             raise ValueError(f"prefetch must be 0 or more, got {prefetch}")
         chunks = chunked(listed(images), batch_size)
@@ -361,6 +363,9 @@ class Detector:
     @torch.no_grad()
     def detect(self, batch: Batch, options: Mapping[str, Any]) -> list[Detections]:
         """Detections of each image of a batch, as `predict` returns them. `options` are those of `postprocess`."""
+        if os.getpid() != self._process:
+            torch.set_num_threads(1)  # OpenMP's threads are not in a fork, which would wait for them for ever
+            self._process = os.getpid()
         on_device = to_device(batch, self.device)
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         with autocast, float32_as(self._precision):

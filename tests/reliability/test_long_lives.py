@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 import retina
 from children import in_child
@@ -102,3 +103,20 @@ def test_batches_go_on_where_they_began_and_not_in_a_fork(detector: Detector, im
 
     assert in_child(task) == 0
     assert len([*batches]) == 9
+
+
+def test_a_fork_does_not_wait_for_the_threads_that_its_parent_computes_with(
+    detector: Detector, images: list[Path]
+) -> None:
+    def task() -> None:
+        signal.alarm(100)
+        for one, other in zip(detector.predict(images), expected, strict=True):
+            torch.testing.assert_close(one.boxes, other.boxes, rtol=0, atol=1e-2)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = detector.predict(images)
+        assert in_child(task) == 0
+    finally:
+        torch.set_num_threads(before)
