@@ -24,16 +24,22 @@ class Anchors(tuple[Tensor, ...]):
     """(height, width) of each level in cells."""
     strides: tuple[int, ...]
     """Pixels from one cell to the next on each level."""
+    corners: Tensor | None
+    """Of `corners_of_cells`, [A 2] of all levels, where they are known: the same in every step of a canvas."""
 
     def __new__(
-        cls, levels: Iterable[Float[Tensor, "_ 4"]], shapes: tuple[tuple[int, int], ...], strides: tuple[int, ...]
+        cls,
+        levels: Iterable[Float[Tensor, "_ 4"]],
+        shapes: tuple[tuple[int, int], ...],
+        strides: tuple[int, ...],
+        corners: Tensor | None = None,
     ) -> "Anchors":
         self = super().__new__(cls, levels)
-        self.shapes, self.strides = shapes, strides
+        self.shapes, self.strides, self.corners = shapes, strides, corners
         return self
 
     def __getnewargs__(self) -> tuple[object, ...]:
-        return tuple(self), self.shapes, self.strides  # for copies: those of a tuple know nothing else
+        return tuple(self), self.shapes, self.strides, self.corners  # for copies: those of a tuple know nothing else
 
 
 @dataclass(frozen=True)
@@ -132,18 +138,24 @@ def _pyramid(
             columns = torch.arange(width, device=device, dtype=torch.float32) * right
             y, x = torch.meshgrid(rows, columns, indexing="ij")
             levels.append((torch.stack((x, y, x, y), dim=-1)[..., None, :] + cell).reshape(-1, 4))
-    if torch.compiler.is_exporting() or any(down != right for down, right in strides):  # symbols there
-        return tuple(levels)
-    return Anchors(levels, shapes, tuple(down for down, _ in strides))
+        if torch.compiler.is_exporting() or any(down != right for down, right in strides):  # symbols there
+            return tuple(levels)
+        corners = torch.cat([corners_of_cells(level) for level in levels])
+    return Anchors(levels, shapes, tuple(down for down, _ in strides), corners)
+
+
+def corners_of_cells(anchors: Float[Tensor, "A_l 4"]) -> Float[Tensor, "A_l 2"]:
+    """(x, y) of the upper left corner of the cell of each anchor of a level."""
+    # Anchors are centred alike in each cell. So the pixels from the first centre are those from cell (0, 0), rounded
+    # because strides are whole.
+    centres = 0.5 * (anchors[:, :2] + anchors[:, 2:])
+    return (centres - centres[:1]).round()
 
 
 def on_covered_cells(anchors: Float[Tensor, "A_l 4"], sizes: Int64[Tensor, "B 2"]) -> Bool[Tensor, "B A_l"]:
     """Whether images of these (height, width) cover the cells of a level's anchors, at least with the upper left corner
     of the cell. Others exist or not as the other images of the batch need them."""
-    # Anchors are centred alike in each cell. So the pixels from the first centre are those from cell (0, 0), rounded
-    # because strides are whole.
-    centres = 0.5 * (anchors[:, :2] + anchors[:, 2:])
-    return ((centres - centres[:1]).round() < sizes[:, None].flip(-1)).all(dim=-1)
+    return (corners_of_cells(anchors) < sizes[:, None].flip(-1)).all(dim=-1)
 
 
 def covered_anchors(predictions: Predictions) -> Bool[Tensor, "B A"] | None:
@@ -151,4 +163,7 @@ def covered_anchors(predictions: Predictions) -> Bool[Tensor, "B A"] | None:
     if predictions.sizes is None:
         return None
     sizes = predictions.sizes.to(predictions.anchors[0].device)
-    return torch.cat([on_covered_cells(level, sizes) for level in predictions.anchors], dim=1)
+    corners = getattr(predictions.anchors, "corners", None)
+    if corners is None:
+        corners = torch.cat([corners_of_cells(level) for level in predictions.anchors])
+    return (corners < sizes[:, None].flip(-1)).all(dim=-1)
