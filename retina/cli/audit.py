@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from retina.evaluation.metrics import DetectionArrays
 
 PAGE, TABLE, LABELS, FOLDS = "audit.html", "suspects.csv", "suspects.json", "folds"
+NEVER = "train.eval_every=1000000000"
+"""A training is scored at its end alone, so that no weights are chosen by the images that they judge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +107,7 @@ def train_folds(annotations: "Annotations", config: AuditConfig, output: Path) -
             write_whole(file, json.dumps(subset(annotations, images.tolist())).encode())
             words |= {f"data.{name}.annotations": str(file), f"data.{name}.images": str(annotations.image_root)}
         typed = [f"{key}={quoted(value)}" for key, value in words.items()]
-        # scored at its end alone: no weights are chosen by the images that they judge
-        jobs.append(["data=coco", "train.pictures=0", *config.training, *typed, "train.eval_every=1.0"])
+        jobs.append(["data=coco", "train.pictures=0", *config.training, *typed, NEVER])
         judges.append((str(folder / f"fold{number}"), part.tolist()))
     for outcome in launch(training, jobs):
         if outcome.fault:

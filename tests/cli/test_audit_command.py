@@ -50,7 +50,7 @@ def test_a_page_a_table_and_a_file_for_annotation_tools(
 def test_trainings_judge_the_images_that_they_have_not_seen(
     tool: Tool, tiny_data: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    output, short = tmp_path / "out", ["auto=false", "train.length=1", "data.short_side=64", "data.long_side=96"]
+    output, short = tmp_path / "out", ["auto=false", "train.length=3", "data.short_side=64", "data.long_side=96"]
     short += ["model.fpn_channels=16", "model.head_convs=1", "model.backbone=resnet18", "data.num_workers=0"]
     short += ["model.levels=[3,4]", "train.batch_size=2", "train.precision=fp32", "trackers=[]", "model.prior=0.2"]
     listed = ",".join(f"'{word}'" for word in short)
@@ -63,6 +63,8 @@ def test_trainings_judge_the_images_that_they_have_not_seen(
         )
         ours, theirs = ({one["file_name"] for one in part["images"]} for part in (train, judged))
         assert not ours & theirs
+        records = (output / "folds" / f"fold{number}" / "metrics.jsonl").read_text().splitlines()
+        assert sum(json.loads(record)["kind"] == "val" for record in records) == 1, "no weights are chosen"
         assert len(ours | theirs) == 4
         seen += [*theirs]
     assert len(seen) == len({*seen}) == 4
