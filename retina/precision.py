@@ -4,6 +4,7 @@ A GPU may compute float32 convolutions and products in TF32, which rounds their 
 convolutions do so. That is `tf32` here; `fp32` is IEEE's."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,16 +23,31 @@ def chosen_precision(name: str | None, device: torch.device) -> str:
     return name or ("bf16" if device.type == "cuda" and native_bf16(device) else "fp32")
 
 
+_lock = threading.Lock()
+_asked: list[tuple[bool, bool]] = []
+"""Torch's flags before any block, then what each block that is under way wants, because threads share the flags."""
+
+
 @contextmanager
 def float32_as(precision: str) -> Iterator[None]:
-    """Within the block, float32 convolutions and products are in TF32 if that is the `precision`, else IEEE's."""
+    """Within the block, float32 convolutions and products are in TF32 if that is the `precision`, else IEEE's.
+
+    Of blocks in several threads the last that began decides, and the last that ends puts torch's flags back."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32 = matmul.allow_tf32 = precision == "tf32"
+    wanted = (precision == "tf32",) * 2
+    with _lock:
+        if not _asked:
+            _asked.append((cudnn.allow_tf32, matmul.allow_tf32))
+        _asked.append(wanted)
+        cudnn.allow_tf32, matmul.allow_tf32 = wanted
     try:
         yield
     finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
+        with _lock:
+            del _asked[len(_asked) - 1 - _asked[::-1].index(wanted)]
+            cudnn.allow_tf32, matmul.allow_tf32 = _asked[-1]
+            if len(_asked) == 1:
+                _asked.clear()
 
 
 @contextmanager

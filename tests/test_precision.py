@@ -12,15 +12,32 @@ def flags() -> tuple[bool, bool]:
     return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
 
-def test_float32_is_ieees_unless_tf32_is_asked_for() -> None:
+def test_float32_is_ieees_unless_tf32_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     before = flags()
-    assert before[0], "torch allows it, unless it is told"
     for precision, allowed in (("fp32", False), ("bf16", False), ("tf32", True)):
         with float32_as(precision):
             assert flags() == (allowed, allowed)
         assert flags() == before
     with pytest.raises(ValueError, match="stop"), float32_as("fp32"):
         raise ValueError("stop")
+    assert flags() == before
+
+
+def test_blocks_within_blocks_and_beside_them_leave_the_flags_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    before = flags()
+    with float32_as("tf32"):
+        with float32_as("fp32"):
+            assert flags() == (False, False)
+        assert flags() == (True, True)
+    assert flags() == before
+    first, second = float32_as("fp32"), float32_as("fp32")  # of two threads, the first of which ends first
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert flags() == (False, False)
+    second.__exit__(None, None, None)
     assert flags() == before
 
 

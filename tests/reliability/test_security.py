@@ -234,6 +234,12 @@ KNOWN = (
     "retina/cli/lab.py: importlib.import_module",
     "retina/cli/main.py: importlib.import_module",
     "tools/benchmark.py: importlib.import_module",
+    "tools/benchmarks/launches.py: importlib.import_module",
+    # the function that docs/adapters.md shows, to measure what is shown
+    "tools/benchmarks/large_images.py: compile",
+    "tools/benchmarks/large_images.py: exec",
+    # what the same process has packed a moment before; never a file
+    "retina/data/packed_records.py: imports marshal",
     # public names, listed in the packages themselves
     "retina/_lazy.py: importlib.import_module",
     # asks git for the commit
