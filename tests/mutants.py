@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -573,15 +574,18 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["albumentations", "hydra", "matplotlib", "pytest", "torch", "torchvision"])
 
 
-def survives(copy: Path, tests: str) -> bool:
-    """Whether these tests pass in the copy: in a fork of a process that has imported what takes long."""
+def survives(copy: Path, tests: str, limit: float | None = None) -> bool:
+    """Whether these tests pass in the copy: in a fork of a process that has imported what takes long. Tests that take
+    longer than `limit` seconds hang, which is noticed too: they would wait for a quarter of an hour, and fail then."""
     process = FORKED.Process(target=run_tests, args=(copy, tests))
     process.start()
-    process.join()
+    process.join(limit)
+    hangs = process.is_alive()
     assert process.pid
     with suppress(ProcessLookupError):  # what the tests of a mutant leave behind
         os.killpg(process.pid, signal.SIGKILL)
-    return process.exitcode == 0
+    process.join()
+    return not hangs and process.exitcode == 0
 
 
 def run_tests(copy: Path, tests: str) -> None:
@@ -606,16 +610,20 @@ def main(words: Sequence[str]) -> int:
         for name in ("retina", "tools", "configs", "tests"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        failed = [tests for tests in dict.fromkeys(m.tests for m in chosen) if not survives(copy, tests)]
-        for tests in failed:
-            print(f"fails without any mutant: {tests}")
+        limits, failed = {}, []
+        for tests in dict.fromkeys(mutant.tests for mutant in chosen):
+            start = time.monotonic()
+            if not survives(copy, tests):
+                failed.append(tests)
+                print(f"fails without any mutant: {tests}", flush=True)
+            limits[tests] = 60 + 5 * (time.monotonic() - start)
         alive = 0
         for mutant in chosen:
             file = copy / mutant.file
             sound = file.read_text()
             assert sound.count(mutant.old) == 1, f"{mutant.name}: {mutant.file} does not hold the text exactly once"
             file.write_text(sound.replace(mutant.old, mutant.new))
-            alive += (lives := survives(copy, mutant.tests))
+            alive += (lives := survives(copy, mutant.tests, limits[mutant.tests]))
             file.write_text(sound)
             print(f"{'SURVIVES' if lives else 'caught':<9} {mutant.name}", flush=True)
     print(f"{len(chosen) - alive} of {len(chosen)} mutants caught")
