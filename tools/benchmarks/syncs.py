@@ -34,7 +34,9 @@ class Operations(TorchDispatchMode):
 
 
 def run(bench: Bench) -> list[Row]:
-    height, width = (64, 64) if bench.quick else (256, 256)
+    # no smaller: on maps of one cell, torch's weight gradients of a strided convolution in bfloat16 are left to chance
+    # on a CPU (2.14.1), and a step whose gradients are not finite is left out
+    height, width = (128, 128) if bench.quick else (256, 256)
     model, reference = pair(device=bench.device)
     batches = [make_batch(images, height, width, bench.device) for images in (2, 3)]
     chunk = focal_cpu.CHUNK
