@@ -21,7 +21,7 @@ from retina.cli.compose import entry
 from retina.cli.film import is_film, look_at_film
 from retina.cli.journal import Batch, Done, already_done, cut_batches, finish, open_output
 from retina.cli.loaders import progress
-from retina.cli.looking import look, tell_lines, told
+from retina.cli.looking import look, print_lines, printing
 from retina.cli.outputs import PRELABELS, Times, Wanted, Writer, about, draw_style, final_files
 from retina.cli.sources import Source, find_images, left_out, name_sources
 from retina.data.checks import some
@@ -127,7 +127,7 @@ def main(config: InferConfig) -> int:
             stack.enter_context(open_output(output, claims))
             batches.extend(cut_batches(sources, config.batch_size, settings))
             done.update(already_done(batches, output, len(detector.classes)))
-            tell_lines(done.values(), config.json_lines)
+            print_lines(done.values(), config.json_lines)
             left = [batch for batch in batches if batch.key not in done]
             return [(batch.key, [(str(file), *names) for file, *names in batch.sources]) for batch in left]
 
@@ -176,5 +176,5 @@ def detect(
     """Looks at the images, writes their pictures, and notes each batch as done. With the seconds of each stage."""
     from retina import distributed
 
-    looked = told(look(detector, batches, config, writer, distributed.rank()), config.json_lines)
+    looked = printing(look(detector, batches, config, writer, distributed.rank()), config.json_lines)
     return [*progress(looked, "detecting", len(batches))], writer.times.seconds

@@ -160,8 +160,8 @@ def already_done(batches: Sequence[Batch], output: Path, num_classes: int) -> di
     """Those of the batches that are done already, and tell of their own images."""
     done = read_done(output, num_classes)
     names = {batch.key: {source.name for source in batch.sources} for batch in batches}
-    told = {key: {record["file_name"] for record in one.records} for key, one in done.items()}
-    return {key: one for key, one in done.items() if told[key] <= names.get(key, set())}
+    recorded = {key: {record["file_name"] for record in one.records} for key, one in done.items()}
+    return {key: one for key, one in done.items() if recorded[key] <= names.get(key, set())}
 
 
 def read_done(output: Path, num_classes: int) -> dict[str, Done]:

@@ -126,14 +126,14 @@ def look(
             yield done
 
 
-def told(batches: Iterable[Done], wanted: bool) -> Iterator[Done]:
-    """The batches, whose records are told as they come, if that is wanted."""
+def printing(batches: Iterable[Done], wanted: bool) -> Iterator[Done]:
+    """The batches, whose records are printed as lines as they come, if that is wanted."""
     for batch in batches:
-        tell_lines([batch], wanted)
+        print_lines([batch], wanted)
         yield batch
 
 
-def tell_lines(batches: Iterable[Done], wanted: bool) -> None:
+def print_lines(batches: Iterable[Done], wanted: bool) -> None:
     """A line of JSON on stdout for each record, if that is wanted."""
     say(*(json.dumps(record) for batch in batches for record in batch.records if wanted))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from retina.errors import CheckpointError, ConfigError
-from retina.schema import check_type
+from retina.schema import check_type, parse_json
 
 SCHEMA_VERSION = 1
 _TYPES: Mapping[str, Any] = {
@@ -31,6 +31,18 @@ _OF_PROOF: Mapping[str, Any] = {
     "images": list[dict[str, Any]],
 }
 _OF_IMAGE: Mapping[str, Any] = {"name": str, "sha256": str, "size": list[int], "detections": list[list[float]]}
+
+
+def parse_description(header: str | None, where: object) -> dict[str, Any]:
+    """What stands under `HEADER` in a file. Raises CheckpointError if that is no description."""
+    try:
+        values = parse_json(header) if header else None
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        problem = "has no description of a detector - give a file that retina export wrote"
+        raise CheckpointError(f"{where}: {problem}", code="no-card")
+    return values
 
 
 def check_description(values: dict[str, Any], file: Path) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from retina.errors import CheckpointError, ConfigError
+from retina.export.description import parse_description
 from retina.export.proof import Image, Table, pack, unpack
-from retina.schema import parse_json
 
 HEADER = "retina"
 """The name of the description in a file's metadata."""
@@ -41,14 +41,7 @@ class OnnxFile:
     def _read(self, content: bytes | Path) -> dict[str, Any]:
         where = "the graph" if isinstance(content, bytes) else content
         header = self.session.get_modelmeta().custom_metadata_map.get(HEADER)
-        try:
-            values = parse_json(header) if header else None
-        except (ValueError, RecursionError):
-            values = None
-        if not isinstance(values, dict):
-            problem = "has no description of a detector - give a file that retina export wrote"
-            raise CheckpointError(f"{where}: {problem}", code="no-card")
-        return values
+        return parse_description(header, where)
 
     def __call__(self, images: Sequence[Image]) -> list[Table]:
         first, second = self.session.run(None, pack(images))

@@ -7,9 +7,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from retina.errors import CheckpointError, ConfigError
+from retina.export.description import parse_description
 from retina.export.onnx_runtime import HEADER
 from retina.export.proof import Image, Table, pack, unpack
-from retina.schema import parse_json
 
 PARTS = (".bin", ".xml")
 """Suffixes of the files, the one that is opened last."""
@@ -41,13 +41,10 @@ class OpenvinoFile:
 
     def _read(self, where: Any) -> dict[str, Any]:
         try:
-            values = parse_json(str(self.model.get_rt_info(HEADER).astype(str)))
-        except (RuntimeError, ValueError, RecursionError, AttributeError):
-            values = None
-        if not isinstance(values, dict):
-            problem = "has no description of a detector - give a file that retina export wrote"
-            raise CheckpointError(f"{where}: {problem}", code="no-card")
-        return values
+            header = str(self.model.get_rt_info(HEADER).astype(str))
+        except (RuntimeError, AttributeError):
+            header = None
+        return parse_description(header, where)
 
     def __call__(self, images: Sequence[Image]) -> list[Table]:
         first, second = self.compiled(pack(images)).values()

@@ -53,7 +53,7 @@ def test_a_gpu_of_a_quarter_of_a_gigabyte(halves: bool, null_gpu: Path, tmp_path
     command = [null_gpu, sys.executable, "tools/train.py", *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000)
     assert done.returncode == (0 if halves else 2), done.stderr
-    told = done.stdout + done.stderr
-    assert ("error[out-of-memory]" in told) != halves
-    assert "train.accumulate=2" in told
-    assert "Traceback" not in told
+    output = done.stdout + done.stderr
+    assert ("error[out-of-memory]" in output) != halves
+    assert "train.accumulate=2" in output
+    assert "Traceback" not in output
